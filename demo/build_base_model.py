@@ -1,0 +1,181 @@
+"""Build the demo's base model: a small but complete ChatGLM3 that knows Chinese and English.
+
+It has ChatGLM3's file layout in every respect (config.json of model type chatglm, fused query,
+key and value, sharded fp16 safetensors with an index, a byte-fallback BPE tokenizer.model over
+Chinese and English with nine special ids after its pieces), so that steps 2 and 3 read it exactly
+as they read the 6B model. As in the real tokenizer, which has a piece for all but two of the kanji
+in the demo's Japanese pages, kana and kanji have a piece each; the model sees no Japanese.
+
+Reads   demo/data/train_zh.jsonl.gz, train_en.jsonl.gz; of train_ja.jsonl.gz only which kanji occur
+Writes  <artifacts>/base_model/
+Run     python demo/build_base_model.py
+"""
+
+import io
+import json
+import logging
+import math
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import constants
+from chatglm_ja import corpus
+from chatglm_ja.artifacts import Output, open_file_input
+from chatglm_ja.cli import run
+from chatglm_ja.config import Source, StepConfig, parse, setting
+
+log = logging.getLogger(__name__)
+
+KANA = {chr(code) for code in (*range(0x3041, 0x3094), *range(0x30A1, 0x30FB), ord("ー"))}
+BLOCK_SIZE = 256
+BATCH_BLOCKS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelConfig(StepConfig):
+    sources: tuple[str, ...] = setting("texts of the languages that the base shall know")
+    character_sources: tuple[str, ...] = setting("texts whose Han characters get a piece each")
+    vocab_size: int = setting("pieces of the base tokenizer", 8000, low=600)
+    hidden_size: int = setting("width of the model", 256, low=32)
+    num_layers: int = setting("layers of the model", 4, low=1)
+    steps: int = setting("optimizer steps of pretraining", 550, low=1)
+    learning_rate: float = setting("peak learning rate", 2e-3, low=0, high=1)
+    seed: int = setting("seed of weights and order", 0, low=0)
+
+
+DEFAULTS = {
+    "sources": tuple(s for s in constants.PRETRAIN_SOURCES if not s.startswith("ja=")),
+    "character_sources": constants.STEP1["sources"],
+    "output_dir": constants.BASE_MODEL_DIR,
+}
+
+
+def main() -> None:
+    config = parse(BaseModelConfig, __doc__, DEFAULTS)
+    sources = [Source.parse(spec) for spec in config.sources]
+    character_sources = [Source.parse(spec) for spec in config.character_sources]
+    inputs = [
+        open_file_input("base_texts", *corpus.local_paths(sources)),
+        open_file_input("base_characters", *corpus.local_paths(character_sources)),
+    ]
+    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
+    if output.is_finished(config.overwrite):
+        return
+    texts = [text for source in sources for text in corpus.read_texts(source)]
+    random.Random(config.seed).shuffle(texts)
+    characters = {c for s in character_sources for text in corpus.read_texts(s) for c in text}
+    with output.write() as folder:
+        train_tokenizer(texts, characters, config, folder)
+        output.counts["final_loss"] = train_model(texts, config, folder)
+    log.info("base model: %s", config.output_dir)
+
+
+def train_tokenizer(
+    texts: list[str], characters: set[str], config: BaseModelConfig, folder: Path
+) -> None:
+    """A BPE model trained as ChatGLM3's was (its trainer_spec says how)."""
+    import sentencepiece
+
+    from chatglm_ja.tokenizer import has_han
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n")),
+        model_writer=model,
+        vocab_size=config.vocab_size,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        required_chars="".join(sorted(KANA.union(filter(has_han, characters)))),
+        max_sentence_length=1_000_000,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def chatglm_config(config: BaseModelConfig) -> dict[str, Any]:
+    from chatglm_ja import checkpoint, resize, tokenizer
+
+    vocabulary = config.vocab_size + len(tokenizer.SPECIAL_TOKENS)
+    return {
+        **checkpoint.REQUIRED_CONFIG,
+        "architectures": ["ChatGLMModel"],
+        "apply_query_key_layer_scaling": True,
+        "attention_softmax_in_fp32": True,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.hidden_size * 5 // 2,
+        "kv_channels": 32,
+        "num_attention_heads": config.hidden_size // 32,
+        "multi_query_group_num": 2,
+        "layernorm_epsilon": 1e-5,
+        "padded_vocab_size": resize.padded_rows(vocabulary, 128),
+        "seq_length": 2048,
+        "torch_dtype": "float16",
+        "eos_token_id": tokenizer.EOS_ID,
+        "pad_token_id": tokenizer.UNK_ID,
+    }
+
+
+def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> float:
+    """Pretrain from random weights; returns the mean loss of the last tenth, in nats a token."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import get_cosine_schedule_with_warmup
+
+    from chatglm_ja import chat, checkpoint, dataset, packing, tokenizer
+    from chatglm_ja.training import GlmForTraining
+
+    torch.manual_seed(config.seed)
+    encoder = tokenizer.processor(
+        tokenizer.with_special_tokens(tokenizer.read_model(folder / "tokenizer.model"))
+    )
+    prefix = chat.prefix_ids(encoder)
+    documents = ([*prefix, *ids, tokenizer.EOS_ID] for ids in encoder.encode(texts))
+    blocks = [
+        {"input_ids": ids, "lengths": lengths}
+        for ids, lengths in packing.concat(documents, BLOCK_SIZE)
+    ]
+    raw_config = chatglm_config(config)
+    rows = raw_config["padded_vocab_size"]
+    model = GlmForTraining(checkpoint.glm_config(raw_config, rows, torch.float32))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
+    collate = dataset.Collator(document_mask=True)
+    order: list[int] = []
+    losses = []
+    bar = tqdm(range(config.steps), desc="base model", unit=" steps")
+    for _ in bar:
+        while len(order) < BATCH_BLOCKS:
+            order += torch.randperm(len(blocks)).tolist()
+        batch, order = order[:BATCH_BLOCKS], order[BATCH_BLOCKS:]
+        loss = model(**collate([blocks[index] for index in batch])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+
+    tensors = checkpoint.chatglm_tensors(model.state_dict())
+    half = ((name, tensor.half().contiguous()) for name, tensor in tensors.items())
+    checkpoint.write_sharded(half, folder, max_shard_bytes=4_000_000)
+    text = json.dumps(raw_config, indent=1)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    tail = losses[-math.ceil(len(losses) / 10) :]
+    return sum(tail) / len(tail)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,203 @@
+"""Select the demo's texts and conversations from the parallel LibreOffice help (MPL-2.0).
+
+The files in `demo/data/` are the output of this script; it is kept so that anyone can see how
+they were chosen and make them again. The input is one `help_<language>.jsonl.gz` per language
+with records {"id", "title", "text"}; one id is the same page in every language.
+
+What it does, per page:
+  * drops the paragraphs of a Japanese or Chinese page that were left in English;
+  * sends 5% of the pages, chosen by the hash of their id and so the same pages in every
+    language, to the held-out files, which no step trains on;
+  * builds single-turn conversations of four kinds: `ja`, `zh`, `en` (explain a title, translate
+    a passage, by the language of the answer) and `code` (a Basic example from the page).
+
+    python demo/make_data.py --help-corpus DIR
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+OUTPUT_DIR = Path(__file__).parent / "data"
+LANGUAGES = ("ja", "zh", "en")
+MIN_PAGE_CHARS = 120
+MAX_CHARS = {"ja": 1_100_000, "zh": 1_050_000, "en": 1_300_000}
+HELD_OUT_PERCENT = 5
+# The article's SFT mix, 52 : 22 : 9 : 17, of 1,800 conversations.
+CONVERSATIONS = {"ja": 936, "zh": 396, "en": 162, "code": 306}
+PASSAGE_CHARS = {"ja": (12, 90), "zh": (10, 70), "en": (25, 200)}
+ANSWER_CHARS = {"ja": 160, "zh": 120, "en": 300, "code": 400}
+
+CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+KANA = re.compile(r"[\u3040-\u30ff]")
+BASIC_PROCEDURE = re.compile(r"\b(Sub|Function) \w+.*?\bEnd \1\b")
+
+EXPLAIN = {
+    "ja": "「{}」について説明してください。",
+    "zh": "请说明“{}”。",
+    "en": 'Please explain "{}".',
+}
+TRANSLATE_INTO = {
+    "ja": "次の文を日本語に翻訳してください。\n{}",
+    "zh": "请把下面的句子翻译成中文。\n{}",
+    "en": "Translate the following sentence into English.\n{}",
+}
+WRITE_CODE = {
+    "ja": "「{}」を使う Basic の例を書いてください。",
+    "zh": "请写一个使用“{}”的 Basic 示例。",
+    "en": 'Write a Basic example that uses "{}".',
+}
+
+Page = dict[str, str]
+
+
+def read_parallel_pages(folder: Path) -> dict[str, dict[str, Page]]:
+    """Pages that exist in all three languages: id -> language -> page, sorted by id."""
+    pages: dict[str, dict[str, Page]] = {}
+    for language in LANGUAGES:
+        with gzip.open(folder / f"help_{language}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            for page in map(json.loads, lines):
+                pages.setdefault(page["id"], {})[language] = page
+    return {key: pages[key] for key in sorted(pages) if len(pages[key]) == len(LANGUAGES)}
+
+
+def is_translated(line: str, language: str) -> bool:
+    """Whether a line of a page is in the page's language (short labels and formulas count)."""
+    if language == "en":
+        return not CJK.search(line)
+    if language == "zh" and KANA.search(line):
+        return False
+    return bool(CJK.search(line)) or len(re.findall(r"[A-Za-z]{2,}", line)) < 4
+
+
+def clean_text(page: Page, language: str) -> str:
+    lines = (line.strip() for line in page["text"].split("\n"))
+    return "\n".join(line for line in lines if line and is_translated(line, language))
+
+
+def is_held_out(page_id: str) -> bool:
+    return int(hashlib.sha256(page_id.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+
+
+def explanation(page: Page, language: str) -> str | None:
+    """The page's first full sentences after its title, or None if it starts with a list."""
+    lines = [line for line in clean_text(page, language).split("\n") if line != page["title"]]
+    ends = "。" if language in ("ja", "zh") else "."
+    if not lines or not lines[0].endswith(ends):
+        return None
+    if language != "en" and not CJK.search(lines[0]):
+        return None
+    if len(lines[0]) > ANSWER_CHARS[language]:
+        return None
+    return lines[0]
+
+
+def conversation(key: str, kind: str, question: str, answer: str) -> dict[str, object]:
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"id": key, "kind": kind, "messages": messages}
+
+
+def explanations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
+    for language in LANGUAGES:
+        title = page[language]["title"]
+        answer = explanation(page[language], language)
+        if answer and (language != "ja" or CJK.search(title)):
+            key = f"{page_id}#explain-{language}"
+            yield conversation(key, language, EXPLAIN[language].format(title), answer)
+
+
+def translations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
+    """At most two aligned lines a page and direction: the pages are translated line by line."""
+    lines = {language: page[language]["text"].split("\n") for language in LANGUAGES}
+    if len({len(x) for x in lines.values()}) != 1:
+        return
+    for source, target in (("en", "ja"), ("zh", "ja"), ("en", "zh"), ("zh", "en")):
+        taken = 0
+        for number, (text, answer) in enumerate(zip(lines[source], lines[target], strict=True)):
+            (low, high), (target_low, target_high) = PASSAGE_CHARS[source], PASSAGE_CHARS[target]
+            in_length = low <= len(text) <= high and target_low <= len(answer) <= target_high
+            in_language = is_translated(text, source) and is_translated(answer, target)
+            has_script = target == "en" or CJK.search(answer)
+            is_prose = not BASIC_PROCEDURE.search(text) and text != answer
+            if in_length and in_language and has_script and is_prose and taken < 2:
+                taken += 1
+                key = f"{page_id}#translate-{source}-{target}-{number}"
+                yield conversation(key, target, TRANSLATE_INTO[target].format(text), answer)
+
+
+def code_examples(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
+    """The page's first Basic procedure, asked for in the language of its comments."""
+    for language in LANGUAGES:
+        for line in page[language]["text"].split("\n"):
+            match = BASIC_PROCEDURE.search(line)
+            if match and len(match.group()) <= ANSWER_CHARS["code"]:
+                title = page[language]["title"]
+                key = f"{page_id}#code-{language}"
+                yield conversation(key, "code", WRITE_CODE[language].format(title), match.group())
+                break
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> None:
+    # mtime=0: the same records give the same bytes.
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as out:
+        for record in records:
+            out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    print(f"{path.name:28s} {len(records):6,d} records {path.stat().st_size:9,d} bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--help-corpus", type=Path, required=True, help="folder of help_*.jsonl.gz")
+    folder = parser.parse_args().help_corpus
+    pages = list(read_parallel_pages(folder).items())
+    random.Random(0).shuffle(pages)
+    OUTPUT_DIR.mkdir(exist_ok=True)
+
+    for language in LANGUAGES:
+        texts: dict[bool, list[dict[str, object]]] = {True: [], False: []}
+        total = 0
+        for page_id, page in pages:
+            text = clean_text(page[language], language)
+            if len(text) < MIN_PAGE_CHARS or (language != "en" and not CJK.search(text)):
+                continue
+            if total + len(text) > MAX_CHARS[language]:
+                continue
+            total += len(text)
+            texts[is_held_out(page_id)].append({"id": page_id, "text": text})
+        write_jsonl(OUTPUT_DIR / f"train_{language}.jsonl.gz", texts[False])
+        write_jsonl(OUTPUT_DIR / f"heldout_{language}.jsonl.gz", texts[True])
+
+    chosen: dict[bool, list[dict[str, object]]] = {True: [], False: []}
+    for held_out in (False, True):
+        by_kind: dict[str, list[dict[str, object]]] = {kind: [] for kind in CONVERSATIONS}
+        seen: set[str] = set()
+        for page_id, page in pages:
+            if is_held_out(page_id) != held_out:
+                continue
+            for make in (explanations, translations, code_examples):
+                for record in make(page_id, page):
+                    text = json.dumps(record["messages"])
+                    if text not in seen:
+                        seen.add(text)
+                        by_kind[str(record["kind"])].append(record)
+        for kind, records in by_kind.items():
+            wanted = CONVERSATIONS[kind] if not held_out else 12
+            if len(records) < wanted and not held_out:
+                raise SystemExit(f"only {len(records)} conversations of kind {kind}, not {wanted}")
+            random.Random(kind).shuffle(records)
+            chosen[held_out] += records[:wanted]
+        random.Random(0).shuffle(chosen[held_out])
+    write_jsonl(OUTPUT_DIR / "train_sft.jsonl.gz", chosen[False])
+    write_jsonl(OUTPUT_DIR / "heldout_sft.jsonl.gz", chosen[True])
+
+
+if __name__ == "__main__":
+    main()
