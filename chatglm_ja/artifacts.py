@@ -1,0 +1,295 @@
+"""How the steps hand folders to each other: published whole, opened checked, never mixed up.
+
+A step's output folder appears under its final name only when it is complete:
+
+    artifacts/demo/.step2_tokenizer.writing/     files are written and synced here
+    artifacts/demo/step2_tokenizer/              ... then renamed here, with manifest.json
+
+The manifest holds the step's arguments, counts and versions, the size and SHA-256 of every file,
+and the fingerprint of every input. A fingerprint depends on contents only, so a step that is
+run again on the same inputs leaves what depends on it valid. Opening an artifact checks its files
+and, through all its ancestors, that each input is still what it was when it was read: a model
+resized for one tokenizer cannot meet data packed with another.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatglm_ja.errors import ArtifactError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "sentencepiece", "peft", "deepspeed", "datasets",
+    "accelerate", "safetensors",
+)  # fmt: skip
+# Files up to this size are hashed whole; of larger ones, the size and three samples of 1 MiB
+# are hashed, so that opening a 12 GB model takes no minute.
+FULL_HASH_BYTES = 256 * 2**20
+SAMPLE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file or folder that a step reads, with the hash of its contents.
+
+    `lineage` maps the role of everything it was made from, and its own, to a fingerprint.
+    """
+
+    role: str
+    path: Path
+    fingerprint: str
+    lineage: Mapping[str, str] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_file_input(role: str, *paths: Path) -> Input:
+    """Fingerprint files or folders that no step made: a corpus, a downloaded checkpoint."""
+    for path in paths:
+        if not path.exists():
+            raise ArtifactError(f"{role} {path} not found: check the path")
+    digests = {str(i): _hash_tree(path) for i, path in enumerate(paths)}
+    fingerprint = _fingerprint(digests)
+    return Input(role, paths[0], fingerprint, {role: fingerprint})
+
+
+def open_artifact(path: Path, made_by: str) -> Input:
+    """Open a folder that a step published; its role is the name of that step.
+
+    Raises ArtifactError when it is missing (naming the step to run), damaged, or when one of
+    the inputs that it was made from has changed since.
+    """
+    role = Path(made_by).stem
+    manifest = read_manifest(path)
+    if manifest is None:
+        found = "is not a finished artifact (no manifest)" if path.exists() else "not found"
+        raise ArtifactError(f"{path} {found}: run {made_by} first")
+    if manifest["step"] != role:
+        raise ArtifactError(f"{path} was made by {manifest['step']}, expected one of {role}")
+    for name, recorded in manifest["files"].items():
+        _check_file(path / name, recorded, made_by)
+    _check_inputs_unchanged(path, manifest)
+    lineage = {**manifest["lineage"], role: manifest["fingerprint"]}
+    return Input(role, path, manifest["fingerprint"], lineage, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of an artifact folder, or None where there is none."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ArtifactError(f"{path / MANIFEST} is not JSON ({error}): make it again") from None
+
+
+class Output:
+    """A step's output folder: decides whether there is work to do, and publishes the result.
+
+    output = Output(config.output_dir, "step1_train_tokenizer", arguments, inputs)
+    if output.is_finished(config.overwrite):
+        return
+    with output.write() as folder:
+        ...                          # an exception or a kill leaves no output folder
+        output.counts["pieces"] = 20000
+    """
+
+    def __init__(
+        self, path: Path, step: str, arguments: Mapping[str, Any], inputs: list[Input]
+    ) -> None:
+        self.path = path
+        self.step = step
+        self.arguments = json.loads(json.dumps(arguments, default=str))
+        self.inputs = inputs
+        self.lineage = merge_lineage(inputs)
+        self.counts: dict[str, Any] = {}
+
+    def is_finished(self, overwrite: bool) -> bool:
+        """True when the folder holds this very result already, which is then logged.
+
+        Raises ArtifactError when it holds a result of other inputs or arguments and `overwrite`
+        is false: nothing that took hours is replaced unasked.
+        """
+        self._restore_interrupted_swap()
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ArtifactError(
+                    f"{self.path} exists and no step made it: move it away or choose another "
+                    "--output-dir"
+                )
+            return False
+        if overwrite:
+            return False
+        if manifest["step"] != self.step:
+            raise ArtifactError(
+                f"{self.path} is the output of {manifest['step']}, not {self.step}: choose "
+                "another --output-dir"
+            )
+        cure = "pass --overwrite to make it again"
+        recorded = {role: entry["fingerprint"] for role, entry in manifest["inputs"].items()}
+        current = {source.role: source.fingerprint for source in self.inputs}
+        for role in sorted(recorded | current):
+            if recorded.get(role) != current.get(role):
+                raise ArtifactError(
+                    f"{self.path} was made with {role} {short(recorded.get(role))}, which is now "
+                    f"{short(current.get(role))}: {cure}"
+                )
+        for name in sorted(manifest["arguments"] | self.arguments):
+            before, now = manifest["arguments"].get(name), self.arguments.get(name)
+            if before != now:
+                raise ArtifactError(f"{self.path} was made with {name}={before}, not {now}: {cure}")
+        for name, entry in manifest["files"].items():
+            _check_file(self.path / name, entry, f"{self.step}.py --overwrite")
+        log.info("%s is finished already; --overwrite makes it again", self.path)
+        return True
+
+    @contextmanager
+    def write(self) -> Iterator[Path]:
+        """Give a folder to write into; publish it when the block ends without an exception."""
+        working = self._beside("writing")
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
+        try:
+            yield working
+            self._publish(working)
+        except BaseException:
+            shutil.rmtree(working, ignore_errors=True)
+            raise
+
+    def _publish(self, working: Path) -> None:
+        files: dict[str, dict[str, Any]] = {}
+        for file in sorted(p for p in working.rglob("*") if p.is_file()):
+            _sync(file)
+            files[file.relative_to(working).as_posix()] = {
+                "bytes": file.stat().st_size,
+                "sha256": _hash_file(file),
+            }
+        manifest = {
+            "step": self.step,
+            "fingerprint": _fingerprint({name: entry["sha256"] for name, entry in files.items()}),
+            "arguments": self.arguments,
+            "counts": self.counts,
+            "inputs": {
+                source.role: {
+                    "path": os.path.relpath(source.path, self.path),
+                    "fingerprint": source.fingerprint,
+                }
+                for source in self.inputs
+            },
+            "lineage": dict(self.lineage),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "files": files,
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        (working / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _sync(working / MANIFEST)
+        old = self._beside("old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.path.exists():
+            self.path.rename(old)
+        working.rename(self.path)
+        _sync(self.path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _restore_interrupted_swap(self) -> None:
+        """A kill between the two renames of `_publish` left the former result under `.old`."""
+        old = self._beside("old")
+        if old.exists() and not self.path.exists():
+            old.rename(self.path)
+
+    def _beside(self, state: str) -> Path:
+        return self.path.parent / f".{self.path.name}.{state}"
+
+
+def merge_lineage(inputs: list[Input]) -> dict[str, str]:
+    """The fingerprints of all ancestors of several inputs; an ancestor they disagree on is an
+    ArtifactError, since then they do not belong together."""
+    merged: dict[str, tuple[str, str]] = {}
+    for source in inputs:
+        for role, fingerprint in source.lineage.items():
+            other, known = merged.setdefault(role, (source.role, fingerprint))
+            if known != fingerprint:
+                second = "it is now" if source.role == role else f"{source.role} with"
+                raise ArtifactError(
+                    f"{other} was made with {role} {short(known)}, but {second} "
+                    f"{short(fingerprint)}: run the steps after {role} again with --overwrite"
+                )
+    return {role: fingerprint for role, (_, fingerprint) in merged.items()}
+
+
+def short(fingerprint: str | None) -> str:
+    """The first 12 digits of a fingerprint, for messages."""
+    return fingerprint[:12] if fingerprint else "(none)"
+
+
+def _check_inputs_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare each recorded input that is itself an artifact with what lies there now."""
+    for role, entry in manifest["inputs"].items():
+        source = path / entry["path"]
+        current = read_manifest(source)
+        if current is None or current["step"] != role:
+            continue  # not an artifact of a step: checked by the step that reads it
+        if current["fingerprint"] != entry["fingerprint"]:
+            raise ArtifactError(
+                f"{path} was made from {role} {short(entry['fingerprint'])}, but {source.resolve()}"
+                f" is now {short(current['fingerprint'])}: run {manifest['step']}.py --overwrite"
+            )
+        _check_inputs_unchanged(source, current)
+
+
+def _check_file(path: Path, recorded: Mapping[str, Any], made_by: str) -> None:
+    cure = f"run {made_by} again"
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: {cure}")
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        raise ArtifactError(f"{path} has {size} bytes, expected {recorded['bytes']}: {cure}")
+    if size <= FULL_HASH_BYTES and _hash_file(path) != recorded["sha256"]:
+        raise ArtifactError(f"{path} does not have the SHA-256 of its manifest: {cure}")
+
+
+def _hash_tree(path: Path) -> str:
+    if path.is_file():
+        return _sample_hash(path)
+    files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return _fingerprint({p.relative_to(path).as_posix(): _sample_hash(p) for p in sorted(files)})
+
+
+def _sample_hash(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= FULL_HASH_BYTES:
+        return _hash_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for offset in (0, size // 2, size - SAMPLE_BYTES):
+            file.seek(offset)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

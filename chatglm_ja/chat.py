@@ -1,0 +1,77 @@
+"""ChatGLM3's conversation format, as token ids.
+
+    [gMASK] sop <|user|> \\n question <|assistant|> \\n answer <|user|> ... answer </s>
+    '---------- prompt, not trained -------------' '--- trained ---'
+
+Every part is encoded by itself and so starts with the tokenizer's own space mark. Text is encoded
+by sentencepiece alone, which never produces a special token: a user who types "<|assistant|>"
+gets ordinary pieces.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from chatglm_ja.errors import DataError
+from chatglm_ja.tokenizer import EOS_ID, STOP_TOKENS
+
+ROLES = ("system", "user", "assistant", "observation")
+IGNORE = -100  # the label of a token that is not trained
+
+Message = Mapping[str, str]
+
+
+def special_id(tokenizer: Any, token: str) -> int:
+    """The id of a special token of a merged tokenizer (a sentencepiece processor)."""
+    index = tokenizer.piece_to_id(token)
+    if not tokenizer.is_control(index):
+        raise DataError(f"the tokenizer has no special token {token}: expected one from step 2")
+    return index
+
+
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """[gMASK] sop: what every ChatGLM3 input starts with."""
+    return [special_id(tokenizer, "[gMASK]"), special_id(tokenizer, "sop")]
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """The ids that end an answer."""
+    return [special_id(tokenizer, token) for token in STOP_TOKENS]
+
+
+def _header(tokenizer: Any, message: Message) -> list[int]:
+    role = message["role"]
+    if role not in ROLES:
+        raise DataError(f"role {role!r} does not exist: expected one of {', '.join(ROLES)}")
+    metadata = message.get("metadata", "") + "\n"
+    return [special_id(tokenizer, f"<|{role}|>"), *tokenizer.encode(metadata)]
+
+
+def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation that the assistant shall answer next."""
+    ids = prefix_ids(tokenizer)
+    for message in messages:
+        ids += _header(tokenizer, message) + tokenizer.encode(message["content"])
+    return [*ids, special_id(tokenizer, "<|assistant|>")]
+
+
+def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation for training, of equal length.
+
+    Trained are the header's line break after <|assistant|>, which the model has to write itself
+    when it answers, the answer, and what ends it: the next role's token, or </s> after the last.
+    """
+    ids = prefix_ids(tokenizer)
+    labels = [IGNORE] * len(ids)
+    after_answer = False
+    for message in messages:
+        role, *header = _header(tokenizer, message)
+        is_answer = message["role"] == "assistant"
+        ids.append(role)
+        labels.append(role if after_answer else IGNORE)
+        body = header + tokenizer.encode(message["content"])
+        ids += body
+        labels += body if is_answer else [IGNORE] * len(body)
+        after_answer = is_answer
+    ids.append(EOS_ID)
+    labels.append(EOS_ID if after_answer else IGNORE)
+    return ids, labels

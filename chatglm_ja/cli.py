@@ -1,0 +1,55 @@
+"""How a step runs as a program: log lines, one-line errors, exit status.
+
+Log lines and progress bars go to standard error, and only rank 0 of a torchrun job prints them.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from chatglm_ja.errors import UserError
+
+# Said by libraries at import or on every start, and about nothing that a user can act on.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a step's `main`; a UserError becomes one line on standard error and exit status 1."""
+    logging.basicConfig(
+        level=logging.INFO if is_main_process() else logging.ERROR,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for library in ("accelerate", "datasets", "deepspeed", "httpx", "matplotlib", "torch"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    # Libraries warning each other of changes to come.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except UserError as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "chatglm_ja":
+            raise
+        print(
+            f"error: the package {error.name} is not installed for {sys.executable}: run "
+            "`source .venv/bin/activate` first, or `pip install -r requirements.txt`",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,335 @@
+"""The settings of every step: one frozen dataclass each, which becomes its command line.
+
+A field carries its help text and its limits; `parse` turns the class into an argument parser,
+takes the defaults from the profile in `constants.py`, and reports every value out of range and
+every contradiction at once, before anything is loaded. Nothing here imports a large library,
+so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, TypeVar
+
+from chatglm_ja.errors import ConfigError
+
+
+def setting(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    affects_result: bool = True,
+) -> Any:
+    """A dataclass field with what the command line says about it and its inclusive limits.
+
+    `affects_result=False` marks what may differ between two runs of the same result (threads,
+    logging), so that it is not compared when a finished step is run again.
+    """
+    metadata = {"help": help, "low": low, "high": high, "affects_result": affects_result}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What all steps have in common."""
+
+    output_dir: Path = setting("folder to publish the result as")
+    overwrite: bool = setting("make the result again if it exists", False, affects_result=False)
+
+    def __post_init__(self) -> None:
+        problems = [*self._limits(), *self.contradictions()]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def contradictions(self) -> list[str]:
+        """What is wrong with the settings together; one sentence each."""
+        return []
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings that shape the result, without the paths: inputs count by content."""
+        return {
+            entry.name: getattr(self, entry.name)
+            for entry in dataclasses.fields(self)
+            if entry.metadata["affects_result"] and "Path" not in str(entry.type)
+        }
+
+    def _limits(self) -> list[str]:
+        problems = []
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            low, high = entry.metadata["low"], entry.metadata["high"]
+            if isinstance(value, int | float) and not low <= value <= high:
+                problems.append(f"{flag(entry.name)} is {value}, expected {low:g} to {high:g}")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(StepConfig):
+    """Step 1."""
+
+    sources: tuple[str, ...] = setting("Japanese texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
+    vocab_size: int = setting("pieces to learn", 20_000, low=300, high=1_000_000)
+    character_coverage: float = setting(
+        "share of the text's characters that get a piece; the rest stays bytes",
+        0.9995,
+        low=0.9,
+        high=1.0,
+    )
+    num_threads: int = setting("threads of the trainer", 16, low=1, affects_result=False)
+    input_sentence_size: int = setting(
+        "train on at most this many lines, drawn at random (0: all)", 0, low=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeTokenizerConfig(StepConfig):
+    """Step 2."""
+
+    base_model: Path = setting("ChatGLM3 folder; tokenizer.model and config.json are read")
+    ja_tokenizer: Path = setting("output folder of step 1")
+    policy: Literal["japanese", "kana", "han", "all"] = setting(
+        "which pieces are added: japanese: with kana or a kanji that Chinese does not use; "
+        "kana: with kana; han: with any Han character or kana; all: every piece, unreachable "
+        "ones too. Only japanese and kana leave Chinese and English as they are",
+        "japanese",
+    )
+    check_sources: tuple[str, ...] = setting(
+        "texts to compare the base and the merged tokenizer on: LANGUAGE=PATH[#COLUMN]"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeModelConfig(StepConfig):
+    """Step 3."""
+
+    base_model: Path = setting("ChatGLM3 folder: config.json and safetensors shards")
+    tokenizer: Path = setting("output folder of step 2")
+    init: Literal["subtoken_mean", "mean", "random"] = setting(
+        "new embedding rows: mean of the old rows of the piece's base tokens, mean of all old "
+        "rows, or normal with the old rows' deviation",
+        "subtoken_mean",
+    )
+    pad_to_multiple: int = setting("round the number of rows up to a multiple of this", 64, low=1)
+    max_shard_gb: float = setting("size limit of an output file in GB", 2.0, low=0.001)
+    seed: int = setting("seed of --init random", 0, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareDataConfig(StepConfig):
+    """Step 4."""
+
+    tokenizer: Path = setting("output folder of step 2")
+    sources: tuple[str, ...] = setting(
+        "pretraining texts: LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMN]"
+    )
+    shares: tuple[str, ...] = setting("share of the tokens, LANGUAGE=SHARE", ())
+    total_tokens: int = setting("tokens of pretraining blocks to make", low=1)
+    max_repeats: float = setting(
+        "how often a language's texts may be repeated to fill its share", 1.0, low=1.0
+    )
+    block_size: int = setting("tokens in a pretraining block", 1024, low=8)
+    validation_tokens: int = setting(
+        "tokens kept from training for validation, over all languages", 2_000_000, low=0
+    )
+    sft_sources: tuple[str, ...] = setting(
+        "conversations: KIND=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE]#FIELDS, where FIELDS is a "
+        "column of messages, or QUESTION[+QUESTION]>ANSWER columns"
+    )
+    sft_shares: tuple[str, ...] = setting("share of the conversations, KIND=SHARE", ())
+    sft_examples: int = setting("conversations to take", low=1)
+    sft_validation_examples: int = setting("conversations kept for validation", 1000, low=0)
+    max_length: int = setting("tokens of the longest conversation, and of an SFT bin", 1024, low=16)
+    seed: int = setting("seed of the draw of SFT conversations", 0, low=0)
+    num_threads: int = setting("threads of the tokenizer", 16, low=1, affects_result=False)
+
+    def contradictions(self) -> list[str]:
+        problems = []
+        for sources, shares, name in (
+            (self.sources, self.shares, "--shares"),
+            (self.sft_sources, self.sft_shares, "--sft-shares"),
+        ):
+            languages = {source.split("=")[0] for source in sources}
+            named = {share.split("=")[0] for share in shares}
+            if languages != named:
+                problems.append(
+                    f"{name} names {', '.join(sorted(named)) or 'nothing'}, but the sources are "
+                    f"{', '.join(sorted(languages))}"
+                )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StepConfig):
+    """Steps 5 and 6: LoRA on the transformer, and the embeddings in full, together."""
+
+    model: Path = setting("model folder to start from")
+    data: Path = setting("output folder of step 4")
+    train_embeddings: bool = setting("train the input and output embeddings in full", True)
+    lora_rank: int = setting("rank of the LoRA matrices", 8, low=1)
+    lora_alpha: int = setting("LoRA scale: the update is multiplied by alpha / rank", 16, low=0)
+    lora_dropout: float = setting("dropout before the LoRA matrices", 0.0, low=0, high=0.9)
+    learning_rate: float = setting("peak learning rate of the LoRA matrices", 2e-4, low=0, high=1)
+    embedding_learning_rate: float = setting(
+        "peak learning rate of the embeddings", 5e-5, low=0, high=1
+    )
+    warmup_ratio: float = setting("share of the steps with a rising rate", 0.03, low=0, high=1)
+    weight_decay: float = setting("AdamW weight decay of the LoRA matrices", 0.0, low=0, high=1)
+    max_grad_norm: float = setting("gradient clipping", 1.0, low=0)
+    epochs: float = setting("passes over the data", 1.0, low=0)
+    max_steps: int = setting("stop after this many optimizer steps (-1: --epochs)", -1, low=-1)
+    micro_batch_size: int = setting("blocks per forward pass and process", 4, low=1)
+    gradient_accumulation: int = setting("forward passes per optimizer step", 1, low=1)
+    document_mask: bool = setting(
+        "restart positions and keep attention inside each document of a block", True
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto: bf16 where the GPU has it, else fp16; fp32 on a CPU", "auto"
+    )
+    gradient_checkpointing: bool = setting(
+        "recompute activations: less memory, a third more time", False, affects_result=False
+    )
+    deepspeed: Path | None = setting("DeepSpeed configuration file, as ds_zero2.json", None)
+    logging_steps: int = setting(
+        "steps between two progress lines", 10, low=1, affects_result=False
+    )
+    seed: int = setting("seed of the LoRA matrices and the order of the blocks", 42, low=0)
+
+    def contradictions(self) -> list[str]:
+        problems = []
+        if self.deepspeed is not None and not self.deepspeed.is_file():
+            problems.append(f"--deepspeed {self.deepspeed} not found")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.epochs == 0):
+            problems.append("--max-steps and --epochs leave nothing to train")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(StepConfig):
+    """Step 7."""
+
+    base_model: Path = setting("the base model, in ChatGLM3's layout")
+    tokenizer: Path = setting("output folder of step 2")
+    resized: Path = setting("output folder of step 3")
+    pretrained: Path = setting("output folder of step 5")
+    sft: Path = setting("output folder of step 6")
+    sources: tuple[str, ...] = setting("held-out texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
+    max_chars: int = setting("characters scored per language", 200_000, low=1)
+    window: int = setting("longest context in tokens when scoring long texts", 1024, low=8)
+    prompts: Path = setting("YAML file of questions to answer: language -> list")
+    max_new_tokens: int = setting("longest answer in tokens", 256, low=1)
+    batch_size: int = setting("windows scored at once", 16, low=1, affects_result=False)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+Config = TypeVar("Config", bound=StepConfig)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+
+def parse(
+    config: type[Config],
+    description: str,
+    defaults: Mapping[str, Any],
+    argv: Sequence[str] | None = None,
+) -> Config:
+    """Read the command line of a step; `defaults` (the profile's) go before the class's own."""
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(config)
+    for entry in dataclasses.fields(config):
+        default = defaults.get(entry.name, entry.default)
+        if default is dataclasses.MISSING:
+            default = None
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        parser.add_argument(
+            flag(entry.name),
+            default=default,
+            help=f"{entry.metadata['help']} (default: {shown})".replace("%", "%%"),
+            **_argument_type(hints[entry.name]),
+        )
+    unknown = sorted(defaults.keys() - hints.keys())
+    if unknown:
+        raise ConfigError(f"constants.py sets {', '.join(unknown)}, which this step does not have")
+    values = vars(parser.parse_args(argv))
+    for entry in dataclasses.fields(config):
+        if values[entry.name] is None and entry.default is dataclasses.MISSING:
+            raise ConfigError(f"{flag(entry.name)} is not set: {entry.metadata['help']}")
+        if isinstance(values[entry.name], list):
+            values[entry.name] = tuple(values[entry.name])
+    return config(**values)
+
+
+def _argument_type(hint: Any) -> dict[str, Any]:
+    """How argparse reads a field of this type."""
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", "type": typing.get_args(hint)[0], "metavar": "SPEC"}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where texts or conversations come from: a local file or a data set that `datasets` loads.
+
+    Written `LABEL=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#FIELDS]`: the label is a language or
+    a kind, `?` keeps only the records whose column has that value, and `#` names the columns.
+    """
+
+    label: str
+    path: str
+    subset: str | None = None
+    where: tuple[str, str] | None = None
+    fields: str | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> Self:
+        label, equals, rest = spec.partition("=")
+        rest, _, fields = rest.partition("#")
+        rest, question, condition = rest.partition("?")
+        path, _, subset = rest.partition("@")
+        column, _, value = condition.partition("=")
+        if not (label and equals and path) or (question and not (column and value)):
+            raise ConfigError(
+                f"source {spec!r} is not of the form "
+                "LABEL=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#FIELDS]"
+            )
+        where = (column, value) if question else None
+        return cls(label, path, subset or None, where, fields or None)
+
+
+def parse_shares(specs: Sequence[str]) -> dict[str, float]:
+    """`("ja=76", "zh=12", "en=12")` as fractions that add up to 1."""
+    shares = {}
+    for spec in specs:
+        label, _, number = spec.partition("=")
+        try:
+            shares[label] = float(number)
+        except ValueError:
+            raise ConfigError(f"share {spec!r} is not of the form LABEL=NUMBER") from None
+    if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
+        raise ConfigError(f"shares {' '.join(specs)!r} must be positive numbers")
+    total = sum(shares.values())
+    return {label: share / total for label, share in shares.items()}

@@ -1,0 +1,61 @@
+"""The model as it is trained and scored: next-token losses without the logits of a whole batch."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import GlmForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from chatglm_ja.chat import IGNORE
+
+# Rows of hidden states whose logits are held at once.
+LOSS_CHUNK = 256
+
+
+def token_losses_sum(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the next-token cross entropies, in nats: a scalar of the dtype of `hidden`.
+
+    hidden [batch, length, width], weight [vocabulary, width], labels [batch, length]: position t
+    predicts label t + 1. Positions whose label is IGNORE are left out before the product with
+    `weight`, so they cost nothing.
+    """
+    targets = labels[:, 1:]
+    trained = targets != IGNORE
+    rows = hidden[:, :-1][trained]
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK)
+    return F.linear_cross_entropy(
+        rows, weight.to(rows.dtype), targets[trained], reduction="sum", options=options
+    )
+
+
+class GlmForTraining(GlmForCausalLM):
+    """GlmForCausalLM that returns the loss and no logits when it is given labels.
+
+    With `position_ids` that restart, attention stays inside each document: transformers builds
+    that mask only if there is neither an attention mask nor a cache.
+    """
+
+    accepts_loss_kwargs = True
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """input_ids, position_ids, labels: int64 [batch, length]. The loss is the sum over the
+        trained tokens divided by `num_items_in_batch`, by default their number in this batch."""
+        if labels is None:
+            return super().forward(input_ids, position_ids=position_ids, **kwargs)
+        hidden = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        total = token_losses_sum(hidden, self.lm_head.weight, labels)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORE).sum()
+        return CausalLMOutputWithPast(loss=total / num_items_in_batch)

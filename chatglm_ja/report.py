@@ -1,0 +1,193 @@
+"""Step 7's results as a table for the terminal and as one self-contained HTML page.
+
+    results = {
+        "stages": [{"name", "languages": {language: {"bits_per_char", "tokens_per_char", ...}},
+                    "answers": [{"language", "question", "text", "tokens", "stopped"}]}],
+        "segmentation": {language: Segmentation.row()},
+        "sample": {"text", "before": [piece], "after": [piece]},
+        "curves": {name: history of the Trainer},
+        "lineage": {role: fingerprint}, "versions": {package: version},
+    }
+
+The page loads nothing from anywhere: pictures are inline SVG, and all text is escaped.
+"""
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Results = Mapping[str, Any]
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.6 system-ui, "Noto Sans CJK JP", sans-serif; max-width: 60rem; color: #1d2330;
+       margin: 0 auto; padding: 1rem; background: #fff; }
+h1 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #d8dce5; }
+th:first-child, td:first-child { text-align: left; }
+.pieces span { display: inline-block; padding: 0 .25em; margin: 1px; border-radius: 4px; }
+.pieces span:nth-child(odd) { background: #dbe9ff; } .pieces span:nth-child(even) { background: #ffe8c7; }
+figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
+.answers div { background: #f4f6fa; border-radius: 8px; padding: .6rem .8rem; }
+.answers p { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.question { font-weight: 600; white-space: pre-wrap; margin: 1.5rem 0 .5rem; }
+small { color: #5a6375; } code { overflow-wrap: anywhere; }
+"""  # noqa: E501
+
+
+def stage_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: bits and tokens per character of every stage and language."""
+    stages = results["stages"]
+    languages = list(stages[0]["languages"])
+    head = ["stage", *(f"{language} bits/char" for language in languages)]
+    head += [f"{language} tokens/char" for language in languages]
+    rows = []
+    for stage in stages:
+        scores = [stage["languages"][language] for language in languages]
+        row = [stage["name"]]
+        for language, score in zip(languages, scores, strict=True):
+            base = stages[0]["languages"][language]["bits_per_char"]
+            change = 100 * (score["bits_per_char"] / base - 1)
+            suffix = "" if stage is stages[0] else f" ({change:+.1f}%)"
+            row.append(f"{score['bits_per_char']:.3f}{suffix}")
+        rows.append([*row, *(f"{score['tokens_per_char']:.3f}" for score in scores)])
+    return head, rows
+
+
+def segmentation_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: what the new vocabulary did to held-out lines of every language."""
+    head = ["language", "lines", "segmented as before", "tokens/char before", "tokens/char after"]
+    rows = []
+    for language, row in results["segmentation"].items():
+        numbers = (row["tokens_per_char_before"], row["tokens_per_char_after"])
+        share = f"{100 * row['identical_share']:.2f}%"
+        rows.append([language, str(row["lines"]), share, *(f"{n:.3f}" for n in numbers)])
+    return head, rows
+
+
+def markdown(results: Results) -> str:
+    """The tables, aligned so that they read well in a terminal too."""
+    return "\n".join(
+        [
+            "Bits per character (change against the base) and tokens per character, held-out text",
+            "",
+            *_markdown_table(*stage_table(results)),
+            "",
+            "Lines that the merged tokenizer segments as the base does, held-out text",
+            "",
+            *_markdown_table(*segmentation_table(results)),
+            "",
+        ]
+    )
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * (widths[0]), *("-" * (width - 1) + ":" for width in widths[1:])], *rows]
+    return [
+        "| " + " | ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ) + " |"
+        for line in lines
+    ]  # fmt: skip
+
+
+def page(results: Results) -> str:
+    """The whole report as one HTML document."""
+    sample = results["sample"]
+    sections = [
+        "<h1>ChatGLM3 learns Japanese: what it gained, what it cost</h1>",
+        "<h2>Stages</h2>",
+        "<p>Bits per character on held-out text: lower is better, and comparable between "
+        "vocabularies. In brackets: the change against the base model.</p>",
+        _html_table(*stage_table(results)),
+        "<h2>Vocabulary</h2>",
+        _html_table(*segmentation_table(results)),
+        f"<p>{html.escape(sample['text'])}</p>",
+        f"<p>Before: {len(sample['before'])} tokens</p>",
+        _pieces(sample["before"]),
+        f"<p>After: {len(sample['after'])} tokens</p>",
+        _pieces(sample["after"]),
+        "<h2>Loss</h2>",
+        *(f"<figure>{_curve(name, log)}</figure>" for name, log in results["curves"].items()),
+        "<h2>Answers</h2>",
+        "<p>Greedy. <small>■ ended by itself, … ran into the limit</small></p>",
+        *_answers(results["stages"]),
+        "<h2>Made from</h2>",
+        _html_table(["input", "fingerprint"], [[k, v[:12]] for k, v in results["lineage"].items()]),
+        "<p><small>"
+        + html.escape(", ".join(f"{name} {v}" for name, v in results["versions"].items()))
+        + "</small></p>",
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>ChatGLM3 Japanese: report</title><style>{STYLE}</style></head><body>"
+        + "\n".join(sections)
+        + "</body></html>\n"
+    )
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table>{line(head, "th")}{body}</table></div>'
+
+
+def _pieces(pieces: Sequence[str]) -> str:
+    return (
+        '<p class="pieces">'
+        + "".join(f"<span>{html.escape(piece)}</span>" for piece in pieces)
+        + "</p>"
+    )
+
+
+def _answers(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    blocks = []
+    for index, asked in enumerate(stages[0]["answers"]):
+        cells = []
+        for stage in stages:
+            given = stage["answers"][index]
+            end = "■" if given["stopped"] else "…"
+            cells.append(
+                f"<div><small>{html.escape(stage['name'])}</small>"
+                f"<p>{html.escape(given['text'])} {end}</p></div>"
+            )
+        question = html.escape(f"{asked['language']}: {asked['question']}")
+        blocks.append(
+            f'<p class="question">{question}</p><div class="answers">{"".join(cells)}</div>'
+        )
+    return blocks
+
+
+def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
+    """Training and validation loss over the steps, as inline SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.2))
+    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    axes.plot(*zip(*points, strict=True), label="training", color="#2c64c6")
+    names = sorted({key for entry in history for key in entry if key.endswith("_loss")})
+    for key in names:
+        values = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if key.startswith("eval_"):
+            label = f"validation {key.removeprefix('eval_').removesuffix('_loss')}"
+            axes.plot(*zip(*values, strict=True), "o--", label=label, markersize=4, linewidth=1)
+    axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]

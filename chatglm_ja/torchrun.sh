@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Start a training step under torchrun with DeepSpeed ZeRO-2: torchrun.sh SCRIPT [FLAGS].
+# The step*_multi_gpu.sh files call this; they document the environment variables.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+if ! command -v torchrun >/dev/null && [[ -x "$root/.venv/bin/torchrun" ]]; then
+  PATH="$root/.venv/bin:$PATH"
+fi
+if [[ -z "${NPROC_PER_NODE:-}" ]]; then
+  NPROC_PER_NODE="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
+  if [[ "$NPROC_PER_NODE" -eq 0 ]]; then
+    echo "error: no GPU found: set NPROC_PER_NODE to run on the CPU over gloo" >&2
+    exit 1
+  fi
+fi
+# torchrun would give every process one thread, and say so.
+if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
+  OMP_NUM_THREADS=$(($(nproc) / NPROC_PER_NODE))
+  export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
+fi
+exec torchrun \
+  --nproc_per_node "$NPROC_PER_NODE" \
+  --nnodes "${NNODES:-1}" \
+  --node_rank "${NODE_RANK:-0}" \
+  --master_addr "${MASTER_ADDR:-127.0.0.1}" \
+  --master_port "${MASTER_PORT:-29500}" \
+  "$1" --deepspeed "$root/ds_zero2.json" "${@:2}"

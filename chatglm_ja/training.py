@@ -1,0 +1,296 @@
+"""Continued pretraining and fine-tuning: LoRA on the transformer, the embeddings in full, together.
+
+Steps 5 and 6 are this one function on different data. It is transformers' Trainer with
+  * a loss that never holds the logits of a batch (78,592 columns at 6B size),
+  * the two embedding matrices trained in place: PEFT's `modules_to_save` would keep a frozen
+    second copy of both,
+  * a learning rate of their own for the embeddings,
+and it runs as a plain process on one GPU or the CPU, or under torchrun with DeepSpeed ZeRO-2.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    GlmForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from chatglm_ja import dataset, tokenizer
+from chatglm_ja.artifacts import Output
+from chatglm_ja.cli import is_main_process
+from chatglm_ja.config import TrainingConfig
+from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.model import GlmForTraining
+
+log = logging.getLogger(__name__)
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+ADAPTER = "adapter"
+HISTORY_FILE = "history.json"
+
+
+class _Trainer(Trainer):
+    """The Trainer with a learning rate of its own for the embeddings."""
+
+    def __init__(self, config: TrainingConfig, **kwargs: Any) -> None:
+        self.config = config
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        model = model or self.model
+        if self.optimizer is None:
+            lora: list[Any] = []
+            embeddings: list[Any] = []
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    (embeddings if name.endswith(EMBEDDINGS) else lora).append(parameter)
+            groups: list[dict[str, Any]] = [
+                {
+                    "params": lora,
+                    "lr": self.config.learning_rate,
+                    "weight_decay": self.config.weight_decay,
+                }
+            ]
+            if embeddings:
+                # No decay: it would shrink the rows of tokens that do not occur in a batch.
+                rate = self.config.embedding_learning_rate
+                groups.append({"params": embeddings, "lr": rate, "weight_decay": 0.0})
+            self.optimizer = torch.optim.AdamW(
+                groups, betas=(0.9, 0.95), fused=self.args.device.type in ("cuda", "cpu")
+            )
+        return self.optimizer
+
+
+class _Progress(TrainerCallback):
+    """A progress bar, and one line per logging step."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, desc="training", unit=" steps")
+            self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is None:
+            return
+        progress = f"step {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            rate = state.global_step * self.tokens_per_step / (time.monotonic() - self.started)
+            self.bar.write(
+                f"{progress} | loss {logs['loss']:.4f} | lr {logs['learning_rate']:.2e} | "
+                f"grad norm {logs.get('grad_norm', math.nan):.2f} | {rate:,.0f} tokens/s"
+            )
+        losses = {key[5:-5]: value for key, value in logs.items() if key.endswith("_loss")}
+        validation = {name: loss for name, loss in losses.items() if name and "train" not in name}
+        if validation:
+            shown = " | ".join(f"{name} {loss:.4f}" for name, loss in validation.items())
+            self.bar.write(f"{progress} | validation loss: {shown}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def precision(config: TrainingConfig) -> torch.dtype:
+    """The dtype of the frozen weights and of the computation."""
+    if config.precision != "auto":
+        chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        if config.precision == "fp16" and not torch.cuda.is_available():
+            raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+        return chosen[config.precision]
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_for_training(folder: Path, config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
+    """The model with LoRA matrices, and its embeddings trainable if the settings say so.
+
+    What is trained is kept in float32 (under DeepSpeed bf16, with float32 masters); the rest is
+    frozen in `dtype`.
+    """
+    model: Any = GlmForTraining.from_pretrained(folder, dtype=dtype)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(LORA_TARGETS),
+    )
+    model = get_peft_model(model, lora)
+    if config.train_embeddings:
+        for name, parameter in model.named_parameters():
+            if name.endswith(EMBEDDINGS):
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+    return model
+
+
+def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None:
+    """Train on the data set `name` (pretrain or sft) and publish adapter and merged model.
+
+    Every process of a torchrun job calls this; rank 0 writes and publishes.
+    """
+    if not is_main_process():
+        train(config, config.model, config.data, name, None)
+        return
+    with output.write() as folder:
+        result = train(config, config.model, config.data, name, folder)
+        history = result.pop("history")
+        text = json.dumps(history, indent=1)
+        (folder / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
+        write_merged(config.model, folder)
+        output.counts.update(result)
+    log.info("trained model: %s", config.output_dir)
+
+
+def train(
+    config: TrainingConfig, model_dir: Path, data_dir: Path, name: str, output_dir: Path | None
+) -> dict[str, Any]:
+    """Train and write `output_dir`/adapter, on the rank that is given an `output_dir`.
+
+    Returns the loss history and counts. Raises DataError when the data does not fit the model.
+    """
+    if not torch.cuda.is_available():
+        # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    train_set = dataset.read(data_dir, name, "train")
+    validation = dataset.read(data_dir, name, "validation")
+    dtype = precision(config)
+    # PEFT and the Trainer draw from the global generators: the same seed on every rank.
+    set_seed(config.seed)
+    arguments = TrainingArguments(
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=str(config.deepspeed) if config.deepspeed else None,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch" if len(validation) else "no",
+        eval_on_start=len(validation) > 0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        ddp_find_unused_parameters=False,
+    )
+    if arguments.n_gpu > 1:
+        # Without torchrun the Trainer would spread the batch over all GPUs with DataParallel.
+        arguments._n_gpu = 1
+    model = load_for_training(model_dir, config, dtype)
+    _check_ids(train_set, model.config.vocab_size)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows_per_step = config.micro_batch_size * config.gradient_accumulation * arguments.world_size
+    row_tokens = sum(map(sum, train_set.select(range(min(64, len(train_set))))["lengths"]))
+    tokens_per_step = rows_per_step * row_tokens // min(64, len(train_set))
+    log.info(
+        "training %.2f M of %.2f M parameters on %d rows, about %s tokens a step",
+        trained / 1e6,
+        model.num_parameters() / 1e6,
+        len(train_set),
+        f"{tokens_per_step:,}",
+    )
+    trainer = _Trainer(
+        config,
+        model=model,
+        args=arguments,
+        data_collator=dataset.Collator(config.document_mask),
+        train_dataset=train_set,
+        eval_dataset=_by_label(validation),
+        callbacks=[_Progress(tokens_per_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    result = trainer.train()
+    if not math.isfinite(result.training_loss):
+        raise DataError(
+            f"the training loss became {result.training_loss}: lower --learning-rate and "
+            "--embedding-learning-rate, or use --precision bf16"
+        )
+    if output_dir is not None:
+        trainer.accelerator.unwrap_model(trainer.model_wrapped).save_pretrained(
+            output_dir / ADAPTER, save_embedding_layers=config.train_embeddings
+        )
+    return {
+        "trained_parameters": trained,
+        "steps": trainer.state.global_step,
+        "tokens_per_step": tokens_per_step,
+        "world_size": arguments.world_size,
+        "history": trainer.state.log_history,
+    }
+
+
+def _by_label(validation: Any) -> Any:
+    """The validation rows, one data set per language where the rows say their language."""
+    if not len(validation):
+        return None
+    if "label" not in validation.column_names:
+        return {"all": validation}
+    labels = validation["label"]
+    return {
+        label: validation.select([i for i, other in enumerate(labels) if other == label])
+        for label in dict.fromkeys(labels)
+    }
+
+
+def _check_ids(rows: Any, vocab_size: int) -> None:
+    """The data must have been made with the model's tokenizer: ids within its rows."""
+    largest = dataset.largest_id(rows)
+    if largest >= vocab_size:
+        raise DataError(
+            f"the data holds token id {largest}, but the model has {vocab_size} embedding rows: "
+            "prepare the data and resize the model with the same tokenizer"
+        )
+
+
+def write_merged(model_dir: Path, output_dir: Path, max_shard_size: str = "2GB") -> None:
+    """Merge `output_dir`/adapter into the model of `model_dir` and write it to `output_dir`.
+
+    The adapter is read back from the disk, so what is merged is what was saved; the model's
+    stored dtype is kept. The folder loads with plain `AutoModelForCausalLM` and `AutoTokenizer`.
+    """
+    model = GlmForCausalLM.from_pretrained(model_dir, dtype="auto")
+    merged = PeftModel.from_pretrained(model, output_dir / ADAPTER).merge_and_unload()
+    merged.save_pretrained(output_dir, max_shard_size=max_shard_size)
+    for name in tokenizer.FILES:
+        shutil.copyfile(model_dir / name, output_dir / name)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The Trainer's log of a folder that `train_and_publish` made."""
+    return json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
