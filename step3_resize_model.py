@@ -1,0 +1,54 @@
+"""Step 3: give the checkpoint rows for the new pieces, as a GlmForCausalLM of transformers.
+
+Reads   <base model>/ in ChatGLM3's own layout, <artifacts>/step2_tokenizer/
+Writes  <artifacts>/step3_model/  weights, config.json, generation_config.json, tokenizer
+Run     python step3_resize_model.py
+"""
+
+import logging
+from pathlib import Path
+
+import constants
+from chatglm_ja.artifacts import Output, open_artifact, open_file_input
+from chatglm_ja.cli import run
+from chatglm_ja.config import ResizeModelConfig, parse
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    config = parse(ResizeModelConfig, __doc__, constants.STEP3)
+    inputs = [
+        open_file_input("base_tokenizer", config.base_model / "tokenizer.model"),
+        open_file_input("base_model", config.base_model),
+        open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
+    ]
+    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
+    if output.is_finished(config.overwrite):
+        return
+
+    from chatglm_ja import checkpoint, resize
+
+    base = checkpoint.Checkpoint(config.base_model)
+    with output.write() as folder:
+        output.counts.update(
+            resize.resize_checkpoint(
+                base,
+                config.tokenizer,
+                folder,
+                init=config.init,
+                pad_to_multiple=config.pad_to_multiple,
+                max_shard_bytes=int(config.max_shard_gb * 1e9),
+                seed=config.seed,
+            )
+        )
+    log.info(
+        "%(old_rows)d rows -> %(new_rows)d: %(kept)d kept, %(initialised)d initialised, "
+        "%(padding)d padding",
+        output.counts,
+    )
+    log.info("resized model: %s", config.output_dir)
+
+
+if __name__ == "__main__":
+    run(main)

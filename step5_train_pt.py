@@ -1,0 +1,33 @@
+"""Step 5: continue pretraining, LoRA on the transformer and both embeddings in full, together.
+
+Reads   <artifacts>/step3_model/, <artifacts>/step4_data/
+Writes  <artifacts>/step5_pt/  the merged model, its tokenizer, adapter/, history.json
+Run     python step5_train_pt.py                      one GPU or the CPU; breakpoints work
+        bash step5_train_pt_multi_gpu.sh              all GPUs, DeepSpeed ZeRO-2
+"""
+
+from pathlib import Path
+
+import constants
+from chatglm_ja.artifacts import Output, open_artifact
+from chatglm_ja.cli import run
+from chatglm_ja.config import TrainingConfig, parse
+
+
+def main() -> None:
+    config = parse(TrainingConfig, __doc__, constants.STEP5)
+    inputs = [
+        open_artifact(config.model, "step3_resize_model.py"),
+        open_artifact(config.data, "step4_prepare_data.py"),
+    ]
+    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
+    if output.is_finished(config.overwrite):
+        return
+
+    from chatglm_ja import training
+
+    training.train_and_publish(config, output, "pretrain")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""Step 7: what the model gained and what it cost, from the base through every stage.
+
+Reads   <base model>/, <artifacts>/step2_tokenizer/, step3_model/, step5_pt/, step6_sft/
+Writes  <artifacts>/step7_eval/  results.json, results.md, report.html
+Run     python step7_eval.py
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import constants
+from chatglm_ja import corpus
+from chatglm_ja.artifacts import Output, open_artifact, open_file_input
+from chatglm_ja.cli import run
+from chatglm_ja.config import EvalConfig, Source, parse
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    config = parse(EvalConfig, __doc__, constants.STEP7)
+    sources = [Source.parse(spec) for spec in config.sources]
+    pretrained = open_artifact(config.pretrained, "step5_train_pt.py")
+    sft = open_artifact(config.sft, "step6_train_sft.py")
+    inputs = [
+        open_file_input("base_tokenizer", config.base_model / "tokenizer.model"),
+        open_file_input("base_model", config.base_model),
+        open_file_input("held_out", *corpus.local_paths(sources)),
+        open_file_input("prompts", config.prompts),
+        open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
+        open_artifact(config.resized, "step3_resize_model.py"),
+        pretrained,
+        sft,
+    ]
+    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
+    if output.is_finished(config.overwrite):
+        print((config.output_dir / "results.md").read_text(encoding="utf-8"))
+        return
+
+    from tqdm.auto import tqdm
+
+    from chatglm_ja import checkpoint, evaluation, report, tokenizer, training
+
+    base_proto = tokenizer.read_model(config.base_model / tokenizer.MODEL_FILE)
+    before = tokenizer.processor(tokenizer.with_special_tokens(base_proto))
+    after = tokenizer.load(config.tokenizer)
+    prompts = evaluation.read_prompts(config.prompts)
+    texts: dict[str, list[str]] = {}
+    for source in sources:
+        chosen = evaluation.take_characters(corpus.read_texts(source), config.max_chars)
+        texts.setdefault(source.label, []).extend(chosen)
+
+    def evaluate(name: str, model: Any, encoder: Any) -> dict[str, Any]:
+        languages = {}
+        for language, documents in texts.items():
+            score = evaluation.score_texts(
+                model, encoder, documents, config.window, config.batch_size
+            )
+            languages[language] = {
+                **dataclasses.asdict(score),
+                "bits_per_char": score.bits_per_char,
+                "tokens_per_char": score.tokens_per_char,
+            }
+        asked = [(language, question) for language in prompts for question in prompts[language]]
+        answers = []
+        for language, question in tqdm(asked, desc=f"{name}: answers", leave=False):
+            given = evaluation.answer(model, encoder, question, config.max_new_tokens)
+            answers.append(
+                {"language": language, "question": question, **dataclasses.asdict(given)}
+            )
+        bits = ", ".join(f"{k} {v['bits_per_char']:.3f}" for k, v in languages.items())
+        log.info("%s: bits per character %s", name, bits)
+        return {"name": name, "languages": languages, "answers": answers}
+
+    base = checkpoint.load_base(config.base_model, evaluation.eval_dtype())
+    stages = [evaluate("base", base.to(evaluation.device()), before)]
+    del base
+    for name, folder in (
+        ("resized", config.resized),
+        ("pretrained", config.pretrained),
+        ("sft", config.sft),
+    ):
+        stages.append(evaluate(name, evaluation.load_model(folder), after))
+
+    sentence = (
+        next((line for line in texts["ja"][0].split("\n") if len(line) > 40), texts["ja"][0][:80])
+        if "ja" in texts
+        else next(iter(texts.values()))[0][:80]
+    )
+    results = {
+        "stages": stages,
+        "segmentation": {
+            language: tokenizer.compare(before, after, documents).row()
+            for language, documents in texts.items()
+        },
+        "sample": {
+            "text": sentence,
+            "before": before.encode(sentence, out_type=str),
+            "after": after.encode(sentence, out_type=str),
+        },
+        "curves": {
+            "Step 5, continued pretraining": training.read_history(config.pretrained),
+            "Step 6, instructions": training.read_history(config.sft),
+        },
+        "lineage": output.lineage,
+        "versions": sft.manifest["versions"],
+    }
+    with output.write() as folder:
+        text = json.dumps(results, indent=1, ensure_ascii=False)
+        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(report.markdown(results), encoding="utf-8")
+        (folder / "report.html").write_text(report.page(results), encoding="utf-8")
+    print(report.markdown(results))
+    log.info("report: %s", config.output_dir / "report.html")
+
+
+if __name__ == "__main__":
+    run(main)
