@@ -1,0 +1,42 @@
+# make demo     everything from an empty folder: environment, base model, steps 1 to 7
+# make test     the tests (builds the environment first)
+# make check    ruff, mypy, and the tests
+# make clean    remove the results, keep the environment
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# The first interpreter of a supported version; override with `make PYTHON3=...`.
+PYTHON3 ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/ready
+	$(PYTHON) demo/build_base_model.py
+	$(PYTHON) step1_train_tokenizer.py
+	$(PYTHON) step2_merge_tokenizer.py
+	$(PYTHON) step3_resize_model.py
+	$(PYTHON) step4_prepare_data.py
+	$(PYTHON) step5_train_pt.py
+	$(PYTHON) step6_train_sft.py
+	$(PYTHON) step7_eval.py
+
+test: $(VENV)/ready
+	$(PYTHON) -m pytest
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy .
+	$(PYTHON) -m pytest
+
+clean:
+	rm -rf artifacts
+
+$(VENV)/ready: requirements.txt
+	@test -n "$(PYTHON3)" || { echo "error: Python 3.11 or 3.12 not found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }
+	@echo "setting up $(VENV) (about a minute and, without a cache, a download of 1 GB or more)"
+	@rm -rf $(VENV) && $(PYTHON3) -m venv $(VENV)
+	@$(VENV)/bin/pip install -qq -r requirements.txt
+	@touch $@

@@ -1,0 +1,188 @@
+"""Hand-off folders: whole or absent, refused when damaged or made from something else."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.artifacts import Input, Output, merge_lineage, open_artifact, open_file_input
+from chatglm_ja.errors import ArtifactError
+from tests.conftest import PROJECT
+
+
+def make(
+    path: Path,
+    step: str = "step1_x",
+    content: str = "content",
+    inputs: list[Input] | None = None,
+    overwrite: bool = False,
+    **arguments: Any,
+) -> bool:
+    """Publish a small artifact; False when it was finished already."""
+    output = Output(path, step, arguments, inputs or [])
+    if output.is_finished(overwrite):
+        return False
+    with output.write() as folder:
+        (folder / "data.txt").write_text(content)
+    return True
+
+
+def test_a_published_folder_opens(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    artifact = open_artifact(tmp_path / "a", "step1_x.py")
+    assert artifact.role == "step1_x"
+    assert artifact.manifest["files"]["data.txt"]["bytes"] == 7
+
+
+def test_a_missing_artifact_names_the_step(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"a not found: run step1_x\.py first"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ArtifactError, match=r"not a finished artifact.*run step1_x\.py first"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.write_text("contend"), "SHA-256"),
+        (lambda f: f.write_text("cont"), "has 4 bytes, expected 7"),
+        (lambda f: f.unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_artifact_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    make(tmp_path / "a")
+    damage(tmp_path / "a" / "data.txt")
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(tmp_path / "a", "step1_x.py")
+    with pytest.raises(ArtifactError, match=message):
+        make(tmp_path / "a")
+
+
+def test_an_artifact_of_another_step_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="was made by step1_x, expected one of step2_y"):
+        open_artifact(tmp_path / "a", "step2_y.py")
+
+
+def test_a_finished_step_does_nothing_unless_told(tmp_path: Path) -> None:
+    assert make(tmp_path / "a", size=1)
+    assert not make(tmp_path / "a", content="new", size=1)
+    assert (tmp_path / "a" / "data.txt").read_text() == "content"
+    with pytest.raises(ArtifactError, match="was made with size=1, not 2: pass --overwrite"):
+        make(tmp_path / "a", size=2)
+    assert make(tmp_path / "a", content="new", overwrite=True, size=2)
+    assert (tmp_path / "a" / "data.txt").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_other_inputs_are_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    source = tmp_path / "corpus.txt"
+    source.write_text("one")
+    first = open_file_input("corpus", source)
+    make(tmp_path / "a", inputs=[first])
+    source.write_text("two")
+    second = open_file_input("corpus", source)
+    with pytest.raises(ArtifactError) as error:
+        make(tmp_path / "a", inputs=[second])
+    assert first.fingerprint[:12] in str(error.value)
+    assert second.fingerprint[:12] in str(error.value)
+
+
+def test_an_artifact_whose_ancestor_changed_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", "step2_y", inputs=[open_artifact(tmp_path / "a", "step1_x.py")])
+    make(tmp_path / "c", "step3_z", inputs=[open_artifact(tmp_path / "b", "step2_y.py")])
+    # Made again with the same content: nothing changed.
+    make(tmp_path / "a", overwrite=True)
+    open_artifact(tmp_path / "c", "step3_z.py")
+    make(tmp_path / "a", content="other", overwrite=True)
+    with pytest.raises(ArtifactError, match=r"b was made from step1_x .* is now .*step2_y\.py"):
+        open_artifact(tmp_path / "c", "step3_z.py")
+
+
+def test_inputs_made_with_different_tokenizers_do_not_meet() -> None:
+    model = Input("step3", Path("m"), "1" * 64, {"tokenizer": "a" * 64})
+    data = Input("step4", Path("d"), "2" * 64, {"tokenizer": "b" * 64})
+    with pytest.raises(
+        ArtifactError, match="step3 was made with tokenizer aaaaaaaaaaaa, but step4"
+    ):
+        merge_lineage([model, data])
+
+
+def test_a_moved_artifact_tree_stays_valid(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    make(tmp_path / "old" / "a")
+    make(
+        tmp_path / "old" / "b", "step2_y",
+        inputs=[open_artifact(tmp_path / "old" / "a", "step1_x.py")],
+    )  # fmt: skip
+    (tmp_path / "old").rename(tmp_path / "new")
+    open_artifact(tmp_path / "new" / "b", "step2_y.py")
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    output = Output(tmp_path / "a", "step1_x", {}, [])
+    with pytest.raises(RuntimeError), output.write() as folder:
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="no step made it"):
+        make(tmp_path / "a", overwrite=True)
+    assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from chatglm_ja import artifacts
+path = Path(sys.argv[1])
+output = artifacts.Output(path, "step1_x", {}, [])
+moment = sys.argv[2]
+rename = Path.rename
+def rename_and_die(self, target):
+    if moment == "before rename":
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+output.is_finished(True)
+with output.write() as folder:
+    (folder / "data.txt").write_text("new")
+    if moment == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path.rename = rename_and_die
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "before rename", "between renames"])
+def test_a_kill_leaves_the_old_result_or_none(tmp_path: Path, moment: str) -> None:
+    for earlier in (False, True):
+        path = tmp_path / f"a{earlier}"
+        if earlier:
+            make(path, content="old")
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(path), moment],
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        )
+        assert killed.returncode == -signal.SIGKILL
+        if earlier:
+            # The next run finds the former result, or puts it back.
+            assert not make(path)
+            assert (path / "data.txt").read_text() == "old"
+        elif moment == "between renames":
+            # There was nothing to move away, so the kill came after the publication.
+            assert (path / "data.txt").read_text() == "new"
+        else:
+            with pytest.raises(ArtifactError, match="not found"):
+                open_artifact(path, "step1_x.py")
+            assert make(path)

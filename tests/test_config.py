@@ -1,0 +1,95 @@
+"""Command lines: defaults from the profile, everything wrong said at once and before loading."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.config import (
+    PrepareDataConfig,
+    Source,
+    TrainingConfig,
+    TrainTokenizerConfig,
+    parse,
+    parse_shares,
+)
+from chatglm_ja.errors import ConfigError
+
+DEFAULTS: dict[str, Any] = {"model": Path("m"), "data": Path("d"), "output_dir": Path("o")}
+
+
+def parse_training(*argv: str) -> TrainingConfig:
+    return parse(TrainingConfig, "", DEFAULTS, argv)
+
+
+def test_flags_go_before_the_profile_and_the_profile_before_the_class() -> None:
+    config = parse(TrainingConfig, "", {**DEFAULTS, "lora_rank": 4, "seed": 7}, ["--seed", "9"])
+    assert (config.lora_rank, config.seed, config.logging_steps) == (4, 9, 10)
+    assert not parse_training("--no-train-embeddings").train_embeddings
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora-rnk", "4"], "unrecognized arguments: --lora-rnk 4"),
+        (["--lora-rank", "many"], "argument --lora-rank: invalid int value: 'many'"),
+        (["--precision", "int8"], "invalid choice: 'int8'"),
+        (["--lora-rank", "0"], "--lora-rank is 0, expected 1 to inf"),
+        (["--warmup-ratio", "2"], "--warmup-ratio is 2.0, expected 0 to 1"),
+        (["--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--deepspeed", "none.json"], "--deepspeed none.json not found"),
+        (["--max-steps", "0"], "leave nothing to train"),
+    ],
+)
+def test_bad_flags_are_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_training(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"--lora-rank is 0.*; --seed is -1.*; --max-steps"):
+        parse_training("--lora-rank", "0", "--seed", "-1", "--max-steps", "0")
+
+
+def test_shares_must_name_the_sources() -> None:
+    with pytest.raises(ConfigError, match="--shares names ja, zh, but the sources are ja"):
+        PrepareDataConfig(
+            output_dir=Path("o"), tokenizer=Path("t"), total_tokens=1, sft_examples=1,
+            sources=("ja=x.txt",), shares=("ja=1", "zh=1"),
+            sft_sources=("ja=x.jsonl",), sft_shares=("ja=1",),
+        )  # fmt: skip
+
+
+def test_a_path_that_nobody_set_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="--sources is not set: Japanese texts"):
+        parse(TrainTokenizerConfig, "", {"output_dir": Path("o")}, [])
+
+
+def test_a_misspelled_profile_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"constants\.py sets lora_rnk"):
+        parse(TrainingConfig, "", {**DEFAULTS, "lora_rnk": 1}, [])
+
+
+def test_paths_and_progress_settings_do_not_shape_the_result() -> None:
+    arguments = parse_training("--logging-steps", "3").arguments()
+    assert "logging_steps" not in arguments
+    assert "model" not in arguments
+    assert "deepspeed" not in arguments
+    assert arguments["lora_rank"] == 8
+
+
+def test_source_grammar() -> None:
+    spec = "en=microsoft/wiki_qa@default?label=1#question>answer"
+    assert Source.parse(spec) == Source(
+        "en", "microsoft/wiki_qa", "default", ("label", "1"), "question>answer"
+    )
+    assert Source.parse("ja=a/b.txt") == Source("ja", "a/b.txt")
+
+
+def test_shares_add_up_to_one() -> None:
+    assert parse_shares(["ja=76", "zh=12", "en=12"]) == {"ja": 0.76, "zh": 0.12, "en": 0.12}
+    for bad in (["ja"], ["ja=x"], ["ja=-1", "zh=2"], ["ja=0"]):
+        with pytest.raises(ConfigError):
+            parse_shares(bad)

@@ -1,0 +1,137 @@
+"""Reading: the formats, what is refused and how it is said; mixing to exact shares."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from chatglm_ja import corpus
+from chatglm_ja.config import Source
+from chatglm_ja.errors import ConfigError, DataError
+
+
+def write(path: Path, text: str | bytes) -> Source:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return Source("ja", str(path))
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
+    texts = ["一つ目", "二つ目\u2028の文書"]
+    lines = "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in texts)
+    sources = [
+        write(tmp_path / "a.jsonl", lines),
+        write(tmp_path / "a.jsonl.gz", gzip.compress(lines.encode())),
+        write(tmp_path / "a.txt", "\n".join(texts) + "\n\n"),
+        write(tmp_path / "a.json", json.dumps([{"text": t} for t in texts])),
+    ]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    sources.append(Source("ja", str(tmp_path / "a.parquet")))
+    for source in sources:
+        assert list(corpus.read_texts(source)) == texts, source.path
+
+
+def test_columns_and_conditions(tmp_path: Path) -> None:
+    rows = [{"body": "x", "label": 1}, {"body": "y", "label": 0}]
+    write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    source = Source.parse(f"en={tmp_path}/a.jsonl?label=1#body")
+    assert list(corpus.read_texts(source)) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": ', "a.jsonl line 2 is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        (
+            "a.jsonl",
+            '{"body": "x"}\n',
+            "record 1 has no text in column 'text'; its columns are body",
+        ),
+        ("a.jsonl", '{"text": 5}\n', "no text in column 'text'"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', "lone surrogate"),
+        ("a.txt", b"\xff\xfe\x00", "is not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "damaged gzip file"),
+        ("a.jsonl.gz", b"plain", "damaged gzip file"),
+        ("a.docx", b"x", "expected a .txt, .jsonl"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    source = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message):
+        list(corpus.read_texts(source))
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing.jsonl not found"):
+        list(corpus.read_texts(Source("ja", str(tmp_path / "nothing.jsonl"))))
+
+
+def test_a_data_set_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` takes a folder as a name; the streaming path is the one of the hub."""
+    folder = tmp_path / "my_dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "ある文"}\n', encoding="utf-8")
+    monkeypatch.setattr(corpus, "is_local", lambda source: False)
+    assert list(corpus.read_texts(Source("ja", str(folder)))) == ["ある文"]
+
+
+def test_conversation_formats(tmp_path: Path) -> None:
+    expected = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    records = {
+        "messages": {"messages": expected},
+        "conversations": {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+        },
+        "instruction+input>output": {"instruction": "q", "input": "", "output": "a"},
+    }
+    for fields, record in records.items():
+        write(tmp_path / "a.jsonl", json.dumps(record))
+        source = Source("ja", str(tmp_path / "a.jsonl"), fields=fields)
+        assert list(corpus.read_conversations(source)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": "hello"}, "no list of messages"),
+        ({"messages": [{"role": "moderator", "content": "x"}]}, "role 'moderator'"),
+        ({"messages": [{"role": "user", "content": None}]}, "content of type NoneType"),
+        ({"text": "x"}, "its columns: text"),
+    ],
+)
+def test_bad_conversations_are_named(tmp_path: Path, record: object, message: str) -> None:
+    source = write(tmp_path / "a.jsonl", json.dumps(record))
+    with pytest.raises(DataError, match=message):
+        list(corpus.read_conversations(source))
+
+
+def test_mix_gives_exact_shares_interleaved() -> None:
+    streams = {
+        "ja": iter([[1] * 30] * 100),
+        "zh": iter([[2] * 7] * 100),
+        "en": iter([[3] * 11] * 100),
+    }
+    tokens = [
+        label
+        for label, ids in corpus.mix(streams, {"ja": 0.76, "zh": 0.12, "en": 0.12}, 1000)
+        for _ in ids
+    ]
+    assert len(tokens) == 1000
+    assert [tokens.count(label) for label in ("ja", "zh", "en")] == [760, 120, 120]
+    # Interleaved: every half holds its share up to one document.
+    assert abs(tokens[:500].count("ja") - 380) <= 30
+
+
+def test_mix_says_what_is_missing() -> None:
+    streams = {"ja": iter([[1] * 10] * 100), "zh": iter([[2] * 10])}
+    with pytest.raises(DataError, match=r"zh has 10 tokens for a share of 120: lower --total.* 83"):
+        list(corpus.mix(streams, {"ja": 0.88, "zh": 0.12}, 1000))
+
+
+@pytest.mark.parametrize("spec", ["nothing", "ja=", "=x", "ja=x?label"])
+def test_bad_source_specs(spec: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form"):
+        Source.parse(spec)

@@ -1,0 +1,95 @@
+"""The training loss against plain PyTorch, and packed documents against separate ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GlmForCausalLM
+
+from chatglm_ja import chat, dataset
+from chatglm_ja.model import GlmForTraining, token_losses_sum
+
+Row = dict[str, list[int]]
+
+
+@pytest.fixture
+def model(resized_dir: Path) -> GlmForTraining:
+    return GlmForTraining.from_pretrained(resized_dir, dtype=torch.float32)
+
+
+@pytest.fixture
+def documents(encoder: Any) -> list[list[int]]:
+    texts = ["これは最初の文書です。", "A second one, in English.", "第三篇文档。", "短い"]
+    return [[*chat.prefix_ids(encoder), *encoder.encode(text), 2] for text in texts]
+
+
+def test_the_loss_is_the_plain_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 400, 16, requires_grad=True)
+    weight = torch.randn(500, 16, requires_grad=True)
+    labels = torch.randint(0, 500, (3, 400))
+    labels[0, 50:300] = chat.IGNORE
+    loss = token_losses_sum(hidden, weight, labels)
+    loss.backward()
+    ours = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    logits = (hidden @ weight.T)[:, :-1].reshape(-1, 500)
+    plain = F.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+    plain.backward()
+    assert torch.allclose(loss, plain, rtol=1e-6)
+    for mine, theirs in zip(ours, (hidden.grad, weight.grad), strict=True):
+        assert mine is not None and theirs is not None
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_give_the_loss_of_transformers(model: Any, documents: list[list[int]]) -> None:
+    ids = torch.tensor([documents[0]])
+    loss = model(ids, labels=ids).loss
+    reference = GlmForCausalLM.forward(model, ids, labels=ids).loss
+    assert torch.allclose(loss, reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_documents_train_as_separate_ones(
+    model: Any, documents: list[list[int]], checkpointing: bool
+) -> None:
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    collate = dataset.Collator(document_mask=True)
+    count = sum(len(document) - 1 for document in documents)
+
+    def gradient(rows: list[Row]) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        total = 0.0
+        for row in rows:
+            loss = model(**collate([row]), num_items_in_batch=count).loss
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    packed: Row = {
+        "input_ids": [token for document in documents for token in document],
+        "lengths": [len(document) for document in documents],
+    }
+    separate: list[Row] = [{"input_ids": d, "lengths": [len(d)]} for d in documents]
+    packed_loss, packed_grad = gradient([packed])
+    separate_loss, separate_grad = gradient(separate)
+    assert packed_loss == pytest.approx(separate_loss, rel=1e-5)
+    assert torch.allclose(packed_grad, separate_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_without_the_document_mask_attention_crosses_documents(
+    model: Any, documents: list[list[int]]
+) -> None:
+    """The counter-check: the test above would notice a mask that is not applied."""
+    row: Row = {"input_ids": documents[0] + documents[1], "lengths": [len(documents[0]), 0]}
+    row["lengths"][1] = len(documents[1])
+    losses = []
+    for masked in (True, False):
+        batch = dataset.Collator(masked)([row])
+        batch["labels"][0, : len(documents[0]) + 1] = chat.IGNORE
+        losses.append(model(**batch).loss.item())
+    assert abs(losses[0] - losses[1]) > 1e-4

@@ -1,0 +1,275 @@
+"""The steps as programs: from an empty folder to the report, in order and out of it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DATA, PROJECT
+
+STEPS = sorted(path.name for path in PROJECT.glob("step[1-7]_*.py"))
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+
+# A smaller demo: the flags that make every step take seconds.
+SMALL = {
+    "demo/build_base_model.py": "--vocab-size 3000 --hidden-size 64 --num-layers 2 --steps 8",
+    "step1_train_tokenizer.py": "--vocab-size 2500",
+    "step2_merge_tokenizer.py": "",
+    "step3_resize_model.py": "",
+    "step4_prepare_data.py": (
+        "--total-tokens 20000 --validation-tokens 3000 --block-size 128 --sft-examples 60 "
+        "--sft-validation-examples 10"
+    ),
+    "step5_train_pt.py": "--max-steps 4 --logging-steps 1",
+    "step6_train_sft.py": "--max-steps 4 --logging-steps 1",
+    "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
+}
+
+
+class Runner:
+    """Runs the project's programs on an artifact root of its own."""
+
+    def __init__(self, artifacts: Path) -> None:
+        self.root = artifacts
+        self.folder = artifacts / "demo"
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")},
+            "CHATGLM_JA_ARTIFACTS": str(artifacts),
+        }
+
+    def command(self, script: str, *flags: str) -> list[str]:
+        program = ["bash"] if script.endswith(".sh") else [sys.executable]
+        return [*program, str(PROJECT / script), *flags]
+
+    def run(self, script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(script, *flags),
+            env=self.environment | environment,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    def small(self, script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+        name = script.replace("_multi_gpu.sh", ".py")
+        return self.run(script, *SMALL[name].split(), *flags, **environment)
+
+    def losses(self, folder: Path) -> list[float]:
+        history = json.loads((folder / "history.json").read_text())
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def error_of(result: subprocess.CompletedProcess) -> str:
+    """The one line that a user sees when a step refuses."""
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    runner = Runner(tmp_path_factory.mktemp("artifacts"))
+    for script in SMALL:
+        result = runner.small(script)
+        assert result.returncode == 0, f"{script}\n{result.stderr}"
+    return runner
+
+
+@pytest.fixture
+def unlocked(pipeline: Runner) -> Iterator[Runner]:
+    """The finished pipeline, put back as it was after the test."""
+    kept = pipeline.root / "kept"
+    subprocess.run(["cp", "-a", str(pipeline.folder), str(kept)], check=True)
+    yield pipeline
+    subprocess.run(["rm", "-rf", str(pipeline.folder)], check=True)
+    kept.rename(pipeline.folder)
+
+
+def test_the_report_has_every_stage_and_language(pipeline: Runner) -> None:
+    results = json.loads((pipeline.folder / "step7_eval" / "results.json").read_text())
+    assert [stage["name"] for stage in results["stages"]] == [
+        "base",
+        "resized",
+        "pretrained",
+        "sft",
+    ]
+    base, resized = (stage["languages"] for stage in results["stages"][:2])
+    for language in ("zh", "en"):
+        assert results["segmentation"][language]["identical_share"] == 1.0
+        assert base[language]["tokens"] == resized[language]["tokens"]
+        # The new rows take a little probability; nothing else changed.
+        assert 1.0 <= resized[language]["bits_per_char"] / base[language]["bits_per_char"] < 1.1
+    assert resized["ja"]["tokens"] < 0.8 * base["ja"]["tokens"]
+    page = (pipeline.folder / "step7_eval" / "report.html").read_text(encoding="utf-8")
+    assert "pretrained" in page and "<svg" in page
+
+
+def test_the_folders_load_with_plain_transformers(pipeline: Runner) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("step3_model", "step5_pt", "step6_sft"):
+        model = AutoModelForCausalLM.from_pretrained(pipeline.folder / name)
+        tokenizer = AutoTokenizer.from_pretrained(pipeline.folder / name)
+        assert type(model).__name__ == "GlmForCausalLM"
+        assert len(tokenizer) <= model.config.vocab_size < len(tokenizer) + 64
+
+
+def test_a_finished_step_does_nothing(pipeline: Runner) -> None:
+    for script in ("step2_merge_tokenizer.py", "step5_train_pt.py"):
+        started = time.monotonic()
+        result = pipeline.small(script)
+        assert result.returncode == 0
+        assert "is finished already; --overwrite makes it again" in result.stderr
+        assert time.monotonic() - started < 2
+
+
+def test_other_settings_are_not_passed_over_in_silence(pipeline: Runner) -> None:
+    result = pipeline.small("step5_train_pt.py", "--lora-rank", "3")
+    assert "was made with lora_rank=16, not 3: pass --overwrite" in error_of(result)
+
+
+def test_a_missing_artifact_names_the_step_to_run(unlocked: Runner) -> None:
+    subprocess.run(["rm", "-r", str(unlocked.folder / "step3_model")], check=True)
+    assert "run step3_resize_model.py first" in error_of(unlocked.small("step5_train_pt.py"))
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(unlocked: Runner) -> None:
+    result = unlocked.small("step2_merge_tokenizer.py", "--policy", "kana", "--overwrite")
+    assert result.returncode == 0, result.stderr
+    for script in ("step3_resize_model.py", "step4_prepare_data.py", "step5_train_pt.py"):
+        message = error_of(unlocked.small(script))
+        assert len(set(re.findall(r"\b[0-9a-f]{12}\b", message))) == 2, message
+        assert "--overwrite" in message
+    assert unlocked.small("step4_prepare_data.py", "--overwrite").returncode == 0
+    message = error_of(unlocked.small("step5_train_pt.py", "--overwrite"))
+    assert "step2_merge_tokenizer" in message
+
+
+def test_another_base_is_refused(unlocked: Runner, base_dir: Path) -> None:
+    result = unlocked.small("step3_resize_model.py", "--base-model", str(base_dir), "--overwrite")
+    assert "step2_merge_tokenizer was made with base_tokenizer" in error_of(result)
+
+
+def test_a_killed_step_leaves_nothing_for_the_next(unlocked: Runner) -> None:
+    subprocess.run(["rm", "-r", str(unlocked.folder / "step5_pt")], check=True)
+    process = subprocess.Popen(
+        unlocked.command("step5_train_pt.py", "--max-steps", "1000"),
+        env=unlocked.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 10/" in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "run step5_train_pt.py first" in error_of(unlocked.small("step6_train_sft.py"))
+    assert unlocked.small("step5_train_pt.py").returncode == 0
+    assert not list(unlocked.folder.glob(".*"))
+
+
+@pytest.mark.parametrize(("step", "output"), [("5_train_pt", "5_pt"), ("6_train_sft", "6_sft")])
+def test_two_processes_train_as_one(pipeline: Runner, step: str, output: str) -> None:
+    """ZeRO-2 over gloo: the same global batch gives the same losses to four digits."""
+    two = pipeline.root / f"two_{output}"
+    result = pipeline.small(
+        f"step{step}_multi_gpu.sh",
+        "--micro-batch-size", "4", "--output-dir", str(two), NPROC_PER_NODE="2",
+        MASTER_PORT="29533",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    counts = json.loads((two / "manifest.json").read_text())["counts"]
+    assert counts["world_size"] == 2
+    one = pipeline.losses(pipeline.folder / f"step{output}")
+    assert len(one) == 4
+    assert pipeline.losses(two) == pytest.approx(one, rel=1e-4)
+
+
+def test_no_gpu_and_no_process_count_is_one_line(pipeline: Runner) -> None:
+    result = pipeline.run("step5_train_pt_multi_gpu.sh", NPROC_PER_NODE="", PATH="/usr/bin:/bin")
+    assert "set NPROC_PER_NODE" in error_of(result)
+
+
+def test_a_breakpoint_in_a_step_is_hit(pipeline: Runner) -> None:
+    """`python step5_train_pt.py` is the process that trains: a debugger stops in it."""
+    commands = "b chatglm_ja/training.py:train\nc\np config.lora_rank + 1000\nq\n"
+    result = subprocess.run(
+        [sys.executable, "-m", "pdb", str(PROJECT / "step5_train_pt.py"), "--overwrite",
+         "--output-dir", str(pipeline.root / "debug")],
+        input=commands, env=pipeline.environment, cwd=PROJECT, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert "1016" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("script", [*STEPS, "demo/build_base_model.py", "demo/make_data.py"])
+def test_help_answers_at_once_and_documents_every_flag(script: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    result = Runner(tmp_path).run(script, "--help")
+    assert time.monotonic() - started < 1.5
+    assert result.returncode == 0
+    assert "--" in result.stdout
+
+
+@pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])
+def test_both_profiles_are_complete(profile: str, tmp_path: Path) -> None:
+    for script in STEPS:
+        result = Runner(tmp_path).run(
+            script, "--help", CHATGLM_JA_PROFILE=profile, CHATGLM3_6B_DIR="/models/chatglm3"
+        )
+        assert result.returncode == 0, result.stderr
+    assert "/models/chatglm3" not in result.stdout or profile == "chatglm3-6b"
+
+
+def test_the_6b_profile_asks_for_the_model(tmp_path: Path) -> None:
+    result = Runner(tmp_path).run("step2_merge_tokenizer.py", CHATGLM_JA_PROFILE="chatglm3-6b")
+    assert "--base-model is not set" in error_of(result)
+    result = Runner(tmp_path).run("step1_train_tokenizer.py", CHATGLM_JA_PROFILE="big")
+    assert "expected one of demo, chatglm3-6b" in error_of(result)
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, flags=re.DOTALL))
+    scripts = set(re.findall(r"\b(?:python|bash)(?: -m)? ([\w/.]+\.(?:py|sh))", blocks))
+    assert {name for name in scripts if name.startswith("step")} >= set(STEPS)
+    for script in scripts:
+        assert (PROJECT / script).is_file(), script
+        if script.endswith(".sh"):
+            subprocess.run(["bash", "-n", str(PROJECT / script)], check=True)
+    makefile = (PROJECT / "Makefile").read_text()
+    targets = re.findall(r"\bmake (\w+)", blocks)
+    assert "demo" in targets and "test" in targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for name in re.findall(r"`(step\w+\.(?:py|sh))`", README):
+        assert (PROJECT / name).is_file(), name
+
+
+def test_the_demo_data_is_small_and_held_out() -> None:
+    import gzip
+
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 2_500_000
+
+    def ids(name: str) -> set[str]:
+        with gzip.open(DATA / name, "rt", encoding="utf-8") as lines:
+            return {json.loads(line)["id"].split("#")[0] for line in lines}
+
+    trained = set.union(*(ids(path.name) for path in DATA.glob("train_*.gz")))
+    held_out = set.union(*(ids(path.name) for path in DATA.glob("heldout_*.gz")))
+    assert held_out and not trained & held_out
+    with gzip.open(DATA / "train_sft.jsonl.gz", "rt", encoding="utf-8") as lines:
+        kinds = [json.loads(line)["kind"] for line in lines]
+    assert len(kinds) >= 1500
+    assert set(kinds) == {"ja", "zh", "en", "code"}
