@@ -57,16 +57,21 @@ if PROFILE == "demo":
         "sft_validation_examples": 80,
         "max_length": 256,
     }
-    TRAINING: Settings = {"lora_rank": 16, "lora_alpha": 32, "micro_batch_size": 8}
+    TRAINING: Settings = {
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "micro_batch_size": 8,
+        "logging_steps": 25,
+    }
     PRETRAINING: Settings = {
         **TRAINING,
-        "learning_rate": 2e-3,
-        "embedding_learning_rate": 2e-3,
+        "learning_rate": 4e-3,
+        "embedding_learning_rate": 5e-4,
     }
     SFT: Settings = {
         **TRAINING,
         "learning_rate": 2e-3,
-        "embedding_learning_rate": 1e-3,
+        "embedding_learning_rate": 5e-4,
         "epochs": 2.0,
     }
     EVALUATION: Settings = {"window": 256, "max_chars": 40_000, "max_new_tokens": 64}

@@ -5,7 +5,6 @@ Writes  <artifacts>/step7_eval/  results.json, results.md, report.html
 Run     python step7_eval.py
 """
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -40,40 +39,35 @@ def main() -> None:
         print((config.output_dir / "results.md").read_text(encoding="utf-8"))
         return
 
-    from tqdm.auto import tqdm
-
     from chatglm_ja import checkpoint, evaluation, report, tokenizer, training
 
     base_proto = tokenizer.read_model(config.base_model / tokenizer.MODEL_FILE)
     before = tokenizer.processor(tokenizer.with_special_tokens(base_proto))
     after = tokenizer.load(config.tokenizer)
     prompts = evaluation.read_prompts(config.prompts)
-    texts: dict[str, list[str]] = {}
-    for source in sources:
-        chosen = evaluation.take_characters(corpus.read_texts(source), config.max_chars)
-        texts.setdefault(source.label, []).extend(chosen)
+    texts = {
+        language: evaluation.take_characters(
+            (text for s in sources if s.label == language for text in corpus.read_texts(s)),
+            config.max_chars,
+        )
+        for language in dict.fromkeys(source.label for source in sources)
+    }
 
     def evaluate(name: str, model: Any, encoder: Any) -> dict[str, Any]:
-        languages = {}
-        for language, documents in texts.items():
-            score = evaluation.score_texts(
-                model, encoder, documents, config.window, config.batch_size
-            )
-            languages[language] = {
-                **dataclasses.asdict(score),
-                "bits_per_char": score.bits_per_char,
-                "tokens_per_char": score.tokens_per_char,
-            }
-        asked = [(language, question) for language in prompts for question in prompts[language]]
-        answers = []
-        for language, question in tqdm(asked, desc=f"{name}: answers", leave=False):
-            given = evaluation.answer(model, encoder, question, config.max_new_tokens)
-            answers.append(
-                {"language": language, "question": question, **dataclasses.asdict(given)}
-            )
-        bits = ", ".join(f"{k} {v['bits_per_char']:.3f}" for k, v in languages.items())
+        stage = evaluation.evaluate(
+            name,
+            model,
+            encoder,
+            texts,
+            prompts,
+            window=config.window,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+        )
+        scores = stage["languages"].items()
+        bits = ", ".join(f"{language} {row['bits_per_char']:.3f}" for language, row in scores)
         log.info("%s: bits per character %s", name, bits)
-        return {"name": name, "languages": languages, "answers": answers}
+        return stage
 
     base = checkpoint.load_base(config.base_model, evaluation.eval_dtype())
     stages = [evaluate("base", base.to(evaluation.device()), before)]
@@ -85,11 +79,7 @@ def main() -> None:
     ):
         stages.append(evaluate(name, evaluation.load_model(folder), after))
 
-    sentence = (
-        next((line for line in texts["ja"][0].split("\n") if len(line) > 40), texts["ja"][0][:80])
-        if "ja" in texts
-        else next(iter(texts.values()))[0][:80]
-    )
+    sentence = evaluation.sample_sentence(texts[next(iter(texts))])
     results = {
         "stages": stages,
         "segmentation": {

@@ -12,6 +12,7 @@ and, through all its ancestors, that each input is still what it was when it was
 resized for one tokenizer cannot meet data packed with another.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -157,15 +158,33 @@ class Output:
     @contextmanager
     def write(self) -> Iterator[Path]:
         """Give a folder to write into; publish it when the block ends without an exception."""
-        working = self._beside("writing")
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
-        try:
-            yield working
-            self._publish(working)
-        except BaseException:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._only_writer():
+            working = self._beside("writing")
             shutil.rmtree(working, ignore_errors=True)
-            raise
+            working.mkdir()
+            try:
+                yield working
+                self._publish(working)
+            except BaseException:
+                shutil.rmtree(working, ignore_errors=True)
+                raise
+
+    @contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        """Hold a lock that the system releases when this process ends, however it ends."""
+        path = self._beside("lock")
+        with open(path, "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ArtifactError(
+                    f"another process is writing {self.path}: wait for it, or stop it"
+                ) from None
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def _publish(self, working: Path) -> None:
         files: dict[str, dict[str, Any]] = {}
@@ -215,16 +234,20 @@ class Output:
 def merge_lineage(inputs: list[Input]) -> dict[str, str]:
     """The fingerprints of all ancestors of several inputs; an ancestor they disagree on is an
     ArtifactError, since then they do not belong together."""
-    merged: dict[str, tuple[str, str]] = {}
+    merged: dict[str, tuple[Input, str]] = {}
     for source in inputs:
         for role, fingerprint in source.lineage.items():
-            other, known = merged.setdefault(role, (source.role, fingerprint))
-            if known != fingerprint:
-                second = "it is now" if source.role == role else f"{source.role} with"
-                raise ArtifactError(
-                    f"{other} was made with {role} {short(known)}, but {second} "
-                    f"{short(fingerprint)}: run the steps after {role} again with --overwrite"
-                )
+            known_from, known = merged.setdefault(role, (source, fingerprint))
+            if known == fingerprint:
+                continue
+            pair = [(known_from.role, known), (source.role, fingerprint)]
+            # The input itself, if it is one of the two, is what the other should have been made of.
+            (first, old), (second, new) = sorted(pair, key=lambda entry: entry[0] == role)
+            other = "it is now" if second == role else f"{second} with"
+            raise ArtifactError(
+                f"{first} was made with {role} {short(old)}, but {other} {short(new)}: run the "
+                f"steps after {role} again with --overwrite"
+            )
     return {role: fingerprint for role, (_, fingerprint) in merged.items()}
 
 

@@ -5,9 +5,10 @@ a text's tokens, in bits, over the number of its characters. What it costs to sa
 ends is not counted.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def score_texts(
     # causal model's predictions cannot see it.
     cuts.sort(key=lambda cut: len(cut[0]))
     nats = 0.0
-    for batch in tqdm(_batched(cuts, batch_size), total=-(-len(cuts) // batch_size), leave=False):
+    for batch in tqdm(_batched(cuts, batch_size), desc="scoring", leave=False):
         longest = len(batch[-1][0])
         input_ids = torch.full((len(batch), longest), UNK_ID)
         labels = torch.full((len(batch), longest), chat.IGNORE)
@@ -88,15 +89,21 @@ def score_texts(
     return Score(characters, tokens, nats)
 
 
-def _batched(items: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _batched(items: Sequence[Window], size: int) -> list[Sequence[Window]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def take_characters(texts: Iterable[str], limit: int) -> list[str]:
     """Whole texts from the start, until the next one would go over `limit` characters."""
     totals = itertools.accumulate(map(len, (texts := list(texts))))
     return [text for text, total in zip(texts, totals, strict=True) if total <= limit] or texts[:1]
+
+
+def sample_sentence(texts: Iterable[str]) -> str:
+    """A line of 40 to 120 characters to show the segmentation of, or the first text's start."""
+    texts = list(texts)
+    lines = (line for text in texts for line in text.split("\n"))
+    return next((line for line in lines if 40 <= len(line) <= 120), texts[0][:80])
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,34 @@ def answer(model: Any, encoder: Any, question: str, max_new_tokens: int) -> Answ
     ids = output[0, len(prompt) :].tolist()
     stopped = bool(ids) and ids[-1] in stops
     return Answer(encoder.decode(ids[:-1] if stopped else ids).strip(), len(ids), stopped)
+
+
+def evaluate(
+    name: str,
+    model: Any,
+    encoder: Any,
+    texts: Mapping[str, Sequence[str]],
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    window: int,
+    batch_size: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """One stage of the report: the scores of every language and the answers to all questions."""
+    languages = {}
+    for language, documents in texts.items():
+        score = score_texts(model, encoder, documents, window, batch_size)
+        languages[language] = {
+            **dataclasses.asdict(score),
+            "bits_per_char": score.bits_per_char,
+            "tokens_per_char": score.tokens_per_char,
+        }
+    asked = [(language, question) for language in prompts for question in prompts[language]]
+    answers = []
+    for language, question in tqdm(asked, desc=f"{name}: answers", leave=False):
+        given = answer(model, encoder, question, max_new_tokens)
+        answers.append({"language": language, "question": question, **dataclasses.asdict(given)})
+    return {"name": name, "languages": languages, "answers": answers}
 
 
 def read_prompts(path: Path) -> dict[str, list[str]]:

@@ -13,6 +13,8 @@ import logging
 import math
 import os
 import shutil
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -77,10 +79,12 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """A progress bar, and one line per logging step."""
+    """A progress bar, and one line per logging step and per evaluation."""
 
-    def __init__(self, tokens_per_step: int) -> None:
+    def __init__(self, tokens_per_step: int, validation_sets: int) -> None:
         self.tokens_per_step = tokens_per_step
+        self.validation_sets = validation_sets
+        self.validation: dict[str, float] = {}
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -95,18 +99,27 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.bar is None:
             return
-        progress = f"step {state.global_step}/{state.max_steps}"
+        parts = [f"step {state.global_step}/{state.max_steps}"]
         if "loss" in logs:
             rate = state.global_step * self.tokens_per_step / (time.monotonic() - self.started)
-            self.bar.write(
-                f"{progress} | loss {logs['loss']:.4f} | lr {logs['learning_rate']:.2e} | "
-                f"grad norm {logs.get('grad_norm', math.nan):.2f} | {rate:,.0f} tokens/s"
-            )
-        losses = {key[5:-5]: value for key, value in logs.items() if key.endswith("_loss")}
-        validation = {name: loss for name, loss in losses.items() if name and "train" not in name}
-        if validation:
-            shown = " | ".join(f"{name} {loss:.4f}" for name, loss in validation.items())
-            self.bar.write(f"{progress} | validation loss: {shown}")
+            parts += [
+                f"loss {logs['loss']:.4f}",
+                f"lr {logs['learning_rate']:.2e}",
+                f"grad norm {logs.get('grad_norm', math.nan):.2f}",
+                f"{rate:,.0f} tokens/s",
+            ]
+        # The Trainer reports each validation set by itself: wait for the last.
+        self.validation |= {
+            name.removeprefix("eval_").removesuffix("_loss"): value
+            for name, value in logs.items()
+            if name.startswith("eval_") and name.endswith("_loss")
+        }
+        if len(self.validation) == self.validation_sets > 0:
+            parts.append("validation loss")
+            parts += [f"{name} {value:.4f}" for name, value in self.validation.items()]
+            self.validation = {}
+        if len(parts) > 1:
+            self.bar.write(" | ".join(parts), file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
@@ -185,6 +198,8 @@ def train(
     # PEFT and the Trainer draw from the global generators: the same seed on every rank.
     set_seed(config.seed)
     arguments = TrainingArguments(
+        # The Trainer makes this folder and, as nothing is saved through it, leaves it empty.
+        output_dir=str(output_dir or tempfile.gettempdir()),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.micro_batch_size,
@@ -207,6 +222,8 @@ def train(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        # An incomplete last batch would be filled up with rows of the first on several ranks.
+        dataloader_drop_last=True,
         seed=config.seed,
         ddp_find_unused_parameters=False,
     )
@@ -217,23 +234,32 @@ def train(
     _check_ids(train_set, model.config.vocab_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows_per_step = config.micro_batch_size * config.gradient_accumulation * arguments.world_size
-    row_tokens = sum(map(sum, train_set.select(range(min(64, len(train_set))))["lengths"]))
-    tokens_per_step = rows_per_step * row_tokens // min(64, len(train_set))
+    if len(train_set) < rows_per_step:
+        raise DataError(
+            f"the data has {len(train_set)} rows, but a step takes {rows_per_step} (micro-batch x "
+            "accumulation x processes): lower --micro-batch-size or prepare more data"
+        )
+    sample = train_set.select(range(min(64, len(train_set))))["lengths"]
+    tokens_per_step = rows_per_step * sum(map(sum, sample)) // len(sample)
     log.info(
-        "training %.2f M of %.2f M parameters on %d rows, about %s tokens a step",
+        "training %.2f M of %.2f M parameters on %d rows, %d rows or about %s tokens a step",
         trained / 1e6,
         model.num_parameters() / 1e6,
         len(train_set),
+        rows_per_step,
         f"{tokens_per_step:,}",
     )
+    if left_over := len(train_set) % (config.micro_batch_size * arguments.world_size):
+        log.info("every epoch leaves out %d rows, which fill no batch", left_over)
+    validation_sets = _by_label(validation)
     trainer = _Trainer(
         config,
         model=model,
         args=arguments,
         data_collator=dataset.Collator(config.document_mask),
         train_dataset=train_set,
-        eval_dataset=_by_label(validation),
-        callbacks=[_Progress(tokens_per_step)],
+        eval_dataset=validation_sets,
+        callbacks=[_Progress(tokens_per_step, len(validation_sets))],
     )
     trainer.remove_callback(PrinterCallback)
     result = trainer.train()
@@ -255,10 +281,10 @@ def train(
     }
 
 
-def _by_label(validation: Any) -> Any:
+def _by_label(validation: Any) -> dict[str, Any]:
     """The validation rows, one data set per language where the rows say their language."""
     if not len(validation):
-        return None
+        return {}
     if "label" not in validation.column_names:
         return {"all": validation}
     labels = validation["label"]

@@ -43,7 +43,7 @@ class BaseModelConfig(StepConfig):
     vocab_size: int = setting("pieces of the base tokenizer", 8000, low=600)
     hidden_size: int = setting("width of the model", 256, low=32)
     num_layers: int = setting("layers of the model", 4, low=1)
-    steps: int = setting("optimizer steps of pretraining", 550, low=1)
+    steps: int = setting("optimizer steps of pretraining", 500, low=1)
     learning_rate: float = setting("peak learning rate", 2e-3, low=0, high=1)
     seed: int = setting("seed of weights and order", 0, low=0)
 

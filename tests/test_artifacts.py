@@ -133,6 +133,16 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_two_processes_do_not_write_the_same_artifact(tmp_path: Path) -> None:
+    first, second = (Output(tmp_path / "a", "step1_x", {}, []) for _ in range(2))
+    with first.write() as folder:
+        (folder / "data.txt").write_text("first")
+        with pytest.raises(ArtifactError, match="another process is writing"), second.write():
+            pass
+    assert (tmp_path / "a" / "data.txt").read_text() == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
 def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("mine")
