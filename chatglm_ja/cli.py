@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from chatglm_ja.errors import UserError
 
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log file wants few lines
 # Said by libraries at import or on every start, and about nothing that a user can act on.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

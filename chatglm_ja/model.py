@@ -4,10 +4,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ja.chat import IGNORE
+
+# The bars over the shards of a checkpoint; the log says what is loaded.
+transformers.utils.logging.disable_progress_bar()
 
 # Rows of hidden states whose logits are held at once.
 LOSS_CHUNK = 256

@@ -47,7 +47,7 @@ HISTORY_FILE = "history.json"
 
 
 class _Trainer(Trainer):
-    """The Trainer with a learning rate of its own for the embeddings."""
+    """The Trainer with a learning rate of its own for the embeddings, and whole validation sets."""
 
     def __init__(self, config: TrainingConfig, **kwargs: Any) -> None:
         self.config = config
@@ -77,6 +77,14 @@ class _Trainer(Trainer):
             )
         return self.optimizer
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Validation is scored whole: only training drops an incomplete last batch."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
+
 
 class _Progress(TrainerCallback):
     """A progress bar, and one line per logging step and per evaluation."""
@@ -97,13 +105,20 @@ class _Progress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        loss = logs.get("loss", 0.0)
+        if not math.isfinite(loss):
+            # The mean over all ranks: every rank stops here.
+            raise DataError(
+                f"the training loss became {loss} by step {state.global_step}: lower "
+                "--learning-rate and --embedding-learning-rate, or use --precision bf16"
+            )
         if self.bar is None:
             return
         parts = [f"step {state.global_step}/{state.max_steps}"]
         if "loss" in logs:
             rate = state.global_step * self.tokens_per_step / (time.monotonic() - self.started)
             parts += [
-                f"loss {logs['loss']:.4f}",
+                f"loss {loss:.4f}",
                 f"lr {logs['learning_rate']:.2e}",
                 f"grad norm {logs.get('grad_norm', math.nan):.2f}",
                 f"{rate:,.0f} tokens/s",
@@ -144,6 +159,7 @@ def load_for_training(folder: Path, config: TrainingConfig, dtype: torch.dtype) 
     What is trained is kept in float32 (under DeepSpeed bf16, with float32 masters); the rest is
     frozen in `dtype`.
     """
+    log.info("loading %s", folder)
     model: Any = GlmForTraining.from_pretrained(folder, dtype=dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -197,39 +213,7 @@ def train(
     dtype = precision(config)
     # PEFT and the Trainer draw from the global generators: the same seed on every rank.
     set_seed(config.seed)
-    arguments = TrainingArguments(
-        # The Trainer makes this folder and, as nothing is saved through it, leaves it empty.
-        output_dir=str(output_dir or tempfile.gettempdir()),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
-        deepspeed=str(config.deepspeed) if config.deepspeed else None,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="epoch" if len(validation) else "no",
-        eval_on_start=len(validation) > 0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        # An incomplete last batch would be filled up with rows of the first on several ranks.
-        dataloader_drop_last=True,
-        seed=config.seed,
-        ddp_find_unused_parameters=False,
-    )
-    if arguments.n_gpu > 1:
-        # Without torchrun the Trainer would spread the batch over all GPUs with DataParallel.
-        arguments._n_gpu = 1
+    arguments = _trainer_arguments(config, dtype, output_dir, has_validation=len(validation) > 0)
     model = load_for_training(model_dir, config, dtype)
     _check_ids(train_set, model.config.vocab_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -262,16 +246,13 @@ def train(
         callbacks=[_Progress(tokens_per_step, len(validation_sets))],
     )
     trainer.remove_callback(PrinterCallback)
-    result = trainer.train()
-    if not math.isfinite(result.training_loss):
-        raise DataError(
-            f"the training loss became {result.training_loss}: lower --learning-rate and "
-            "--embedding-learning-rate, or use --precision bf16"
-        )
+    trainer.train()
     if output_dir is not None:
         trainer.accelerator.unwrap_model(trainer.model_wrapped).save_pretrained(
             output_dir / ADAPTER, save_embedding_layers=config.train_embeddings
         )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return {
         "trained_parameters": trained,
         "steps": trainer.state.global_step,
@@ -279,6 +260,46 @@ def train(
         "world_size": arguments.world_size,
         "history": trainer.state.log_history,
     }
+
+
+def _trainer_arguments(
+    config: TrainingConfig, dtype: torch.dtype, output_dir: Path | None, has_validation: bool
+) -> TrainingArguments:
+    """The settings in the Trainer's words."""
+    arguments = TrainingArguments(
+        # The Trainer makes this folder and, as nothing is saved through it, leaves it empty.
+        output_dir=str(output_dir or tempfile.gettempdir()),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=str(config.deepspeed) if config.deepspeed else None,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch" if has_validation else "no",
+        eval_on_start=has_validation,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        # An incomplete last batch would be filled up with rows of the first on several ranks.
+        dataloader_drop_last=True,
+        seed=config.seed,
+        ddp_find_unused_parameters=False,
+    )
+    if arguments.n_gpu > 1:
+        # Without torchrun the Trainer would spread the batch over all GPUs with DataParallel.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _by_label(validation: Any) -> dict[str, Any]:
@@ -310,6 +331,7 @@ def write_merged(model_dir: Path, output_dir: Path, max_shard_size: str = "2GB")
     The adapter is read back from the disk, so what is merged is what was saved; the model's
     stored dtype is kept. The folder loads with plain `AutoModelForCausalLM` and `AutoTokenizer`.
     """
+    log.info("merging the adapter")
     model = GlmForCausalLM.from_pretrained(model_dir, dtype="auto")
     merged = PeftModel.from_pretrained(model, output_dir / ADAPTER).merge_and_unload()
     merged.save_pretrained(output_dir, max_shard_size=max_shard_size)

@@ -166,7 +166,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
         optimizer.zero_grad()
         schedule.step()
         losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
 
     tensors = checkpoint.chatglm_tensors(model.state_dict())
     half = ((name, tensor.half().contiguous()) for name, tensor in tensors.items())

@@ -138,6 +138,26 @@ def test_accumulation_changes_nothing(resized_dir: Path, data_dir: Path, tmp_pat
     assert histories[0] == pytest.approx(histories[1], rel=1e-4)
 
 
+def test_a_loss_that_is_not_a_number_stops_at_once(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    model = GlmForCausalLM.from_pretrained(resized_dir)
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(broken)
+    config = config_for(broken, data_dir, tmp_path, max_steps=50)
+    with pytest.raises(DataError, match="the training loss became nan by step 1: lower"):
+        training.train(config, broken, data_dir, "pretrain", None)
+
+
+def test_a_batch_larger_than_the_data_is_refused(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    config = config_for(resized_dir, data_dir, tmp_path, micro_batch_size=5000)
+    with pytest.raises(DataError, match="125 rows, but a step takes 5000"):
+        training.train(config, resized_dir, data_dir, "pretrain", None)
+
+
 def test_data_of_a_larger_vocabulary_is_refused(
     base_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
