@@ -62,6 +62,7 @@ if PROFILE == "demo":
         "lora_alpha": 32,
         "micro_batch_size": 8,
         "logging_steps": 25,
+        "evaluations": 4,
     }
     PRETRAINING: Settings = {
         **TRAINING,

@@ -23,7 +23,7 @@ def main() -> None:
     sources = [Source.parse(spec) for spec in config.sources]
     inputs = [open_file_input("japanese_corpus", *corpus.local_paths(sources))]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_finished(config.overwrite):
+    if output.is_settled(config.overwrite, config.check):
         return
 
     # Large libraries load after the settings are known to be good: --help answers at once.

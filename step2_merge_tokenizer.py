@@ -17,6 +17,7 @@ from chatglm_ja import corpus
 from chatglm_ja.artifacts import Output, open_artifact, open_file_input
 from chatglm_ja.cli import run
 from chatglm_ja.config import MergeTokenizerConfig, Source, parse
+from chatglm_ja.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def main() -> None:
         open_artifact(config.ja_tokenizer, "step1_train_tokenizer.py"),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_finished(config.overwrite):
+    if output.is_settled(config.overwrite, config.check):
         return
 
     from chatglm_ja import checkpoint, tokenizer
@@ -42,9 +43,15 @@ def main() -> None:
     before = tokenizer.processor(tokenizer.with_special_tokens(base))
     after = tokenizer.processor(merged.proto)
     comparison = {
-        source.label: tokenizer.compare(before, after, corpus.read_texts(source)).row()
+        source.label: tokenizer.compare(before, after, corpus.read_texts(source), config.policy)
         for source in sources
     }
+    for source in sources:
+        if broken := comparison[source.label].broken:
+            raise DataError(
+                f"{source.path}: {len(broken)} lines that the policy {config.policy} must leave as "
+                f"they are would be segmented differently, first {broken[0]!r}: nothing was written"
+            )
 
     with output.write() as folder:
         tokenizer.save(merged.proto, folder)
@@ -53,13 +60,14 @@ def main() -> None:
             "pieces": merged.counts(),
             "unspellable": merged.unspellable,
             "unreachable": merged.unreachable,
-            "comparison": comparison,
+            "comparison": {label: result.row() for label, result in comparison.items()},
         }
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (folder / "merge_report.json").write_text(text + "\n", encoding="utf-8")
         output.counts.update(merged.counts())
     log.info("pieces: %s", ", ".join(f"{name} {n:,}" for name, n in merged.counts().items()))
-    for label, row in comparison.items():
+    for label, result in comparison.items():
+        row = result.row()
         log.info(
             "%s: %.2f%% of %d lines segmented as before, tokens per character %.3f -> %.3f",
             label,

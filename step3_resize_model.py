@@ -24,7 +24,7 @@ def main() -> None:
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_finished(config.overwrite):
+    if output.is_settled(config.overwrite, config.check):
         return
 
     from chatglm_ja import checkpoint, resize

@@ -28,7 +28,7 @@ def main() -> None:
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_finished(config.overwrite):
+    if output.is_settled(config.overwrite, config.check):
         return
 
     from chatglm_ja import dataset, tokenizer
@@ -57,7 +57,7 @@ def main() -> None:
             seed=config.seed,
         )
     for name, counts in output.counts.items():
-        log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in counts.items()))
+        log.info("%s: %s", name, dataset.describe(counts))
     log.info("training data: %s", config.output_dir)
 
 

@@ -21,7 +21,7 @@ def main() -> None:
         open_artifact(config.data, "step4_prepare_data.py"),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_finished(config.overwrite):
+    if output.is_settled(config.overwrite, config.check):
         return
 
     from chatglm_ja import training

@@ -18,6 +18,8 @@ from chatglm_ja.config import EvalConfig, Source, parse
 
 log = logging.getLogger(__name__)
 
+RESULTS_TABLE = "results.md"
+
 
 def main() -> None:
     config = parse(EvalConfig, __doc__, constants.STEP7)
@@ -35,8 +37,9 @@ def main() -> None:
         sft,
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_finished(config.overwrite):
-        print((config.output_dir / "results.md").read_text(encoding="utf-8"))
+    if output.is_settled(config.overwrite, config.check):
+        if (config.output_dir / RESULTS_TABLE).exists():
+            print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))
         return
 
     from chatglm_ja import checkpoint, evaluation, report, tokenizer, training
@@ -83,7 +86,7 @@ def main() -> None:
     results = {
         "stages": stages,
         "segmentation": {
-            language: tokenizer.compare(before, after, documents).row()
+            language: tokenizer.compare(before, after, documents, "all").row()
             for language, documents in texts.items()
         },
         "sample": {
@@ -101,7 +104,7 @@ def main() -> None:
     with output.write() as folder:
         text = json.dumps(results, indent=1, ensure_ascii=False)
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "results.md").write_text(report.markdown(results), encoding="utf-8")
+        (folder / RESULTS_TABLE).write_text(report.markdown(results), encoding="utf-8")
         (folder / "report.html").write_text(report.page(results), encoding="utf-8")
     print(report.markdown(results))
     log.info("report: %s", config.output_dir / "report.html")

@@ -98,7 +98,7 @@ class Output:
     """A step's output folder: decides whether there is work to do, and publishes the result.
 
     output = Output(config.output_dir, "step1_train_tokenizer", arguments, inputs)
-    if output.is_finished(config.overwrite):
+    if output.is_settled(config.overwrite, config.check):
         return
     with output.write() as folder:
         ...                          # an exception or a kill leaves no output folder
@@ -115,11 +115,12 @@ class Output:
         self.lineage = merge_lineage(inputs)
         self.counts: dict[str, Any] = {}
 
-    def is_finished(self, overwrite: bool) -> bool:
-        """True when the folder holds this very result already, which is then logged.
+    def is_settled(self, overwrite: bool, check: bool = False) -> bool:
+        """True when there is nothing to do: the folder holds this very result already, or only
+        a `check` of settings and inputs was asked for. Says which.
 
-        Raises ArtifactError when it holds a result of other inputs or arguments and `overwrite`
-        is false: nothing that took hours is replaced unasked.
+        Raises ArtifactError when the folder holds a result of other inputs or arguments and
+        `overwrite` is false: nothing that took hours is replaced unasked.
         """
         self._restore_interrupted_swap()
         manifest = read_manifest(self.path)
@@ -129,9 +130,16 @@ class Output:
                     f"{self.path} exists and no step made it: move it away or choose another "
                     "--output-dir"
                 )
-            return False
-        if overwrite:
-            return False
+        elif not overwrite:
+            self._compare(manifest)
+            log.info("%s is finished already; --overwrite makes it again", self.path)
+            return True
+        if check:
+            log.info("settings and inputs are good: %s can be made", self.path)
+        return check
+
+    def _compare(self, manifest: Mapping[str, Any]) -> None:
+        """Refuse a finished result that differs from what was asked for now."""
         if manifest["step"] != self.step:
             raise ArtifactError(
                 f"{self.path} is the output of {manifest['step']}, not {self.step}: choose "
@@ -152,8 +160,6 @@ class Output:
                 raise ArtifactError(f"{self.path} was made with {name}={before}, not {now}: {cure}")
         for name, entry in manifest["files"].items():
             _check_file(self.path / name, entry, f"{self.step}.py --overwrite")
-        log.info("%s is finished already; --overwrite makes it again", self.path)
-        return True
 
     @contextmanager
     def write(self) -> Iterator[Path]:

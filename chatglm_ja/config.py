@@ -42,6 +42,7 @@ class StepConfig:
 
     output_dir: Path = setting("folder to publish the result as")
     overwrite: bool = setting("make the result again if it exists", False, affects_result=False)
+    check: bool = setting("check settings and inputs, then stop", False, affects_result=False)
 
     def __post_init__(self) -> None:
         problems = [*self._limits(), *self.contradictions()]
@@ -196,6 +197,12 @@ class TrainingConfig(StepConfig):
         "recompute activations: less memory, a third more time", False, affects_result=False
     )
     deepspeed: Path | None = setting("DeepSpeed configuration file, as ds_zero2.json", None)
+    evaluations: int = setting(
+        "how often to score the validation set, evenly spaced and besides step 0",
+        10,
+        low=2,
+        affects_result=False,
+    )
     logging_steps: int = setting(
         "steps between two progress lines", 10, low=1, affects_result=False
     )

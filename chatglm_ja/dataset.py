@@ -45,6 +45,16 @@ def read(folder: Path, name: str, split: str) -> datasets.Dataset:
     return datasets.Dataset.from_file(str(path_of(folder, name, split)))
 
 
+def describe(counts: Mapping[str, Any]) -> str:
+    """Counts as one line: blocks 1,953; train_tokens ja 380,000, zh 60,000."""
+    parts = []
+    for name, value in counts.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {number:,}" for key, number in value.items()) or "none"
+        parts.append(f"{name} {value if isinstance(value, str) else f'{value:,}'}")
+    return "; ".join(parts)
+
+
 def largest_id(rows: datasets.Dataset) -> int:
     """The largest token id of a data set, found without making Python lists of it."""
     flat = pyarrow.compute.list_flatten(rows.data.table["input_ids"])
@@ -185,10 +195,10 @@ def write_sft(
             "validation": round(validation_examples * share),
             "train": round(examples * share),
         }
-        usable = _usable_examples(tokenizer, pool, max_length, counts["left_out"])
-        bar = tqdm(usable, total=sum(wanted.values()), desc=f"sft {label}", unit=" conversations")
+        bar = tqdm(total=sum(wanted.values()), desc=f"sft {label}", unit=" conversations")
+        usable = _usable_examples(tokenizer, pool, max_length, counts["left_out"], bar)
         for split in ("validation", "train"):
-            taken = list(itertools.islice(bar, wanted[split]))
+            taken = list(itertools.islice(usable, wanted[split]))
             if len(taken) < wanted[split]:
                 raise DataError(
                     f"{label} has too few conversations: {len(taken)} for {split}, where its share "
@@ -222,6 +232,7 @@ def _usable_examples(
     conversations: Iterable[list[dict[str, str]]],
     max_length: int,
     left_out: Counter[str],
+    bar: tqdm,
 ) -> Iterator[tuple[list[int], list[int]]]:
     for messages in conversations:
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
@@ -234,6 +245,7 @@ def _usable_examples(
             if len(ids) > max_length:
                 left_out["longer than --max-length"] += 1
             else:
+                bar.update()
                 yield ids, labels
 
 

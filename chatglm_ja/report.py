@@ -58,6 +58,16 @@ def stage_table(results: Results) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def learning(results: Results) -> str:
+    """What continued pretraining did to every language, in a sentence."""
+    stages = {stage["name"]: stage["languages"] for stage in results["stages"]}
+    changes = []
+    for language, before in stages["resized"].items():
+        old, new = before["bits_per_char"], stages["pretrained"][language]["bits_per_char"]
+        changes.append(f"{language} {old:.3f} -> {new:.3f} ({100 * (new / old - 1):+.1f}%)")
+    return "Continued pretraining, bits per character: " + ", ".join(changes)
+
+
 def segmentation_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Head and rows: what the new vocabulary did to held-out lines of every language."""
     head = ["language", "lines", "segmented as before", "tokens/char before", "tokens/char after"]
@@ -76,6 +86,8 @@ def markdown(results: Results) -> str:
             "Bits per character (change against the base) and tokens per character, held-out text",
             "",
             *_markdown_table(*stage_table(results)),
+            "",
+            learning(results),
             "",
             "Lines that the merged tokenizer segments as the base does, held-out text",
             "",
@@ -106,6 +118,7 @@ def page(results: Results) -> str:
         "<p>Bits per character on held-out text: lower is better, and comparable between "
         "vocabularies. In brackets: the change against the base model.</p>",
         _html_table(*stage_table(results)),
+        f"<p>{html.escape(learning(results))}</p>",
         "<h2>Vocabulary</h2>",
         _html_table(*segmentation_table(results)),
         f"<p>{html.escape(sample['text'])}</p>",
@@ -176,7 +189,7 @@ def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
 
     figure, axes = pyplot.subplots(figsize=(7, 3.2))
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    axes.plot(*zip(*points, strict=True), label="training", color="#2c64c6")
+    axes.plot(*zip(*points, strict=True), label="training", color="#1d2330")
     names = sorted({key for entry in history for key in entry if key.endswith("_loss")})
     for key in names:
         values = [(entry["step"], entry[key]) for entry in history if key in entry]

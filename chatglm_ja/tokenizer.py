@@ -16,7 +16,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +368,8 @@ class Segmentation:
     characters: int = 0
     tokens_before: int = 0
     tokens_after: int = 0
+    # Lines that no added piece can occur in, and that are segmented differently all the same.
+    broken: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
         characters = max(self.characters, 1)
@@ -379,14 +381,20 @@ class Segmentation:
         }
 
 
-def compare(before: Any, after: Any, texts: Iterable[str]) -> Segmentation:
-    """Encode every line of the texts with both processors; `after` keeps the ids of `before`."""
+def compare(before: Any, after: Any, texts: Iterable[str], policy: str) -> Segmentation:
+    """Encode every line of the texts with both processors; `after` keeps the ids of `before`.
+
+    Every piece that a policy adds holds one of the policy's characters (kana, for example), so
+    a line without any of them has to keep its ids; one that does not is noted in `broken`.
+    """
     result = Segmentation()
     for text in texts:
         lines = [line for line in text.split("\n") if line.strip()]
         for line, old, new in zip(lines, before.encode(lines), after.encode(lines), strict=True):
             result.lines += 1
             result.identical += old == new
+            if old != new and not POLICIES[policy](line):
+                result.broken.append(line)
             result.characters += len(line)
             result.tokens_before += len(old)
             result.tokens_after += len(new)

@@ -19,6 +19,9 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   OMP_NUM_THREADS=$(($(nproc) / NPROC_PER_NODE))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
 fi
+# What is wrong with settings or inputs is said once here, not by every process.
+python "$1" --check --deepspeed "$root/ds_zero2.json" "${@:2}"
+
 exec torchrun \
   --nproc_per_node "$NPROC_PER_NODE" \
   --nnodes "${NNODES:-1}" \

@@ -87,7 +87,7 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """A progress bar, and one line per logging step and per evaluation."""
+    """A progress bar, one line per logging step and per evaluation, and an evaluation at the end."""
 
     def __init__(self, tokens_per_step: int, validation_sets: int) -> None:
         self.tokens_per_step = tokens_per_step
@@ -103,6 +103,8 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        if state.global_step == state.max_steps and self.validation_sets:
+            control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         loss = logs.get("loss", 0.0)
@@ -285,7 +287,8 @@ def _trainer_arguments(
         deepspeed=str(config.deepspeed) if config.deepspeed else None,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="epoch" if has_validation else "no",
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=1 / config.evaluations,
         eval_on_start=has_validation,
         save_strategy="no",
         report_to="none",

@@ -64,7 +64,7 @@ def main() -> None:
         open_file_input("base_characters", *corpus.local_paths(character_sources)),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_finished(config.overwrite):
+    if output.is_settled(config.overwrite, config.check):
         return
     texts = [text for source in sources for text in corpus.read_texts(source)]
     random.Random(config.seed).shuffle(texts)

@@ -24,7 +24,7 @@ def make(
 ) -> bool:
     """Publish a small artifact; False when it was finished already."""
     output = Output(path, step, arguments, inputs or [])
-    if output.is_finished(overwrite):
+    if output.is_settled(overwrite):
         return False
     with output.write() as folder:
         (folder / "data.txt").write_text(content)
@@ -164,7 +164,7 @@ def rename_and_die(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
     rename(self, target)
     os.kill(os.getpid(), signal.SIGKILL)
-output.is_finished(True)
+output.is_settled(True)
 with output.write() as folder:
     (folder / "data.txt").write_text("new")
     if moment == "writing":

@@ -200,6 +200,20 @@ def test_two_processes_train_as_one(pipeline: Runner, step: str, output: str) ->
     assert pipeline.losses(two) == pytest.approx(one, rel=1e-4)
 
 
+def test_a_launcher_says_what_is_wrong_once(pipeline: Runner) -> None:
+    result = pipeline.run("step5_train_pt_multi_gpu.sh", "--lora-rank", "0", NPROC_PER_NODE="2")
+    assert "--lora-rank is 0" in error_of(result)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_check_stops_before_the_work(pipeline: Runner) -> None:
+    fresh = pipeline.root / "fresh"
+    result = pipeline.small("step5_train_pt.py", "--check", "--output-dir", str(fresh))
+    assert result.returncode == 0
+    assert "settings and inputs are good" in result.stderr
+    assert not fresh.exists()
+
+
 def test_no_gpu_and_no_process_count_is_one_line(pipeline: Runner) -> None:
     result = pipeline.run("step5_train_pt_multi_gpu.sh", NPROC_PER_NODE="", PATH="/usr/bin:/bin")
     assert "set NPROC_PER_NODE" in error_of(result)

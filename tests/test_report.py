@@ -25,7 +25,7 @@ def results() -> dict[str, Any]:
     }
     history = [{"step": 0, "eval_ja_loss": 5.0}, {"step": 5, "loss": 4.0}, {"step": 9, "loss": 3.0}]
     return {
-        "stages": [stage("base", 4.0), stage("pretrained", 3.0)],
+        "stages": [stage("base", 4.0), stage("resized", 3.75), stage("pretrained", 3.0)],
         "segmentation": {"ja": row},
         "sample": {"text": EVIL, "before": ["<", "b"], "after": ["<b"]},
         "curves": {"Step 5": history},
@@ -37,6 +37,7 @@ def results() -> dict[str, Any]:
 def test_changes_are_against_the_base(results: dict[str, Any]) -> None:
     text = report.markdown(results)
     assert "3.000 (-25.0%)" in text
+    assert "ja 3.750 -> 3.000 (-20.0%)" in text
     assert "50.00%" in text
 
 

@@ -30,11 +30,25 @@ def test_chinese_and_english_are_segmented_as_before(base_proto: Any, merge: Any
     before = tokenizer.processor(base_proto)
     after = tokenizer.processor(merge.proto)
     for language in ("zh", "en"):
-        result = tokenizer.compare(before, after, demo_texts(language, 300))
+        result = tokenizer.compare(before, after, demo_texts(language, 300), "japanese")
         assert result.lines > 1000
         assert result.identical == result.lines
-    japanese = tokenizer.compare(before, after, demo_texts("ja", 80, "heldout"))
+        assert not result.broken
+    japanese = tokenizer.compare(before, after, demo_texts("ja", 80, "heldout"), "japanese")
     assert japanese.tokens_after < 0.8 * japanese.tokens_before
+
+
+def test_a_broken_promise_is_noticed(base_proto: Any) -> None:
+    """A piece without kana, as the article's merge adds them, changes a Chinese line."""
+    before = tokenizer.processor(base_proto)
+    piece = "".join(before.encode("打开文件夹。", out_type=str)[-2:])
+    assert before.piece_to_id(piece) == tokenizer.UNK_ID
+    after = tokenizer.processor(tokenizer.with_special_tokens(base_proto, [piece]))
+    texts = ["打开文件夹。\nin the other\nひらがな。"]
+    result = tokenizer.compare(before, after, texts, "japanese")
+    assert result.lines == 3
+    assert result.broken == ["打开文件夹。"]
+    assert not tokenizer.compare(before, after, texts, "all").broken
 
 
 def test_every_new_piece_is_produced_by_a_text(merge: Any) -> None:
@@ -151,5 +165,5 @@ class TestRealTokenizer:
         merged = tokenizer.merge(*protos, "japanese")
         before, after = map(tokenizer.processor, (protos[0], merged.proto))
         for language in ("zh", "en"):
-            result = tokenizer.compare(before, after, demo_texts(language, 1000))
+            result = tokenizer.compare(before, after, demo_texts(language, 1000), "japanese")
             assert result.identical == result.lines

@@ -23,6 +23,7 @@ def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) 
         "learning_rate": 1e-2,
         "embedding_learning_rate": 1e-2,
         "max_steps": 6,
+        "evaluations": 4,
         "logging_steps": 1,
         "micro_batch_size": 8,
     }
@@ -44,7 +45,7 @@ def test_the_loss_falls_and_the_history_tells(trained: tuple[Path, dict]) -> Non
     assert len(losses) == result["steps"] == 6
     assert losses[-1] < losses[0] - 0.2
     evaluated = [entry for entry in result["history"] if "eval_ja_loss" in entry]
-    assert evaluated[0]["step"] == 0
+    assert [evaluated[0]["step"], evaluated[-1]["step"]] == [0, 6]
 
 
 def test_lora_and_both_embeddings_learn_and_nothing_else(
