@@ -42,26 +42,29 @@ SAMPLE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Input:
-    """A file or folder that a step reads, with the hash of its contents.
+    """What a step reads, with the hash of its contents; `path` is set if it is an artifact.
 
     `lineage` maps the role of everything it was made from, and its own, to a fingerprint.
     """
 
     role: str
-    path: Path
     fingerprint: str
+    path: Path | None = None
     lineage: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_file_input(role: str, *paths: Path) -> Input:
-    """Fingerprint files or folders that no step made: a corpus, a downloaded checkpoint."""
+    """Fingerprint files or folders that no step made: a corpus, a downloaded checkpoint.
+
+    There may be none: data sets that are loaded by name count by the settings that name them.
+    """
     for path in paths:
         if not path.exists():
             raise ArtifactError(f"{role} {path} not found: check the path")
     digests = {str(i): _hash_tree(path) for i, path in enumerate(paths)}
     fingerprint = _fingerprint(digests)
-    return Input(role, paths[0], fingerprint, {role: fingerprint})
+    return Input(role, fingerprint, lineage={role: fingerprint})
 
 
 def open_artifact(path: Path, made_by: str) -> Input:
@@ -81,7 +84,7 @@ def open_artifact(path: Path, made_by: str) -> Input:
         _check_file(path / name, recorded, made_by)
     _check_inputs_unchanged(path, manifest)
     lineage = {**manifest["lineage"], role: manifest["fingerprint"]}
-    return Input(role, path, manifest["fingerprint"], lineage, manifest)
+    return Input(role, manifest["fingerprint"], path, lineage, manifest)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -207,7 +210,7 @@ class Output:
             "counts": self.counts,
             "inputs": {
                 source.role: {
-                    "path": os.path.relpath(source.path, self.path),
+                    "path": source.path and os.path.relpath(source.path, self.path),
                     "fingerprint": source.fingerprint,
                 }
                 for source in self.inputs
@@ -265,10 +268,12 @@ def short(fingerprint: str | None) -> str:
 def _check_inputs_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
     """Compare each recorded input that is itself an artifact with what lies there now."""
     for role, entry in manifest["inputs"].items():
+        if entry["path"] is None:
+            continue  # no artifact: the step that reads it compares
         source = path / entry["path"]
         current = read_manifest(source)
-        if current is None or current["step"] != role:
-            continue  # not an artifact of a step: checked by the step that reads it
+        if current is None:
+            continue
         if current["fingerprint"] != entry["fingerprint"]:
             raise ArtifactError(
                 f"{path} was made from {role} {short(entry['fingerprint'])}, but {source.resolve()}"

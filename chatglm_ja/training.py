@@ -87,7 +87,7 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """A progress bar, one line per logging step and per evaluation, and an evaluation at the end."""
+    """A progress bar, a line per logging step and evaluation, and an evaluation at the end."""
 
     def __init__(self, tokens_per_step: int, validation_sets: int) -> None:
         self.tokens_per_step = tokens_per_step

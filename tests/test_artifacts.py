@@ -106,8 +106,8 @@ def test_an_artifact_whose_ancestor_changed_is_refused(tmp_path: Path) -> None:
 
 
 def test_inputs_made_with_different_tokenizers_do_not_meet() -> None:
-    model = Input("step3", Path("m"), "1" * 64, {"tokenizer": "a" * 64})
-    data = Input("step4", Path("d"), "2" * 64, {"tokenizer": "b" * 64})
+    model = Input("step3", "1" * 64, lineage={"tokenizer": "a" * 64})
+    data = Input("step4", "2" * 64, lineage={"tokenizer": "b" * 64})
     with pytest.raises(
         ArtifactError, match="step3 was made with tokenizer aaaaaaaaaaaa, but step4"
     ):
@@ -123,6 +123,13 @@ def test_a_moved_artifact_tree_stays_valid(tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "old").rename(tmp_path / "new")
     open_artifact(tmp_path / "new" / "b", "step2_y.py")
+
+
+def test_data_sets_by_name_have_no_files_to_fingerprint(tmp_path: Path) -> None:
+    named = open_file_input("corpus")
+    make(tmp_path / "a", inputs=[named])
+    assert not make(tmp_path / "a", inputs=[named])
+    open_artifact(tmp_path / "a", "step1_x.py")
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
