@@ -25,11 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from chatglm_ja.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+MANIFEST_KEYS = {"step", "fingerprint", "arguments", "inputs", "lineage", "files"}
 PACKAGES = (
     "torch", "transformers", "tokenizers", "sentencepiece", "peft", "deepspeed", "datasets",
     "accelerate", "safetensors",
@@ -90,11 +93,16 @@ def open_artifact(path: Path, made_by: str) -> Input:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of an artifact folder, or None where there is none."""
     try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise ArtifactError(f"{path / MANIFEST} is not JSON ({error}): make it again") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
+        raise ArtifactError(
+            f"{path / MANIFEST} is damaged: remove {path} and run the step that makes it again"
+        )
+    return manifest
 
 
 class Output:
@@ -128,7 +136,7 @@ class Output:
         self._restore_interrupted_swap()
         manifest = read_manifest(self.path)
         if manifest is None:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
                 raise ArtifactError(
                     f"{self.path} exists and no step made it: move it away or choose another "
                     "--output-dir"
@@ -175,9 +183,10 @@ class Output:
             try:
                 yield working
                 self._publish(working)
-            except BaseException:
+            except SafetensorError as error:  # safetensors' word for a full disk, too
+                raise ArtifactError(f"{self.path} could not be written: {error}") from error
+            finally:
                 shutil.rmtree(working, ignore_errors=True)
-                raise
 
     @contextmanager
     def _only_writer(self) -> Iterator[None]:
@@ -270,13 +279,13 @@ def _check_inputs_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
     for role, entry in manifest["inputs"].items():
         if entry["path"] is None:
             continue  # no artifact: the step that reads it compares
-        source = path / entry["path"]
+        source = Path(os.path.normpath(path / entry["path"]))
         current = read_manifest(source)
         if current is None:
             continue
         if current["fingerprint"] != entry["fingerprint"]:
             raise ArtifactError(
-                f"{path} was made from {role} {short(entry['fingerprint'])}, but {source.resolve()}"
+                f"{path} was made from {role} {short(entry['fingerprint'])}, but {source}"
                 f" is now {short(current['fingerprint'])}: run {manifest['step']}.py --overwrite"
             )
         _check_inputs_unchanged(source, current)

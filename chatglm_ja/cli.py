@@ -52,6 +52,10 @@ def run(main: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+    except OSError as error:
+        # The disk, a permission, a path: the system's own words name the file.
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: nothing was published", file=sys.stderr)
         sys.exit(130)

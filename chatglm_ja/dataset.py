@@ -202,7 +202,8 @@ def write_sft(
             if len(taken) < wanted[split]:
                 raise DataError(
                     f"{label} has too few conversations: {len(taken)} for {split}, where its share "
-                    f"is {wanted[split]}: lower --sft-examples or add sources"
+                    f"is {wanted[split]} (left out: {describe(counts['left_out']) or 'none'}): "
+                    "lower --sft-examples or add sources"
                 )
             counts[f"{split}_examples"][label] += len(taken)
             chosen[split] += taken

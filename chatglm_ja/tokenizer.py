@@ -81,10 +81,13 @@ def train(
     the texts are too few for `vocab_size`.
     """
     lines = (line for text in texts for line in text.split("\n") if line.strip())
+    first = next(lines, None)
+    if first is None:
+        raise DataError("the Japanese sources hold no text: nothing can be learned from them")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=itertools.chain([first], lines),
             model_writer=model,
             vocab_size=vocab_size,
             character_coverage=character_coverage,

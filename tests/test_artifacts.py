@@ -63,6 +63,14 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path, damage: Any, message: str
         make(tmp_path / "a")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+
+
 def test_an_artifact_of_another_step_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a")
     with pytest.raises(ArtifactError, match="was made by step1_x, expected one of step2_y"):
@@ -156,6 +164,9 @@ def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no step made it"):
         make(tmp_path / "a", overwrite=True)
     assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "b").write_text("a file")
+    with pytest.raises(ArtifactError, match="b exists and no step made it"):
+        make(tmp_path / "b")
 
 
 KILLED = """

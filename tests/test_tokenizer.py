@@ -125,6 +125,18 @@ def test_rubbish_is_no_sentencepiece_model(data: bytes, tmp_path: Path) -> None:
         tokenizer.parse_model(data, tmp_path / "x.model")
 
 
+def test_no_text_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="hold no text"):
+        tokenizer.train(
+            ["", " \n "],
+            tmp_path,
+            vocab_size=5000,
+            character_coverage=1.0,
+            num_threads=1,
+            input_sentence_size=0,
+        )
+
+
 def test_too_little_text_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="could not learn 5000 pieces"):
         tokenizer.train(
