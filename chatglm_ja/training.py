@@ -33,6 +33,7 @@ from transformers import (
 
 from chatglm_ja import dataset, tokenizer
 from chatglm_ja.artifacts import Output
+from chatglm_ja.chat import IGNORE
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError
@@ -47,11 +48,16 @@ HISTORY_FILE = "history.json"
 
 
 class _Trainer(Trainer):
-    """The Trainer with a learning rate of its own for the embeddings, and whole validation sets."""
+    """The Trainer with a learning rate of its own for the embeddings, and exact validation."""
 
-    def __init__(self, config: TrainingConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TrainingConfig, model: Any, validation: dict[str, Any], **kwargs: Any
+    ) -> None:
         self.config = config
-        super().__init__(**kwargs)
+        self.validation = validation
+        self.collate = dataset.Collator(config.document_mask)
+        # The Trainer wants an eval_dataset if it is to call `evaluate`.
+        super().__init__(model, data_collator=self.collate, eval_dataset=validation, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         model = model or self.model
@@ -72,27 +78,41 @@ class _Trainer(Trainer):
                 # No decay: it would shrink the rows of tokens that do not occur in a batch.
                 rate = self.config.embedding_learning_rate
                 groups.append({"params": embeddings, "lr": rate, "weight_decay": 0.0})
-            self.optimizer = torch.optim.AdamW(
-                groups, betas=(0.9, 0.95), fused=self.args.device.type in ("cuda", "cpu")
-            )
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         return self.optimizer
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Validation is scored whole: only training drops an incomplete last batch."""
-        self.args.dataloader_drop_last = False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = True
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss per trained token of every validation set.
+
+        The Trainer's own loop averages the means of batches, which depend on the batch size and
+        on the rows that it repeats to give every process as many.
+        """
+        model: Any = self.model
+        model.eval()
+        size = self.args.per_device_eval_batch_size
+        stride = size * self.args.world_size
+        metrics = {}
+        for label, rows in self.validation.items():
+            # Sum of the losses, and number of tokens.
+            sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            for start in range(size * self.args.process_index, len(rows), stride):
+                chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
+                batch = self._prepare_inputs(self.collate(chunk))
+                loss = model(**batch, num_items_in_batch=1).loss
+                count = (batch["labels"][:, 1:] != IGNORE).sum()
+                sums += torch.stack([loss.double(), count.double()])
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            metrics[f"eval_{label}_loss"] = total / count
+        self.log(metrics)
+        return metrics
 
 
 class _Progress(TrainerCallback):
     """A progress bar, a line per logging step and evaluation, and an evaluation at the end."""
 
-    def __init__(self, tokens_per_step: int, validation_sets: int) -> None:
+    def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
-        self.validation_sets = validation_sets
-        self.validation: dict[str, float] = {}
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -103,7 +123,7 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
-        if state.global_step == state.max_steps and self.validation_sets:
+        if state.global_step == state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -125,16 +145,10 @@ class _Progress(TrainerCallback):
                 f"grad norm {logs.get('grad_norm', math.nan):.2f}",
                 f"{rate:,.0f} tokens/s",
             ]
-        # The Trainer reports each validation set by itself: wait for the last.
-        self.validation |= {
-            name.removeprefix("eval_").removesuffix("_loss"): value
-            for name, value in logs.items()
-            if name.startswith("eval_") and name.endswith("_loss")
-        }
-        if len(self.validation) == self.validation_sets > 0:
+        losses = {name[5:-5]: logs[name] for name in logs if name.startswith("eval_")}
+        if losses:
             parts.append("validation loss")
-            parts += [f"{name} {value:.4f}" for name, value in self.validation.items()]
-            self.validation = {}
+            parts += [f"{label} {loss:.4f}" for label, loss in losses.items()]
         if len(parts) > 1:
             self.bar.write(" | ".join(parts), file=sys.stderr)
 
@@ -237,15 +251,13 @@ def train(
     )
     if left_over := len(train_set) % (config.micro_batch_size * arguments.world_size):
         log.info("every epoch leaves out %d rows, which fill no batch", left_over)
-    validation_sets = _by_label(validation)
     trainer = _Trainer(
         config,
-        model=model,
+        model,
+        _by_label(validation),
         args=arguments,
-        data_collator=dataset.Collator(config.document_mask),
         train_dataset=train_set,
-        eval_dataset=validation_sets,
-        callbacks=[_Progress(tokens_per_step, len(validation_sets))],
+        callbacks=[_Progress(tokens_per_step)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

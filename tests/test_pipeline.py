@@ -27,8 +27,8 @@ SMALL = {
         "--total-tokens 20000 --validation-tokens 3000 --block-size 128 --sft-examples 60 "
         "--sft-validation-examples 10"
     ),
-    "step5_train_pt.py": "--max-steps 4 --logging-steps 1",
-    "step6_train_sft.py": "--max-steps 4 --logging-steps 1",
+    "step5_train_pt.py": "--max-steps 4 --logging-steps 1 --evaluations 4",
+    "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4",
     "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
 }
 
@@ -63,9 +63,15 @@ class Runner:
         name = script.replace("_multi_gpu.sh", ".py")
         return self.run(script, *SMALL[name].split(), *flags, **environment)
 
-    def losses(self, folder: Path) -> list[float]:
+    def losses(self, folder: Path, kind: str) -> list[float]:
+        """All training ("loss") or validation ("eval_") losses of a run, in order."""
         history = json.loads((folder / "history.json").read_text())
-        return [entry["loss"] for entry in history if "loss" in entry]
+        return [
+            value
+            for entry in history
+            for name, value in entry.items()
+            if name == kind or (kind == "eval_" and name.startswith(kind))
+        ]
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
@@ -208,9 +214,10 @@ def test_two_processes_train_as_one(pipeline: Runner, step: str, output: str) ->
     assert result.returncode == 0, result.stderr
     counts = json.loads((two / "manifest.json").read_text())["counts"]
     assert counts["world_size"] == 2
-    one = pipeline.losses(pipeline.folder / f"step{output}")
-    assert len(one) == 4
-    assert pipeline.losses(two) == pytest.approx(one, rel=1e-4)
+    for kind in ("loss", "eval_"):
+        one = pipeline.losses(pipeline.folder / f"step{output}", kind)
+        assert len(one) >= 4
+        assert pipeline.losses(two, kind) == pytest.approx(one, rel=1e-4)
 
 
 def test_a_launcher_says_what_is_wrong_once(pipeline: Runner) -> None:
