@@ -3,6 +3,9 @@
 # make check    ruff, mypy, and the tests
 # make clean    remove the results, keep the environment
 
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # The first interpreter of a supported version; override with `make PYTHON3=...`.
@@ -36,7 +39,9 @@ clean:
 
 $(VENV)/ready: requirements.txt
 	@test -n "$(PYTHON3)" || { echo "error: Python 3.11 or 3.12 not found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }
-	@echo "setting up $(VENV) (about a minute and, without a cache, a download of 1 GB or more)"
+	@echo "setting up $(VENV): a minute, or as long as the downloads below take"
 	@rm -rf $(VENV) && $(PYTHON3) -m venv $(VENV)
-	@$(VENV)/bin/pip install -qq -r requirements.txt
+	@$(VENV)/bin/pip install -r requirements.txt 2>$(VENV)/install.log \
+	| sed -un 's/^ *Downloading \([^ ]*\).* (\(.*\))$$/  \1 (\2)/p' \
+	|| { tail -5 $(VENV)/install.log >&2; exit 1; }
 	@touch $@

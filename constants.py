@@ -19,7 +19,7 @@ if PROFILE not in PROFILES:
     raise SystemExit(
         f"error: CHATGLM_JA_PROFILE is {PROFILE!r}, expected one of {', '.join(PROFILES)}"
     )
-ARTIFACTS_DIR = Path(os.environ.get("CHATGLM_JA_ARTIFACTS", PROJECT_DIR / "artifacts")) / PROFILE
+ARTIFACTS_DIR = Path(os.environ.get("CHATGLM_JA_ARTIFACTS") or PROJECT_DIR / "artifacts") / PROFILE
 
 STEP1_DIR = ARTIFACTS_DIR / "step1_tokenizer"
 STEP2_DIR = ARTIFACTS_DIR / "step2_tokenizer"
@@ -97,7 +97,10 @@ else:
         f"ja={PROJECT_DIR}/data/ichikara-instruction-20231221-003.json#text>output",
         "zh=shibing624/alpaca-zh#instruction+input>output",
         "zh=LooksJuicy/ruozhiba#instruction>output",
+        # Only its label 1 marks right answers, about a thousand; the next two fill the share.
         "en=microsoft/wiki_qa?label=1#question>answer",
+        "en=databricks/databricks-dolly-15k#instruction+context>response",
+        "en=HuggingFaceH4/no_robots#messages",
         "code=sahil2801/CodeAlpaca-20k#instruction+input>output",
         "code=iamtarun/python_code_instructions_18k_alpaca#instruction+input>output",
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_artifact, open_file_input
+from chatglm_ja.artifacts import Output, open_artifact, open_base_model, open_file_input
 from chatglm_ja.cli import run
 from chatglm_ja.config import MergeTokenizerConfig, Source, parse
 from chatglm_ja.errors import DataError
@@ -26,7 +26,8 @@ def main() -> None:
     config = parse(MergeTokenizerConfig, __doc__, constants.STEP2)
     sources = [Source.parse(spec) for spec in config.check_sources]
     inputs = [
-        open_file_input("base_tokenizer", config.base_model / "tokenizer.model"),
+        open_base_model(config.base_model)[0],
+        open_file_input("check_texts", *corpus.local_paths(sources)),
         open_artifact(config.ja_tokenizer, "step1_train_tokenizer.py"),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
@@ -42,15 +43,15 @@ def main() -> None:
     merged = tokenizer.merge(base, japanese, config.policy)
     before = tokenizer.processor(tokenizer.with_special_tokens(base))
     after = tokenizer.processor(merged.proto)
-    comparison = {
-        source.label: tokenizer.compare(before, after, corpus.read_texts(source), config.policy)
-        for source in sources
-    }
-    for source in sources:
-        if broken := comparison[source.label].broken:
+    comparison = {}
+    for language, texts in corpus.texts_by_language(sources).items():
+        result = comparison[language] = tokenizer.compare(before, after, texts, config.policy)
+        if not result.lines:
+            raise DataError(f"--check-sources hold no {language} text to compare on")
+        if result.broken:
             raise DataError(
-                f"{source.path}: {len(broken)} lines that the policy {config.policy} must leave as "
-                f"they are would be segmented differently, first {broken[0]!r}: nothing was written"
+                f"{len(result.broken)} {language} lines that the policy {config.policy} must leave "
+                f"as they are would change, first {result.broken[0]!r}: nothing was written"
             )
 
     with output.write() as folder:

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja.artifacts import Output, open_artifact, open_file_input
+from chatglm_ja.artifacts import Output, open_artifact, open_base_model
 from chatglm_ja.cli import run
 from chatglm_ja.config import ResizeModelConfig, parse
 
@@ -19,8 +19,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     config = parse(ResizeModelConfig, __doc__, constants.STEP3)
     inputs = [
-        open_file_input("base_tokenizer", config.base_model / "tokenizer.model"),
-        open_file_input("base_model", config.base_model),
+        *open_base_model(config.base_model),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)

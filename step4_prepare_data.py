@@ -35,6 +35,17 @@ def main() -> None:
 
     processor = tokenizer.load(config.tokenizer)
     with output.write() as folder:
+        # The conversations first: they take minutes, the texts hours, and either can lack data.
+        output.counts["sft"] = dataset.write_sft(
+            folder,
+            processor,
+            sft_sources,
+            sft_shares,
+            examples=config.sft_examples,
+            validation_examples=config.sft_validation_examples,
+            max_length=config.max_length,
+            seed=config.seed,
+        )
         output.counts["pretrain"] = dataset.write_pretraining(
             folder,
             processor,
@@ -45,16 +56,6 @@ def main() -> None:
             max_repeats=config.max_repeats,
             block_size=config.block_size,
             num_threads=config.num_threads,
-        )
-        output.counts["sft"] = dataset.write_sft(
-            folder,
-            processor,
-            sft_sources,
-            sft_shares,
-            examples=config.sft_examples,
-            validation_examples=config.sft_validation_examples,
-            max_length=config.max_length,
-            seed=config.seed,
         )
     for name, counts in output.counts.items():
         log.info("%s: %s", name, dataset.describe(counts))

@@ -12,7 +12,7 @@ from typing import Any
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_artifact, open_file_input
+from chatglm_ja.artifacts import Output, open_artifact, open_base_model, open_file_input
 from chatglm_ja.cli import run
 from chatglm_ja.config import EvalConfig, Source, parse
 
@@ -27,8 +27,7 @@ def main() -> None:
     pretrained = open_artifact(config.pretrained, "step5_train_pt.py")
     sft = open_artifact(config.sft, "step6_train_sft.py")
     inputs = [
-        open_file_input("base_tokenizer", config.base_model / "tokenizer.model"),
-        open_file_input("base_model", config.base_model),
+        *open_base_model(config.base_model),
         open_file_input("held_out", *corpus.local_paths(sources)),
         open_file_input("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
@@ -42,24 +41,21 @@ def main() -> None:
             print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))
         return
 
-    from chatglm_ja import checkpoint, evaluation, report, tokenizer, training
+    from chatglm_ja import checkpoint, evaluation, model, report, tokenizer, training
 
     base_proto = tokenizer.read_model(config.base_model / tokenizer.MODEL_FILE)
     before = tokenizer.processor(tokenizer.with_special_tokens(base_proto))
     after = tokenizer.load(config.tokenizer)
     prompts = evaluation.read_prompts(config.prompts)
     texts = {
-        language: evaluation.take_characters(
-            (text for s in sources if s.label == language for text in corpus.read_texts(s)),
-            config.max_chars,
-        )
-        for language in dict.fromkeys(source.label for source in sources)
+        language: evaluation.take_characters(all_texts, config.max_chars)
+        for language, all_texts in corpus.texts_by_language(sources).items()
     }
 
-    def evaluate(name: str, model: Any, encoder: Any) -> dict[str, Any]:
+    def evaluate(name: str, candidate: Any, encoder: Any) -> dict[str, Any]:
         stage = evaluation.evaluate(
             name,
-            model,
+            candidate,
             encoder,
             texts,
             prompts,
@@ -72,7 +68,7 @@ def main() -> None:
         log.info("%s: bits per character %s", name, bits)
         return stage
 
-    base = checkpoint.load_base(config.base_model, evaluation.eval_dtype())
+    base = checkpoint.load_base(config.base_model, model.compute_dtype())
     stages = [evaluate("base", base.to(evaluation.device()), before)]
     del base
     for name, folder in (

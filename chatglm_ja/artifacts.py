@@ -58,16 +58,30 @@ class Input:
 
 
 def open_file_input(role: str, *paths: Path) -> Input:
-    """Fingerprint files or folders that no step made: a corpus, a downloaded checkpoint.
+    """Fingerprint files that no step made: a corpus, a downloaded tokenizer.
 
     There may be none: data sets that are loaded by name count by the settings that name them.
     """
     for path in paths:
-        if not path.exists():
-            raise ArtifactError(f"{role} {path} not found: check the path")
-    digests = {str(i): _hash_tree(path) for i, path in enumerate(paths)}
-    fingerprint = _fingerprint(digests)
+        if not path.is_file():
+            found = "is a folder, expected a file" if path.is_dir() else "not found: check the path"
+            raise ArtifactError(f"{role} {path} {found}")
+    fingerprint = _fingerprint({str(i): _sample_hash(path) for i, path in enumerate(paths)})
     return Input(role, fingerprint, lineage={role: fingerprint})
+
+
+def open_base_model(folder: Path) -> list[Input]:
+    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights."""
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"base model {folder} has no config.json: download ChatGLM3-6B there and set "
+            "CHATGLM3_6B_DIR, or for the demo run demo/build_base_model.py"
+        )
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+    return [
+        open_file_input("base_tokenizer", folder / "tokenizer.model"),
+        open_file_input("base_model", folder / "config.json", *weights),
+    ]
 
 
 def open_artifact(path: Path, made_by: str) -> Input:
@@ -82,7 +96,7 @@ def open_artifact(path: Path, made_by: str) -> Input:
         found = "is not a finished artifact (no manifest)" if path.exists() else "not found"
         raise ArtifactError(f"{path} {found}: run {made_by} first")
     if manifest["step"] != role:
-        raise ArtifactError(f"{path} was made by {manifest['step']}, expected one of {role}")
+        raise ArtifactError(f"{path} was made by {manifest['step']}, expected the output of {role}")
     for name, recorded in manifest["files"].items():
         _check_file(path / name, recorded, made_by)
     _check_inputs_unchanged(path, manifest)
@@ -124,6 +138,9 @@ class Output:
         self.arguments = json.loads(json.dumps(arguments, default=str))
         self.inputs = inputs
         self.lineage = merge_lineage(inputs)
+        for source in inputs:
+            if source.path and source.path.resolve() in (path.resolve(), *path.resolve().parents):
+                raise ArtifactError(f"--output-dir {path} lies in the input {source.path}")
         self.counts: dict[str, Any] = {}
 
     def is_settled(self, overwrite: bool, check: bool = False) -> bool:
@@ -141,6 +158,11 @@ class Output:
                     f"{self.path} exists and no step made it: move it away or choose another "
                     "--output-dir"
                 )
+        elif manifest["step"] != self.step:
+            raise ArtifactError(
+                f"{self.path} is the output of {manifest['step']}, not {self.step}: choose "
+                "another --output-dir"
+            )
         elif not overwrite:
             self._compare(manifest)
             log.info("%s is finished already; --overwrite makes it again", self.path)
@@ -151,11 +173,6 @@ class Output:
 
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         """Refuse a finished result that differs from what was asked for now."""
-        if manifest["step"] != self.step:
-            raise ArtifactError(
-                f"{self.path} is the output of {manifest['step']}, not {self.step}: choose "
-                "another --output-dir"
-            )
         cure = "pass --overwrite to make it again"
         recorded = {role: entry["fingerprint"] for role, entry in manifest["inputs"].items()}
         current = {source.role: source.fingerprint for source in self.inputs}
@@ -170,7 +187,7 @@ class Output:
             if before != now:
                 raise ArtifactError(f"{self.path} was made with {name}={before}, not {now}: {cure}")
         for name, entry in manifest["files"].items():
-            _check_file(self.path / name, entry, f"{self.step}.py --overwrite")
+            _check_file(self.path / name, entry, f"{self.step}.py")
 
     @contextmanager
     def write(self) -> Iterator[Path]:
@@ -195,10 +212,14 @@ class Output:
         with open(path, "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The last holder may have removed the file between opening and locking it.
+                free = path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
             except BlockingIOError:
+                free = False
+            if not free:
                 raise ArtifactError(
                     f"another process is writing {self.path}: wait for it, or stop it"
-                ) from None
+                )
             try:
                 yield
             finally:
@@ -292,7 +313,7 @@ def _check_inputs_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_file(path: Path, recorded: Mapping[str, Any], made_by: str) -> None:
-    cure = f"run {made_by} again"
+    cure = f"run {made_by} --overwrite"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: {cure}")
     size = path.stat().st_size
@@ -300,13 +321,6 @@ def _check_file(path: Path, recorded: Mapping[str, Any], made_by: str) -> None:
         raise ArtifactError(f"{path} has {size} bytes, expected {recorded['bytes']}: {cure}")
     if size <= FULL_HASH_BYTES and _hash_file(path) != recorded["sha256"]:
         raise ArtifactError(f"{path} does not have the SHA-256 of its manifest: {cure}")
-
-
-def _hash_tree(path: Path) -> str:
-    if path.is_file():
-        return _sample_hash(path)
-    files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return _fingerprint({p.relative_to(path).as_posix(): _sample_hash(p) for p in sorted(files)})
 
 
 def _sample_hash(path: Path) -> str:

@@ -69,6 +69,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} not found: expected a ChatGLM3 checkpoint folder") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
     for name, expected in REQUIRED_CONFIG.items():
         if config.get(name) != expected:
             raise DataError(
@@ -290,11 +292,11 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     config = glm_config(base.config, base.config["padded_vocab_size"], dtype)
     with torch.device("meta"):
         model: Any = GlmForCausalLM(config)
-    model.to(dtype).to_empty(device="cpu")
     # Buffers (the rotary frequencies) are computed, not stored: take them from a fresh module.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    # Assigned, not copied: the weights are in memory once.
     state = {name: tensor.to(dtype) for name, tensor in base.glm_tensors()}
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

@@ -40,8 +40,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+        where = "" if is_main_process() else f"rank {os.environ['RANK']}: "
+        print(f"error: {where}{error}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "chatglm_ja":

@@ -8,6 +8,7 @@ so that `--help` answers at once.
 
 import argparse
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -55,11 +56,15 @@ class StepConfig:
 
     def arguments(self) -> dict[str, Any]:
         """The settings that shape the result, without the paths: inputs count by content."""
-        return {
-            entry.name: getattr(self, entry.name)
-            for entry in dataclasses.fields(self)
-            if entry.metadata["affects_result"] and "Path" not in str(entry.type)
-        }
+        chosen = {}
+        for entry in dataclasses.fields(self):
+            if not entry.metadata["affects_result"] or "Path" in str(entry.type):
+                continue
+            value = getattr(self, entry.name)
+            if entry.name.endswith("sources"):
+                value = [Source.parse(spec).settings() for spec in value]
+            chosen[entry.name] = value
+        return chosen
 
     def _limits(self) -> list[str]:
         problems = []
@@ -118,7 +123,7 @@ class ResizeModelConfig(StepConfig):
         "subtoken_mean",
     )
     pad_to_multiple: int = setting("round the number of rows up to a multiple of this", 64, low=1)
-    max_shard_gb: float = setting("size limit of an output file in GB", 2.0, low=0.001)
+    max_shard_gb: float = setting("size limit of an output file in GB", 2.0, low=0.001, high=1000)
     seed: int = setting("seed of --init random", 0, low=0)
 
 
@@ -156,8 +161,8 @@ class PrepareDataConfig(StepConfig):
             (self.sources, self.shares, "--shares"),
             (self.sft_sources, self.sft_shares, "--sft-shares"),
         ):
-            languages = {source.split("=")[0] for source in sources}
-            named = {share.split("=")[0] for share in shares}
+            languages = {Source.parse(source).label for source in sources}
+            named = set(parse_shares(shares))
             if languages != named:
                 problems.append(
                     f"{name} names {', '.join(sorted(named)) or 'nothing'}, but the sources are "
@@ -180,10 +185,10 @@ class TrainingConfig(StepConfig):
     embedding_learning_rate: float = setting(
         "peak learning rate of the embeddings", 5e-5, low=0, high=1
     )
-    warmup_ratio: float = setting("share of the steps with a rising rate", 0.03, low=0, high=1)
+    warmup_ratio: float = setting("share of the steps with a rising rate", 0.03, low=0, high=0.9)
     weight_decay: float = setting("AdamW weight decay of the LoRA matrices", 0.0, low=0, high=1)
     max_grad_norm: float = setting("gradient clipping", 1.0, low=0)
-    epochs: float = setting("passes over the data", 1.0, low=0)
+    epochs: float = setting("passes over the data", 1.0, low=0, high=1e6)
     max_steps: int = setting("stop after this many optimizer steps (-1: --epochs)", -1, low=-1)
     micro_batch_size: int = setting("blocks per forward pass and process", 4, low=1)
     gradient_accumulation: int = setting("forward passes per optimizer step", 1, low=1)
@@ -210,8 +215,13 @@ class TrainingConfig(StepConfig):
 
     def contradictions(self) -> list[str]:
         problems = []
-        if self.deepspeed is not None and not self.deepspeed.is_file():
-            problems.append(f"--deepspeed {self.deepspeed} not found")
+        if self.deepspeed is not None:
+            try:
+                json.loads(self.deepspeed.read_text(encoding="utf-8"))
+            except OSError:
+                problems.append(f"--deepspeed {self.deepspeed} not found")
+            except ValueError as error:
+                problems.append(f"--deepspeed {self.deepspeed} is not JSON ({error})")
         if self.max_steps == 0 or (self.max_steps < 0 and self.epochs == 0):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems
@@ -314,11 +324,14 @@ class Source:
     @classmethod
     def parse(cls, spec: str) -> Self:
         label, equals, rest = spec.partition("=")
+        # A folder's name may hold any character: @, ? and # count after the last slash only.
+        folder, slash, rest = rest.rpartition("/")
         rest, _, fields = rest.partition("#")
         rest, question, condition = rest.partition("?")
-        path, _, subset = rest.partition("@")
+        name, _, subset = rest.partition("@")
+        path = folder + slash + name
         column, _, value = condition.partition("=")
-        if not (label and equals and path) or (question and not (column and value)):
+        if not (label and equals and name) or (question and not (column and value)):
             raise ConfigError(
                 f"source {spec!r} is not of the form "
                 "LABEL=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#FIELDS]"
@@ -326,17 +339,25 @@ class Source:
         where = (column, value) if question else None
         return cls(label, path, subset or None, where, fields or None)
 
+    def settings(self) -> list[Any]:
+        """What shapes the result beside a file's content: a file may lie anywhere."""
+        name = None if Path(self.path).is_file() else self.path
+        return [self.label, name, self.subset, self.where, self.fields]
+
 
 def parse_shares(specs: Sequence[str]) -> dict[str, float]:
     """`("ja=76", "zh=12", "en=12")` as fractions that add up to 1."""
-    shares = {}
+    shares: dict[str, float] = {}
     for spec in specs:
         label, _, number = spec.partition("=")
         try:
-            shares[label] = float(number)
+            share = float(number)
         except ValueError:
             raise ConfigError(f"share {spec!r} is not of the form LABEL=NUMBER") from None
-    if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
-        raise ConfigError(f"shares {' '.join(specs)!r} must be positive numbers")
+        if label in shares or not 0 < share < math.inf:
+            raise ConfigError(f"share {spec!r} must be one positive number for each label")
+        shares[label] = share
+    if not shares:
+        raise ConfigError("no shares are given: expected LABEL=NUMBER")
     total = sum(shares.values())
     return {label: share / total for label, share in shares.items()}

@@ -5,7 +5,9 @@ a data set that `datasets` can load. Everything is an iterator: no file is read 
 """
 
 import gzip
+import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,17 @@ def read_texts(source: Source) -> Iterator[str]:
             yield text
 
 
+def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
+    """The documents of all sources of a label, one source after the other, not yet read."""
+    by_label: dict[str, list[Source]] = {}
+    for source in sources:
+        by_label.setdefault(source.label, []).append(source)
+    return {
+        label: itertools.chain.from_iterable(map(read_texts, group))
+        for label, group in by_label.items()
+    }
+
+
 def check_unicode(text: str, origin: str) -> None:
     """Refuse a text that has no UTF-8 form."""
     try:
@@ -79,21 +92,27 @@ def _read_local(path: Path) -> Iterator[Record]:
     if name.endswith(".parquet"):
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{path} is not a parquet file ({error})") from None
     elif name.endswith(".json"):
-        with _open_text(path) as file:
-            yield from _parse_json(file.read(), path, 1)
+        with _open_text(path) as lines:
+            records = _parse_json("".join(_decode(lines, path)), path, 1)
+        if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
+            raise DataError(f"{path} is not a JSON list of objects")
+        yield from records
     elif name.endswith((".jsonl", ".txt")):
         is_json = name.endswith(".jsonl")
         with _open_text(path) as lines:
             for number, line in enumerate(_decode(lines, path), start=1):
-                if is_json:
+                if is_json and line.strip():
                     record = _parse_json(line, path, number)
                     if not isinstance(record, dict):
                         raise DataError(f"{path} line {number} is not a JSON object")
                     yield record
-                else:
+                elif not is_json:
                     yield {TEXT_COLUMN: line.rstrip("\n")}
     else:
         raise DataError(f"{path}: expected a .txt, .jsonl, .json or .parquet file")
@@ -110,7 +129,7 @@ def _decode(lines: Iterable[str], path: Path) -> Iterator[str]:
         yield from lines
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason}): convert it first") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is a damaged gzip file ({error})") from None
 
 

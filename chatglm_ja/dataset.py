@@ -10,6 +10,7 @@
 
 import hashlib
 import itertools
+import json
 import logging
 import random
 from collections import Counter
@@ -89,15 +90,12 @@ def write_pretraining(
     held_out: dict[str, set[bytes]] = {label: set() for label in shares}
     held_documents: dict[str, list[list[int]]] = {label: [] for label in shares}
 
-    def by_label(label: str) -> list[Source]:
-        return [source for source in sources if source.label == label]
-
     def encode(texts: Iterable[str]) -> Iterator[list[int]]:
         for ids in encode_documents(tokenizer, texts, num_threads):
             yield [*prefix, *ids, EOS_ID]
 
     def read_all(label: str) -> Iterator[str]:
-        return itertools.chain.from_iterable(map(corpus.read_texts, by_label(label)))
+        return corpus.texts_by_language(sources)[label]
 
     def choose_validation(label: str) -> None:
         """Keep documents until the language's part of the validation tokens is full."""
@@ -109,6 +107,8 @@ def write_pretraining(
                 held_out[label].add(digest)
                 held_documents[label].append([*prefix, *tokenizer.encode(text), EOS_ID])
                 counts["validation_tokens"][label] += len(held_documents[label][-1])
+        if not held_out[label]:
+            log.warning("%s: too few documents to keep one of them for validation", label)
 
     def training_documents(label: str) -> Iterator[list[int]]:
         """The language's documents, over again up to `max_repeats` times, the last pass in part."""
@@ -178,8 +178,8 @@ def write_sft(
 ) -> dict[str, Any]:
     """Draw `examples` conversations to `shares`, tokenise, pack into bins; returns the counts.
 
-    A conversation longer than `max_length`, without an answer, or with an empty one is left out
-    and counted, and the next one drawn takes its place.
+    A conversation longer than `max_length`, without an answer, with an empty one, or drawn before
+    is left out and counted, and the next one drawn takes its place.
     """
     counts: dict[str, Any] = {
         "train_examples": Counter(),
@@ -235,17 +235,22 @@ def _usable_examples(
     left_out: Counter[str],
     bar: tqdm,
 ) -> Iterator[tuple[list[int], list[int]]]:
+    seen: set[bytes] = set()
     for messages in conversations:
+        digest = _digest(json.dumps(messages, sort_keys=True))
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         if not answers or messages[-1]["role"] != "assistant":
             left_out["no answer at the end"] += 1
         elif not all(answer.strip() for answer in answers):
             left_out["empty answer"] += 1
+        elif digest in seen:
+            left_out["duplicate"] += 1
         else:
             ids, labels = chat.build_example(tokenizer, messages)
             if len(ids) > max_length:
                 left_out["longer than --max-length"] += 1
             else:
+                seen.add(digest)
                 bar.update()
                 yield ids, labels
 

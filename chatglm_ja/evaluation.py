@@ -6,7 +6,6 @@ ends is not counted.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from chatglm_ja import chat
 from chatglm_ja.errors import DataError
-from chatglm_ja.model import token_losses_sum
+from chatglm_ja.model import compute_dtype, token_losses_sum
 from chatglm_ja.tokenizer import UNK_ID
 
 
@@ -84,7 +83,7 @@ def score_texts(
             labels[row, context : len(ids)] = torch.tensor(ids[context:])
         hidden = model.model(input_ids=input_ids.to(model.device), use_cache=False)
         nats += token_losses_sum(
-            hidden.last_hidden_state.float(), model.lm_head.weight, labels.to(model.device)
+            hidden.last_hidden_state, model.lm_head.weight, labels.to(model.device)
         ).item()
     return Score(characters, tokens, nats)
 
@@ -94,9 +93,15 @@ def _batched(items: Sequence[Window], size: int) -> list[Sequence[Window]]:
 
 
 def take_characters(texts: Iterable[str], limit: int) -> list[str]:
-    """Whole texts from the start, until the next one would go over `limit` characters."""
-    totals = itertools.accumulate(map(len, (texts := list(texts))))
-    return [text for text, total in zip(texts, totals, strict=True) if total <= limit] or texts[:1]
+    """Whole texts from the start, at least one, until the next would go over `limit` characters."""
+    taken: list[str] = []
+    total = 0
+    for text in texts:
+        total += len(text)
+        if taken and total > limit:
+            break
+        taken.append(text)
+    return taken
 
 
 def sample_sentence(texts: Iterable[str]) -> str:
@@ -181,16 +186,12 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
 
 
 def load_model(folder: Path) -> Any:
-    """A model folder of steps 3, 5 or 6 for evaluation: bf16 on a GPU, float32 on a CPU."""
+    """A model folder of steps 3, 5 or 6, for evaluation."""
     from transformers import GlmForCausalLM
 
-    model: Any = GlmForCausalLM.from_pretrained(folder, dtype=eval_dtype())
+    model: Any = GlmForCausalLM.from_pretrained(folder, dtype=compute_dtype())
     return model.to(device()).eval()
 
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def eval_dtype() -> torch.dtype:
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32

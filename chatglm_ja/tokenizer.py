@@ -84,10 +84,21 @@ def train(
     first = next(lines, None)
     if first is None:
         raise DataError("the Japanese sources hold no text: nothing can be learned from them")
+    failure: list[BaseException] = []
+
+    def guarded() -> Iterator[str]:
+        """sentencepiece turns an exception of its iterator into one of its own: keep it."""
+        try:
+            yield first
+            yield from lines
+        except BaseException as error:
+            failure.append(error)
+            raise
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], lines),
+            sentence_iterator=guarded(),
             model_writer=model,
             vocab_size=vocab_size,
             character_coverage=character_coverage,
@@ -98,6 +109,8 @@ def train(
             **TRAINER_SETTINGS,
         )
     except RuntimeError as error:
+        if failure:
+            raise failure[0] from None
         reason = str(error).splitlines()[-1].strip()
         raise DataError(
             f"sentencepiece could not learn {vocab_size} pieces from this text ({reason}): give "

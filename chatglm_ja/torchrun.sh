@@ -7,8 +7,12 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if ! command -v torchrun >/dev/null && [[ -x "$root/.venv/bin/torchrun" ]]; then
   PATH="$root/.venv/bin:$PATH"
 fi
+if ! command -v torchrun >/dev/null; then
+  echo "error: torchrun not found: run \`source .venv/bin/activate\` first" >&2
+  exit 1
+fi
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
-  NPROC_PER_NODE="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
+  NPROC_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count())')"
   if [[ "$NPROC_PER_NODE" -eq 0 ]]; then
     echo "error: no GPU found: set NPROC_PER_NODE to run on the CPU over gloo" >&2
     exit 1

@@ -37,7 +37,7 @@ from chatglm_ja.chat import IGNORE
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError
-from chatglm_ja.model import GlmForTraining
+from chatglm_ja.model import GlmForTraining, compute_dtype
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,12 @@ class _Trainer(Trainer):
                 count = (batch["labels"][:, 1:] != IGNORE).sum()
                 sums += torch.stack([loss.double(), count.double()])
             total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-            metrics[f"eval_{label}_loss"] = total / count
+            if count:
+                metrics[f"eval_{label}_loss"] = total / count
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
 
@@ -164,19 +168,17 @@ def precision(config: TrainingConfig) -> torch.dtype:
         if config.precision == "fp16" and not torch.cuda.is_available():
             raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
         return chosen[config.precision]
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return compute_dtype()
 
 
-def load_for_training(folder: Path, config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
+def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     """The model with LoRA matrices, and its embeddings trainable if the settings say so.
 
     What is trained is kept in float32 (under DeepSpeed bf16, with float32 masters); the rest is
     frozen in `dtype`.
     """
-    log.info("loading %s", folder)
-    model: Any = GlmForTraining.from_pretrained(folder, dtype=dtype)
+    log.info("loading %s", config.model)
+    model: Any = GlmForTraining.from_pretrained(config.model, dtype=dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -202,10 +204,10 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
     Every process of a torchrun job calls this; rank 0 writes and publishes.
     """
     if not is_main_process():
-        train(config, config.model, config.data, name, None)
+        train(config, name, None)
         return
     with output.write() as folder:
-        result = train(config, config.model, config.data, name, folder)
+        result = train(config, name, folder)
         history = result.pop("history")
         text = json.dumps(history, indent=1)
         (folder / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
@@ -214,9 +216,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
     log.info("trained model: %s", config.output_dir)
 
 
-def train(
-    config: TrainingConfig, model_dir: Path, data_dir: Path, name: str, output_dir: Path | None
-) -> dict[str, Any]:
+def train(config: TrainingConfig, name: str, output_dir: Path | None) -> dict[str, Any]:
     """Train and write `output_dir`/adapter, on the rank that is given an `output_dir`.
 
     Returns the loss history and counts. Raises DataError when the data does not fit the model.
@@ -224,13 +224,13 @@ def train(
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    train_set = dataset.read(data_dir, name, "train")
-    validation = dataset.read(data_dir, name, "validation")
+    train_set = dataset.read(config.data, name, "train")
+    validation = dataset.read(config.data, name, "validation")
     dtype = precision(config)
     # PEFT and the Trainer draw from the global generators: the same seed on every rank.
     set_seed(config.seed)
     arguments = _trainer_arguments(config, dtype, output_dir, has_validation=len(validation) > 0)
-    model = load_for_training(model_dir, config, dtype)
+    model = load_for_training(config, dtype)
     _check_ids(train_set, model.config.vocab_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows_per_step = config.micro_batch_size * config.gradient_accumulation * arguments.world_size

@@ -132,7 +132,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     from transformers import get_cosine_schedule_with_warmup
 
     from chatglm_ja import chat, checkpoint, dataset, packing, tokenizer
-    from chatglm_ja.training import GlmForTraining
+    from chatglm_ja.model import GlmForTraining
 
     torch.manual_seed(config.seed)
     encoder = tokenizer.processor(

@@ -7,7 +7,8 @@ with records {"id", "title", "text"}; one id is the same page in every language.
 What it does, per page:
   * drops the paragraphs of a Japanese or Chinese page that were left in English;
   * sends 5% of the pages, chosen by the hash of their id and so the same pages in every
-    language, to the held-out files, which no step trains on;
+    language, to the held-out files, which no step trains on, without the sentences that also
+    stand on a training page (help pages repeat each other);
   * builds single-turn conversations of four kinds: `ja`, `zh`, `en` (explain a title, translate
     a passage, by the language of the answer) and `code` (a Basic example from the page).
 
@@ -20,8 +21,9 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 OUTPUT_DIR = Path(__file__).parent / "data"
 LANGUAGES = ("ja", "zh", "en")
@@ -84,6 +86,12 @@ def is_held_out(page_id: str) -> bool:
     return int(hashlib.sha256(page_id.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
+def new_lines(page: Page, trained: set[str]) -> Page:
+    """The page without the lines that training pages have too."""
+    lines = page["text"].split("\n")
+    return {"id": page["id"], "text": "\n".join(line for line in lines if line not in trained)}
+
+
 def explanation(page: Page, language: str) -> str | None:
     """The page's first full sentences after its title, or None if it starts with a list."""
     lines = [line for line in clean_text(page, language).split("\n") if line != page["title"]]
@@ -103,6 +111,10 @@ def conversation(key: str, kind: str, question: str, answer: str) -> dict[str, o
         {"role": "assistant", "content": answer},
     ]
     return {"id": key, "kind": kind, "messages": messages}
+
+
+def answer_of(record: Mapping[str, Any]) -> str:
+    return record["messages"][-1]["content"]
 
 
 def explanations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
@@ -145,7 +157,7 @@ def code_examples(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, obj
                 break
 
 
-def write_jsonl(path: Path, records: list[dict[str, object]]) -> None:
+def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     # mtime=0: the same records give the same bytes.
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as out:
         for record in records:
@@ -162,7 +174,7 @@ def main() -> None:
     OUTPUT_DIR.mkdir(exist_ok=True)
 
     for language in LANGUAGES:
-        texts: dict[bool, list[dict[str, object]]] = {True: [], False: []}
+        texts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
         total = 0
         for page_id, page in pages:
             text = clean_text(page[language], language)
@@ -172,29 +184,37 @@ def main() -> None:
                 continue
             total += len(text)
             texts[is_held_out(page_id)].append({"id": page_id, "text": text})
+        trained = {line for page in texts[False] for line in page["text"].split("\n")}
+        held_out = [new_lines(page, trained) for page in texts[True]]
         write_jsonl(OUTPUT_DIR / f"train_{language}.jsonl.gz", texts[False])
-        write_jsonl(OUTPUT_DIR / f"heldout_{language}.jsonl.gz", texts[True])
+        write_jsonl(
+            OUTPUT_DIR / f"heldout_{language}.jsonl.gz",
+            [page for page in held_out if len(page["text"]) >= MIN_PAGE_CHARS],
+        )
 
     chosen: dict[bool, list[dict[str, object]]] = {True: [], False: []}
-    for held_out in (False, True):
+    trained_answers: set[str] = set()
+    for is_test in (False, True):
         by_kind: dict[str, list[dict[str, object]]] = {kind: [] for kind in CONVERSATIONS}
         seen: set[str] = set()
         for page_id, page in pages:
-            if is_held_out(page_id) != held_out:
+            if is_held_out(page_id) != is_test:
                 continue
             for make in (explanations, translations, code_examples):
                 for record in make(page_id, page):
                     text = json.dumps(record["messages"])
-                    if text not in seen:
+                    known = is_test and answer_of(record) in trained_answers
+                    if text not in seen and not known:
                         seen.add(text)
                         by_kind[str(record["kind"])].append(record)
         for kind, records in by_kind.items():
-            wanted = CONVERSATIONS[kind] if not held_out else 12
-            if len(records) < wanted and not held_out:
+            wanted = 12 if is_test else CONVERSATIONS[kind]
+            if len(records) < wanted and not is_test:
                 raise SystemExit(f"only {len(records)} conversations of kind {kind}, not {wanted}")
             random.Random(kind).shuffle(records)
-            chosen[held_out] += records[:wanted]
-        random.Random(0).shuffle(chosen[held_out])
+            chosen[is_test] += records[:wanted]
+        random.Random(0).shuffle(chosen[is_test])
+        trained_answers.update(map(answer_of, chosen[is_test]))
     write_jsonl(OUTPUT_DIR / "train_sft.jsonl.gz", chosen[False])
     write_jsonl(OUTPUT_DIR / "heldout_sft.jsonl.gz", chosen[True])
 

@@ -95,7 +95,7 @@ def data_dir(encoder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset.write_pretraining(
         folder,
         encoder,
-        [Source(name, str(DATA / f"heldout_{name}.jsonl.gz")) for name in ("ja", "zh", "en")],
+        [Source(name, str(DATA / f"train_{name}.jsonl.gz")) for name in ("ja", "zh", "en")],
         {"ja": 0.76, "zh": 0.12, "en": 0.12},
         total_tokens=8_000,
         validation_tokens=1_500,

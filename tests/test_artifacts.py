@@ -73,7 +73,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
 
 def test_an_artifact_of_another_step_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a")
-    with pytest.raises(ArtifactError, match="was made by step1_x, expected one of step2_y"):
+    with pytest.raises(ArtifactError, match="was made by step1_x, expected the output of step2_y"):
         open_artifact(tmp_path / "a", "step2_y.py")
 
 
@@ -146,6 +146,17 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
         (folder / "half.txt").write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_does_not_reach_beyond_the_step(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    source = open_artifact(tmp_path / "a", "step1_x.py")
+    with pytest.raises(ArtifactError, match="is the output of step1_x, not step2_y"):
+        make(tmp_path / "a", "step2_y", overwrite=True)
+    for output in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(ArtifactError, match="lies in the input"):
+            make(output, "step2_y", inputs=[source], overwrite=True)
+    open_artifact(tmp_path / "a", "step1_x.py")
 
 
 def test_two_processes_do_not_write_the_same_artifact(tmp_path: Path) -> None:

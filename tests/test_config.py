@@ -1,19 +1,25 @@
 """Command lines: defaults from the profile, everything wrong said at once and before loading."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chatglm_ja.config import (
+    EvalConfig,
+    MergeTokenizerConfig,
     PrepareDataConfig,
+    ResizeModelConfig,
     Source,
+    StepConfig,
     TrainingConfig,
     TrainTokenizerConfig,
     parse,
     parse_shares,
 )
 from chatglm_ja.errors import ConfigError
+from tests.conftest import PROJECT
 
 DEFAULTS: dict[str, Any] = {"model": Path("m"), "data": Path("d"), "output_dir": Path("o")}
 
@@ -35,7 +41,7 @@ def test_flags_go_before_the_profile_and_the_profile_before_the_class() -> None:
         (["--lora-rank", "many"], "argument --lora-rank: invalid int value: 'many'"),
         (["--precision", "int8"], "invalid choice: 'int8'"),
         (["--lora-rank", "0"], "--lora-rank is 0, expected 1 to inf"),
-        (["--warmup-ratio", "2"], "--warmup-ratio is 2.0, expected 0 to 1"),
+        (["--warmup-ratio", "2"], "--warmup-ratio is 2.0, expected 0 to 0.9"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--deepspeed", "none.json"], "--deepspeed none.json not found"),
         (["--max-steps", "0"], "leave nothing to train"),
@@ -86,10 +92,40 @@ def test_source_grammar() -> None:
         "en", "microsoft/wiki_qa", "default", ("label", "1"), "question>answer"
     )
     assert Source.parse("ja=a/b.txt") == Source("ja", "a/b.txt")
+    assert Source.parse("ja=/x@1/y#2/b.txt#t") == Source("ja", "/x@1/y#2/b.txt", fields="t")
+
+
+@pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])
+def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting exists and is within its limits, every source parses, shares name sources."""
+    monkeypatch.setenv("CHATGLM_JA_PROFILE", profile)
+    monkeypatch.setenv("CHATGLM3_6B_DIR", "/models/chatglm3")
+    constants = runpy.run_path(str(PROJECT / "constants.py"))
+    steps: dict[str, type[StepConfig]] = {
+        "STEP1": TrainTokenizerConfig, "STEP2": MergeTokenizerConfig, "STEP3": ResizeModelConfig,
+        "STEP4": PrepareDataConfig, "STEP5": TrainingConfig, "STEP6": TrainingConfig,
+        "STEP7": EvalConfig,
+    }  # fmt: skip
+    for name, config in steps.items():
+        parse(config, "", constants[name], []).arguments()
+    data = parse(PrepareDataConfig, "", constants["STEP4"], [])
+    assert parse_shares(data.shares) == {"ja": 0.76, "zh": 0.12, "en": 0.12}
+    assert parse_shares(data.sft_shares) == {"ja": 0.52, "zh": 0.22, "en": 0.09, "code": 0.17}
+
+
+def test_a_file_may_lie_anywhere_and_a_data_set_counts_by_name(tmp_path: Path) -> None:
+    def settings(spec: str) -> list[Any]:
+        return Source.parse(spec).settings()
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("x")
+    assert settings(f"ja={tmp_path}/a/x.txt") == settings(f"ja={tmp_path}/b/x.txt")
+    assert settings("ja=some/dataset") != settings("ja=other/dataset")
 
 
 def test_shares_add_up_to_one() -> None:
     assert parse_shares(["ja=76", "zh=12", "en=12"]) == {"ja": 0.76, "zh": 0.12, "en": 0.12}
-    for bad in (["ja"], ["ja=x"], ["ja=-1", "zh=2"], ["ja=0"]):
+    for bad in ([], ["ja"], ["ja=x"], ["ja=-1", "zh=2"], ["ja=0"], ["ja=nan"], ["ja=1", "ja=2"]):
         with pytest.raises(ConfigError):
             parse_shares(bad)

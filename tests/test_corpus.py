@@ -56,6 +56,10 @@ def test_columns_and_conditions(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "damaged gzip file"),
         ("a.jsonl.gz", b"plain", "damaged gzip file"),
         ("a.docx", b"x", "expected a .txt, .jsonl"),
+        ("a.json", '{"text": "x"}', "is not a JSON list of objects"),
+        ("a.json", b"\xff", "is not UTF-8"),
+        ("a.json.gz", b"plain", "damaged gzip file"),
+        ("a.parquet", b"plain", "is not a parquet file"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

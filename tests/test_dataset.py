@@ -1,5 +1,7 @@
 """Step 4's data sets: shares, split, boundaries, and what a batch trains on."""
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from chatglm_ja import chat, dataset
 from chatglm_ja.config import Source
 from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import EOS_ID
+from tests.conftest import DATA
 
 
 def write_pretraining(folder: Path, encoder: Any, files: dict[str, str], **options: Any) -> Any:
@@ -38,11 +41,61 @@ def test_blocks_hold_the_documents_with_real_ends(tmp_path: Path, encoder: Any) 
     assert stream == expected[: len(stream)]
     assert counts["tail_tokens_dropped"] == 200 - len(stream) < 16
     assert all(sum(lengths) == 16 for lengths in rows["lengths"])
-    starts = {token for row in rows for token in [row["input_ids"][row["lengths"][0] % 16]]}
-    assert starts <= {prefix[0], *stream}
+    # A length ends where a document ends, or where the block does.
+    for row in rows:
+        ends = [row["input_ids"][end - 1] for end in itertools.accumulate(row["lengths"])]
+        assert ends[:-1] == [EOS_ID] * (len(ends) - 1)
+        assert sum(token == EOS_ID for token in row["input_ids"]) == ends.count(EOS_ID)
 
 
-def test_shares_are_exact(data_dir: Path) -> None:
+def test_shares_are_exact(tmp_path: Path, encoder: Any) -> None:
+    """Counted from the blocks: every language has a character of its own."""
+    files = {"ja": "あああ。\n" * 900, "zh": "们们们。\n" * 900, "en": "eee.\n" * 900}
+    sources = []
+    for label, text in files.items():
+        (tmp_path / f"{label}.txt").write_text(text, encoding="utf-8")
+        sources.append(Source(label, str(tmp_path / f"{label}.txt")))
+    shares = {"ja": 0.76, "zh": 0.12, "en": 0.12}
+    counts = dataset.write_pretraining(
+        tmp_path, encoder, sources, shares, total_tokens=3200, validation_tokens=0,
+        max_repeats=1.0, block_size=32, num_threads=1,
+    )  # fmt: skip
+    assert counts["train_tokens"] == {"ja": 2432, "zh": 384, "en": 384}
+    stream = [t for ids in dataset.read(tmp_path, "pretrain", "train")["input_ids"] for t in ids]
+    assert len(stream) == 3200
+    for label, sample in (("ja", "あああ。"), ("zh", "们们们。"), ("en", "eee.")):
+        size = len(encoder.encode(sample)) + 3
+        first = encoder.encode(sample)[1]
+        per_document = encoder.encode(sample).count(first)
+        assert abs(stream.count(first) / per_document * size / 3200 - shares[label]) < 0.01
+
+
+def test_sft_kinds_have_their_shares(tmp_path: Path, encoder: Any) -> None:
+    sources = [
+        Source(kind, str(DATA / "train_sft.jsonl.gz"), where=("kind", kind))
+        for kind in ("ja", "zh", "en", "code")
+    ]
+    shares = {"ja": 0.52, "zh": 0.22, "en": 0.09, "code": 0.17}
+    counts = dataset.write_sft(
+        tmp_path, encoder, sources, shares, examples=200, validation_examples=20,
+        max_length=512, seed=0,
+    )  # fmt: skip
+    assert counts["train_examples"] == {"ja": 104, "zh": 44, "en": 18, "code": 34}
+    packed = dataset.read(tmp_path, "sft", "train")["lengths"]
+    assert sum(map(len, packed)) == 200
+
+
+def test_a_conversation_given_twice_is_taken_once(tmp_path: Path, encoder: Any) -> None:
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "a.jsonl").write_text((json.dumps(record) + "\n") * 2)
+    with pytest.raises(DataError, match=r"0 for train, .*left out: duplicate 1"):
+        dataset.write_sft(
+            tmp_path, encoder, [Source("ja", str(tmp_path / "a.jsonl"))], {"ja": 1.0},
+            examples=1, validation_examples=1, max_length=64, seed=0,
+        )  # fmt: skip
+
+
+def test_validation_rows_say_their_language(data_dir: Path) -> None:
     rows = dataset.read(data_dir, "pretrain", "train")
     assert len(rows) == 8000 // 64
     assert set(dataset.read(data_dir, "pretrain", "validation")["label"]) == {"ja", "zh", "en"}

@@ -1,5 +1,6 @@
 """The vocabulary merge: what stays, what is added, and that both libraries agree on the result."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_no_text_is_one_clear_error(tmp_path: Path) -> None:
             ["", " \n "],
             tmp_path,
             vocab_size=5000,
+            character_coverage=1.0,
+            num_threads=1,
+            input_sentence_size=0,
+        )
+
+
+def test_a_bad_record_in_the_corpus_keeps_its_own_words(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        yield from demo_texts("ja", 50)
+        raise DataError("a.jsonl line 51 is not JSON")
+
+    with pytest.raises(DataError, match="line 51 is not JSON"):
+        tokenizer.train(
+            texts(),
+            tmp_path,
+            vocab_size=1000,
             character_coverage=1.0,
             num_threads=1,
             input_sentence_size=0,
