@@ -5,7 +5,6 @@ a data set that `datasets` can load. Everything is an iterator: no file is read 
 """
 
 import gzip
-import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -57,14 +56,27 @@ def read_texts(source: Source) -> Iterator[str]:
 
 
 def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
-    """The documents of all sources of a label, one source after the other, not yet read."""
+    """The documents of all sources of a label, taken from each in turn, not yet read.
+
+    In turn, so that the first source alone cannot fill a label's share of the tokens.
+    """
     by_label: dict[str, list[Source]] = {}
     for source in sources:
         by_label.setdefault(source.label, []).append(source)
     return {
-        label: itertools.chain.from_iterable(map(read_texts, group))
+        label: _in_turn([read_texts(source) for source in group])
         for label, group in by_label.items()
     }
+
+
+def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
+    while streams:
+        for stream in list(streams):
+            text = next(stream, None)
+            if text is None:
+                streams.remove(stream)
+            else:
+                yield text
 
 
 def check_unicode(text: str, origin: str) -> None:

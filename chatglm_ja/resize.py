@@ -63,7 +63,8 @@ def base_subtokens(processor: Any, first_new_id: int) -> list[list[int]]:
     without the dummy prefix, because a piece stands inside a text.
     """
     proto = tokenizer.parse_model(processor.serialized_model_proto(), Path("merged tokenizer"))
-    pieces = [piece.piece.replace(tokenizer.SPACE, " ") for piece in proto.pieces[first_new_id:]]
+    # sentencepiece reads its own mark of a space as one.
+    pieces = [piece.piece for piece in proto.pieces[first_new_id:]]
     del proto.pieces[first_new_id:]
     proto.normalizer_spec.add_dummy_prefix = False
     return tokenizer.processor(proto).encode(pieces)

@@ -279,7 +279,8 @@ def _unreachable(proto: Any, pieces: list[str]) -> list[str]:
     alone.CopyFrom(proto)
     alone.normalizer_spec.add_dummy_prefix = False
     encoder = processor(alone)
-    encoded = encoder.encode([piece.replace(SPACE, " ") for piece in pieces])
+    # sentencepiece reads its own mark of a space as one.
+    encoded = encoder.encode(pieces)
     return [
         piece
         for piece, ids in zip(pieces, encoded, strict=True)

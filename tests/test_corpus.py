@@ -33,6 +33,16 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         assert list(corpus.read_texts(source)) == texts, source.path
 
 
+def test_sources_of_a_language_take_turns(tmp_path: Path) -> None:
+    sources = [
+        write(tmp_path / "a.txt", "a1\na2\na3"),
+        write(tmp_path / "b.txt", "b1"),
+        Source("zh", str(tmp_path / "a.txt")),
+    ]
+    texts = {label: list(stream) for label, stream in corpus.texts_by_language(sources).items()}
+    assert texts == {"ja": ["a1", "b1", "a2", "a3"], "zh": ["a1", "a2", "a3"]}
+
+
 def test_columns_and_conditions(tmp_path: Path) -> None:
     rows = [{"body": "x", "label": 1}, {"body": "y", "label": 0}]
     write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
