@@ -54,7 +54,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
     except OSError as error:
         # The disk, a permission, a path: the system's own words name the file.
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: nothing was published", file=sys.stderr)
