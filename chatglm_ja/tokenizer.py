@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from chatglm_ja.errors import DataError
@@ -127,7 +128,7 @@ def parse_model(data: bytes, origin: Path) -> Any:
     proto = messages.ModelProto()
     try:
         proto.ParseFromString(data)
-    except Exception:  # protobuf's DecodeError differs between its implementations
+    except DecodeError:
         raise DataError(f"{origin} is not a sentencepiece model") from None
     if not proto.pieces:
         raise DataError(f"{origin} is not a sentencepiece model: it has no pieces")
