@@ -97,12 +97,13 @@ def main() -> None:
         "lineage": output.lineage,
         "versions": sft.manifest["versions"],
     }
+    table = report.markdown(results)
     with output.write() as folder:
         text = json.dumps(results, indent=1, ensure_ascii=False)
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        (folder / RESULTS_TABLE).write_text(report.markdown(results), encoding="utf-8")
+        (folder / RESULTS_TABLE).write_text(table, encoding="utf-8")
         (folder / "report.html").write_text(report.page(results), encoding="utf-8")
-    print(report.markdown(results))
+    print(table)
     log.info("report: %s", config.output_dir / "report.html")
 
 

@@ -153,7 +153,8 @@ class Output:
         self._restore_interrupted_swap()
         manifest = read_manifest(self.path)
         if manifest is None:
-            if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            is_foreign_folder = self.path.is_dir() and any(self.path.iterdir())
+            if is_foreign_folder or (self.path.exists() and not self.path.is_dir()):
                 raise ArtifactError(
                     f"{self.path} exists and no step made it: move it away or choose another "
                     "--output-dir"

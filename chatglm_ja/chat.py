@@ -8,7 +8,7 @@ by sentencepiece alone, which never produces a special token: a user who types "
 gets ordinary pieces.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from chatglm_ja.errors import DataError
@@ -31,6 +31,13 @@ def special_id(tokenizer: Any, token: str) -> int:
 def prefix_ids(tokenizer: Any) -> list[int]:
     """[gMASK] sop: what every ChatGLM3 input starts with."""
     return [special_id(tokenizer, "[gMASK]"), special_id(tokenizer, "sop")]
+
+
+def build_documents(tokenizer: Any, encoded: Iterable[Sequence[int]]) -> Iterator[list[int]]:
+    """Pretraining documents in the form in which ChatGLM3 reads every text, each with its end."""
+    prefix = prefix_ids(tokenizer)
+    for ids in encoded:
+        yield [*prefix, *ids, EOS_ID]
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

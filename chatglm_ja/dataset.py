@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from chatglm_ja import chat, corpus, packing
 from chatglm_ja.config import Source
 from chatglm_ja.errors import DataError
-from chatglm_ja.tokenizer import EOS_ID, UNK_ID, encode_documents
+from chatglm_ja.tokenizer import UNK_ID, encode_documents
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +84,14 @@ def write_pretraining(
     trained on. The first `validation_tokens` (divided over the languages) of the documents
     that the split names are kept; the others that it names are trained on.
     """
-    prefix = chat.prefix_ids(tokenizer)
     per_language = validation_tokens // len(shares)
     counts: dict[str, Any] = {"train_tokens": Counter(), "validation_tokens": Counter()}
     held_out: dict[str, set[bytes]] = {label: set() for label in shares}
     held_documents: dict[str, list[list[int]]] = {label: [] for label in shares}
 
     def encode(texts: Iterable[str]) -> Iterator[list[int]]:
-        for ids in encode_documents(tokenizer, texts, num_threads):
-            yield [*prefix, *ids, EOS_ID]
+        encoded = encode_documents(tokenizer, texts, num_threads)
+        return chat.build_documents(tokenizer, encoded)
 
     def read_all(label: str) -> Iterator[str]:
         return corpus.texts_by_language(sources)[label]
@@ -105,8 +104,9 @@ def write_pretraining(
             digest = _digest(text)
             if digest[0] < VALIDATION_BYTE and digest not in held_out[label]:
                 held_out[label].add(digest)
-                held_documents[label].append([*prefix, *tokenizer.encode(text), EOS_ID])
-                counts["validation_tokens"][label] += len(held_documents[label][-1])
+                document = next(encode([text]))
+                held_documents[label].append(document)
+                counts["validation_tokens"][label] += len(document)
         if not held_out[label]:
             log.warning("%s: too few documents to keep one of them for validation", label)
 

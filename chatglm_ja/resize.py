@@ -8,7 +8,6 @@ cuts it into, in both matrices (arXiv:2505.20133 and arXiv:2407.05841 compare in
 it beats the mean of all rows, which beats random rows).
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +65,7 @@ def base_subtokens(processor: Any, first_new_id: int) -> list[list[int]]:
     # sentencepiece reads its own mark of a space as one.
     pieces = [piece.piece for piece in proto.pieces[first_new_id:]]
     del proto.pieces[first_new_id:]
-    proto.normalizer_spec.add_dummy_prefix = False
-    return tokenizer.processor(proto).encode(pieces)
+    return tokenizer.processor(proto, dummy_prefix=False).encode(pieces)
 
 
 def resize_checkpoint(
@@ -109,8 +107,7 @@ def resize_checkpoint(
         pad_token_id=tokenizer.UNK_ID,
         suppress_tokens=padding or None,
     ).save_pretrained(output_dir)
-    for file in tokenizer.FILES:
-        shutil.copyfile(tokenizer_dir / file, output_dir / file)
+    tokenizer.copy_files(tokenizer_dir, output_dir)
     verify(base, output_dir, old_ids, rows)
     return {
         "old_rows": base.config["padded_vocab_size"],

@@ -15,6 +15,7 @@ is segmented exactly as it was.
 import io
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,13 @@ def load(path: Path) -> sentencepiece.SentencePieceProcessor:
     return processor(read_model(path / MODEL_FILE))
 
 
-def processor(proto: Any) -> sentencepiece.SentencePieceProcessor:
+def processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
+    """A processor of a ModelProto; without the dummy prefix it encodes as inside a text."""
+    if not dummy_prefix:
+        copy = type(proto)()
+        copy.CopyFrom(proto)
+        copy.normalizer_spec.add_dummy_prefix = False
+        proto = copy
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
@@ -276,10 +283,7 @@ def _unreachable(proto: Any, pieces: list[str]) -> list[str]:
     those of the piece alone: it is reachable if and only if it encodes to itself. The dummy
     prefix is switched off for that, because a piece can stand anywhere.
     """
-    alone = type(proto)()
-    alone.CopyFrom(proto)
-    alone.normalizer_spec.add_dummy_prefix = False
-    encoder = processor(alone)
+    encoder = processor(proto, dummy_prefix=False)
     # sentencepiece reads its own mark of a space as one.
     encoded = encoder.encode(pieces)
     return [
@@ -372,6 +376,12 @@ def _fast_tokenizer(proto: Any) -> Any:
     names = ("<unk>", "<s>", "</s>", *SPECIAL_TOKENS)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
     return tokenizer
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Put the files that `save` wrote into a model folder, too."""
+    for name in FILES:
+        shutil.copyfile(source / name, target / name)
 
 
 # --- Comparing ---------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -340,7 +339,7 @@ def _check_ids(rows: Any, vocab_size: int) -> None:
         )
 
 
-def write_merged(model_dir: Path, output_dir: Path, max_shard_size: str = "2GB") -> None:
+def write_merged(model_dir: Path, output_dir: Path) -> None:
     """Merge `output_dir`/adapter into the model of `model_dir` and write it to `output_dir`.
 
     The adapter is read back from the disk, so what is merged is what was saved; the model's
@@ -349,9 +348,8 @@ def write_merged(model_dir: Path, output_dir: Path, max_shard_size: str = "2GB")
     log.info("merging the adapter")
     model = GlmForCausalLM.from_pretrained(model_dir, dtype="auto")
     merged = PeftModel.from_pretrained(model, output_dir / ADAPTER).merge_and_unload()
-    merged.save_pretrained(output_dir, max_shard_size=max_shard_size)
-    for name in tokenizer.FILES:
-        shutil.copyfile(model_dir / name, output_dir / name)
+    merged.save_pretrained(output_dir, max_shard_size="2GB")
+    tokenizer.copy_files(model_dir, output_dir)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

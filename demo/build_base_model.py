@@ -138,8 +138,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     encoder = tokenizer.processor(
         tokenizer.with_special_tokens(tokenizer.read_model(folder / "tokenizer.model"))
     )
-    prefix = chat.prefix_ids(encoder)
-    documents = ([*prefix, *ids, tokenizer.EOS_ID] for ids in encoder.encode(texts))
+    documents = chat.build_documents(encoder, encoder.encode(texts))
     blocks = [
         {"input_ids": ids, "lengths": lengths}
         for ids, lengths in packing.concat(documents, BLOCK_SIZE)

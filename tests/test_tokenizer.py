@@ -53,10 +53,7 @@ def test_a_broken_promise_is_noticed(base_proto: Any) -> None:
 
 
 def test_every_new_piece_is_produced_by_a_text(merge: Any) -> None:
-    alone = type(merge.proto)()
-    alone.CopyFrom(merge.proto)
-    alone.normalizer_spec.add_dummy_prefix = False
-    encoder = tokenizer.processor(alone)
+    encoder = tokenizer.processor(merge.proto, dummy_prefix=False)
     for piece in merge.added:
         assert encoder.encode(piece.replace("▁", " "), out_type=str) == [piece]
 
