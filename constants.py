@@ -48,7 +48,7 @@ if PROFILE == "demo":
         f"{kind}={DATA_DIR}/train_sft.jsonl.gz?kind={kind}#messages"
         for kind in ("ja", "zh", "en", "code")
     )
-    TOKENIZER: Settings = {"vocab_size": 8000}
+    TOKENIZER: Settings = {"method": "continue", "vocab_size": 4000}
     DATA: Settings = {
         "total_tokens": 500_000,
         "validation_tokens": 15_000,
@@ -104,7 +104,8 @@ else:
         "code=sahil2801/CodeAlpaca-20k#instruction+input>output",
         "code=iamtarun/python_code_instructions_18k_alpaca#instruction+input>output",
     )
-    TOKENIZER = {"vocab_size": 20_000, "input_sentence_size": 5_000_000}
+    # With the base's 64,798 ids 78,539: no more embedding rows than the article's model has.
+    TOKENIZER = {"method": "continue", "vocab_size": 14_000, "input_sentence_size": 2_000_000}
     DATA = {
         "total_tokens": 1_000_000_000,
         "sft_examples": 220_000,
@@ -116,14 +117,18 @@ else:
     SFT = {**TRAINING, "learning_rate": 1e-4, "embedding_learning_rate": 2e-5}
     EVALUATION = {"window": 1024}
 
+JA_SOURCES = tuple(source for source in PRETRAIN_SOURCES if source.startswith("ja="))
+
 STEP1: Settings = {
-    "sources": tuple(source for source in PRETRAIN_SOURCES if source.startswith("ja=")),
+    "sources": JA_SOURCES,
+    "base_model": BASE_MODEL_DIR,
     "output_dir": STEP1_DIR,
     **TOKENIZER,
 }
 STEP2: Settings = {
     "base_model": BASE_MODEL_DIR,
     "ja_tokenizer": STEP1_DIR,
+    "ranking_sources": JA_SOURCES,
     "check_sources": HELD_OUT_SOURCES,
     "output_dir": STEP2_DIR,
 }

@@ -1,17 +1,19 @@
-"""Step 1: train a sentencepiece BPE tokenizer on Japanese text.
+"""Step 1: learn Japanese pieces, as a sentencepiece BPE model.
 
-Reads   the Japanese sources of constants.py
+With sentencepiece from characters, or by continuing the merges of the base's own tokenizer.
+
+Reads   the Japanese sources of constants.py; for --method continue <base model>/tokenizer.model
 Writes  <artifacts>/step1_tokenizer/  ja_bpe.model, ja_bpe.vocab
 Run     python step1_train_tokenizer.py
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_file_input
+from chatglm_ja.artifacts import Output, open_base_model, open_file_input
 from chatglm_ja.cli import run
 from chatglm_ja.config import Source, TrainTokenizerConfig, parse
 
@@ -22,6 +24,9 @@ def main() -> None:
     config = parse(TrainTokenizerConfig, __doc__, constants.STEP1)
     sources = [Source.parse(spec) for spec in config.sources]
     inputs = [open_file_input("japanese_corpus", *corpus.local_paths(sources))]
+    base_model = config.base_model if config.method == "continue" else None
+    if base_model:
+        inputs.append(open_base_model(base_model)[0])
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):
         return
@@ -29,32 +34,43 @@ def main() -> None:
     # Large libraries load after the settings are known to be good: --help answers at once.
     from tqdm.auto import tqdm
 
-    from chatglm_ja import tokenizer
+    from chatglm_ja import tokenizer, vocabulary
 
     def texts() -> Iterator[str]:
         for source in sources:
-            for text in tqdm(corpus.read_texts(source), desc=source.path, unit=" documents"):
-                output.counts["documents"] = output.counts.get("documents", 0) + 1
-                output.counts["characters"] = output.counts.get("characters", 0) + len(text)
-                yield text
+            yield from tqdm(corpus.read_texts(source), desc=source.path, unit=" documents")
 
     with output.write() as folder:
-        tokenizer.train(
-            texts(),
-            folder,
-            vocab_size=config.vocab_size,
-            character_coverage=config.character_coverage,
-            num_threads=config.num_threads,
-            input_sentence_size=config.input_sentence_size,
-        )
-        output.counts["pieces"] = config.vocab_size
+        lines: Iterable[str] = corpus.training_lines(texts(), output.counts)
+        if config.input_sentence_size:
+            lines = corpus.sample_lines(iter(lines), config.input_sentence_size, config.seed)
+            output.counts["lines_sampled"] = len(lines)
+        if base_model:
+            learned = vocabulary.continue_base(
+                tokenizer.read_base(base_model),
+                lines,
+                config.policy,
+                vocab_size=config.vocab_size,
+                character_coverage=config.character_coverage,
+                num_threads=config.num_threads,
+                max_piece_length=config.max_piece_length,
+            )
+        else:
+            learned = vocabulary.train(
+                lines,
+                vocab_size=config.vocab_size,
+                character_coverage=config.character_coverage,
+                num_threads=config.num_threads,
+                settings=config.trainer_settings(),
+            )
+        vocabulary.save_learned(learned, folder)
+        output.counts["pieces"] = len(learned.pieces)
     log.info(
-        "learned %d pieces from %d documents, %d characters: %s",
-        output.counts["pieces"],
-        output.counts["documents"],
-        output.counts["characters"],
-        config.output_dir,
+        "learned %(pieces)d pieces from %(documents)d documents, %(lines)d lines, %(characters)d "
+        "characters",
+        output.counts,
     )
+    log.info("Japanese pieces: %s", config.output_dir)
 
 
 if __name__ == "__main__":

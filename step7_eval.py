@@ -41,14 +41,22 @@ def main() -> None:
             print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))
         return
 
-    from chatglm_ja import checkpoint, evaluation, model, report, tokenizer, training
+    from chatglm_ja import (
+        checkpoint,
+        evaluation,
+        model,
+        report,
+        segmentation,
+        tokenizer,
+        training,
+    )
 
-    base_proto = tokenizer.read_model(config.base_model / tokenizer.MODEL_FILE)
-    before = tokenizer.processor(tokenizer.with_special_tokens(base_proto))
+    base_tokenizer = tokenizer.with_special_tokens(tokenizer.read_base(config.base_model))
+    before = tokenizer.processor(base_tokenizer)
     after = tokenizer.load(config.tokenizer)
     prompts = evaluation.read_prompts(config.prompts)
     texts = {
-        language: evaluation.take_characters(all_texts, config.max_chars)
+        language: corpus.take_characters(all_texts, config.max_chars)
         for language, all_texts in corpus.texts_by_language(sources).items()
     }
 
@@ -78,11 +86,11 @@ def main() -> None:
     ):
         stages.append(evaluate(name, evaluation.load_model(folder), after))
 
-    sentence = evaluation.sample_sentence(texts[next(iter(texts))])
+    sentence = corpus.sample_sentence(texts[next(iter(texts))])
     results = {
         "stages": stages,
         "segmentation": {
-            language: tokenizer.compare(before, after, documents, "all").row()
+            language: segmentation.compare(before, after, documents, "all").row()
             for language, documents in texts.items()
         },
         "sample": {
@@ -102,7 +110,7 @@ def main() -> None:
         text = json.dumps(results, indent=1, ensure_ascii=False)
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
         (folder / RESULTS_TABLE).write_text(table, encoding="utf-8")
-        (folder / "report.html").write_text(report.page(results), encoding="utf-8")
+        (folder / "report.html").write_text(report.html_page(results), encoding="utf-8")
     print(table)
     log.info("report: %s", config.output_dir / "report.html")
 

@@ -104,6 +104,18 @@ def open_artifact(path: Path, made_by: str) -> Input:
     return Input(role, manifest["fingerprint"], path, lineage, manifest)
 
 
+def open_artifact_or_file(path: Path, made_by: str) -> Input:
+    """Open a folder that a step published, named by itself or by a file in it; or any other file.
+
+    A file from elsewhere takes the role of the step that would have made it.
+    """
+    if not path.is_file():
+        return open_artifact(path, made_by)
+    if (path.parent / MANIFEST).is_file():
+        return open_artifact(path.parent, made_by)
+    return open_file_input(Path(made_by).stem, path)
+
+
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of an artifact folder, or None where there is none."""
     try:

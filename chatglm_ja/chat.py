@@ -3,14 +3,16 @@
     [gMASK] sop <|user|> \\n question <|assistant|> \\n answer <|user|> ... answer </s>
     '---------- prompt, not trained -------------' '--- trained ---'
 
-Every part is encoded by itself and so starts with the tokenizer's own space mark. Text is encoded
-by sentencepiece alone, which never produces a special token: a user who types "<|assistant|>"
-gets ordinary pieces.
+Every part is encoded by itself and so starts with the tokenizer's own space mark. No text ever
+becomes a special token: a user who types "<|assistant|>" gets ordinary pieces. `tokenizer` is a
+merged tokenizer in either form, sentencepiece's processor (tokenizer.load) or the AutoTokenizer of
+step 2's folder; both give the same ids.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from chatglm_ja.corpus import check_unicode
 from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import EOS_ID, STOP_TOKENS
 
@@ -21,11 +23,22 @@ Message = Mapping[str, str]
 
 
 def special_id(tokenizer: Any, token: str) -> int:
-    """The id of a special token of a merged tokenizer (a sentencepiece processor)."""
-    index = tokenizer.piece_to_id(token)
-    if not tokenizer.is_control(index):
-        raise DataError(f"the tokenizer has no special token {token}: expected one from step 2")
-    return index
+    """The id of a special token of a merged tokenizer."""
+    if hasattr(tokenizer, "convert_tokens_to_ids"):  # transformers'
+        if token in tokenizer.get_added_vocab():
+            return int(tokenizer.convert_tokens_to_ids(token))
+    elif tokenizer.is_control(index := tokenizer.piece_to_id(token)):
+        return int(index)
+    raise DataError(f"the tokenizer has no special token {token}: expected one from step 2")
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text in which no special token is recognised. DataError for a lone surrogate."""
+    check_unicode(text, "a message")
+    if hasattr(tokenizer, "convert_tokens_to_ids"):
+        encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoding["input_ids"])
+    return list(tokenizer.encode(text))
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
@@ -50,14 +63,14 @@ def _header(tokenizer: Any, message: Message) -> list[int]:
     if role not in ROLES:
         raise DataError(f"role {role!r} does not exist: expected one of {', '.join(ROLES)}")
     metadata = message.get("metadata", "") + "\n"
-    return [special_id(tokenizer, f"<|{role}|>"), *tokenizer.encode(metadata)]
+    return [special_id(tokenizer, f"<|{role}|>"), *encode_text(tokenizer, metadata)]
 
 
 def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The ids of a conversation that the assistant shall answer next."""
     ids = prefix_ids(tokenizer)
     for message in messages:
-        ids += _header(tokenizer, message) + tokenizer.encode(message["content"])
+        ids += _header(tokenizer, message) + encode_text(tokenizer, message["content"])
     return [*ids, special_id(tokenizer, "<|assistant|>")]
 
 
@@ -75,7 +88,7 @@ def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int
         is_answer = message["role"] == "assistant"
         ids.append(role)
         labels.append(role if after_answer else IGNORE)
-        body = header + tokenizer.encode(message["content"])
+        body = header + encode_text(tokenizer, message["content"])
         ids += body
         labels += body if is_answer else [IGNORE] * len(body)
         after_answer = is_answer

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from chatglm_ja.errors import ConfigError
+
+Policy = Literal["japanese", "kana", "han", "all"]
+CORES = len(os.sched_getaffinity(0))
 
 
 def setting(
@@ -78,20 +82,83 @@ class StepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(StepConfig):
-    """Step 1."""
+    """Step 1. The settings from `normalization` on make the pieces fit the base's tokenizer."""
 
     sources: tuple[str, ...] = setting("Japanese texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
-    vocab_size: int = setting("pieces to learn", 20_000, low=300, high=1_000_000)
+    method: Literal["sentencepiece", "continue"] = setting(
+        "sentencepiece: learn from characters; continue: go on from the base's own merges, which "
+        "gives shorter texts and no piece that the merge has to drop",
+        "sentencepiece",
+    )
+    base_model: Path | None = setting(
+        "ChatGLM3 folder, of which --method continue reads tokenizer.model", None
+    )
+    policy: Policy = setting("what --method continue may learn, as in step 2", "japanese")
+    vocab_size: int = setting(
+        "pieces to learn, control and byte pieces included", 20_000, low=300, high=1_000_000
+    )
     character_coverage: float = setting(
         "share of the text's characters that get a piece; the rest stays bytes",
         0.9995,
         low=0.9,
         high=1.0,
     )
-    num_threads: int = setting("threads of the trainer", 16, low=1, affects_result=False)
     input_sentence_size: int = setting(
         "train on at most this many lines, drawn at random (0: all)", 0, low=0
     )
+    seed: int = setting("seed of that draw", 0, low=0)
+    num_threads: int = setting("threads: all cores", CORES, low=1, affects_result=False)
+    normalization: Literal["identity", "nfkc", "nmt_nfkc"] = setting(
+        "the base does not normalise: pieces of normalised characters would never match raw text",
+        "identity",
+    )
+    split_digits: bool = setting(
+        "keep digits apart: the base does, and 1998 as one piece would change Chinese", True
+    )
+    byte_fallback: bool = setting(
+        "spell characters without a piece in bytes, as the base does, instead of <unk>", True
+    )
+    keep_whitespace: bool = setting(
+        "keep repeated and outer spaces: the base does, and text must decode to itself", True
+    )
+    dummy_prefix: bool = setting(
+        "put a space before every line: the merged tokenizer does so only before a whole text, so "
+        "that pieces learned with it at the start of a line would be lost on all other lines",
+        False,
+    )
+    split_by_script: bool = setting(
+        "never mix scripts in a piece: Japanese words do, as in 食べる", False
+    )
+    max_piece_length: int = setting(
+        "characters of the longest piece; 16 as in the base, so that no piece is a whole sentence",
+        16,
+        low=1,
+        high=512,
+    )
+
+    def contradictions(self) -> list[str]:
+        problems = []
+        if self.method == "continue":
+            if self.base_model is None:
+                problems.append("--method continue needs --base-model: the ChatGLM3 folder")
+            for name in ("normalization", "split_digits", "byte_fallback", "keep_whitespace",
+                         "dummy_prefix", "split_by_script"):  # fmt: skip
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    problems.append(f"{flag(name)} is for --method sentencepiece only")
+        return problems
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """The settings that fit the pieces to the base, by sentencepiece's names."""
+        return {
+            "normalization_rule_name": self.normalization,
+            "split_digits": self.split_digits,
+            "byte_fallback": self.byte_fallback,
+            "remove_extra_whitespaces": not self.keep_whitespace,
+            "add_dummy_prefix": self.dummy_prefix,
+            "split_by_unicode_script": self.split_by_script,
+            "max_sentencepiece_length": self.max_piece_length,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +166,30 @@ class MergeTokenizerConfig(StepConfig):
     """Step 2."""
 
     base_model: Path = setting("ChatGLM3 folder; tokenizer.model and config.json are read")
-    ja_tokenizer: Path = setting("output folder of step 1")
-    policy: Literal["japanese", "kana", "han", "all"] = setting(
+    ja_tokenizer: Path = setting("output folder of step 1, or any sentencepiece BPE model file")
+    policy: Policy = setting(
         "which pieces are added: japanese: with kana or a kanji that Chinese does not use; "
         "kana: with kana; han: with any Han character or kana; all: every piece, unreachable "
         "ones too. Only japanese and kana leave Chinese and English as they are",
         "japanese",
     )
+    max_new_pieces: int = setting(
+        "add at most this many pieces: those used most on --ranking-sources (0: no limit)", 0, low=0
+    )
+    ranking_sources: tuple[str, ...] = setting(
+        "Japanese texts for --max-new-pieces: LANGUAGE=PATH_OR_DATASET[#COLUMN]", ()
+    )
+    ranking_characters: int = setting(
+        "characters of them that are read, taken from every source in turn", 20_000_000, low=1
+    )
     check_sources: tuple[str, ...] = setting(
         "texts to compare the base and the merged tokenizer on: LANGUAGE=PATH[#COLUMN]"
     )
+
+    def contradictions(self) -> list[str]:
+        if self.max_new_pieces and not self.ranking_sources:
+            return ["--max-new-pieces needs --ranking-sources: texts to count the uses on"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +234,9 @@ class PrepareDataConfig(StepConfig):
     sft_validation_examples: int = setting("conversations kept for validation", 1000, low=0)
     max_length: int = setting("tokens of the longest conversation, and of an SFT bin", 1024, low=16)
     seed: int = setting("seed of the draw of SFT conversations", 0, low=0)
-    num_threads: int = setting("threads of the tokenizer", 16, low=1, affects_result=False)
+    num_threads: int = setting(
+        "threads of the tokenizer: all cores", CORES, low=1, affects_result=False
+    )
 
     def contradictions(self) -> list[str]:
         problems = []

@@ -5,9 +5,11 @@ a data set that `datasets` can load. Everything is an iterator: no file is read 
 """
 
 import gzip
+import itertools
 import json
+import random
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from chatglm_ja.errors import DataError
 
 Record = dict[str, Any]
 TEXT_COLUMN = "text"
+# Longer than any book in one JSON line: a file without line breaks must not fill the memory.
+MAX_RECORD_CHARACTERS = 2**26
+# A line inside a document that is longer than this is no prose (a whole novel has fewer
+# characters): base64, or a corpus whose line breaks were lost.
+MAX_LINE_CHARACTERS = 1_000_000
 
 
 def is_local(source: Source) -> bool:
@@ -63,13 +70,12 @@ def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
     by_label: dict[str, list[Source]] = {}
     for source in sources:
         by_label.setdefault(source.label, []).append(source)
-    return {
-        label: _in_turn([read_texts(source) for source in group])
-        for label, group in by_label.items()
-    }
+    return {label: in_turn(map(read_texts, group)) for label, group in by_label.items()}
 
 
-def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
+def in_turn(streams: Iterable[Iterator[str]]) -> Iterator[str]:
+    """The items of several streams, one from each in turn until all have ended."""
+    streams = list(streams)
     while streams:
         for stream in list(streams):
             text = next(stream, None)
@@ -77,6 +83,66 @@ def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
                 streams.remove(stream)
             else:
                 yield text
+
+
+def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> Iterator[str]:
+    """The lines of documents that hold any text, for the tokenizer's training.
+
+    Adds up documents, lines and characters in `counts`. Line breaks end a training sentence, since
+    no piece spans one: to the tokenizers a line break is a byte. Raises DataError when there is
+    no text at all, or a line that no text would have.
+    """
+    counts.update(documents=0, lines=0, characters=0)
+    for text in texts:
+        counts["documents"] += 1
+        for line in text.split("\n"):
+            if not line.strip():
+                continue
+            if len(line) > MAX_LINE_CHARACTERS:
+                raise DataError(
+                    f"document {counts['documents']} has a line of {len(line):,} characters, which "
+                    f"starts {line[:20]!r}: expected text with line breaks, at most "
+                    f"{MAX_LINE_CHARACTERS:,} characters a line"
+                )
+            counts["lines"] += 1
+            counts["characters"] += len(line)
+            yield line
+    if not counts["lines"]:
+        raise DataError("the sources hold no text: nothing can be learned from them")
+
+
+def sample_lines(lines: Iterator[str], size: int, seed: int) -> list[str]:
+    """`size` lines, each equally likely to be taken; fewer if there are not so many.
+
+    Reservoir sampling (Vitter 1985, algorithm R): one pass, memory for the sample only. The
+    same seed takes the same lines, which sentencepiece's own sampling does not promise.
+    """
+    rng = random.Random(seed)
+    sample = list(itertools.islice(lines, size))
+    for seen, line in enumerate(lines, start=size + 1):
+        place = int(rng.random() * seen)
+        if place < size:
+            sample[place] = line
+    return sample
+
+
+def take_characters(texts: Iterable[str], limit: int) -> list[str]:
+    """Whole texts from the start, at least one, until the next would go over `limit` characters."""
+    taken: list[str] = []
+    total = 0
+    for text in texts:
+        total += len(text)
+        if taken and total > limit:
+            break
+        taken.append(text)
+    return taken
+
+
+def sample_sentence(texts: Iterable[str]) -> str:
+    """A line of 40 to 120 characters to show the segmentation of, or the first text's start."""
+    texts = list(texts)
+    lines = (line for text in texts for line in text.split("\n"))
+    return next((line for line in lines if 40 <= len(line) <= 120), texts[0][:80])
 
 
 def check_unicode(text: str, origin: str) -> None:
@@ -110,15 +176,15 @@ def _read_local(path: Path) -> Iterator[Record]:
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path} is not a parquet file ({error})") from None
     elif name.endswith(".json"):
-        with _open_text(path) as lines:
-            records = _parse_json("".join(_decode(lines, path)), path, 1)
+        with _open_text(path) as file:
+            records = _parse_json("".join(_decoded(file, path)), path, 1)
         if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
             raise DataError(f"{path} is not a JSON list of objects")
         yield from records
     elif name.endswith((".jsonl", ".txt")):
         is_json = name.endswith(".jsonl")
-        with _open_text(path) as lines:
-            for number, line in enumerate(_decode(lines, path), start=1):
+        with _open_text(path) as file:
+            for number, line in enumerate(_decoded(_lines(file, path), path), start=1):
                 if is_json and line.strip():
                     record = _parse_json(line, path, number)
                     if not isinstance(record, dict):
@@ -135,7 +201,20 @@ def _open_text(path: Path) -> Any:
     return opener(path, "rt", encoding="utf-8")
 
 
-def _decode(lines: Iterable[str], path: Path) -> Iterator[str]:
+def _lines(file: Any, path: Path) -> Iterator[str]:
+    """The lines of a file, without ever holding an endless one."""
+    number = 0
+    while line := file.readline(MAX_RECORD_CHARACTERS):
+        number += 1
+        if len(line) == MAX_RECORD_CHARACTERS:
+            raise DataError(
+                f"{path} line {number} is longer than {MAX_RECORD_CHARACTERS:,} characters: "
+                "expected a document or a JSON object a line"
+            )
+        yield line
+
+
+def _decoded(lines: Iterable[str], path: Path) -> Iterator[str]:
     """Pass lines on; say which file is not UTF-8 or is a damaged archive."""
     try:
         yield from lines

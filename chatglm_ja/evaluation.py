@@ -92,25 +92,6 @@ def _batched(items: Sequence[Window], size: int) -> list[Sequence[Window]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def take_characters(texts: Iterable[str], limit: int) -> list[str]:
-    """Whole texts from the start, at least one, until the next would go over `limit` characters."""
-    taken: list[str] = []
-    total = 0
-    for text in texts:
-        total += len(text)
-        if taken and total > limit:
-            break
-        taken.append(text)
-    return taken
-
-
-def sample_sentence(texts: Iterable[str]) -> str:
-    """A line of 40 to 120 characters to show the segmentation of, or the first text's start."""
-    texts = list(texts)
-    lines = (line for text in texts for line in text.split("\n"))
-    return next((line for line in lines if 40 <= len(line) <= 120), texts[0][:80])
-
-
 @dataclass(frozen=True)
 class Answer:
     """A model's answer; `stopped` says that it ended by itself, before the limit."""

@@ -1,42 +1,22 @@
 """Step 7's results as a table for the terminal and as one self-contained HTML page.
 
-    results = {
-        "stages": [{"name", "languages": {language: {"bits_per_char", "tokens_per_char", ...}},
-                    "answers": [{"language", "question", "text", "tokens", "stopped"}]}],
-        "segmentation": {language: Segmentation.row()},
-        "sample": {"text", "before": [piece], "after": [piece]},
-        "curves": {name: history of the Trainer},
-        "lineage": {role: fingerprint}, "versions": {package: version},
-    }
-
-The page loads nothing from anywhere: pictures are inline SVG, and all text is escaped.
+results = {
+    "stages": [{"name", "languages": {language: {"bits_per_char", "tokens_per_char", ...}},
+                "answers": [{"language", "question", "text", "tokens", "stopped"}]}],
+    "segmentation": {language: Segmentation.row()},
+    "sample": {"text", "before": [piece], "after": [piece]},
+    "curves": {name: history of the Trainer},
+    "lineage": {role: fingerprint}, "versions": {package: version},
+}
 """
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Results = Mapping[str, Any]
+from chatglm_ja import page, segmentation
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.6 system-ui, "Noto Sans CJK JP", sans-serif; max-width: 60rem; color: #1d2330;
-       margin: 0 auto; padding: 1rem; background: #fff; }
-h1 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #d8dce5; }
-th:first-child, td:first-child { text-align: left; }
-.pieces span { display: inline-block; padding: 0 .25em; margin: 1px; border-radius: 4px; }
-.pieces span:nth-child(odd) { background: #dbe9ff; } .pieces span:nth-child(even) { background: #ffe8c7; }
-figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
-.answers div { background: #f4f6fa; border-radius: 8px; padding: .6rem .8rem; }
-.answers p { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.question { font-weight: 600; white-space: pre-wrap; margin: 1.5rem 0 .5rem; }
-small { color: #5a6375; } code { overflow-wrap: anywhere; }
-"""  # noqa: E501
+Results = Mapping[str, Any]
 
 
 def stage_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -68,17 +48,6 @@ def learning(results: Results) -> str:
     return "Continued pretraining, bits per character: " + ", ".join(changes)
 
 
-def segmentation_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: what the new vocabulary did to held-out lines of every language."""
-    head = ["language", "lines", "segmented as before", "tokens/char before", "tokens/char after"]
-    rows = []
-    for language, row in results["segmentation"].items():
-        numbers = (row["tokens_per_char_before"], row["tokens_per_char_after"])
-        share = f"{100 * row['identical_share']:.2f}%"
-        rows.append([language, str(row["lines"]), share, *(f"{n:.3f}" for n in numbers)])
-    return head, rows
-
-
 def markdown(results: Results) -> str:
     """The tables, aligned so that they read well in a terminal too."""
     return "\n".join(
@@ -91,7 +60,7 @@ def markdown(results: Results) -> str:
             "",
             "Lines that the merged tokenizer segments as the base does, held-out text",
             "",
-            *_markdown_table(*segmentation_table(results)),
+            *_markdown_table(*segmentation.table(results["segmentation"])),
             "",
         ]
     )
@@ -109,7 +78,7 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]  # fmt: skip
 
 
-def page(results: Results) -> str:
+def html_page(results: Results) -> str:
     """The whole report as one HTML document."""
     sample = results["sample"]
     sections = [
@@ -117,49 +86,27 @@ def page(results: Results) -> str:
         "<h2>Stages</h2>",
         "<p>Bits per character on held-out text: lower is better, and comparable between "
         "vocabularies. In brackets: the change against the base model.</p>",
-        _html_table(*stage_table(results)),
+        page.table(*stage_table(results)),
         f"<p>{html.escape(learning(results))}</p>",
         "<h2>Vocabulary</h2>",
-        _html_table(*segmentation_table(results)),
+        page.table(*segmentation.table(results["segmentation"])),
         f"<p>{html.escape(sample['text'])}</p>",
         f"<p>Before: {len(sample['before'])} tokens</p>",
-        _pieces(sample["before"]),
+        page.pieces(sample["before"]),
         f"<p>After: {len(sample['after'])} tokens</p>",
-        _pieces(sample["after"]),
+        page.pieces(sample["after"]),
         "<h2>Loss</h2>",
-        *(f"<figure>{_curve(name, log)}</figure>" for name, log in results["curves"].items()),
+        *(_curve(name, log) for name, log in results["curves"].items()),
         "<h2>Answers</h2>",
         "<p>Greedy. <small>■ ended by itself, … ran into the limit</small></p>",
         *_answers(results["stages"]),
         "<h2>Made from</h2>",
-        _html_table(["input", "fingerprint"], [[k, v[:12]] for k, v in results["lineage"].items()]),
+        page.table(["input", "fingerprint"], [[k, v[:12]] for k, v in results["lineage"].items()]),
         "<p><small>"
         + html.escape(", ".join(f"{name} {v}" for name, v in results["versions"].items()))
         + "</small></p>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>ChatGLM3 Japanese: report</title><style>{STYLE}</style></head><body>"
-        + "\n".join(sections)
-        + "</body></html>\n"
-    )
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f'<div class="scroll"><table>{line(head, "th")}{body}</table></div>'
-
-
-def _pieces(pieces: Sequence[str]) -> str:
-    return (
-        '<p class="pieces">'
-        + "".join(f"<span>{html.escape(piece)}</span>" for piece in pieces)
-        + "</p>"
-    )
+    return page.document("ChatGLM3 Japanese: report", sections)
 
 
 def _answers(stages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -182,12 +129,7 @@ def _answers(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     """Training and validation loss over the steps, as inline SVG."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.2))
+    figure, axes = page.figure(7, 3.2)
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     axes.plot(*zip(*points, strict=True), label="training", color="#1d2330")
     names = sorted({key for entry in history for key in entry if key.endswith("_loss")})
@@ -199,8 +141,4 @@ def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    return page.svg(figure)

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from chatglm_ja import chat, checkpoint, tokenizer
+from chatglm_ja import chat, checkpoint, export, tokenizer
 from chatglm_ja.errors import DataError
 
 Init = Literal["subtoken_mean", "mean", "random"]
@@ -107,7 +107,7 @@ def resize_checkpoint(
         pad_token_id=tokenizer.UNK_ID,
         suppress_tokens=padding or None,
     ).save_pretrained(output_dir)
-    tokenizer.copy_files(tokenizer_dir, output_dir)
+    export.copy_files(tokenizer_dir, output_dir)
     verify(base, output_dir, old_ids, rows)
     return {
         "old_rows": base.config["padded_vocab_size"],

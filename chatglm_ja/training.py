@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from chatglm_ja import dataset, tokenizer
+from chatglm_ja import dataset, export
 from chatglm_ja.artifacts import Output
 from chatglm_ja.chat import IGNORE
 from chatglm_ja.cli import is_main_process
@@ -349,7 +349,7 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
     model = GlmForCausalLM.from_pretrained(model_dir, dtype="auto")
     merged = PeftModel.from_pretrained(model, output_dir / ADAPTER).merge_and_unload()
     merged.save_pretrained(output_dir, max_shard_size="2GB")
-    tokenizer.copy_files(model_dir, output_dir)
+    export.copy_files(model_dir, output_dir)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

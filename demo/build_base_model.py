@@ -81,8 +81,9 @@ def train_tokenizer(
     """A BPE model trained as ChatGLM3's was (its trainer_spec says how)."""
     import sentencepiece
 
-    from chatglm_ja.tokenizer import has_han
+    from chatglm_ja.vocabulary import admits
 
+    kana_and_kanji = {character for character in characters if admits("han", character)}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n")),
@@ -94,7 +95,7 @@ def train_tokenizer(
         split_digits=True,
         byte_fallback=True,
         character_coverage=0.9995,
-        required_chars="".join(sorted(KANA.union(filter(has_han, characters)))),
+        required_chars="".join(sorted(KANA | kana_and_kanji)),
         max_sentence_length=1_000_000,
         minloglevel=2,
     )
@@ -102,11 +103,11 @@ def train_tokenizer(
 
 
 def chatglm_config(config: BaseModelConfig) -> dict[str, Any]:
-    from chatglm_ja import checkpoint, resize, tokenizer
+    from chatglm_ja import base_config, resize, tokenizer
 
     vocabulary = config.vocab_size + len(tokenizer.SPECIAL_TOKENS)
     return {
-        **checkpoint.REQUIRED_CONFIG,
+        **base_config.REQUIRED_CONFIG,
         "architectures": ["ChatGLMModel"],
         "apply_query_key_layer_scaling": True,
         "attention_softmax_in_fp32": True,

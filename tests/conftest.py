@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja import chat, corpus, dataset, tokenizer
-from chatglm_ja.config import Source
+from chatglm_ja import chat, corpus, dataset, export, tokenizer, vocabulary
+from chatglm_ja.config import Source, TrainTokenizerConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 FIXTURES = PROJECT / "tests" / "fixtures"
 DATA = PROJECT / "demo" / "data"
 SHARED = PROJECT.parent / "shared"
+
+TRAINER_SETTINGS = TrainTokenizerConfig(output_dir=Path(), sources=()).trainer_settings()
 
 needs_real_tokenizer = pytest.mark.skipif(
     not (SHARED / "chatglm3-6b" / "tokenizer.model").is_file(),
@@ -42,27 +44,26 @@ def base_proto(base_dir: Path) -> Any:
 def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Japanese BPE model of 2,500 pieces, trained on pages of the demo."""
     folder = tmp_path_factory.mktemp("ja")
-    tokenizer.train(
-        demo_texts("ja", 300),
-        folder,
+    learned = vocabulary.train(
+        corpus.training_lines(demo_texts("ja", 300), {}),
         vocab_size=2500,
         character_coverage=0.9995,
         num_threads=2,
-        input_sentence_size=0,
+        settings=TRAINER_SETTINGS,
     )
+    vocabulary.save_learned(learned, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def merge(base_proto: Any, ja_dir: Path) -> tokenizer.Merge:
-    japanese = tokenizer.read_model(ja_dir / tokenizer.JA_MODEL_FILE)
-    return tokenizer.merge(base_proto, japanese, "japanese")
+def merge(base_proto: Any, ja_dir: Path) -> vocabulary.Merge:
+    return vocabulary.merge(base_proto, vocabulary.read_learned(ja_dir), "japanese")
 
 
 @pytest.fixture(scope="session")
-def merged_dir(merge: tokenizer.Merge, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged_dir(merge: vocabulary.Merge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    tokenizer.save(merge.proto, folder)
+    export.save(merge.proto, folder)
     return folder
 
 

@@ -149,3 +149,9 @@ def test_mix_says_what_is_missing() -> None:
 def test_bad_source_specs(spec: str) -> None:
     with pytest.raises(ConfigError, match="is not of the form"):
         Source.parse(spec)
+
+
+def test_take_characters_takes_whole_texts() -> None:
+    texts = ["aaaa", "bbb", "c"]
+    assert corpus.take_characters(texts, 7) == ["aaaa", "bbb"]
+    assert corpus.take_characters(texts, 2) == ["aaaa"]

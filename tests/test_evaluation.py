@@ -80,12 +80,6 @@ def test_nothing_to_score_is_an_error(model: Any, encoder: Any) -> None:
         evaluation.score_texts(model, encoder, [], 64, 4)
 
 
-def test_take_characters_takes_whole_texts() -> None:
-    texts = ["aaaa", "bbb", "c"]
-    assert evaluation.take_characters(texts, 7) == ["aaaa", "bbb"]
-    assert evaluation.take_characters(texts, 2) == ["aaaa"]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [("- a\n", "must map"), ("ja: hello\n", "ja must be a list"), ("a: [", "is not YAML")],

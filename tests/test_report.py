@@ -42,7 +42,7 @@ def test_changes_are_against_the_base(results: dict[str, Any]) -> None:
 
 
 def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> None:
-    page = report.page(results)
+    page = report.html_page(results)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "<svg" in page

@@ -1,0 +1,54 @@
+"""ChatGLM3's config.json: the sizes that the pipeline needs; other architectures are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from chatglm_ja.errors import DataError
+
+# What GlmForCausalLM computes; a checkpoint that says otherwise is another architecture.
+REQUIRED_CONFIG = {
+    "model_type": "chatglm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_residual_connection_post_layernorm": False,
+    "multi_query_attention": True,
+    "original_rope": True,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "tie_word_embeddings": False,
+}
+SIZES = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
+    "multi_query_group_num", "layernorm_epsilon", "padded_vocab_size", "seq_length",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """ChatGLM3's config.json, with every field that the conversion needs."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} not found: expected a ChatGLM3 checkpoint folder") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
+    for name, expected in REQUIRED_CONFIG.items():
+        if config.get(name) != expected:
+            raise DataError(
+                f"{path}: {name} is {config.get(name)!r}, expected {expected!r}: this is not a "
+                "ChatGLM3-6B model"
+            )
+    if "rope_ratio" in config and config["rope_ratio"] != 1:
+        raise DataError(
+            f"{path}: rope_ratio is {config['rope_ratio']}: the long-context variants are not "
+            "supported; expected chatglm3-6b or chatglm3-6b-base"
+        )
+    if config.get("quantization_bit"):
+        raise DataError(f"{path}: the checkpoint is quantised; expected fp16, bf16 or fp32 weights")
+    missing = [name for name in SIZES if not isinstance(config.get(name), int | float)]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}: expected a ChatGLM3 config.json")
+    return config

@@ -1,0 +1,130 @@
+"""Step 2's report: what was added and dropped, and what it did to every language.
+
+report = {
+    "policy", "guarantee": str,
+    "counts": Merge.counts(), "dropped": {reason: [piece]},
+    "languages": {language: {**Segmentation.row(), "used_share": share of the new pieces,
+                             "changed": [{"line", "before": [piece], "after": [piece]}],
+                             "rust_differs": lines that tokenizer.json cuts otherwise}},
+}
+"""
+
+import html
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from chatglm_ja import page, segmentation
+from chatglm_ja.segmentation import Segmentation
+from chatglm_ja.vocabulary import GUARANTEES, Merge
+
+Report = Mapping[str, Any]
+
+REASONS = {
+    "already_known": "in the base already",
+    "outside_policy": "not admitted by the policy",
+    "unspellable": "needs a character that has no piece",
+    "unreachable": "no text encodes to it: the base's merges take its parts first",
+    "past_max_new_pieces": "used less than those kept by --max-new-pieces",
+}
+
+
+def build(
+    policy: str, merged: Merge, languages: Mapping[str, Segmentation], before: Any, after: Any
+) -> Report:
+    """The report of a merge, measured on each language's lines with two processors."""
+    rows = {}
+    for language, result in languages.items():
+        rows[language] = {
+            **result.row(),
+            "used_share": len(result.used) / max(len(merged.added), 1),
+            "rust_differs": len(result.rust_differs),
+            "changed": [
+                {
+                    "line": line,
+                    "before": before.encode(line, out_type=str),
+                    "after": after.encode(line, out_type=str),
+                }
+                for line in result.changed
+            ],
+        }
+    return {
+        "policy": policy,
+        "guarantee": GUARANTEES[policy],
+        "counts": merged.counts(),
+        "languages": rows,
+        "dropped": merged.dropped,
+    }
+
+
+def summary(report: Report) -> Iterator[str]:
+    """A log line for every language."""
+    for language, row in report["languages"].items():
+        yield (
+            f"{language}: {100 * row['identical_share']:.2f}% of {row['lines']:,} lines segmented "
+            f"as before, tokens per character {row['tokens_per_char_before']:.3f} -> "
+            f"{row['tokens_per_char_after']:.3f}, {100 * row['used_share']:.1f}% of the new pieces "
+            f"used, tokenizer.json = tokenizer.model on {row['lines'] - row['rust_differs']:,} "
+            "lines"
+        )
+
+
+def html_page(report: Report) -> str:
+    """The report as one HTML document."""
+    counts = report["counts"]
+    pieces = [["added", f"{counts['added']:,}", "", ""]]
+    for reason, dropped in report["dropped"].items():
+        kept = report["policy"] == "all" and reason in ("unspellable", "unreachable")
+        meaning = REASONS[reason] + (" (added all the same)" if kept else "")
+        pieces.append([reason, f"{len(dropped):,}", meaning, " ".join(dropped[:12])])
+    sections = [
+        "<h1>Japanese pieces in ChatGLM3's tokenizer</h1>",
+        f"<p>Policy <b>{report['policy']}</b>. {html.escape(report['guarantee'])}</p>",
+        f"<p>{counts['base_pieces']:,} pieces of the base, 9 special tokens, "
+        f"{counts['added']:,} new pieces: {counts['vocabulary']:,} ids.</p>",
+        "<h2>Pieces</h2>",
+        page.table(["Japanese pieces", "number", "why", "the first of them"], pieces),
+        "<h2>Languages</h2>",
+        "<p>Measured on held-out lines.</p>",
+        page.table(*segmentation.table(report["languages"])),
+        _chart(report),
+        page.table(
+            ["language", "new pieces used", "tokens that are new", "tokenizer.json differs"],
+            [
+                [
+                    language,
+                    f"{100 * row['used_share']:.1f}%",
+                    f"{100 * row['new_token_share']:.1f}%",
+                    f"{row['rust_differs']} lines",
+                ]
+                for language, row in report["languages"].items()
+            ],
+        ),
+        *_changed_lines(report),
+    ]
+    return page.document("ChatGLM3 Japanese: merged tokenizer", sections)
+
+
+def _changed_lines(report: Report) -> Iterator[str]:
+    for language, row in report["languages"].items():
+        if row["changed"]:
+            yield f"<h2>First lines of {html.escape(language)} that are cut otherwise now</h2>"
+        for change in row["changed"]:
+            yield f"<p>Before: {len(change['before'])} tokens</p>{page.pieces(change['before'])}"
+            yield f"<p>After: {len(change['after'])} tokens</p>{page.pieces(change['after'])}"
+
+
+def _chart(report: Report) -> str:
+    """Tokens per character, before and after, as bars."""
+    names = list(report["languages"])
+    figure, axes = page.figure(7, 0.7 + 0.55 * len(names))
+    for offset, key, colour in ((-0.18, "before", "#b9c2d3"), (0.18, "after", "#2f6fd6")):
+        values = [row[f"tokens_per_char_{key}"] for row in report["languages"].values()]
+        places = [index + offset for index in range(len(names))]
+        bars = axes.barh(places, values, height=0.34, label=key, color=colour)
+        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="tokens per character")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    axes.legend(frameon=False, loc="lower right")
+    return page.svg(figure)

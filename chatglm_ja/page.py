@@ -1,0 +1,79 @@
+"""Building blocks of the HTML pages that the steps write.
+
+A page is one file that loads nothing from anywhere: pictures are inline SVG, all text is escaped.
+"""
+
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.6 system-ui, "Noto Sans CJK JP", sans-serif; max-width: 60rem; color: #1d2330;
+       margin: 0 auto; padding: 1rem; background: #fff; }
+h1 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #d8dce5; }
+th:first-child, td:first-child { text-align: left; }
+.pieces span { display: inline-block; padding: 0 .25em; margin: 1px; border-radius: 4px; }
+.pieces span:nth-child(odd) { background: #dbe9ff; } .pieces span:nth-child(even) { background: #ffe8c7; }
+figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
+.answers div { background: #f4f6fa; border-radius: 8px; padding: .6rem .8rem; }
+.answers p { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.question { font-weight: 600; white-space: pre-wrap; margin: 1.5rem 0 .5rem; }
+small { color: #5a6375; } code { overflow-wrap: anywhere; }
+"""  # noqa: E501
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """A whole page of sections that are HTML already."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        + "\n".join(sections)
+        + "</body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts; its first column is aligned left, the others right."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table>{line(head, "th")}{body}</table></div>'
+
+
+def pieces(tokens: Sequence[str]) -> str:
+    """The tokens of a text, each in a box of its own."""
+    return (
+        '<p class="pieces">'
+        + "".join(f"<span>{html.escape(piece)}</span>" for piece in tokens)
+        + "</p>"
+    )
+
+
+def figure(width: float, height: float) -> tuple[Any, Any]:
+    """A matplotlib figure, in inches, and its axes; `svg` turns it into a picture."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height))
+
+
+def svg(drawing: Any) -> str:
+    """A finished matplotlib figure as inline SVG."""
+    from matplotlib import pyplot
+
+    drawing.tight_layout()
+    out = io.StringIO()
+    drawing.savefig(out, format="svg", metadata={"Date": None})
+    pyplot.close(drawing)
+    return f"<figure>{out.getvalue()[out.getvalue().index('<svg') :]}</figure>"
