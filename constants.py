@@ -50,7 +50,7 @@ if PROFILE == "demo":
     )
     TOKENIZER: Settings = {"method": "continue", "vocab_size": 4000}
     DATA: Settings = {
-        "total_tokens": 500_000,
+        "total_tokens": 480_000,
         "validation_tokens": 15_000,
         "block_size": 256,
         "sft_examples": 1700,
@@ -105,7 +105,7 @@ else:
         "code=iamtarun/python_code_instructions_18k_alpaca#instruction+input>output",
     )
     # With the base's 64,798 ids 78,539: no more embedding rows than the article's model has.
-    TOKENIZER = {"method": "continue", "vocab_size": 14_000, "input_sentence_size": 2_000_000}
+    TOKENIZER = {"method": "continue", "vocab_size": 14_000, "input_sentence_size": 1_000_000}
     DATA = {
         "total_tokens": 1_000_000_000,
         "sft_examples": 220_000,

@@ -37,6 +37,8 @@ def main() -> None:
     if output.is_settled(config.overwrite, config.check):
         return
 
+    from tqdm.auto import tqdm
+
     from chatglm_ja import export, merge_report, segmentation, tokenizer, vocabulary
 
     base = tokenizer.read_base(config.base_model)
@@ -55,7 +57,9 @@ def main() -> None:
     after = tokenizer.processor(merged.proto)
     rust = export.line_encoder(merged.proto)
     languages = {
-        language: segmentation.compare(before, after, texts, config.policy, rust)
+        language: segmentation.compare(
+            before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
+        )
         for language, texts in corpus.texts_by_language(sources).items()
     }
     segmentation.check_promises(languages, config.policy)

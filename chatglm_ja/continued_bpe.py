@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from chatglm_ja.tokenizer import SPACE, processor, with_special_tokens
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer]
 
 END, MERGED = -1, -2  # in place of a symbol: the end of a segment, the right half of a merge
 RIGHT_BITS = 32  # a pair is one integer: left symbol << 32 | right symbol
@@ -180,7 +180,7 @@ def _segments(proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: i
     end_mark = np.array([END], dtype=np.int32).tobytes()
     flat = np.frombuffer(b"".join(key + end_mark for key in counts), dtype=np.int32).copy()
     sizes = np.array([len(key) // 4 + 1 for key in counts], dtype=np.int64)
-    return _Segments(flat, np.repeat(np.array(list(counts.values()), dtype=np.int64), sizes))
+    return _Segments(flat, np.repeat(np.array(list(counts.values()), dtype=np.int32), sizes))
 
 
 class _State:
@@ -195,15 +195,14 @@ class _State:
         self.text = segments.symbols
         self.weights = segments.weights
         size = len(self.text)
-        self.following = np.arange(1, size + 1)
-        self.preceding = np.arange(-1, size - 1)
+        self.following = np.arange(1, size + 1, dtype=np.int32)
+        self.preceding = np.arange(-1, size - 1, dtype=np.int32)
         self.is_left = np.zeros(size, dtype=bool)  # scratch: the left halves of the merge at hand
         self.counts: dict[int, int] = {}
         # Positions of left halves; some may have changed since, so they are checked when used.
         self.positions: dict[int, list[Ints]] = {}
         self.queue: list[tuple[int, int]] = []
-        everywhere = np.flatnonzero(self.text[:-1] >= 0) if size else np.zeros(0, dtype=np.int64)
-        self._add_pairs(everywhere)
+        self._add_pairs(np.flatnonzero(self.text[:-1] >= 0).astype(np.int32))
 
     def merge(self) -> Iterator[str]:
         """Merge the most frequent pair, again and again; yields each new piece."""
@@ -316,7 +315,7 @@ class _State:
             if position != taken:
                 kept.append(position)
                 taken = int(self.following[position])
-        return np.array(kept, dtype=np.int64)
+        return np.array(kept, dtype=np.int32)
 
 
 def _grouped(pairs: Ints, weights: Ints) -> tuple[Ints, Ints, Ints]:
@@ -324,4 +323,4 @@ def _grouped(pairs: Ints, weights: Ints) -> tuple[Ints, Ints, Ints]:
     if not len(pairs):
         return pairs, pairs, weights
     starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
-    return starts, pairs[starts], np.add.reduceat(weights, starts)
+    return starts, pairs[starts], np.add.reduceat(weights, starts, dtype=np.int64)

@@ -60,11 +60,11 @@ def summary(report: Report) -> Iterator[str]:
     """A log line for every language."""
     for language, row in report["languages"].items():
         yield (
-            f"{language}: {100 * row['identical_share']:.2f}% of {row['lines']:,} lines segmented "
-            f"as before, tokens per character {row['tokens_per_char_before']:.3f} -> "
-            f"{row['tokens_per_char_after']:.3f}, {100 * row['used_share']:.1f}% of the new pieces "
-            f"used, tokenizer.json = tokenizer.model on {row['lines'] - row['rust_differs']:,} "
-            "lines"
+            f"{language}: {row['identical_lines']:,} of {row['lines']:,} lines segmented as before "
+            f"(promised: {row['covered_lines']:,}), tokens per character "
+            f"{row['tokens_per_char_before']:.3f} -> {row['tokens_per_char_after']:.3f}, "
+            f"{100 * row['used_share']:.1f}% of the new pieces used, tokenizer.json = "
+            f"tokenizer.model on {row['lines'] - row['rust_differs']:,} lines"
         )
 
 
@@ -88,13 +88,14 @@ def html_page(report: Report) -> str:
         page.table(*segmentation.table(report["languages"])),
         _chart(report),
         page.table(
-            ["language", "new pieces used", "tokens that are new", "tokenizer.json differs"],
+            ["language", "promised lines", "new pieces used", "of the tokens", "tokenizer.json"],
             [
                 [
                     language,
+                    f"{row['covered_lines']:,}",
                     f"{100 * row['used_share']:.1f}%",
                     f"{100 * row['new_token_share']:.1f}%",
-                    f"{row['rust_differs']} lines",
+                    f"differs on {row['rust_differs']:,} lines",
                 ]
                 for language, row in report["languages"].items()
             ],

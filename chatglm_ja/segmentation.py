@@ -34,8 +34,9 @@ class Segmentation:
         characters = max(self.characters, 1)
         return {
             "lines": self.lines,
-            "covered_lines": self.covered,
+            "identical_lines": self.identical,
             "identical_share": self.identical / max(self.lines, 1),
+            "covered_lines": self.covered,
             "tokens_per_char_before": self.tokens_before / characters,
             "tokens_per_char_after": self.tokens_after / characters,
             "new_token_share": self.new_tokens / max(self.tokens_after, 1),

@@ -1,0 +1,246 @@
+"""What each way of learning the Japanese vocabulary gives, at the same number of new pieces.
+
+Prints three tables as Markdown: ways of learning, policies, and the time of step 1 against bare
+sentencepiece. A tenth of the documents, chosen by the hash of their text, is held out and measured
+on. Chinese and English texts are only cut, never learned from, and are measured whole.
+
+    python benchmarks/vocabulary.py --base-model DIR \\
+        --sources ja=help_ja.jsonl.gz ja=docs_ja.jsonl.gz zh=docs_zh.jsonl.gz en=help_en.jsonl.gz
+"""
+
+import argparse
+import hashlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from chatglm_ja import corpus, segmentation, tokenizer, vocabulary  # noqa: E402
+from chatglm_ja.cli import run  # noqa: E402
+from chatglm_ja.config import CORES, Source, TrainTokenizerConfig  # noqa: E402
+from chatglm_ja.errors import ConfigError, DataError  # noqa: E402
+
+DEFAULTS = TrainTokenizerConfig(output_dir=Path(), sources=())
+# How the article trained its Japanese model: sentencepiece's own defaults.
+ARTICLE = {
+    "normalization_rule_name": "nmt_nfkc",
+    "remove_extra_whitespaces": True,
+    "split_digits": False,
+    "byte_fallback": False,
+    "add_dummy_prefix": True,
+    "split_by_unicode_script": True,
+}
+HELD_OUT_BYTE = 256 // 10
+
+
+def is_held_out(text: str) -> bool:
+    return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < HELD_OUT_BYTE
+
+
+class Ways:
+    """The ways of learning, each as a function of nothing to a Merge of `size` new pieces."""
+
+    def __init__(self, base: Any, texts: Sequence[str], policy: str, size: int) -> None:
+        self.base, self.texts, self.policy, self.size = base, texts, policy, size
+
+    def train(self, settings: dict[str, Any], vocab_size: int) -> Any:
+        """A model of `vocab_size` pieces, or of as many as the text gives."""
+        while True:
+            try:
+                return vocabulary.train(
+                    corpus.training_lines(self.texts, {}),
+                    vocab_size=vocab_size,
+                    character_coverage=DEFAULTS.character_coverage,
+                    num_threads=CORES,
+                    settings=settings,
+                )
+            except DataError:
+                vocab_size = round(0.8 * vocab_size)
+                if vocab_size < self.size:
+                    raise
+
+    def first(self, settings: dict[str, Any]) -> vocabulary.Merge:
+        """The first pieces in the order learned: those of a model that is just large enough."""
+        learned = self.train(settings, 4 * self.size)
+        normal = [p for p in learned.pieces if p.type == p.NORMAL]
+        characters = [p for p in normal if len(p.piece) == 1]
+        longer = [p for p in normal if len(p.piece) > 1]
+        low, high = 0, len(longer)  # bisect the number of merges
+        while low < high:
+            middle = (low + high) // 2
+            if len(self.merge_of([*longer[:middle], *characters]).added) < self.size:
+                low = middle + 1
+            else:
+                high = middle
+        return self.merge_of([*longer[:low], *characters])
+
+    def most_used(self, settings: dict[str, Any]) -> vocabulary.Merge:
+        return vocabulary.merge(
+            self.base,
+            self.train(settings, 5 * self.size),
+            self.policy,
+            max_new_pieces=self.size,
+            ranking_texts=self.texts,
+        )
+
+    def continued(self) -> vocabulary.Merge:
+        kept = sum(piece.type != piece.NORMAL for piece in self.base.pieces)
+        learned = vocabulary.continue_base(
+            self.base,
+            corpus.training_lines(self.texts, {}),
+            self.policy,
+            vocab_size=kept + self.size,
+            character_coverage=DEFAULTS.character_coverage,
+            num_threads=CORES,
+            max_piece_length=DEFAULTS.max_piece_length,
+        )
+        return vocabulary.merge(self.base, learned, self.policy)
+
+    def merge_of(self, pieces: list[Any]) -> vocabulary.Merge:
+        proto = type(self.base)()
+        proto.pieces.extend(pieces)
+        return vocabulary.merge(self.base, proto, self.policy)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print("\n| " + " | ".join(head) + " |\n|---" + "|---:" * (len(head) - 1) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    sys.stdout.flush()
+
+
+def ways_table(ways: Ways, held_out: Sequence[str]) -> None:
+    ours = DEFAULTS.trainer_settings()
+    candidates: dict[str, Callable[[], vocabulary.Merge]] = {
+        "sentencepiece, the article's settings": lambda: ways.first(ARTICLE),
+        "… mixing scripts": lambda: ways.first({**ARTICLE, "split_by_unicode_script": False}),
+        "… and identity, digits apart, spaces kept": lambda: ways.first(
+            {**ours, "add_dummy_prefix": True}
+        ),
+        "… and no space before each line (`--method sentencepiece`)": lambda: ways.first(ours),
+        f"… {5 * ways.size:,} learned, the most used kept (`--max-new-pieces`)": lambda: (
+            ways.most_used(ours)
+        ),
+        "base's merges continued (`--method continue`)": ways.continued,
+    }
+    characters = sum(map(len, held_out))
+
+    def tokens_per_char(proto: Any) -> float:
+        encoder = tokenizer.processor(proto)
+        return sum(map(len, encoder.encode(list(held_out), num_threads=CORES))) / characters
+
+    rows = [["base alone", "0", "", f"{tokens_per_char(ways.base):.4f}", "", ""]]
+    reference = 0.0
+    for name, learn in candidates.items():
+        start = time.perf_counter()
+        merged = learn()
+        seconds = time.perf_counter() - start
+        dropped = len(merged.dropped["unreachable"]) + len(merged.dropped["unspellable"])
+        figure = tokens_per_char(merged.proto)
+        reference = reference or figure
+        change = f"{100 * (figure / reference - 1):+.1f}%"
+        row = [f"{len(merged.added):,}", f"{dropped:,}", f"{figure:.4f}", change, f"{seconds:.0f}"]
+        rows.append([name, *row])
+    head = ["learned with", "new pieces", "unreachable, dropped", "ja tokens/char", "", "seconds"]
+    table(head, rows)
+
+
+def policies_table(
+    base: Any, learned: Any, texts: dict[str, list[str]], policies: Sequence[str]
+) -> None:
+    before = tokenizer.processor(tokenizer.with_special_tokens(base))
+    rows = []
+    for policy in policies:
+        merged = vocabulary.merge(base, learned, policy)
+        after = tokenizer.processor(merged.proto)
+        row = [f"`{policy}`", f"{len(merged.added):,}"]
+        for language, documents in texts.items():
+            result = segmentation.compare(before, after, documents, policy)
+            if language == "ja":
+                row.append(f"{result.row()['tokens_per_char_after']:.4f}")
+            else:
+                row += [f"{result.lines - result.identical:,}", f"{len(result.broken):,}"]
+                row.append(f"{result.lines:,}")
+        rows.append(row)
+    head = ["policy", "new pieces"]
+    for language in texts:
+        name = language
+        parts = ["lines changed", "of them covered by the guarantee", "lines"]
+        head += ["ja tokens/char"] if language == "ja" else [f"{name} {part}" for part in parts]
+    table(head, rows)
+
+
+def time_table(texts: Sequence[str], vocab_size: int, repeats: int) -> None:
+    """Step 1 as a program against spm_train's own work in a fresh process, in turn."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = "".join(line + "\n" for line in corpus.training_lines(texts, {}))
+        (folder / "ja.txt").write_text(lines, encoding="utf-8")
+        settings = {**DEFAULTS.trainer_settings(), "max_sentence_length": 2**30}
+        bare = (
+            "import sentencepiece; sentencepiece.SentencePieceTrainer.train("
+            f"input={str(folder / 'ja.txt')!r}, model_prefix={str(folder / 'bare')!r}, "
+            f"model_type='bpe', vocab_size={vocab_size}, num_threads={CORES}, "
+            f"character_coverage={DEFAULTS.character_coverage}, minloglevel=2, **{settings!r})"
+        )
+        step = [str(PROJECT / "step1_train_tokenizer.py"), "--overwrite"]
+        step += ["--sources", f"ja={folder / 'ja.txt'}", "--method", "sentencepiece"]
+        step += ["--vocab-size", str(vocab_size), "--output-dir", str(folder / "step1")]
+        seconds: dict[str, list[float]] = {"bare": [], "step 1": []}
+        for _ in range(repeats):
+            for kind, command in (("bare", ["-c", bare]), ("step 1", step)):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, *command], check=True, capture_output=True)
+                seconds[kind].append(time.perf_counter() - start)
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    rows = [
+        [kind, f"{median:.1f}", f"{median / medians['bare']:.2f}"]
+        for kind, median in medians.items()
+    ]
+    table([f"{vocab_size:,} pieces with sentencepiece", "seconds", "ratio"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base-model", type=Path, required=True, help="ChatGLM3 folder")
+    parser.add_argument(
+        "--sources", nargs="+", required=True, metavar="SPEC", help="LANGUAGE=PATH: ja, and others"
+    )
+    parser.add_argument("--new-pieces", type=int, default=12_000, help="(default: 12000)")
+    parser.add_argument("--policy", default="japanese", help="(default: japanese)")
+    parser.add_argument("--repeats", type=int, default=3, help="of the timing (default: 3)")
+    arguments = parser.parse_args()
+    base = tokenizer.read_base(arguments.base_model)
+    texts = {
+        language: list(documents)
+        for language, documents in corpus.texts_by_language(
+            map(Source.parse, arguments.sources)
+        ).items()
+    }
+    if "ja" not in texts:
+        raise ConfigError("--sources name no Japanese text: expected ja=PATH")
+    held_out = [text for text in texts["ja"] if is_held_out(text)]
+    training = [text for text in texts["ja"] if not is_held_out(text)]
+    print(
+        f"Japanese: {sum(map(len, training)):,} characters to learn from, "
+        f"{sum(map(len, held_out)):,} held out; {CORES} cores"
+    )
+    ways = Ways(base, training, arguments.policy, arguments.new_pieces)
+    ways_table(ways, held_out)
+    learned = ways.train(DEFAULTS.trainer_settings(), DEFAULTS.vocab_size)
+    print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
+    policies_table(base, learned, {**texts, "ja": held_out}, list(vocabulary.GUARANTEES))
+    time_table(training, DEFAULTS.vocab_size, arguments.repeats)
+
+
+if __name__ == "__main__":
+    run(main)
