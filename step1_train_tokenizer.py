@@ -7,8 +7,9 @@ Writes  <artifacts>/step1_tokenizer/  ja_bpe.model, ja_bpe.vocab
 Run     python step1_train_tokenizer.py
 """
 
+import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import constants
@@ -36,14 +37,14 @@ def main() -> None:
 
     from chatglm_ja import tokenizer, vocabulary
 
-    def texts() -> Iterator[str]:
-        for source in sources:
-            yield from tqdm(corpus.read_texts(source), desc=source.path, unit=" documents")
-
     with output.write() as folder:
-        lines: Iterable[str] = corpus.training_lines(texts(), output.counts)
+        texts = itertools.chain.from_iterable(
+            tqdm(corpus.read_texts(source), desc=source.path, unit=" documents")
+            for source in sources
+        )
+        lines: Iterable[str] = corpus.training_lines(texts, output.counts)
         if config.input_sentence_size:
-            lines = corpus.sample_lines(iter(lines), config.input_sentence_size, config.seed)
+            lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)
         if base_model:
             learned = vocabulary.continue_base(

@@ -217,7 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--new-pieces", type=int, default=12_000, help="(default: 12000)")
     parser.add_argument("--policy", default="japanese", help="(default: japanese)")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timing (default: 3)")
+    parser.add_argument("--repeats", type=int, default=7, help="of the timing (default: 7)")
     arguments = parser.parse_args()
     base = tokenizer.read_base(arguments.base_model)
     texts = {

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from chatglm_ja.errors import UserError
 
@@ -41,22 +42,28 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         where = "" if is_main_process() else f"rank {os.environ['RANK']}: "
-        print(f"error: {where}{error}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {where}{error}")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "chatglm_ja":
             raise
-        print(
+        _end(
             f"error: the package {error.name} is not installed for {sys.executable}: run "
-            "`source .venv/bin/activate` first, or `pip install -r requirements.txt`",
-            file=sys.stderr,
+            "`source .venv/bin/activate` first, or `pip install -r requirements.txt`"
         )
-        sys.exit(1)
     except OSError as error:
         # The disk, a permission, a path: the system's own words name the file.
         reason = str(error).partition("\n")[0] or type(error).__name__
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {reason}")
     except KeyboardInterrupt:
-        print("interrupted: nothing was published", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted: nothing was published", status=130)
+
+
+def _end(message: str, status: int = 1) -> NoReturn:
+    """Say the last line of a program and exit; progress bars still open end above it."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+    print(message, file=sys.stderr)
+    sys.exit(status)

@@ -20,6 +20,7 @@ Record = dict[str, Any]
 TEXT_COLUMN = "text"
 # Longer than any book in one JSON line: a file without line breaks must not fill the memory.
 MAX_RECORD_CHARACTERS = 2**26
+BLOCK_CHARACTERS = 2**20
 # A line inside a document that is longer than this is no prose (a whole novel has fewer
 # characters): base64, or a corpus whose line breaks were lost.
 MAX_LINE_CHARACTERS = 1_000_000
@@ -49,6 +50,12 @@ def read_texts(source: Source) -> Iterator[str]:
     A .txt file is one document per line. A lone surrogate (half of a UTF-16 pair, which JSON
     can spell) would crash sentencepiece, so it is refused with its record's number.
     """
+    path = Path(source.path)
+    if _is_text_file(path) and is_local(source) and not (source.fields or source.where):
+        for line in _lines(path):
+            if line and not line.isspace():
+                yield line
+        return
     column = source.fields or TEXT_COLUMN
     for number, record in enumerate(read_records(source), start=1):
         text = record.get(column)
@@ -88,36 +95,44 @@ def in_turn(streams: Iterable[Iterator[str]]) -> Iterator[str]:
 def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> Iterator[str]:
     """The lines of documents that hold any text, for the tokenizer's training.
 
-    Adds up documents, lines and characters in `counts`. Line breaks end a training sentence, since
-    no piece spans one: to the tokenizers a line break is a byte. Raises DataError when there is
-    no text at all, or a line that no text would have.
+    In the end `counts` holds their numbers of documents, lines and characters. Line breaks end a
+    training sentence, since no piece spans one: to the tokenizers a line break is a byte. Raises
+    DataError when there is no text at all, or a line that no text would have.
     """
-    counts.update(documents=0, lines=0, characters=0)
+    documents = lines = characters = 0
     for text in texts:
-        counts["documents"] += 1
-        for line in text.split("\n"):
-            if not line.strip():
-                continue
-            if len(line) > MAX_LINE_CHARACTERS:
-                raise DataError(
-                    f"document {counts['documents']} has a line of {len(line):,} characters, which "
-                    f"starts {line[:20]!r}: expected text with line breaks, at most "
-                    f"{MAX_LINE_CHARACTERS:,} characters a line"
-                )
-            counts["lines"] += 1
-            counts["characters"] += len(line)
-            yield line
-    if not counts["lines"]:
+        documents += 1
+        if len(text) > MAX_LINE_CHARACTERS:
+            _check_lines(text, documents)
+        # A document of one line, as in a text file, is the case that has to be fast: millions.
+        for line in text.split("\n") if "\n" in text else (text,):
+            if line.strip():
+                lines += 1
+                characters += len(line)
+                yield line
+    if not lines:
         raise DataError("the sources hold no text: nothing can be learned from them")
+    counts.update(documents=documents, lines=lines, characters=characters)
 
 
-def sample_lines(lines: Iterator[str], size: int, seed: int) -> list[str]:
+def _check_lines(text: str, number: int) -> None:
+    longest = max(text.split("\n"), key=len)
+    if len(longest) > MAX_LINE_CHARACTERS:
+        raise DataError(
+            f"document {number} has a line of {len(longest):,} characters, which starts "
+            f"{longest[:20]!r}: expected text with line breaks, at most {MAX_LINE_CHARACTERS:,} "
+            "characters a line"
+        )
+
+
+def sample_lines(lines: Iterable[str], size: int, seed: int) -> list[str]:
     """`size` lines, each equally likely to be taken; fewer if there are not so many.
 
     Reservoir sampling (Vitter 1985, algorithm R): one pass, memory for the sample only. The
     same seed takes the same lines, which sentencepiece's own sampling does not promise.
     """
     rng = random.Random(seed)
+    lines = iter(lines)
     sample = list(itertools.islice(lines, size))
     for seen, line in enumerate(lines, start=size + 1):
         place = int(rng.random() * seen)
@@ -176,48 +191,52 @@ def _read_local(path: Path) -> Iterator[Record]:
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path} is not a parquet file ({error})") from None
     elif name.endswith(".json"):
-        with _open_text(path) as file:
-            records = _parse_json("".join(_decoded(file, path)), path, 1)
+        records = _parse_json("".join(_blocks(path)), path, 1)
         if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
             raise DataError(f"{path} is not a JSON list of objects")
         yield from records
     elif name.endswith((".jsonl", ".txt")):
         is_json = name.endswith(".jsonl")
-        with _open_text(path) as file:
-            for number, line in enumerate(_decoded(_lines(file, path), path), start=1):
-                if is_json and line.strip():
-                    record = _parse_json(line, path, number)
-                    if not isinstance(record, dict):
-                        raise DataError(f"{path} line {number} is not a JSON object")
-                    yield record
-                elif not is_json:
-                    yield {TEXT_COLUMN: line.rstrip("\n")}
+        for number, line in enumerate(_lines(path), start=1):
+            if is_json and line.strip():
+                record = _parse_json(line, path, number)
+                if not isinstance(record, dict):
+                    raise DataError(f"{path} line {number} is not a JSON object")
+                yield record
+            elif not is_json:
+                yield {TEXT_COLUMN: line}
     else:
         raise DataError(f"{path}: expected a .txt, .jsonl, .json or .parquet file")
 
 
-def _open_text(path: Path) -> Any:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8")
+def _is_text_file(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith(".txt")
 
 
-def _lines(file: Any, path: Path) -> Iterator[str]:
-    """The lines of a file, without ever holding an endless one."""
-    number = 0
-    while line := file.readline(MAX_RECORD_CHARACTERS):
-        number += 1
-        if len(line) == MAX_RECORD_CHARACTERS:
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file without their ends, read in blocks: an endless one is refused."""
+    rest, number = "", 0
+    for block in _blocks(path):
+        lines = (rest + block).split("\n")
+        rest = lines.pop()
+        number += len(lines)
+        yield from lines
+        if len(rest) > MAX_RECORD_CHARACTERS:
             raise DataError(
-                f"{path} line {number} is longer than {MAX_RECORD_CHARACTERS:,} characters: "
+                f"{path} line {number + 1} is longer than {MAX_RECORD_CHARACTERS:,} characters: "
                 "expected a document or a JSON object a line"
             )
-        yield line
+    if rest:
+        yield rest
 
 
-def _decoded(lines: Iterable[str], path: Path) -> Iterator[str]:
-    """Pass lines on; say which file is not UTF-8 or is a damaged archive."""
+def _blocks(path: Path) -> Iterator[str]:
+    """A text file, also gzipped, in blocks; says which file is not UTF-8 or is damaged."""
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
     try:
-        yield from lines
+        with opener(path, "rt", encoding="utf-8") as file:
+            while block := file.read(BLOCK_CHARACTERS):
+                yield block
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason}): convert it first") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

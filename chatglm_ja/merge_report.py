@@ -71,18 +71,22 @@ def summary(report: Report) -> Iterator[str]:
 def html_page(report: Report) -> str:
     """The report as one HTML document."""
     counts = report["counts"]
-    pieces = [["added", f"{counts['added']:,}", "", ""]]
+    fates = [["added", f"{counts['added']:,}"]]
+    examples = []
     for reason, dropped in report["dropped"].items():
         kept = report["policy"] == "all" and reason in ("unspellable", "unreachable")
-        meaning = REASONS[reason] + (" (added all the same)" if kept else "")
-        pieces.append([reason, f"{len(dropped):,}", meaning, " ".join(dropped[:12])])
+        meaning = REASONS[reason] + (", added all the same" if kept else "")
+        fates.append([meaning, f"{len(dropped):,}"])
+        if dropped:
+            examples.append(f"<p>{meaning}: the first of them</p>{page.pieces(dropped[:20])}")
     sections = [
         "<h1>Japanese pieces in ChatGLM3's tokenizer</h1>",
         f"<p>Policy <b>{report['policy']}</b>. {html.escape(report['guarantee'])}</p>",
         f"<p>{counts['base_pieces']:,} pieces of the base, 9 special tokens, "
         f"{counts['added']:,} new pieces: {counts['vocabulary']:,} ids.</p>",
         "<h2>Pieces</h2>",
-        page.table(["Japanese pieces", "number", "why", "the first of them"], pieces),
+        page.table(["Japanese pieces", "number"], fates),
+        *examples,
         "<h2>Languages</h2>",
         "<p>Measured on held-out lines.</p>",
         page.table(*segmentation.table(report["languages"])),

@@ -15,6 +15,7 @@ that a policy admits and that the merged tokenizer can produce:
 import functools
 import io
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,10 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 
-from chatglm_ja import continued_bpe
 from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import (
     SPECIAL_TOKENS,
@@ -168,6 +167,8 @@ def continue_base(
     in all. Alone it is no tokenizer: most of its pieces are made of the base's pieces. Raises
     DataError when the text does not give `vocab_size` pieces.
     """
+    from chatglm_ja import continued_bpe
+
     kept = [piece for piece in base.pieces if piece.type != piece.NORMAL]
     learned = continued_bpe.learn(
         base,
@@ -308,11 +309,11 @@ def uses(base: Any, pieces: list[str], texts: Iterable[str]) -> dict[str, int]:
     """
     proto = with_special_tokens(base, pieces)
     encoder = processor(proto)
-    tokens = np.zeros(len(proto.pieces), dtype=np.int64)
+    tokens: Counter[int] = Counter()
     for ids in encode_documents(encoder, texts, num_threads=1):
-        tokens += np.bincount(ids, minlength=len(tokens))
+        tokens.update(ids)
     ranks = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    use = {piece: int(tokens[encoder.piece_to_id(piece)]) for piece in pieces}
+    use = {piece: tokens[encoder.piece_to_id(piece)] for piece in pieces}
     for piece in sorted(pieces, key=len, reverse=True):  # what is made of a piece comes before it
         for part in _parts(piece, ranks):
             if part in use:
@@ -325,6 +326,6 @@ def _parts(piece: str, scores: Mapping[str, float]) -> list[str]:
     symbols = list(piece)
     while len(symbols) > 2:
         joined = [a + b for a, b in itertools.pairwise(symbols)]
-        at = max(range(len(joined)), key=lambda i: (scores.get(joined[i], -np.inf), -i))
+        at = max(range(len(joined)), key=lambda i: (scores.get(joined[i], -math.inf), -i))
         symbols[at : at + 2] = [joined[at]]
     return symbols if len(piece) > 1 else []

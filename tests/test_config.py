@@ -78,6 +78,21 @@ def test_a_misspelled_profile_setting_is_refused() -> None:
         parse(TrainingConfig, "", {**DEFAULTS, "lora_rnk": 1}, [])
 
 
+def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
+    defaults = {"output_dir": Path("o"), "sources": ("ja=x.txt",), "method": "continue"}
+    with pytest.raises(ConfigError, match="--method continue needs --base-model"):
+        parse(TrainTokenizerConfig, "", defaults, [])
+    argv = ["--base-model", "b", "--no-split-digits"]
+    with pytest.raises(ConfigError, match="--split-digits is for --method sentencepiece only"):
+        parse(TrainTokenizerConfig, "", defaults, argv)
+
+
+def test_a_limit_of_pieces_needs_texts_to_rank_by() -> None:
+    argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
+    with pytest.raises(ConfigError, match="--max-new-pieces needs --ranking-sources"):
+        parse(MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, "--max-new-pieces", "9"])
+
+
 def test_paths_and_progress_settings_do_not_shape_the_result() -> None:
     arguments = parse_training("--logging-steps", "3").arguments()
     assert "logging_steps" not in arguments

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -155,3 +156,48 @@ def test_take_characters_takes_whole_texts() -> None:
     texts = ["aaaa", "bbb", "c"]
     assert corpus.take_characters(texts, 7) == ["aaaa", "bbb"]
     assert corpus.take_characters(texts, 2) == ["aaaa"]
+
+
+def test_training_lines_are_counted_and_hold_text() -> None:
+    counts: dict[str, int] = {}
+    lines = list(corpus.training_lines(["一\n\n 二 ", "\u3000\n", "三"], counts))
+    assert lines == ["一", " 二 ", "三"]
+    assert counts == {"documents": 3, "lines": 3, "characters": 5}
+
+
+def test_a_corpus_without_text_or_with_an_endless_line_is_refused() -> None:
+    with pytest.raises(DataError, match="hold no text"):
+        list(corpus.training_lines(["", " \n"], {}))
+    endless = "line\n" + "あ" * (corpus.MAX_LINE_CHARACTERS + 1)
+    with pytest.raises(DataError, match=r"document 2 has a line of 1,000,001 .* starts 'あああ"):
+        list(corpus.training_lines(["short", endless], {}))
+    assert len(list(corpus.training_lines([endless[:-1]], {}))) == 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_without_line_breaks_is_never_held(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "MAX_RECORD_CHARACTERS", 1000)
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 100)
+    source = write(tmp_path / name, '{"text": "short"}\n' + "x" * 5000)
+    with pytest.raises(DataError, match="line 2 is longer than 1,000 characters"):
+        list(corpus.read_records(source))
+
+
+def test_blocks_do_not_cut_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 3)
+    lines = ["a", "", "bcd", "ef\u2028gh", "あいうえお", "last"]
+    source = write(tmp_path / "a.txt", "\r\n".join(lines))
+    assert list(corpus.read_texts(source)) == [line for line in lines if line]
+    assert [record["text"] for record in corpus.read_records(source)] == lines
+
+
+def test_a_sample_is_uniform_and_repeatable() -> None:
+    assert corpus.sample_lines(iter("abc"), 5, seed=0) == ["a", "b", "c"]
+    numbers = [str(n) for n in range(50)]
+    assert corpus.sample_lines(numbers, 5, seed=1) == corpus.sample_lines(numbers, 5, seed=1)
+    assert corpus.sample_lines(numbers, 5, seed=1) != corpus.sample_lines(numbers, 5, seed=2)
+    taken = Counter(n for seed in range(2000) for n in corpus.sample_lines(numbers, 5, seed))
+    # 2000 draws of 5 in 50: 200 each, with a standard deviation of 13.
+    assert len(taken) == 50 and all(130 < count < 270 for count in taken.values())

@@ -164,6 +164,49 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(unlocked: Runner) -
     assert "step2_merge_tokenizer" in message
 
 
+def test_a_vocabulary_from_elsewhere_is_merged(pipeline: Runner) -> None:
+    """A file, of step 1 or not; and the pieces that are used most of it."""
+    folder = pipeline.root / "other"
+    learned = folder / "ja.model"
+    folder.mkdir()
+    learned.write_bytes((pipeline.folder / "step1_tokenizer" / "ja_bpe.model").read_bytes())
+    counts = {}
+    for name, *flags in (
+        ("artifact", "--ja-tokenizer", str(pipeline.folder / "step1_tokenizer/ja_bpe.model")),
+        ("file", "--ja-tokenizer", str(learned)),
+        ("limited", "--ja-tokenizer", str(learned), "--max-new-pieces", "500"),
+    ):
+        result = pipeline.small("step2_merge_tokenizer.py", *flags, "--output-dir", name)
+        assert result.returncode == 0, result.stderr
+        report = json.loads((pipeline.root / name / "merge_report.json").read_text())
+        counts[name] = report["counts"]["added"]
+        assert report["languages"]["zh"]["identical_share"] == 1.0
+        assert "<svg" in (pipeline.root / name / "merge_report.html").read_text()
+    assert counts["artifact"] == counts["file"] > counts["limited"] == 500
+    inputs = json.loads((pipeline.root / "artifact" / "manifest.json").read_text())["inputs"]
+    assert inputs["step1_train_tokenizer"]["path"] is not None
+
+
+def test_bad_vocabularies_are_one_line(pipeline: Runner, base_dir: Path) -> None:
+    rubbish = pipeline.root / "rubbish.model"
+    rubbish.write_bytes(b"no model")
+    flags = ["--output-dir", str(pipeline.root / "bad")]
+    for more, message in (
+        (["--ja-tokenizer", str(rubbish)], "rubbish.model is not a sentencepiece model"),
+        (["--ja-tokenizer", "none.model"], "none.model not found: run step1_train_tokenizer.py"),
+    ):
+        assert message in error_of(pipeline.small("step2_merge_tokenizer.py", *flags, *more))
+    for content, message in (("", "hold no text"), ("あ" * 1_000_001, "a line of 1,000,001")):
+        (pipeline.root / "bad.txt").write_text(content)
+        for method in ("sentencepiece", "continue"):
+            result = pipeline.small(
+                "step1_train_tokenizer.py", *flags, "--method", method,
+                "--sources", f"ja={pipeline.root / 'bad.txt'}",
+            )  # fmt: skip
+            assert message in error_of(result)
+    assert not (pipeline.root / "bad").exists()
+
+
 def test_another_base_is_refused(unlocked: Runner, base_dir: Path) -> None:
     result = unlocked.small("step3_resize_model.py", "--base-model", str(base_dir), "--overwrite")
     assert re.search(
