@@ -1,5 +1,8 @@
 """Step 3: give the checkpoint rows for the new pieces, as a GlmForCausalLM of transformers.
 
+The base's rows stay bit by bit, which is verified on every run. With --layout chatglm the result
+is in ChatGLM3's own layout, for tools that know only that.
+
 Reads   <base model>/ in ChatGLM3's own layout, <artifacts>/step2_tokenizer/
 Writes  <artifacts>/step3_model/  weights, config.json, generation_config.json, tokenizer
 Run     python step3_resize_model.py
@@ -14,6 +17,8 @@ from chatglm_ja.cli import run
 from chatglm_ja.config import ResizeModelConfig, parse
 
 log = logging.getLogger(__name__)
+
+VERIFIED_BYTES = 10**9  # two models of this size are loaded without being asked
 
 
 def main() -> None:
@@ -36,11 +41,20 @@ def main() -> None:
                 config.tokenizer,
                 folder,
                 init=config.init,
+                output_bias=config.output_bias,
+                output_layout=config.layout,
                 pad_to_multiple=config.pad_to_multiple,
                 max_shard_bytes=int(config.max_shard_gb * 1e9),
                 seed=config.seed,
             )
         )
+        verify = config.verify
+        if verify is None:
+            verify = base.size() <= VERIFIED_BYTES
+        if verify:
+            old_ids = output.counts["kept"]
+            resize.verify_logits(config.base_model, folder, config.layout, old_ids)
+            log.info("logits over the %d old ids are those of the base, bit by bit", old_ids)
     log.info(
         "%(old_rows)d rows -> %(new_rows)d: %(kept)d kept, %(initialised)d initialised, "
         "%(padding)d padding",

@@ -77,10 +77,11 @@ def open_base_model(folder: Path) -> list[Input]:
             f"base model {folder} has no config.json: download ChatGLM3-6B there and set "
             "CHATGLM3_6B_DIR, or for the demo run demo/build_base_model.py"
         )
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    weights = weights or [*folder.glob("*.bin"), *folder.glob("*.bin.index.json")]
     return [
         open_file_input("base_tokenizer", folder / "tokenizer.model"),
-        open_file_input("base_model", folder / "config.json", *weights),
+        open_file_input("base_model", folder / "config.json", *sorted(weights)),
     ]
 
 

@@ -43,8 +43,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
     if "rope_ratio" in config and config["rope_ratio"] != 1:
         raise DataError(
-            f"{path}: rope_ratio is {config['rope_ratio']}: the long-context variants are not "
-            "supported; expected chatglm3-6b or chatglm3-6b-base"
+            f"{path}: rope_ratio is {config['rope_ratio']}: the long-context variants and GLM-4 "
+            "are not supported; expected chatglm3-6b or chatglm3-6b-base"
+        )
+    # In all else the second generation's file says the same; its prompts are others.
+    if "chatglm2" in str(config.get("_name_or_path", "")).lower():
+        raise DataError(
+            f"{path} is of ChatGLM2 ({config['_name_or_path']}): expected chatglm3-6b or "
+            "chatglm3-6b-base"
         )
     if config.get("quantization_bit"):
         raise DataError(f"{path}: the checkpoint is quantised; expected fp16, bf16 or fp32 weights")

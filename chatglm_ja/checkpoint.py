@@ -1,12 +1,14 @@
-"""ChatGLM3's checkpoint layout read as transformers' own `GlmForCausalLM`, tensor by tensor.
+"""ChatGLM3 checkpoints as published, read tensor by tensor, and sharded safetensors, written.
 
-The two are one architecture under different names: ChatGLM3 stores the query, key and value
-projections as one matrix (all query heads, then the key groups, then the value groups) and names
-its modules differently; nothing is computed. Tensors stream from the input shards to the output
-shards, so memory holds one tensor and one output shard, whatever the model's size.
+Weights are safetensors with or without an index, or pytorch_model-*.bin shards. The latter are
+pickles: they are loaded with weights_only, which runs no code, and mapped, not read. Tensors
+stream from the input shards to the output shards, so that memory holds one output shard, whatever
+the model's size.
 """
 
 import json
+import math
+import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,87 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from chatglm_ja import layout
 from chatglm_ja.base_config import read_config
 from chatglm_ja.errors import DataError
 
 INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-# A buffer in ChatGLM3's files that follows from the configuration; not a weight.
-IGNORED = ("transformer.rotary_pos_emb.inv_freq",)
-
-EMBEDDING = "transformer.embedding.word_embeddings.weight"
-OUTPUT_LAYER = "transformer.output_layer.weight"
-GLM_EMBEDDING = "model.embed_tokens.weight"
-GLM_LM_HEAD = "lm_head.weight"
-
-NAMES = {
-    EMBEDDING: GLM_EMBEDDING,
-    OUTPUT_LAYER: GLM_LM_HEAD,
-    "transformer.encoder.final_layernorm.weight": "model.norm.weight",
-}
-LAYER_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.dense.weight": "self_attn.o_proj.weight",
-    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.dense_h_to_4h.weight": "mlp.gate_up_proj.weight",
-    "mlp.dense_4h_to_h.weight": "mlp.down_proj.weight",
-}
-LAYER_PREFIX = "transformer.encoder.layers."
-FUSED_QKV = "self_attention.query_key_value."
-
-
-def glm_config(config: dict[str, Any], vocab_size: int, dtype: torch.dtype) -> Any:
-    """The same model's GlmConfig, with `vocab_size` embedding rows."""
-    from transformers import GlmConfig
-
-    return GlmConfig(
-        architectures=["GlmForCausalLM"],
-        vocab_size=vocab_size,
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["ffn_hidden_size"],
-        num_hidden_layers=config["num_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config["multi_query_group_num"],
-        head_dim=config["kv_channels"],
-        rms_norm_eps=config["layernorm_epsilon"],
-        max_position_embeddings=config["seq_length"],
-        attention_bias=True,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-        },
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype=dtype,
-    )
-
-
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a ChatGLM3 checkpoint."""
-    hidden, ffn = config["hidden_size"], config["ffn_hidden_size"]
-    query = config["num_attention_heads"] * config["kv_channels"]
-    fused = query + 2 * config["multi_query_group_num"] * config["kv_channels"]
-    rows = (config["padded_vocab_size"], hidden)
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: rows,
-        OUTPUT_LAYER: rows,
-        "transformer.encoder.final_layernorm.weight": (hidden,),
-    }
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        FUSED_QKV + "weight": (fused, hidden),
-        FUSED_QKV + "bias": (fused,),
-        "self_attention.dense.weight": (hidden, query),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.dense_h_to_4h.weight": (2 * ffn, hidden),
-        "mlp.dense_4h_to_h.weight": (hidden, ffn),
-    }
-    for index in range(config["num_layers"]):
-        shapes |= {f"{LAYER_PREFIX}{index}.{name}": shape for name, shape in layer.items()}
-    return shapes
+# Index and single file, in the order of preference.
+WEIGHT_FILES = (
+    (INDEX_FILE, "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 class Checkpoint:
@@ -109,93 +41,141 @@ class Checkpoint:
         self.folder = folder
         self.config = read_config(folder)
         self._shard_of = self._read_index()
-        shapes = expected_shapes(self.config)
+        self._open: tuple[Path, _SafetensorsShard | _BinShard] | None = None
+        shapes = layout.expected_shapes(self.config)
         missing = sorted(shapes.keys() - self._shard_of.keys())
-        extra = sorted(self._shard_of.keys() - shapes.keys() - set(IGNORED))
+        extra = sorted(self._shard_of.keys() - shapes.keys() - set(layout.IGNORED))
         if missing or extra:
             problem = f"has no tensor {missing[0]}" if missing else f"has a tensor {extra[0]}"
             raise DataError(f"{folder} {problem}: its config.json describes another model")
         self.dtype = self._check_tensors(shapes)
 
+    def size(self) -> int:
+        """Bytes of all weights."""
+        shapes = layout.expected_shapes(self.config).values()
+        return sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
+
     def tensor(self, name: str) -> torch.Tensor:
-        with safe_open(self._path(name), framework="pt") as shard:
-            return shard.get_tensor(name)
+        return self._shard(self.folder / self._shard_of[name]).read(name)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights, in the order of the shards, so that each is read once from front to back."""
+        for name in sorted(self._shard_of, key=lambda name: (self._shard_of[name], name)):
+            if name not in layout.IGNORED:
+                yield name, self.tensor(name)
 
     def glm_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors under GlmForCausalLM's names and in its shapes, embeddings unchanged.
+        """All weights under GlmForCausalLM's names and in its shapes."""
+        for name, tensor in self.tensors():
+            yield from layout.to_glm(name, tensor, self.config)
 
-        The order is the shards' order, so that each is read once from front to back.
-        """
-        for name in sorted(self._shard_of, key=lambda name: (str(self._path(name)), name)):
-            if name in IGNORED:
-                continue
-            tensor = self.tensor(name)
-            if name in NAMES:
-                yield NAMES[name], tensor
-                continue
-            index, _, part = name.removeprefix(LAYER_PREFIX).partition(".")
-            target = f"model.layers.{index}."
-            if part in LAYER_NAMES:
-                yield target + LAYER_NAMES[part], tensor
-                continue
-            kind = part.removeprefix(FUSED_QKV)
-            keys = self.config["multi_query_group_num"] * self.config["kv_channels"]
-            query = tensor.shape[0] - 2 * keys
-            for letter, rows in zip("qkv", tensor.split([query, keys, keys]), strict=True):
-                yield f"{target}self_attn.{letter}_proj.{kind}", rows.contiguous()
+    def _shard(self, path: Path) -> "_SafetensorsShard | _BinShard":
+        """One shard is open at a time."""
+        if self._open is None or self._open[0] != path:
+            self._open = (path, _open_shard(path))
+        return self._open[1]
 
     def _read_index(self) -> dict[str, str]:
-        index = self.folder / INDEX_FILE
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f"{index} is not a safetensors index") from None
-        if (self.folder / SINGLE_FILE).is_file():
-            with _open_shard(self.folder / SINGLE_FILE) as shard:
-                return dict.fromkeys(shard.keys(), SINGLE_FILE)
-        raise DataError(
-            f"{self.folder} has neither {INDEX_FILE} nor {SINGLE_FILE}: expected ChatGLM3's "
-            "weights as safetensors"
-        )
-
-    def _path(self, name: str) -> Path:
-        return self.folder / self._shard_of[name]
+        """The name of every tensor, and of the file that holds it."""
+        for index_name, single_name in WEIGHT_FILES:
+            index, single = self.folder / index_name, self.folder / single_name
+            if index.is_file():
+                try:
+                    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                except (ValueError, KeyError, TypeError):
+                    raise DataError(f"{index} is not an index of weights") from None
+            if single.is_file():
+                return dict.fromkeys(_open_shard(single).names(), single_name)
+        looked_for = ", ".join(name for pair in WEIGHT_FILES for name in pair)
+        raise DataError(f"{self.folder} holds none of {looked_for}: expected ChatGLM3's weights")
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> torch.dtype:
         dtypes = set()
         for shard_name in sorted(set(self._shard_of.values())):
             path = self.folder / shard_name
             if Path(shard_name).name != shard_name:
-                raise DataError(f"{INDEX_FILE} names {shard_name!r}, which is not a plain file")
+                raise DataError(f"the index names {shard_name!r}, which is not a plain file")
             if not path.is_file():
-                raise DataError(f"{path} not found, but {INDEX_FILE} names it: download it again")
-            with _open_shard(path) as shard:
-                stored = set(shard.keys())
-                for name in (n for n, s in self._shard_of.items() if s == shard_name):
-                    if name not in stored:
-                        raise DataError(f"{path} lacks {name}, which {INDEX_FILE} places there")
-                    if name in IGNORED:
-                        continue
-                    view = shard.get_slice(name)
-                    dtypes.add(view.get_dtype())
-                    if tuple(view.get_shape()) != shapes[name]:
-                        raise DataError(
-                            f"{path}: {name} has shape {tuple(view.get_shape())}, but config.json "
-                            f"gives {shapes[name]}"
-                        )
-        known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-        if len(dtypes) != 1 or not dtypes <= known.keys():
+                raise DataError(f"{path} not found, but the index names it: download it again")
+            shard = self._shard(path)
+            stored = set(shard.names())
+            for name in (n for n, s in self._shard_of.items() if s == shard_name):
+                if name not in stored:
+                    raise DataError(f"{path} lacks {name}, which the index places there")
+                if name in layout.IGNORED:
+                    continue
+                dtype, shape = shard.describe(name)
+                dtypes.add(dtype)
+                if shape != shapes[name]:
+                    raise DataError(
+                        f"{path}: {name} has shape {shape}, but config.json gives {shapes[name]}"
+                    )
+        if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
             found = ", ".join(sorted(dtypes))
-            raise DataError(f"{self.folder} holds {found}: expected one of F16, BF16, F32")
-        return known[dtypes.pop()]
+            raise DataError(f"{self.folder} holds {found}: expected one of {', '.join(DTYPES)}")
+        return DTYPES[dtypes.pop()]
 
 
-def _open_shard(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise DataError(f"{path} is truncated or damaged ({error}): download it again") from None
+class _SafetensorsShard:
+    """A file of tensors: their names, dtypes and shapes, and each of them when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise DataError(
+                f"{path} is truncated or damaged ({error}): download it again"
+            ) from None
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        view = self._file.get_slice(name)
+        return view.get_dtype(), tuple(view.get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+class _BinShard:
+    """The same of a pytorch_model.bin: a pickle, of which nothing but tensors is accepted."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise DataError(
+                f"{path} holds more than tensors, and code in it is never run: get the "
+                "safetensors form of the checkpoint"
+            ) from None
+        except (RuntimeError, EOFError, ValueError, OSError) as error:
+            reason = str(error).split("\n")[0]
+            raise DataError(
+                f"{path} is truncated, damaged or too old to be mapped ({reason}): download it "
+                "again"
+            ) from None
+        if not isinstance(content, dict) or not all(
+            isinstance(tensor, torch.Tensor) for tensor in content.values()
+        ):
+            raise DataError(f"{path} is no dictionary of tensors: expected ChatGLM3's weights")
+        self._tensors: dict[str, torch.Tensor] = content
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        tensor = self._tensors[name]
+        known = {dtype: short for short, dtype in DTYPES.items()}
+        return known.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def _open_shard(path: Path) -> _SafetensorsShard | _BinShard:
+    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _BinShard(path)
 
 
 def write_sharded(
@@ -234,8 +214,7 @@ def write_sharded(
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
     """One tensor of a folder that `write_sharded` wrote."""
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    with safe_open(folder / index["weight_map"][name], framework="pt") as shard:
-        return shard.get_tensor(name)
+    return _open_shard(folder / index["weight_map"][name]).read(name)
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> Any:
@@ -243,7 +222,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import GlmForCausalLM
 
     base = Checkpoint(folder)
-    config = glm_config(base.config, base.config["padded_vocab_size"], dtype)
+    config = layout.glm_config(base.config, base.config["padded_vocab_size"], dtype)
     with torch.device("meta"):
         model: Any = GlmForCausalLM(config)
     # Buffers (the rotary frequencies) are computed, not stored: take them from a fresh module.
@@ -254,20 +233,15 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def chatglm_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A GlmForCausalLM's tensors under ChatGLM3's names, query, key and value fused again."""
-    names = {glm: chatglm for chatglm, glm in NAMES.items()}
-    layer_names = {glm: chatglm for chatglm, glm in LAYER_NAMES.items()}
-    result = {}
-    for name, tensor in state.items():
-        if name in names:
-            result[names[name]] = tensor
-            continue
-        index, _, part = name.removeprefix("model.layers.").partition(".")
-        target = f"{LAYER_PREFIX}{index}."
-        if part in layer_names:
-            result[target + layer_names[part]] = tensor
-        elif part.startswith("self_attn.q_proj."):
-            fused = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            result[target + FUSED_QKV + part.rpartition(".")[2]] = torch.cat(fused)
-    return result
+def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
+    """A model folder of steps 3, 5 or 6 as `model_class`, GlmForCausalLM or made from it.
+
+    Raises DataError for a folder in ChatGLM3's own layout.
+    """
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if model_type != "glm":
+        raise DataError(
+            f"{folder} is in the layout of {model_type}, for other tools: run "
+            "step3_resize_model.py with --layout glm for the steps that follow"
+        )
+    return model_class.from_pretrained(folder, dtype=dtype)

@@ -196,12 +196,32 @@ class MergeTokenizerConfig(StepConfig):
 class ResizeModelConfig(StepConfig):
     """Step 3."""
 
-    base_model: Path = setting("ChatGLM3 folder: config.json and safetensors shards")
+    base_model: Path = setting(
+        "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards"
+    )
     tokenizer: Path = setting("output folder of step 2")
     init: Literal["subtoken_mean", "mean", "random"] = setting(
         "new embedding rows: mean of the old rows of the piece's base tokens, mean of all old "
         "rows, or normal with the old rows' deviation",
         "subtoken_mean",
+    )
+    output_bias: float = setting(
+        "how many times the mean of the base's padding rows is added to new output rows: more "
+        "leaves more probability to the languages that the base knows",
+        0.25,
+        low=0,
+        high=10,
+    )
+    layout: Literal["glm", "chatglm"] = setting(
+        "glm: transformers' own class, for steps 5 to 7; chatglm: the original names and files, "
+        "for tools that know only those",
+        "glm",
+    )
+    verify: bool | None = setting(
+        "load both models and compare their logits over the old ids; by default of models up to "
+        "1 GB",
+        None,
+        affects_result=False,
     )
     pad_to_multiple: int = setting("round the number of rows up to a multiple of this", 64, low=1)
     max_shard_gb: float = setting("size limit of an output file in GB", 2.0, low=0.001, high=1000)

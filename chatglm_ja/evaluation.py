@@ -17,6 +17,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from chatglm_ja import chat
+from chatglm_ja.checkpoint import load_glm
 from chatglm_ja.errors import DataError
 from chatglm_ja.model import compute_dtype, token_losses_sum
 from chatglm_ja.tokenizer import UNK_ID
@@ -170,7 +171,7 @@ def load_model(folder: Path) -> Any:
     """A model folder of steps 3, 5 or 6, for evaluation."""
     from transformers import GlmForCausalLM
 
-    model: Any = GlmForCausalLM.from_pretrained(folder, dtype=compute_dtype())
+    model: Any = load_glm(folder, GlmForCausalLM, compute_dtype())
     return model.to(device()).eval()
 
 

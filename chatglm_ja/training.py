@@ -33,6 +33,7 @@ from transformers import (
 from chatglm_ja import dataset, export
 from chatglm_ja.artifacts import Output
 from chatglm_ja.chat import IGNORE
+from chatglm_ja.checkpoint import load_glm
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError
@@ -177,7 +178,7 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     frozen in `dtype`.
     """
     log.info("loading %s", config.model)
-    model: Any = GlmForTraining.from_pretrained(config.model, dtype=dtype)
+    model: Any = load_glm(config.model, GlmForTraining, dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -346,7 +347,7 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
     stored dtype is kept. The folder loads with plain `AutoModelForCausalLM` and `AutoTokenizer`.
     """
     log.info("merging the adapter")
-    model = GlmForCausalLM.from_pretrained(model_dir, dtype="auto")
+    model = load_glm(model_dir, GlmForCausalLM, "auto")
     merged = PeftModel.from_pretrained(model, output_dir / ADAPTER).merge_and_unload()
     merged.save_pretrained(output_dir, max_shard_size="2GB")
     export.copy_files(model_dir, output_dir)

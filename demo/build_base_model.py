@@ -132,7 +132,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    from chatglm_ja import chat, checkpoint, dataset, packing, tokenizer
+    from chatglm_ja import chat, checkpoint, dataset, layout, packing, tokenizer
     from chatglm_ja.model import GlmForTraining
 
     torch.manual_seed(config.seed)
@@ -146,7 +146,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     ]
     raw_config = chatglm_config(config)
     rows = raw_config["padded_vocab_size"]
-    model = GlmForTraining(checkpoint.glm_config(raw_config, rows, torch.float32))
+    model = GlmForTraining(layout.glm_config(raw_config, rows, torch.float32))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
     )
@@ -168,7 +168,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
 
-    tensors = checkpoint.chatglm_tensors(model.state_dict())
+    tensors = layout.to_chatglm(model.state_dict())
     half = ((name, tensor.half().contiguous()) for name, tensor in tensors.items())
     checkpoint.write_sharded(half, folder, max_shard_bytes=4_000_000)
     text = json.dumps(raw_config, indent=1)

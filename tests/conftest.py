@@ -82,6 +82,8 @@ def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempP
         merged_dir,
         folder,
         init="subtoken_mean",
+        output_bias=0.0,
+        output_layout="glm",
         pad_to_multiple=64,
         max_shard_bytes=400_000,
         seed=0,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from chatglm_ja import checkpoint, resize, tokenizer
+from chatglm_ja import checkpoint, layout
 from chatglm_ja.errors import DataError
 
 Copy = Callable[[Path, Path], Path]
@@ -67,55 +67,10 @@ def test_the_resized_model_computes_the_same_over_the_old_ids(
 
 def test_names_and_shapes_survive_the_round_trip(base_dir: Path) -> None:
     base = checkpoint.Checkpoint(base_dir)
-    back = checkpoint.chatglm_tensors(dict(base.glm_tensors()))
-    assert back.keys() == checkpoint.expected_shapes(base.config).keys()
+    back = layout.to_chatglm(dict(base.glm_tensors()))
+    assert back.keys() == layout.expected_shapes(base.config).keys()
     for name, tensor in back.items():
         assert torch.equal(tensor, base.tensor(name))
-
-
-def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
-    rows = resize.padded_rows(len(merge.proto.pieces), 64)
-    model = AutoModelForCausalLM.from_pretrained(resized_dir)
-    assert model.dtype == torch.float16
-    assert model.get_input_embeddings().weight.shape == (rows, 64)
-    assert model.get_output_embeddings().weight.shape == (rows, 64)
-    assert len(list(resized_dir.glob("model-*.safetensors"))) > 2
-    assert len(AutoTokenizer.from_pretrained(resized_dir)) == len(merge.proto.pieces)
-    stops = [2, 4000 + 6, 4000 + 8]
-    assert model.generation_config.eos_token_id == stops
-    padding = list(range(len(merge.proto.pieces), rows))
-    assert (model.generation_config.suppress_tokens or []) == padding
-
-
-def test_new_rows_are_the_means_of_their_subtokens(
-    base_dir: Path, resized_dir: Path, base_proto: Any, merge: Any
-) -> None:
-    """Computed again from the base tokenizer itself: its ids after the dummy prefix."""
-    old = load_file(base_dir / "model-00001-of-00003.safetensors")[checkpoint.EMBEDDING]
-    new = checkpoint.read_tensor(resized_dir, checkpoint.GLM_EMBEDDING)
-    base = tokenizer.processor(base_proto)
-    mark = base.encode("\n")[0]
-    for offset, piece in enumerate(merge.added[:200]):
-        # After a line break, which no merge crosses, the text is encoded as inside a document.
-        ids = base.encode("\n" + piece.replace("▁", " "))
-        assert ids[0] == mark
-        mean = old[ids[2:]].double().mean(dim=0)
-        assert torch.allclose(new[4009 + offset].double(), mean, rtol=2e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("init", ["subtoken_mean", "mean", "random"])
-def test_resize_keeps_every_bit_of_the_old_rows(init: resize.Init) -> None:
-    weight = torch.randn(12, 8).half()
-    weight[3, 3] = torch.tensor(float("nan"))
-    weight[4, 4] = -0.0
-    generator = torch.Generator().manual_seed(0)
-    resized = resize.resize_rows(weight, 10, [[1, 2], [5]], 16, init, generator)
-    assert torch.equal(resized[:10].view(torch.int16), weight[:10].view(torch.int16))
-    assert resized.dtype == weight.dtype
-    assert not resized[12:].any()
-    if init == "subtoken_mean":
-        assert torch.equal(resized[10], ((weight[1].float() + weight[2].float()) / 2).half())
-        assert torch.equal(resized[11], weight[5])
 
 
 def break_config(folder: Path, **changes: Any) -> None:
@@ -152,6 +107,12 @@ def lose_tensor(folder: Path) -> None:
     (folder / checkpoint.INDEX_FILE).write_text(json.dumps(index))
 
 
+def promise_a_tensor(folder: Path) -> None:
+    index = json.loads((folder / checkpoint.INDEX_FILE).read_text())
+    index["weight_map"]["transformer.encoder.final_layernorm.weight"] = SHARD
+    (folder / checkpoint.INDEX_FILE).write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -166,7 +127,10 @@ def lose_tensor(folder: Path) -> None:
         (lambda folder: break_config(folder, model_type="llama"), "model_type is 'llama'"),
         (lambda folder: break_config(folder, rope_ratio=50), "rope_ratio is 50"),
         (lambda folder: break_config(folder, quantization_bit=4), "quantised"),
+        (lambda folder: break_config(folder, rope_ratio=500), "GLM-4"),
+        (lambda folder: break_config(folder, _name_or_path="THUDM/chatglm2-6b"), "ChatGLM2"),
         (lambda folder: (folder / checkpoint.INDEX_FILE).unlink(), "expected ChatGLM3's weights"),
+        (promise_a_tensor, f"{SHARD} lacks transformer.encoder.final_layernorm.weight"),
     ],
 )
 def test_a_broken_checkpoint_is_named(
@@ -175,4 +139,79 @@ def test_a_broken_checkpoint_is_named(
     folder = copy_of(base_dir, tmp_path / "base")
     damage(folder)
     with pytest.raises(DataError, match=message):
+        checkpoint.Checkpoint(folder)
+
+
+# --- pytorch_model-*.bin -------------------------------------------------------------------------
+
+
+def as_bin(folder: Path) -> list[Path]:
+    """Turn the safetensors shards of a folder into .bin shards, inv_freq among them."""
+    index = json.loads((folder / checkpoint.INDEX_FILE).read_text())
+    for path in sorted(folder.glob("model-*.safetensors")):
+        tensors = load_file(path)
+        if path.name == SHARD:
+            tensors[layout.IGNORED[0]] = torch.ones(8)
+        torch.save(tensors, folder / f"pytorch_{path.stem}.bin")
+        path.unlink()
+    weight_map = {
+        name: f"pytorch_{Path(file).stem}.bin" for name, file in index["weight_map"].items()
+    }
+    weight_map[layout.IGNORED[0]] = f"pytorch_{Path(SHARD).stem}.bin"
+    text = json.dumps({"weight_map": weight_map})
+    (folder / "pytorch_model.bin.index.json").write_text(text)
+    (folder / checkpoint.INDEX_FILE).unlink()
+    return sorted(folder.glob("*.bin"))
+
+
+def test_bin_shards_are_the_same_checkpoint(base_dir: Path, tmp_path: Path, copy_of: Copy) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    as_bin(folder)
+    old, new = checkpoint.Checkpoint(base_dir), checkpoint.Checkpoint(folder)
+    assert new.dtype == old.dtype == torch.float16
+    tensors = dict(new.glm_tensors())
+    assert tensors.keys() == dict(old.glm_tensors()).keys()
+    for name, tensor in old.glm_tensors():
+        assert torch.equal(tensors[name], tensor)
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.trace,))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(
+    base_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    shard = as_bin(folder)[1]
+    tensors = torch.load(shard, weights_only=True)
+    torch.save({**tensors, "bomb": Bomb(tmp_path / "trace")}, shard)
+    with pytest.raises(DataError, match=f"{shard.name} holds more than tensors, and code in it"):
+        checkpoint.Checkpoint(folder)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_truncated_bin_is_refused(
+    kept: int, base_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    shard = as_bin(folder)[0]
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(DataError, match=f"{shard.name} is truncated, damaged or too old|no dict"):
+        checkpoint.Checkpoint(folder)
+
+
+def test_a_bin_that_is_no_dictionary_is_refused(
+    base_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    torch.save([torch.ones(2)], as_bin(folder)[0])
+    with pytest.raises(DataError, match="is no dictionary of tensors"):
         checkpoint.Checkpoint(folder)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja import checkpoint, training
+from chatglm_ja import checkpoint, layout, training
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError
 
@@ -77,7 +77,7 @@ def test_the_embeddings_have_their_own_learning_rate(
     config = config_for(resized_dir, data_dir, tmp_path, embedding_learning_rate=0.0, max_steps=2)
     training.train(config, "pretrain", tmp_path)
     training.write_merged(resized_dir, tmp_path)
-    for name in (checkpoint.GLM_EMBEDDING, checkpoint.GLM_LM_HEAD):
+    for name in (layout.GLM_EMBEDDING, layout.GLM_LM_HEAD):
         before = AutoModelForCausalLM.from_pretrained(resized_dir).get_parameter(name)
         after = AutoModelForCausalLM.from_pretrained(tmp_path).get_parameter(name)
         assert torch.equal(before, after)
@@ -114,7 +114,7 @@ def test_all_embedding_rows_are_in_the_adapter(
     folder, _ = trained
     before = AutoModelForCausalLM.from_pretrained(resized_dir)
     after = AutoModelForCausalLM.from_pretrained(folder)
-    for name in (checkpoint.GLM_EMBEDDING, checkpoint.GLM_LM_HEAD):
+    for name in (layout.GLM_EMBEDDING, layout.GLM_LM_HEAD):
         assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
         assert before.get_parameter(name).shape == after.get_parameter(name).shape
 

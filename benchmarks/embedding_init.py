@@ -1,0 +1,76 @@
+"""How new embedding rows should start: every way of step 3, at step 0 and after equal training.
+
+Prints a Markdown table: bits per character on the held-out pages of the demo, for each --init and
+--output-bias. Steps 1, 2 and 4 of the demo must have run (`make demo`); steps 3 and 5 are run here
+into a temporary folder.
+
+    python benchmarks/embedding_init.py --max-steps 100
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import constants  # noqa: E402
+from chatglm_ja import corpus, evaluation, tokenizer  # noqa: E402
+from chatglm_ja.cli import run  # noqa: E402
+from chatglm_ja.config import Source  # noqa: E402
+
+WAYS = [
+    ("random", 0.0),
+    ("mean", 0.0),
+    ("subtoken_mean", 0.0),
+    ("mean", 0.25),
+    ("subtoken_mean", 0.25),
+    ("subtoken_mean", 0.5),
+    ("subtoken_mean", 1.0),
+]
+
+
+def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
+    """Bits per character of a model folder, a text for each language."""
+    model, encoder = evaluation.load_model(folder), tokenizer.load(folder)
+    window, batch_size = constants.EVALUATION["window"], 16
+    return [
+        f"{evaluation.score_texts(model, encoder, group, window, batch_size).bits_per_char:.3f}"
+        for group in texts.values()
+    ]
+
+
+def step(script: str, *flags: str) -> None:
+    command = [sys.executable, str(PROJECT / script), *flags]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--max-steps", type=int, default=100, help="of step 5 (default: 100)")
+    steps = parser.parse_args().max_steps
+    sources = [Source.parse(spec) for spec in constants.HELD_OUT_SOURCES]
+    texts = {
+        language: corpus.take_characters(documents, constants.EVALUATION["max_chars"])
+        for language, documents in corpus.texts_by_language(sources).items()
+    }
+    columns = [f"{name}, {when}" for when in ("step 0", f"step {steps}") for name in texts]
+    print("| init | output bias | " + " | ".join(columns) + " |")
+    print("|---|---:" + "|---:" * len(columns) + "|", flush=True)
+    for init, bias in WAYS:
+        with tempfile.TemporaryDirectory() as name:
+            resized, trained = Path(name) / "resized", Path(name) / "trained"
+            flags = ["--init", init, "--output-bias", str(bias), "--output-dir", str(resized)]
+            step("step3_resize_model.py", *flags)
+            flags = ["--max-steps", str(steps), "--evaluations", "2"]
+            step("step5_train_pt.py", "--model", str(resized), "--output-dir", str(trained), *flags)
+            row = [f"`{init}`", f"{bias:g}", *score(resized, texts), *score(trained, texts)]
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,108 @@
+"""Step 3 at the size of ChatGLM3-6B: peak memory and time, against copying the files.
+
+Writes a checkpoint of random float16 weights with the shapes that DIR/config.json gives (12.5 GB in
+7 shards for ChatGLM3-6B), runs step 3 on it in a process of its own, and copies the checkpoint with
+cp and sync. Needs three times the checkpoint's size on disk, less if --work-dir holds it already.
+
+    python benchmarks/resize_6b.py --base-model DIR --tokenizer STEP2_DIR --work-dir SCRATCH
+"""
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+
+from chatglm_ja import checkpoint, layout, tokenizer  # noqa: E402
+from chatglm_ja.base_config import read_config  # noqa: E402
+from chatglm_ja.cli import run  # noqa: E402
+from chatglm_ja.errors import DataError  # noqa: E402
+
+SHARDS = 7
+
+
+def write_random_checkpoint(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("config.json", tokenizer.MODEL_FILE):
+        shutil.copyfile(source / name, folder / name)
+    shapes = layout.expected_shapes(read_config(folder))
+    total = 2 * sum(math.prod(shape) for shape in shapes.values())
+    noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).half()
+    weight_map: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = {}
+    shard = written = 0
+    for name, shape in tqdm(shapes.items(), desc="random checkpoint", unit=" tensors"):
+        size = math.prod(shape)
+        tensor = noise.repeat(-(-size // len(noise)))[:size].reshape(shape)
+        tensor.view(-1)[0] = len(weight_map) + len(pending)  # no two tensors alike
+        pending[name] = tensor
+        written += tensor.nbytes
+        if written >= total * (shard + 1) / SHARDS or len(weight_map) + len(pending) == len(shapes):
+            shard += 1
+            file = f"model-{shard:05d}-of-{SHARDS:05d}.safetensors"
+            save_file(pending, folder / file)
+            weight_map |= dict.fromkeys(pending, file)
+            pending = {}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / checkpoint.INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base-model", type=Path, required=True, help="config and tokenizer")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="output folder of step 2")
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder on a large disk")
+    arguments = parser.parse_args()
+    base = arguments.work_dir / "random_base"
+    if not base.exists():
+        shapes = layout.expected_shapes(read_config(arguments.base_model))
+        needed = 3.2 * 2 * sum(math.prod(shape) for shape in shapes.values())
+        arguments.work_dir.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(arguments.work_dir).free
+        if free < needed:
+            raise DataError(
+                f"{arguments.work_dir} has {free / 1e9:.0f} GB free, and {needed / 1e9:.0f} GB are "
+                "needed: choose another --work-dir"
+            )
+        write_random_checkpoint(arguments.base_model, base)
+
+    shards = [path.stat().st_size for path in base.glob("*.safetensors")]
+    copy, output = arguments.work_dir / "copy", arguments.work_dir / "resized"
+    for folder in (copy, output):
+        shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run(["sync"], check=True)
+    start = time.perf_counter()
+    subprocess.run(["bash", "-c", f"cp -r '{base}' '{copy}' && sync"], check=True)
+    copying = time.perf_counter() - start
+    shutil.rmtree(copy)
+    command = [sys.executable, str(PROJECT / "step3_resize_model.py")]
+    command += ["--base-model", str(base), "--tokenizer", str(arguments.tokenizer)]
+    start = time.perf_counter()
+    subprocess.run([*command, "--output-dir", str(output)], check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    rows = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["counts"]["new_rows"]
+    hidden = read_config(base)["hidden_size"]
+    bound = max(shards) + 2 * rows * hidden * 2 + 1e9
+    print(f"checkpoint: {sum(shards) / 1e9:.1f} GB in {len(shards)} shards; {rows:,} rows after")
+    print(f"peak memory of step 3: {peak / 1e9:.2f} GB (largest shard, two new matrices and 1 GB: "
+          f"{bound / 1e9:.2f} GB)")  # fmt: skip
+    print(f"time: {seconds:.0f} s, cp and sync {copying:.0f} s: {seconds / copying:.2f} times")
+    shutil.rmtree(output)
+
+
+if __name__ == "__main__":
+    run(main)
