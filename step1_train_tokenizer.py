@@ -2,7 +2,7 @@
 
 With sentencepiece from characters, or by continuing the merges of the base's own tokenizer.
 
-Reads   the Japanese sources of constants.py; for --method continue <base model>/tokenizer.model
+Reads   the Japanese sources of constants.py; for --method continue <base model>/
 Writes  <artifacts>/step1_tokenizer/  ja_bpe.model, ja_bpe.vocab
 Run     python step1_train_tokenizer.py
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_base_model, open_file_input
+from chatglm_ja.artifacts import Output, open_base_tokenizer, open_file_input
 from chatglm_ja.cli import run
 from chatglm_ja.config import Source, TrainTokenizerConfig, parse
 
@@ -27,7 +27,7 @@ def main() -> None:
     inputs = [open_file_input("japanese_corpus", *corpus.local_paths(sources))]
     base_model = config.base_model if config.method == "continue" else None
     if base_model:
-        inputs.append(open_base_model(base_model)[0])
+        inputs.append(open_base_tokenizer(base_model))
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):
         return

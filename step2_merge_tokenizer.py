@@ -15,9 +15,15 @@ from pathlib import Path
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_artifact_or_file, open_base_model, open_file_input
+from chatglm_ja.artifacts import (
+    Output,
+    open_artifact_or_file,
+    open_base_tokenizer,
+    open_file_input,
+)
 from chatglm_ja.cli import run
 from chatglm_ja.config import MergeTokenizerConfig, Source, parse
+from chatglm_ja.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +31,10 @@ log = logging.getLogger(__name__)
 def main() -> None:
     config = parse(MergeTokenizerConfig, __doc__, constants.STEP2)
     sources = [Source.parse(spec) for spec in config.check_sources]
-    ranking = [Source.parse(spec) for spec in config.ranking_sources if config.max_new_pieces]
+    ranking_sources = config.ranking_sources if config.max_new_pieces else ()
+    ranking = [Source.parse(spec) for spec in ranking_sources]
     inputs = [
-        open_base_model(config.base_model)[0],
+        open_base_tokenizer(config.base_model),
         open_file_input("check_texts", *corpus.local_paths(sources)),
         open_artifact_or_file(config.ja_tokenizer, "step1_train_tokenizer.py"),
     ]
@@ -53,6 +60,11 @@ def main() -> None:
         ),
     )
     log.info("pieces: %s", ", ".join(f"{name} {n:,}" for name, n in merged.counts().items()))
+    if not merged.added:
+        raise DataError(
+            f"none of the {len(learned.pieces)} pieces is new to the base under the policy "
+            f"{config.policy}: give the output of step1_train_tokenizer.py"
+        )
     before = tokenizer.processor(tokenizer.with_special_tokens(base))
     after = tokenizer.processor(merged.proto)
     rust = export.line_encoder(merged.proto)

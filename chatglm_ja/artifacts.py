@@ -70,19 +70,23 @@ def open_file_input(role: str, *paths: Path) -> Input:
     return Input(role, fingerprint, lineage={role: fingerprint})
 
 
-def open_base_model(folder: Path) -> list[Input]:
-    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights."""
+def open_base_tokenizer(folder: Path) -> Input:
+    """Fingerprint the tokenizer of a ChatGLM3 folder, whose config.json is read as well."""
     if not (folder / "config.json").is_file():
         raise ArtifactError(
             f"base model {folder} has no config.json: download ChatGLM3-6B there and set "
             "CHATGLM3_6B_DIR, or for the demo run demo/build_base_model.py"
         )
+    return open_file_input("base_tokenizer", folder / "tokenizer.model")
+
+
+def open_base_model(folder: Path) -> list[Input]:
+    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights."""
+    base_tokenizer = open_base_tokenizer(folder)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     weights = weights or [*folder.glob("*.bin"), *folder.glob("*.bin.index.json")]
-    return [
-        open_file_input("base_tokenizer", folder / "tokenizer.model"),
-        open_file_input("base_model", folder / "config.json", *sorted(weights)),
-    ]
+    weights.sort()
+    return [base_tokenizer, open_file_input("base_model", folder / "config.json", *weights)]
 
 
 def open_artifact(path: Path, made_by: str) -> Input:
@@ -110,11 +114,18 @@ def open_artifact_or_file(path: Path, made_by: str) -> Input:
 
     A file from elsewhere takes the role of the step that would have made it.
     """
+    role = Path(made_by).stem
     if not path.is_file():
+        if path.suffix and not path.exists():
+            raise ArtifactError(f"{path} not found: expected a file, or the output of {made_by}")
         return open_artifact(path, made_by)
-    if (path.parent / MANIFEST).is_file():
+    try:
+        manifest = read_manifest(path.parent)
+    except ArtifactError:
+        manifest = None  # somebody else's manifest.json
+    if manifest and manifest["step"] == role:
         return open_artifact(path.parent, made_by)
-    return open_file_input(Path(made_by).stem, path)
+    return open_file_input(role, path)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -155,6 +166,7 @@ class Output:
             if source.path and source.path.resolve() in (path.resolve(), *path.resolve().parents):
                 raise ArtifactError(f"--output-dir {path} lies in the input {source.path}")
         self.counts: dict[str, Any] = {}
+        self._seen: str | None = None  # fingerprint of the result that `is_settled` found
 
     def is_settled(self, overwrite: bool, check: bool = False) -> bool:
         """True when there is nothing to do: the folder holds this very result already, or only
@@ -165,6 +177,7 @@ class Output:
         """
         self._restore_interrupted_swap()
         manifest = read_manifest(self.path)
+        self._seen = manifest["fingerprint"] if manifest else None
         if manifest is None:
             is_foreign_folder = self.path.is_dir() and any(self.path.iterdir())
             if is_foreign_folder or (self.path.exists() and not self.path.is_dir()):
@@ -208,6 +221,12 @@ class Output:
         """Give a folder to write into; publish it when the block ends without an exception."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._only_writer():
+            manifest = read_manifest(self.path)
+            if manifest and manifest["fingerprint"] != self._seen:
+                raise ArtifactError(
+                    f"another process has published {self.path} meanwhile: run this again to see "
+                    "whether it is the same"
+                )
             working = self._beside("writing")
             shutil.rmtree(working, ignore_errors=True)
             working.mkdir()

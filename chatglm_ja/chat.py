@@ -62,15 +62,24 @@ def _header(tokenizer: Any, message: Message) -> list[int]:
     role = message["role"]
     if role not in ROLES:
         raise DataError(f"role {role!r} does not exist: expected one of {', '.join(ROLES)}")
-    metadata = message.get("metadata", "") + "\n"
+    metadata = (message.get("metadata") or "") + "\n"
     return [special_id(tokenizer, f"<|{role}|>"), *encode_text(tokenizer, metadata)]
+
+
+def _content_ids(tokenizer: Any, message: Message) -> list[int]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(
+            f'a message has content of type {type(content).__name__}: expected text ("" for none)'
+        )
+    return encode_text(tokenizer, content)
 
 
 def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The ids of a conversation that the assistant shall answer next."""
     ids = prefix_ids(tokenizer)
     for message in messages:
-        ids += _header(tokenizer, message) + encode_text(tokenizer, message["content"])
+        ids += _header(tokenizer, message) + _content_ids(tokenizer, message)
     return [*ids, special_id(tokenizer, "<|assistant|>")]
 
 
@@ -88,7 +97,7 @@ def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int
         is_answer = message["role"] == "assistant"
         ids.append(role)
         labels.append(role if after_answer else IGNORE)
-        body = header + encode_text(tokenizer, message["content"])
+        body = header + _content_ids(tokenizer, message)
         ids += body
         labels += body if is_answer else [IGNORE] * len(body)
         after_answer = is_answer

@@ -91,7 +91,7 @@ class TrainTokenizerConfig(StepConfig):
         "sentencepiece",
     )
     base_model: Path | None = setting(
-        "ChatGLM3 folder, of which --method continue reads tokenizer.model", None
+        "ChatGLM3 folder, of which --method continue reads tokenizer.model and config.json", None
     )
     policy: Policy = setting("what --method continue may learn, as in step 2", "japanese")
     vocab_size: int = setting(
@@ -138,6 +138,8 @@ class TrainTokenizerConfig(StepConfig):
 
     def contradictions(self) -> list[str]:
         problems = []
+        if self.method == "sentencepiece" and self.policy != "japanese":
+            problems.append("--policy is for --method continue; step 2 has one for all pieces")
         if self.method == "continue":
             if self.base_model is None:
                 problems.append("--method continue needs --base-model: the ChatGLM3 folder")
@@ -170,7 +172,7 @@ class MergeTokenizerConfig(StepConfig):
     policy: Policy = setting(
         "which pieces are added: japanese: with kana or a kanji that Chinese does not use; "
         "kana: with kana; han: with any Han character or kana; all: every piece, unreachable "
-        "ones too. Only japanese and kana leave Chinese and English as they are",
+        "ones too. japanese and kana leave Chinese and English as they are, han English",
         "japanese",
     )
     max_new_pieces: int = setting(
@@ -190,6 +192,13 @@ class MergeTokenizerConfig(StepConfig):
         if self.max_new_pieces and not self.ranking_sources:
             return ["--max-new-pieces needs --ranking-sources: texts to count the uses on"]
         return []
+
+    def arguments(self) -> dict[str, Any]:
+        """Without a limit of pieces, what they would be ranked on shapes nothing."""
+        chosen = super().arguments()
+        if not self.max_new_pieces:
+            chosen = {k: v for k, v in chosen.items() if not k.startswith("ranking_")}
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)

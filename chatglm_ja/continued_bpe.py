@@ -39,9 +39,6 @@ Ints = NDArray[np.integer]
 
 END, MERGED = -1, -2  # in place of a symbol: the end of a segment, the right half of a merge
 RIGHT_BITS = 32  # a pair is one integer: left symbol << 32 | right symbol
-# Before every count: pairs that make a piece which exists already merge as soon as they appear,
-# because the tokenizer would merge them, too.
-AT_ONCE = -(2**62)
 BATCH_LINES = 20_000
 
 
@@ -99,7 +96,13 @@ def _characters(
     before = np.cumsum(totals[order]) - totals[order]  # of all more frequent characters
     covered = order[(before < coverage * totals.sum()) & (totals[order] > 0)]
     known = {piece.piece for piece in base.pieces}
-    return [c for c in map(chr, covered.tolist()) if c not in known and admits(c)]
+    return [
+        character
+        for character in map(chr, covered.tolist())
+        if character not in known
+        and admits(character)
+        and not (character.isdigit() or character.isspace())
+    ]
 
 
 def _batches(lines: Counter[str]) -> Iterator[list[tuple[str, int]]]:
@@ -114,8 +117,6 @@ class _Symbols:
     def __init__(self, proto: Any, admits: Callable[[str], bool]) -> None:
         normal = [piece.type == piece.NORMAL for piece in proto.pieces]
         self.texts = [piece.piece for piece in proto.pieces]
-        # Only normal pieces: a text that spells a control piece is not one.
-        self.ids = {t: i for i, (t, ok) in enumerate(zip(self.texts, normal, strict=True)) if ok}
         self.length = np.array([len(text) for text in self.texts], dtype=np.int32)
         self.admitted = np.array(
             [ok and admits(t) for t, ok in zip(self.texts, normal, strict=True)]
@@ -130,7 +131,7 @@ class _Symbols:
 
     def add(self, text: str) -> int:
         """A symbol for a new, admitted piece."""
-        index = self.ids[text] = len(self.texts)
+        index = len(self.texts)
         self.texts.append(text)
         if index == len(self.length):  # grow by doubling
             spare = np.zeros(index, dtype=np.int32)
@@ -205,39 +206,24 @@ class _State:
         self._add_pairs(np.flatnonzero(self.text[:-1] >= 0).astype(np.int32))
 
     def merge(self) -> Iterator[str]:
-        """Merge the most frequent pair, again and again; yields each new piece."""
+        """Merge the most frequent pair, again and again; yields each new piece.
+
+        A piece has one pair only: wherever its text stands by itself, it is cut in the same way.
+        """
         while self.queue:
-            priority, pair = heapq.heappop(self.queue)
+            negative, pair = heapq.heappop(self.queue)
             count = self.counts.get(pair, 0)
-            if priority > AT_ONCE // 2 and count != -priority:
+            if count != -negative:  # some occurrences have been taken by other merges
                 if count >= self.min_occurrences:
                     heapq.heappush(self.queue, (-count, pair))
                 continue
-            if not count:
-                continue
             text = self._text_of(pair)
-            index = self.symbols.ids.get(text)
-            is_new = index is None
-            if index is None:
-                index = self.symbols.add(text)
-                self._queue_other_splits(text, pair)
-            self._merge_pair(pair, index)
-            if is_new:
-                yield text
+            self._merge_pair(pair, self.symbols.add(text))
+            yield text
 
     def _text_of(self, pair: int) -> str:
         left, right = pair >> RIGHT_BITS, pair & (2**RIGHT_BITS - 1)
         return self.symbols.texts[left] + self.symbols.texts[right]
-
-    def _queue_other_splits(self, text: str, pair: int) -> None:
-        """し+ます and しま+す are the same piece: the tokenizer makes no difference."""
-        ids = self.symbols.ids
-        for cut in range(1, len(text)):
-            left, right = ids.get(text[:cut]), ids.get(text[cut:])
-            if left is not None and right is not None:
-                other = left << RIGHT_BITS | right
-                if other != pair and other in self.counts:
-                    heapq.heappush(self.queue, (AT_ONCE + ids[text], other))
 
     def _add_pairs(self, left_at: Ints) -> None:
         """Count the pairs whose left symbols stand at these positions, and index them."""
@@ -261,9 +247,7 @@ class _State:
             places = sorted_at[starts[group] : ends[group]]
             self.counts[pair] = self.counts.get(pair, 0) + total
             self.positions.setdefault(pair, []).append(places)
-            index = known.ids.get(self._text_of(pair))
-            priority = -self.counts[pair] if index is None else AT_ONCE + index
-            heapq.heappush(self.queue, (priority, pair))
+            heapq.heappush(self.queue, (-self.counts[pair], pair))
 
     def _remove_pairs(self, left_at: Ints) -> None:
         """The pairs whose left symbols stand here are about to disappear: count them less."""

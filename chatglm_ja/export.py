@@ -53,7 +53,10 @@ CHAT_TEMPLATE = (
 {% if message['role'] not in roles %}
 {{ raise_exception('role ' ~ message['role'] ~ ' does not exist: expected ' ~ roles|join(', ')) }}
 {% endif %}
-<|{{ message['role'] }}|>{{ plain(message.get('metadata', '')) }}
+{% if message['content'] is not string %}
+{{ raise_exception('a message has no content of type text') }}
+{% endif %}
+<|{{ message['role'] }}|>{{ plain(message.get('metadata') or '') }}
 {% if message['content'] %} {{ plain(message['content']) }}{% endif %}{% endfor %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
 )

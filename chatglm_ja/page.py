@@ -63,6 +63,8 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("svg")
+    # Ids inside the picture from its content, not drawn: the same input gives the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "chatglm_ja"
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(width, height))

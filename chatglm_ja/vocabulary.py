@@ -89,10 +89,11 @@ def admits(policy: str, text: str) -> bool:
 
 
 GUARANTEES = {
-    "kana": "A line without kana keeps its ids: all Chinese and English.",
-    "japanese": "A line without kana and without kanji that only Japan uses (in JIS X 0208, in "
-    "neither GB 2312 nor Big5) keeps its ids: all standard Chinese, simplified or traditional, and "
-    "all English.",
+    "kana": "A line without kana keeps its ids.",
+    "japanese": "A line without kana whose Han characters are all in GB 2312 or Big5, the "
+    "standards of simplified and traditional Chinese, keeps its ids, and so does every line "
+    "without Han characters. (Precisely: a line without kana and without a kanji that is in JIS X "
+    "0208 and in neither of the two.)",
     "han": "A line without kana and Han characters keeps its ids: English; Chinese may change.",
     "all": "None: Chinese and English lines may change, and pieces that no text produces are kept.",
 }
@@ -204,7 +205,14 @@ def save_learned(proto: Any, folder: Path) -> None:
 
 def read_learned(path: Path) -> Any:
     """The ModelProto of step 1's folder, or of any sentencepiece BPE model file."""
-    return read_model(path / JA_MODEL_FILE if path.is_dir() else path)
+    path = path / JA_MODEL_FILE if path.is_dir() else path
+    proto = read_model(path)
+    try:
+        processor(proto)
+    except RuntimeError as error:  # a piece twice, or an empty one
+        reason = str(error).splitlines()[-1].strip()
+        raise DataError(f"{path} is a damaged sentencepiece model ({reason})") from None
+    return proto
 
 
 # --- Step 2: merging ---------------------------------------------------------------------------
@@ -242,56 +250,57 @@ def merge(
     reports them. With `max_new_pieces`, those pieces are kept that are used most on
     `ranking_texts`, see `uses`.
     """
-    known = {piece.piece for piece in base.pieces}
+    known = {piece.piece for piece in base.pieces}.union(SPECIAL_TOKENS)
     candidates = [p.piece for p in japanese.pieces if p.type == p.NORMAL]
     new = [piece for piece in candidates if piece not in known]
     chosen = [piece for piece in new if admits(policy, piece)]
     # Single characters first: every longer piece is merged from them.
     single = {piece for piece in known.union(chosen) if len(piece) == 1}
+    unspellable = [piece for piece in chosen if not single.issuperset(piece)]
+    if policy != "all":
+        chosen = _without(chosen, unspellable)
+    unreachable = _unreachable(base, chosen)
+    if policy != "all":
+        # Once is enough: a piece that never forms takes no part in making another.
+        chosen = _without(chosen, unreachable)
     dropped = {
         "already_known": [piece for piece in candidates if piece in known],
         "outside_policy": [piece for piece in new if not admits(policy, piece)],
-        "unspellable": [piece for piece in chosen if not single.issuperset(piece)],
+        "unspellable": unspellable,
+        "unreachable": unreachable,
     }
-    if policy == "all":
-        dropped["unreachable"] = _unreachable(with_special_tokens(base, chosen), chosen)
-    else:
-        unspellable = set(dropped["unspellable"])
-        spellable = [piece for piece in chosen if piece not in unspellable]
-        chosen, dropped["unreachable"] = _only_reachable(base, spellable)
     if max_new_pieces and len(chosen) > max_new_pieces:
         use = uses(base, chosen, ranking_texts)
+        if not any(use.values()):
+            raise DataError(
+                "--ranking-sources hold no text that any new piece occurs in: give Japanese texts "
+                "or leave --max-new-pieces away"
+            )
         # A piece is used at least as often as those made from it, which are longer, so that what
         # remains is still reachable.
         ranked = sorted(chosen, key=lambda piece: (-use[piece], len(piece)))
-        best = set(ranked[:max_new_pieces])
-        dropped["past_max_new_pieces"] = [piece for piece in chosen if piece not in best]
-        chosen = [piece for piece in chosen if piece in best]
+        past = set(ranked[max_new_pieces:])
+        dropped["past_max_new_pieces"] = [piece for piece in chosen if piece in past]
+        chosen = _without(chosen, past)
+        if policy == "all":  # the two lists name pieces that are added all the same
+            for reason in ("unspellable", "unreachable"):
+                dropped[reason] = _without(dropped[reason], past)
     return Merge(with_special_tokens(base, chosen), chosen, dropped)
 
 
-def _only_reachable(base: Any, pieces: list[str]) -> tuple[list[str], list[str]]:
-    """The pieces that can be produced, and those that cannot.
-
-    Leaving one out can make another unreachable, so it repeats until none is left.
-    """
-    unreachable: list[str] = []
-    while True:
-        dead = _unreachable(with_special_tokens(base, pieces), pieces)
-        if not dead:
-            return pieces, unreachable
-        unreachable += dead
-        pieces = [piece for piece in pieces if piece not in set(dead)]
+def _without(pieces: list[str], left_out: Iterable[str]) -> list[str]:
+    left_out = set(left_out)
+    return [piece for piece in pieces if piece not in left_out]
 
 
-def _unreachable(proto: Any, pieces: list[str]) -> list[str]:
-    """The pieces that no text encodes to.
+def _unreachable(base: Any, pieces: list[str]) -> list[str]:
+    """The pieces that no text encodes to when they are added to the base.
 
     When a piece appears in a text, no merge crossed its borders, so the merges inside it were
     those of the piece alone: it is reachable if and only if it encodes to itself. The dummy
     prefix is switched off for that, because a piece can stand anywhere.
     """
-    encoder = processor(proto, dummy_prefix=False)
+    encoder = processor(with_special_tokens(base, pieces), dummy_prefix=False)
     # sentencepiece reads its own mark of a space as one.
     encoded = encoder.encode(pieces)
     return [
@@ -304,8 +313,8 @@ def _unreachable(proto: Any, pieces: list[str]) -> list[str]:
 def uses(base: Any, pieces: list[str], texts: Iterable[str]) -> dict[str, int]:
     """How many merges into each new piece the merged tokenizer makes on these texts.
 
-    That is how often the piece remains as a token, or is a part of a longer one that does: the
-    number of tokens that the texts would at most be longer by without it.
+    That is how often the piece remains as a token, or is a part of a longer one that does. Each
+    merge makes the texts one token shorter.
     """
     proto = with_special_tokens(base, pieces)
     encoder = processor(proto)

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.artifacts import Input, Output, merge_lineage, open_artifact, open_file_input
+from chatglm_ja.artifacts import (
+    Input,
+    Output,
+    merge_lineage,
+    open_artifact,
+    open_artifact_or_file,
+    open_file_input,
+    read_manifest,
+)
 from chatglm_ja.errors import ArtifactError
 from tests.conftest import PROJECT
 
@@ -167,6 +175,29 @@ def test_two_processes_do_not_write_the_same_artifact(tmp_path: Path) -> None:
             pass
     assert (tmp_path / "a" / "data.txt").read_text() == "first"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_result_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    slow = Output(tmp_path / "a", "step1_x", {"policy": "slow"}, [])
+    assert not slow.is_settled(overwrite=False)
+    make(tmp_path / "a", policy="quick")
+    with pytest.raises(ArtifactError, match="another process has published"), slow.write():
+        pass
+    manifest = read_manifest(tmp_path / "a")
+    assert manifest and manifest["arguments"] == {"policy": "quick"}
+    assert make(tmp_path / "a", overwrite=True, policy="slow")
+
+
+def test_a_file_is_known_by_its_folder_if_a_step_made_it(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    assert open_artifact_or_file(tmp_path / "a" / "data.txt", "step1_x.py").path == tmp_path / "a"
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "data.txt").write_text("content")
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "somebody else\'s"}')
+    opened = open_artifact_or_file(tmp_path / "app" / "data.txt", "step1_x.py")
+    assert (opened.role, opened.path) == ("step1_x", None)
+    with pytest.raises(ArtifactError, match=r"none\.txt not found: expected a file, or the output"):
+        open_artifact_or_file(tmp_path / "none.txt", "step1_x.py")
 
 
 def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:

@@ -87,6 +87,23 @@ def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
         parse(TrainTokenizerConfig, "", defaults, argv)
 
 
+def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
+    defaults = {"output_dir": Path("o"), "sources": ("ja=x.txt",)}
+    with pytest.raises(ConfigError, match="--policy is for --method continue"):
+        parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"])
+    argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
+    argv += ["--ranking-sources", "ja=x.txt"]
+
+    def arguments(*more: str) -> dict[str, Any]:
+        return parse(
+            MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, *more]
+        ).arguments()
+
+    assert arguments() == arguments("--ranking-characters", "5")
+    limit = ["--max-new-pieces", "9"]
+    assert arguments(*limit) != arguments(*limit, "--ranking-characters", "5")
+
+
 def test_a_limit_of_pieces_needs_texts_to_rank_by() -> None:
     argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
     with pytest.raises(ConfigError, match="--max-new-pieces needs --ranking-sources"):

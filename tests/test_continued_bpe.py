@@ -44,8 +44,9 @@ def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: str) 
     return best
 
 
+@pytest.mark.parametrize("least", [1, 2])
 @pytest.mark.parametrize("policy", ["japanese", "han", "all"])
-def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: str) -> None:
+def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: str, least: int) -> None:
     """Each step from scratch: cut the text with sentencepiece, count, take the best.
 
     Runs of one character and repeated lines are there on purpose.
@@ -54,7 +55,7 @@ def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: str) -> 
     lines.update(
         ["あああああああ", "ーーーーー", "ははははは は", "します。", "します。", "します。"]
     )
-    learned = learn(base_proto, lines, policy, 150)
+    learned = learn(base_proto, lines, policy, 150, min_occurrences=least)
     pieces = [*learned.characters, *learned.merges]
     assert len(pieces) == 150
     for position in range(len(learned.characters), len(pieces), 7):

@@ -140,6 +140,15 @@ def test_no_spelling_in_a_message_is_obeyed(fast: Any, encoder: Any, content: st
     assert encoder.decode(ids).replace(" ", "") == encoder.decode(exact).replace(" ", "")
 
 
+@pytest.mark.parametrize("content", [None, 5, [{"type": "text", "text": "x"}]])
+def test_only_text_is_content(fast: Any, encoder: Any, content: Any) -> None:
+    message = {"role": "user", "content": content}
+    with pytest.raises(DataError, match="a message has content of type"):
+        chat.build_prompt_ids(encoder, [message])
+    with pytest.raises(Exception, match="a message has no content of type text"):
+        template_ids(fast, [message])
+
+
 def test_an_unknown_role_is_refused_by_the_template(fast: Any) -> None:
     with pytest.raises(Exception, match="role moderator does not exist: expected system, user"):
         template_ids(fast, [{"role": "moderator", "content": "hi"}])

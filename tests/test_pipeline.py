@@ -187,13 +187,31 @@ def test_a_vocabulary_from_elsewhere_is_merged(pipeline: Runner) -> None:
     assert inputs["step1_train_tokenizer"]["path"] is not None
 
 
+def test_a_step_run_again_gives_the_same_bytes(unlocked: Runner) -> None:
+    """So that nothing that was made from it has to be made again."""
+    for script, folder in (
+        ("step1_train_tokenizer.py", "step1_tokenizer"),
+        ("step2_merge_tokenizer.py", "step2_tokenizer"),
+        ("step3_resize_model.py", "step3_model"),
+    ):
+        before = json.loads((unlocked.folder / folder / "manifest.json").read_text())
+        result = unlocked.small(script, "--overwrite", PYTHONHASHSEED="7")
+        assert result.returncode == 0, result.stderr
+        after = json.loads((unlocked.folder / folder / "manifest.json").read_text())
+        assert after["files"] == before["files"]
+    assert unlocked.small("step5_train_pt.py").returncode == 0
+
+
 def test_bad_vocabularies_are_one_line(pipeline: Runner, base_dir: Path) -> None:
     rubbish = pipeline.root / "rubbish.model"
     rubbish.write_bytes(b"no model")
     flags = ["--output-dir", str(pipeline.root / "bad")]
     for more, message in (
         (["--ja-tokenizer", str(rubbish)], "rubbish.model is not a sentencepiece model"),
-        (["--ja-tokenizer", "none.model"], "none.model not found: run step1_train_tokenizer.py"),
+        (
+            ["--ja-tokenizer", "none.model"],
+            "none.model not found: expected a file, or the output of step1",
+        ),
     ):
         assert message in error_of(pipeline.small("step2_merge_tokenizer.py", *flags, *more))
     for content, message in (("", "hold no text"), ("あ" * 1_000_001, "a line of 1,000,001")):

@@ -231,6 +231,36 @@ def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Pa
     assert half < tokens(full.added[:limit])
 
 
+def test_a_limit_under_all_lists_what_it_keeps(base_proto: Any) -> None:
+    pieces = ["ます", *"ますかね", "ますかね"]
+    arguments: dict[str, Any] = {"max_new_pieces": 3, "ranking_texts": ["ますます"]}
+    merged = vocabulary.merge(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+    assert merged.added == ["ます", "ま", "す"]
+    assert merged.dropped["unreachable"] == []
+    assert merged.dropped["past_max_new_pieces"] == ["か", "ね", "ますかね"]
+    arguments["ranking_texts"] = ["english"]
+    with pytest.raises(DataError, match="hold no text that any new piece occurs in"):
+        vocabulary.merge(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+
+
+def test_special_tokens_are_never_pieces(base_proto: Any) -> None:
+    merged = vocabulary.merge(base_proto, model_of(base_proto, "sop", "eop", "qzxq"), "all")
+    assert merged.added == ["qzxq"]
+    assert merged.dropped["already_known"] == ["sop", "eop"]
+
+
+@pytest.mark.parametrize("pieces", [["です", "です"], [""], ["で\0す"]])
+def test_a_model_that_sentencepiece_refuses_is_damaged(
+    pieces: list[str], ja_dir: Path, tmp_path: Path
+) -> None:
+    proto = vocabulary.read_learned(ja_dir)
+    for piece in pieces:
+        proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.NORMAL)
+    vocabulary.save_learned(proto, tmp_path)
+    with pytest.raises(DataError, match=r"ja_bpe\.model is a damaged sentencepiece model"):
+        vocabulary.read_learned(tmp_path / vocabulary.JA_MODEL_FILE)
+
+
 def test_uses_are_the_merges_that_a_text_needs(base_proto: Any) -> None:
     pieces = [*"しますかで", "ます", "します", "しますか"]
     use = vocabulary.uses(base_proto, pieces, ["します", "しますか", "ます。しますか", "です"])
