@@ -64,7 +64,8 @@ def resize_rows(
         padding = weight[old_ids:].float().mean(dim=0)
         resized[old_ids + len(subtokens) :] = padding.to(weight.dtype)
         shift = output_bias * padding
-    mean, deviation = _mean_and_deviation(weight[:old_ids])
+    if init != "subtoken_mean":
+        mean, deviation = _mean_and_deviation(weight[:old_ids])
     for start in range(0, len(new), CHUNK_ROWS):
         part = new[start : start + CHUNK_ROWS]
         if init == "subtoken_mean":
