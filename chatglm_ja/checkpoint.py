@@ -90,7 +90,7 @@ class Checkpoint:
         raise DataError(f"{self.folder} holds none of {looked_for}: expected ChatGLM3's weights")
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> torch.dtype:
-        dtypes = set()
+        dtypes: dict[str, str] = {}  # each dtype, with the first tensor that has it
         for shard_name in sorted(set(self._shard_of.values())):
             path = self.folder / shard_name
             if Path(shard_name).name != shard_name:
@@ -105,15 +105,15 @@ class Checkpoint:
                 if name in layout.IGNORED:
                     continue
                 dtype, shape = shard.describe(name)
-                dtypes.add(dtype)
+                dtypes.setdefault(dtype, name)
                 if shape != shapes[name]:
                     raise DataError(
                         f"{path}: {name} has shape {shape}, but config.json gives {shapes[name]}"
                     )
-        if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
-            found = ", ".join(sorted(dtypes))
+        if len(dtypes) != 1 or not dtypes.keys() <= DTYPES.keys():
+            found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
             raise DataError(f"{self.folder} holds {found}: expected one of {', '.join(DTYPES)}")
-        return DTYPES[dtypes.pop()]
+        return DTYPES[next(iter(dtypes))]
 
 
 class _SafetensorsShard:

@@ -388,10 +388,11 @@ def parse(
         if default is dataclasses.MISSING:
             default = None
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        suffix = "" if default is None else f" (default: {shown})"
         parser.add_argument(
             flag(entry.name),
             default=default,
-            help=f"{entry.metadata['help']} (default: {shown})".replace("%", "%%"),
+            help=(entry.metadata["help"] + suffix).replace("%", "%%"),
             **_argument_type(hints[entry.name]),
         )
     unknown = sorted(defaults.keys() - hints.keys())
