@@ -137,10 +137,8 @@ class _Symbols:
             spare = np.zeros(index, dtype=np.int32)
             self.length = np.concatenate([self.length, spare])
             self.admitted = np.concatenate([self.admitted, spare > 0])
-            self.has_space = np.concatenate([self.has_space, spare > 0])
         self.length[index] = len(text)
         self.admitted[index] = True
-        self.has_space[index] = SPACE in text
         return index
 
 
@@ -233,7 +231,6 @@ class _State:
         known = self.symbols
         allowed = (right >= 0) & (known.admitted[left] | known.admitted[right])
         allowed &= known.length[left] + known.length[right] <= self.max_piece_length
-        allowed &= ~known.has_space[right]
         if not allowed.any():
             return
         left_at = left_at[allowed]

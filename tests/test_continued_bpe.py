@@ -1,6 +1,7 @@
 """Continued BPE against its definition, computed with sentencepiece itself."""
 
 import itertools
+import random
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -60,6 +61,23 @@ def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: str, lea
     assert len(pieces) == 150
     for position in range(len(learned.characters), len(pieces), 7):
         counts = pairs(base_proto, pieces[:position], lines, policy)
+        assert counts[pieces[position]] == max(counts.values())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_piece_of_colliding_texts(base_proto: Any, seed: int) -> None:
+    """Few characters, so that merges stand side by side, overlap and share their neighbours."""
+    rng = random.Random(seed)
+    lines = Counter(
+        {
+            "".join(rng.choices("かきく ", k=rng.randint(2, 12))): rng.randint(1, 9)
+            for _ in range(20)
+        }
+    )
+    learned = learn(base_proto, lines, "kana", 40)
+    pieces = [*learned.characters, *learned.merges]
+    for position in range(len(learned.characters), len(pieces)):
+        counts = pairs(base_proto, pieces[:position], lines, "kana")
         assert counts[pieces[position]] == max(counts.values())
 
 
