@@ -235,8 +235,7 @@ class _State:
             return
         left_at = left_at[allowed]
         pairs = left[allowed] << RIGHT_BITS | right[allowed]
-        order = np.argsort(pairs, kind="stable")
-        starts, groups, totals = _grouped(pairs[order], self.weights[left_at][order])
+        order, starts, groups, totals = _grouped(pairs, self.weights[left_at])
         sorted_at = left_at[order]
         ends = np.append(starts[1:], len(order))
         for group in np.flatnonzero(totals >= self.min_occurrences).tolist():
@@ -250,8 +249,7 @@ class _State:
         """The pairs whose left symbols stand here are about to disappear: count them less."""
         pairs = self.text[left_at].astype(np.int64) << RIGHT_BITS
         pairs |= self.text[self.following[left_at]].astype(np.int64)
-        order = np.argsort(pairs, kind="stable")
-        _, groups, totals = _grouped(pairs[order], self.weights[left_at][order])
+        _, _, groups, totals = _grouped(pairs, self.weights[left_at])
         for pair, total in zip(groups.tolist(), totals.tolist(), strict=True):
             if pair in self.counts:
                 self.counts[pair] -= total
@@ -299,9 +297,12 @@ class _State:
         return np.array(kept, dtype=np.int32)
 
 
-def _grouped(pairs: Ints, weights: Ints) -> tuple[Ints, Ints, Ints]:
-    """Of sorted pairs: where each distinct one starts, which it is, and its summed weight."""
+def _grouped(pairs: Ints, weights: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """The order that sorts the pairs, where each distinct one then starts, which it is, and its
+    summed weight."""
+    order = np.argsort(pairs, kind="stable")
     if not len(pairs):
-        return pairs, pairs, weights
+        return order, order, pairs, weights
+    pairs = pairs[order]
     starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
-    return starts, pairs[starts], np.add.reduceat(weights, starts, dtype=np.int64)
+    return order, starts, pairs[starts], np.add.reduceat(weights[order], starts, dtype=np.int64)

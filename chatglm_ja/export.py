@@ -82,14 +82,9 @@ def save(proto: Any, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def copy_model(source: Path, target: Path) -> None:
-    """Put the sentencepiece model alone into a folder that has its own tokenizer code."""
-    shutil.copyfile(source / MODEL_FILE, target / MODEL_FILE)
-
-
-def copy_files(source: Path, target: Path) -> None:
-    """Put the files that `save` wrote into a model folder, too."""
-    for name in FILES:
+def copy_files(source: Path, target: Path, names: Sequence[str] = FILES) -> None:
+    """Put the files that `save` wrote, or some of them, into a model folder, too."""
+    for name in names:
         shutil.copyfile(source / name, target / name)
 
 

@@ -158,12 +158,12 @@ def resize_checkpoint(
     checkpoint.write_sharded(progress, output_dir, max_shard_bytes)
     padding = list(range(vocabulary, rows))
     _write_configs(base, output_dir, output_layout, rows, chat.stop_ids(processor), padding)
-    if output_layout == "chatglm" and remote_code.copy_patched(
+    has_own_code = output_layout == "chatglm" and remote_code.copy_patched(
         base.folder, output_dir, len(base_proto.pieces)
-    ):
-        export.copy_model(tokenizer_dir, output_dir)
-    else:
-        export.copy_files(tokenizer_dir, output_dir)
+    )
+    # ChatGLM3's own tokenizer code reads the sentencepiece model and nothing else.
+    names = (tokenizer.MODEL_FILE,) if has_own_code else export.FILES
+    export.copy_files(tokenizer_dir, output_dir, names)
     verify(base, output_dir, output_layout, old_ids, rows)
     return {
         "old_rows": base.config["padded_vocab_size"],

@@ -8,7 +8,7 @@ import pytest
 
 from chatglm_ja import tokenizer
 from chatglm_ja.errors import DataError
-from tests.conftest import demo_texts
+from tests.conftest import FIXTURES, demo_texts
 
 
 def test_no_text_becomes_a_special_token(encoder: Any) -> None:
@@ -20,7 +20,7 @@ def test_no_text_becomes_a_special_token(encoder: Any) -> None:
 
 def base_folder(folder: Path, proto: Any, **config: Any) -> Path:
     """A ChatGLM3 folder with only what step 2 reads."""
-    fixture = Path(__file__).parent / "fixtures" / "tiny_chatglm3" / "config.json"
+    fixture = FIXTURES / "tiny_chatglm3" / "config.json"
     changed = {**json.loads(fixture.read_text()), **config}
     (folder / "config.json").write_text(json.dumps(changed))
     (folder / tokenizer.MODEL_FILE).write_bytes(proto.SerializeToString())
