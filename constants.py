@@ -5,12 +5,14 @@ CHATGLM_JA_PROFILE    demo (default): a small ChatGLM3 and the texts in demo/dat
 CHATGLM_JA_ARTIFACTS  root of all results (default: artifacts/ beside this file)
 
 STEP1 ... STEP7 are the defaults of the steps' command lines; what they leave out has its default
-in chatglm_ja/config.py. A source is LABEL=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS].
+in chatglm_ja/config.py. What a Source can declare is in chatglm_ja/sources.py.
 """
 
 import os
 from pathlib import Path
 from typing import Any
+
+from chatglm_ja.sources import Source
 
 PROJECT_DIR = Path(__file__).resolve().parent
 PROFILES = ("demo", "chatglm3-6b")
@@ -33,19 +35,23 @@ STEP7_DIR = ARTIFACTS_DIR / "step7_eval"
 SHARES = ("ja=76", "zh=12", "en=12")
 SFT_SHARES = ("ja=52", "zh=22", "en=9", "code=17")
 
+# Pages that neither profile trains on: steps 2 and 7 measure on them.
+LANGUAGES = ("ja", "zh", "en")
+HELD_OUT_SOURCES = tuple(
+    Source(language, f"{PROJECT_DIR}/demo/data/heldout_{language}.jsonl.gz")
+    for language in LANGUAGES
+)
+
 Settings = dict[str, Any]
 
 if PROFILE == "demo":
     DATA_DIR = PROJECT_DIR / "demo" / "data"
     BASE_MODEL_DIR: Path | None = ARTIFACTS_DIR / "base_model"
-    PRETRAIN_SOURCES = tuple(
-        f"{language}={DATA_DIR}/train_{language}.jsonl.gz" for language in ("ja", "zh", "en")
+    PRETRAIN_SOURCES: tuple[Source, ...] = tuple(
+        Source(language, f"{DATA_DIR}/train_{language}.jsonl.gz") for language in LANGUAGES
     )
-    HELD_OUT_SOURCES = tuple(
-        f"{language}={DATA_DIR}/heldout_{language}.jsonl.gz" for language in ("ja", "zh", "en")
-    )
-    SFT_SOURCES = tuple(
-        f"{kind}={DATA_DIR}/train_sft.jsonl.gz?kind={kind}#messages"
+    SFT_SOURCES: tuple[Source, ...] = tuple(
+        Source(kind, f"{DATA_DIR}/train_sft.jsonl.gz", where=("kind", kind), name=f"help-{kind}")
         for kind in ("ja", "zh", "en", "code")
     )
     TOKENIZER: Settings = {"method": "continue", "vocab_size": 4000}
@@ -80,34 +86,41 @@ else:
     _folder = os.environ.get("CHATGLM3_6B_DIR")
     BASE_MODEL_DIR = Path(_folder) if _folder else None
     PRETRAIN_SOURCES = (
-        "ja=izumi-lab/wikipedia-ja-20230720",
-        "ja=globis-university/aozorabunko-clean",
-        "zh=pleisto/wikipedia-cn-20230720-filtered#completion",
-        "en=Salesforce/wikitext@wikitext-103-v1",
-    )
-    HELD_OUT_SOURCES = tuple(
-        f"{language}={PROJECT_DIR}/demo/data/heldout_{language}.jsonl.gz"
-        for language in ("ja", "zh", "en")
+        Source("ja", "izumi-lab/wikipedia-ja-20230720"),
+        Source("ja", "globis-university/aozorabunko-clean"),
+        Source("zh", "pleisto/wikipedia-cn-20230720-filtered", columns="completion"),
+        # The article's choice; wikitext-103-raw-v1 is the same without <unk> for rare words.
+        Source("en", "Salesforce/wikitext", subset="wikitext-103-v1", format="wikitext"),
     )
     SFT_SOURCES = (
-        "ja=kunishou/oasst2-chat-68k-ja#conversations",
-        "ja=kunishou/databricks-dolly-15k-ja#instruction+input>output",
-        "ja=fujiki/japanese_hh-rlhf-49k#instruction+input>output",
+        Source("ja", "kunishou/oasst2-chat-68k-ja", columns="conversations"),
+        Source("ja", "kunishou/databricks-dolly-15k-ja", columns="instruction+input>output"),
+        Source("ja", "fujiki/japanese_hh-rlhf-49k", columns="instruction+input>output"),
         # Given out on application; put the file here.
-        f"ja={PROJECT_DIR}/data/ichikara-instruction-20231221-003.json#text>output",
-        "zh=shibing624/alpaca-zh#instruction+input>output",
-        "zh=LooksJuicy/ruozhiba#instruction>output",
+        Source(
+            "ja",
+            f"{PROJECT_DIR}/data/ichikara-instruction-20231221-003.json",
+            columns="text>output",
+            id_column="ID",
+        ),
+        Source("zh", "shibing624/alpaca-zh", columns="instruction+input>output"),
+        Source("zh", "LooksJuicy/ruozhiba", columns="instruction>output"),
         # Only its label 1 marks right answers, about a thousand; the next two fill the share.
-        "en=microsoft/wiki_qa?label=1#question>answer",
-        "en=databricks/databricks-dolly-15k#instruction+context>response",
-        "en=HuggingFaceH4/no_robots#messages",
-        "code=sahil2801/CodeAlpaca-20k#instruction+input>output",
-        "code=iamtarun/python_code_instructions_18k_alpaca#instruction+input>output",
+        Source("en", "microsoft/wiki_qa", where=("label", "1"), columns="question>answer"),
+        Source("en", "databricks/databricks-dolly-15k", columns="instruction+context>response"),
+        Source("en", "HuggingFaceH4/no_robots", columns="messages"),
+        Source("code", "sahil2801/CodeAlpaca-20k", columns="instruction+input>output"),
+        Source(
+            "code",
+            "iamtarun/python_code_instructions_18k_alpaca",
+            columns="instruction+input>output",
+        ),
     )
     # With the base's 64,798 ids 78,539: no more embedding rows than the article's model has.
     TOKENIZER = {"method": "continue", "vocab_size": 14_000, "input_sentence_size": 1_000_000}
     DATA = {
         "total_tokens": 1_000_000_000,
+        "decontaminate": HELD_OUT_SOURCES,
         "sft_examples": 220_000,
         "max_length": 1024,
         "block_size": 1024,
@@ -117,7 +130,7 @@ else:
     SFT = {**TRAINING, "learning_rate": 1e-4, "embedding_learning_rate": 2e-5}
     EVALUATION = {"window": 1024}
 
-JA_SOURCES = tuple(source for source in PRETRAIN_SOURCES if source.startswith("ja="))
+JA_SOURCES = tuple(source for source in PRETRAIN_SOURCES if source.language == "ja")
 
 STEP1: Settings = {
     "sources": JA_SOURCES,

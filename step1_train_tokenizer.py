@@ -16,15 +16,16 @@ import constants
 from chatglm_ja import corpus
 from chatglm_ja.artifacts import Output, open_base_tokenizer, open_file_input
 from chatglm_ja.cli import run
-from chatglm_ja.config import Source, TrainTokenizerConfig, parse
+from chatglm_ja.config import TrainTokenizerConfig
+from chatglm_ja.settings import parse
+from chatglm_ja.sources import local_files
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
     config = parse(TrainTokenizerConfig, __doc__, constants.STEP1)
-    sources = [Source.parse(spec) for spec in config.sources]
-    inputs = [open_file_input("japanese_corpus", *corpus.local_paths(sources))]
+    inputs = [open_file_input("japanese_corpus", *local_files(config.sources))]
     base_model = config.base_model if config.method == "continue" else None
     if base_model:
         inputs.append(open_base_tokenizer(base_model))
@@ -40,7 +41,7 @@ def main() -> None:
     with output.write() as folder:
         texts = itertools.chain.from_iterable(
             tqdm(corpus.read_texts(source), desc=source.path, unit=" documents")
-            for source in sources
+            for source in config.sources
         )
         lines: Iterable[str] = corpus.training_lines(texts, output.counts)
         if config.input_sentence_size:

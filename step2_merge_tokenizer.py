@@ -22,24 +22,24 @@ from chatglm_ja.artifacts import (
     open_file_input,
 )
 from chatglm_ja.cli import run
-from chatglm_ja.config import MergeTokenizerConfig, Source, parse
+from chatglm_ja.config import MergeTokenizerConfig
 from chatglm_ja.errors import DataError
+from chatglm_ja.settings import parse
+from chatglm_ja.sources import local_files
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
     config = parse(MergeTokenizerConfig, __doc__, constants.STEP2)
-    sources = [Source.parse(spec) for spec in config.check_sources]
-    ranking_sources = config.ranking_sources if config.max_new_pieces else ()
-    ranking = [Source.parse(spec) for spec in ranking_sources]
+    ranking = config.ranking_sources if config.max_new_pieces else ()
     inputs = [
         open_base_tokenizer(config.base_model),
-        open_file_input("check_texts", *corpus.local_paths(sources)),
+        open_file_input("check_texts", *local_files(config.check_sources)),
         open_artifact_or_file(config.ja_tokenizer, "step1_train_tokenizer.py"),
     ]
     if ranking:
-        inputs.append(open_file_input("ranking_texts", *corpus.local_paths(ranking)))
+        inputs.append(open_file_input("ranking_texts", *local_files(ranking)))
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):
         return
@@ -72,7 +72,7 @@ def main() -> None:
         language: segmentation.compare(
             before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
         )
-        for language, texts in corpus.texts_by_language(sources).items()
+        for language, texts in corpus.texts_by_language(config.check_sources).items()
     }
     segmentation.check_promises(languages, config.policy)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import constants
 from chatglm_ja.artifacts import Output, open_artifact, open_base_model
 from chatglm_ja.cli import run
-from chatglm_ja.config import ResizeModelConfig, parse
+from chatglm_ja.config import ResizeModelConfig
+from chatglm_ja.settings import parse
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import constants
 from chatglm_ja.artifacts import Output, open_artifact
 from chatglm_ja.cli import run
-from chatglm_ja.config import TrainingConfig, parse
+from chatglm_ja.config import TrainingConfig
+from chatglm_ja.settings import parse
 
 
 def main() -> None:

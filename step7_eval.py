@@ -14,7 +14,9 @@ import constants
 from chatglm_ja import corpus
 from chatglm_ja.artifacts import Output, open_artifact, open_base_model, open_file_input
 from chatglm_ja.cli import run
-from chatglm_ja.config import EvalConfig, Source, parse
+from chatglm_ja.config import EvalConfig
+from chatglm_ja.settings import parse
+from chatglm_ja.sources import local_files
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +25,11 @@ RESULTS_TABLE = "results.md"
 
 def main() -> None:
     config = parse(EvalConfig, __doc__, constants.STEP7)
-    sources = [Source.parse(spec) for spec in config.sources]
     pretrained = open_artifact(config.pretrained, "step5_train_pt.py")
     sft = open_artifact(config.sft, "step6_train_sft.py")
     inputs = [
         *open_base_model(config.base_model),
-        open_file_input("held_out", *corpus.local_paths(sources)),
+        open_file_input("held_out", *local_files(config.sources)),
         open_file_input("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
         open_artifact(config.resized, "step3_resize_model.py"),
@@ -57,7 +58,7 @@ def main() -> None:
     prompts = evaluation.read_prompts(config.prompts)
     texts = {
         language: corpus.take_characters(all_texts, config.max_chars)
-        for language, all_texts in corpus.texts_by_language(sources).items()
+        for language, all_texts in corpus.texts_by_language(config.sources).items()
     }
 
     def evaluate(name: str, candidate: Any, encoder: Any) -> dict[str, Any]:

@@ -19,7 +19,6 @@ sys.path.insert(0, str(PROJECT))
 import constants  # noqa: E402
 from chatglm_ja import corpus, evaluation, tokenizer  # noqa: E402
 from chatglm_ja.cli import run  # noqa: E402
-from chatglm_ja.config import Source  # noqa: E402
 
 WAYS = [
     ("random", 0.0),
@@ -53,10 +52,9 @@ def main() -> None:
     )
     parser.add_argument("--max-steps", type=int, default=100, help="of step 5 (default: 100)")
     steps = parser.parse_args().max_steps
-    sources = [Source.parse(spec) for spec in constants.HELD_OUT_SOURCES]
     texts = {
         language: corpus.take_characters(documents, constants.EVALUATION["max_chars"])
-        for language, documents in corpus.texts_by_language(sources).items()
+        for language, documents in corpus.texts_by_language(constants.HELD_OUT_SOURCES).items()
     }
     columns = [f"{name}, {when}" for when in ("step 0", f"step {steps}") for name in texts]
     print("| init | output bias | " + " | ".join(columns) + " |")

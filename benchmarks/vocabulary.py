@@ -24,8 +24,9 @@ sys.path.insert(0, str(PROJECT))
 
 from chatglm_ja import corpus, segmentation, tokenizer, vocabulary  # noqa: E402
 from chatglm_ja.cli import run  # noqa: E402
-from chatglm_ja.config import CORES, Source, TrainTokenizerConfig  # noqa: E402
+from chatglm_ja.config import CORES, TrainTokenizerConfig  # noqa: E402
 from chatglm_ja.errors import ConfigError, DataError  # noqa: E402
+from chatglm_ja.sources import Source  # noqa: E402
 
 DEFAULTS = TrainTokenizerConfig(output_dir=Path(), sources=())
 # How the article trained its Japanese model: sentencepiece's own defaults.

@@ -217,8 +217,12 @@ class Output:
             _check_file(self.path / name, entry, f"{self.step}.py")
 
     @contextmanager
-    def write(self) -> Iterator[Path]:
-        """Give a folder to write into; publish it when the block ends without an exception."""
+    def write(self, resumable: bool = False) -> Iterator[Path]:
+        """Give a folder to write into; publish it when the block ends without an exception.
+
+        With `resumable` the folder of a run that did not end well is kept, and given again with
+        what is in it: the caller tells what of it is still good. A full disk is made free.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._only_writer():
             manifest = read_manifest(self.path)
@@ -228,15 +232,25 @@ class Output:
                     "whether it is the same"
                 )
             working = self._beside("writing")
-            shutil.rmtree(working, ignore_errors=True)
-            working.mkdir()
+            if not resumable:
+                shutil.rmtree(working, ignore_errors=True)
+            working.mkdir(exist_ok=True)
+            keep = False
             try:
                 yield working
                 self._publish(working)
             except SafetensorError as error:  # safetensors' word for a full disk, too
                 raise ArtifactError(f"{self.path} could not be written: {error}") from error
+            except OSError:
+                raise
+            except BaseException:
+                keep = resumable
+                raise
             finally:
-                shutil.rmtree(working, ignore_errors=True)
+                if keep:
+                    log.info("what is finished is kept in %s for the next run", working)
+                else:
+                    shutil.rmtree(working, ignore_errors=True)
 
     @contextmanager
     def _only_writer(self) -> Iterator[None]:

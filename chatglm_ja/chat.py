@@ -9,10 +9,9 @@ merged tokenizer in either form, sentencepiece's processor (tokenizer.load) or t
 step 2's folder; both give the same ids.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chatglm_ja.corpus import check_unicode
 from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import EOS_ID, STOP_TOKENS
 
@@ -34,7 +33,13 @@ def special_id(tokenizer: Any, token: str) -> int:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text in which no special token is recognised. DataError for a lone surrogate."""
-    check_unicode(text, "a message")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"a message holds the lone surrogate {text[error.start]!r} at character {error.start}: "
+            "mend or remove it"
+        ) from None
     if hasattr(tokenizer, "convert_tokens_to_ids"):
         encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoding["input_ids"])
@@ -44,13 +49,6 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def prefix_ids(tokenizer: Any) -> list[int]:
     """[gMASK] sop: what every ChatGLM3 input starts with."""
     return [special_id(tokenizer, "[gMASK]"), special_id(tokenizer, "sop")]
-
-
-def build_documents(tokenizer: Any, encoded: Iterable[Sequence[int]]) -> Iterator[list[int]]:
-    """Pretraining documents in the form in which ChatGLM3 reads every text, each with its end."""
-    prefix = prefix_ids(tokenizer)
-    for ids in encoded:
-        yield [*prefix, *ids, EOS_ID]
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
@@ -75,30 +73,40 @@ def _content_ids(tokenizer: Any, message: Message) -> list[int]:
     return encode_text(tokenizer, content)
 
 
+def message_ids(tokenizer: Any, message: Message) -> list[int]:
+    """The ids of a message: its role's token, its header, its content."""
+    return _header(tokenizer, message) + _content_ids(tokenizer, message)
+
+
 def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The ids of a conversation that the assistant shall answer next."""
     ids = prefix_ids(tokenizer)
     for message in messages:
-        ids += _header(tokenizer, message) + _content_ids(tokenizer, message)
+        ids += message_ids(tokenizer, message)
     return [*ids, special_id(tokenizer, "<|assistant|>")]
 
 
 def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation for training, of equal length.
+    """Ids and labels of a conversation for training, of equal length; see `join_example`."""
+    parts = [message_ids(tokenizer, message) for message in messages]
+    return join_example(prefix_ids(tokenizer), [message["role"] for message in messages], parts)
+
+
+def join_example(
+    prefix: Sequence[int], roles: Sequence[str], parts: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation whose messages are encoded already, by `message_ids`.
 
     Trained are the header's line break after <|assistant|>, which the model has to write itself
     when it answers, the answer, and what ends it: the next role's token, or </s> after the last.
     """
-    ids = prefix_ids(tokenizer)
+    ids = list(prefix)
     labels = [IGNORE] * len(ids)
     after_answer = False
-    for message in messages:
-        role, *header = _header(tokenizer, message)
-        is_answer = message["role"] == "assistant"
-        ids.append(role)
-        labels.append(role if after_answer else IGNORE)
-        body = header + _content_ids(tokenizer, message)
-        ids += body
+    for role, (role_token, *body) in zip(roles, parts, strict=True):
+        is_answer = role == "assistant"
+        ids += [role_token, *body]
+        labels.append(role_token if after_answer else IGNORE)
         labels += body if is_answer else [IGNORE] * len(body)
         after_answer = is_answer
     ids.append(EOS_ID)

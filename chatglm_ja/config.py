@@ -1,90 +1,30 @@
 """The settings of every step: one frozen dataclass each, which becomes its command line.
 
-A field carries its help text and its limits; `parse` turns the class into an argument parser,
-takes the defaults from the profile in `constants.py`, and reports every value out of range and
-every contradiction at once, before anything is loaded. Nothing here imports a large library,
-so that `--help` answers at once.
+Defaults that differ between the profiles are in `constants.py`; settings.py does the rest.
 """
 
-import argparse
-import dataclasses
 import json
 import math
 import os
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal
 
+from chatglm_ja import sources as source_checks
 from chatglm_ja.errors import ConfigError
+from chatglm_ja.settings import StepConfig, flag, setting
+from chatglm_ja.sources import Source
 
 Policy = Literal["japanese", "kana", "han", "all"]
 CORES = len(os.sched_getaffinity(0))
-
-
-def setting(
-    help: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    affects_result: bool = True,
-) -> Any:
-    """A dataclass field with what the command line says about it and its inclusive limits.
-
-    `affects_result=False` marks what may differ between two runs of the same result (threads,
-    logging), so that it is not compared when a finished step is run again.
-    """
-    metadata = {"help": help, "low": low, "high": high, "affects_result": affects_result}
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """What all steps have in common."""
-
-    output_dir: Path = setting("folder to publish the result as")
-    overwrite: bool = setting("make the result again if it exists", False, affects_result=False)
-    check: bool = setting("check settings and inputs, then stop", False, affects_result=False)
-
-    def __post_init__(self) -> None:
-        problems = [*self._limits(), *self.contradictions()]
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-    def contradictions(self) -> list[str]:
-        """What is wrong with the settings together; one sentence each."""
-        return []
-
-    def arguments(self) -> dict[str, Any]:
-        """The settings that shape the result, without the paths: inputs count by content."""
-        chosen = {}
-        for entry in dataclasses.fields(self):
-            if not entry.metadata["affects_result"] or "Path" in str(entry.type):
-                continue
-            value = getattr(self, entry.name)
-            if entry.name.endswith("sources"):
-                value = [Source.parse(spec).settings() for spec in value]
-            chosen[entry.name] = value
-        return chosen
-
-    def _limits(self) -> list[str]:
-        problems = []
-        for entry in dataclasses.fields(self):
-            value = getattr(self, entry.name)
-            low, high = entry.metadata["low"], entry.metadata["high"]
-            if isinstance(value, int | float) and not low <= value <= high:
-                problems.append(f"{flag(entry.name)} is {value}, expected {low:g} to {high:g}")
-        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(StepConfig):
     """Step 1. The settings from `normalization` on make the pieces fit the base's tokenizer."""
 
-    sources: tuple[str, ...] = setting("Japanese texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
+    sources: tuple[Source, ...] = setting("Japanese texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
     method: Literal["sentencepiece", "continue"] = setting(
         "sentencepiece: learn from characters; continue: go on from the base's own merges, which "
         "gives shorter texts and no piece that the merge has to drop",
@@ -178,13 +118,13 @@ class MergeTokenizerConfig(StepConfig):
     max_new_pieces: int = setting(
         "add at most this many pieces: those used most on --ranking-sources (0: no limit)", 0, low=0
     )
-    ranking_sources: tuple[str, ...] = setting(
+    ranking_sources: tuple[Source, ...] = setting(
         "Japanese texts for --max-new-pieces: LANGUAGE=PATH_OR_DATASET[#COLUMN]", ()
     )
     ranking_characters: int = setting(
         "characters of them that are read, taken from every source in turn", 20_000_000, low=1
     )
-    check_sources: tuple[str, ...] = setting(
+    check_sources: tuple[Source, ...] = setting(
         "texts to compare the base and the merged tokenizer on: LANGUAGE=PATH[#COLUMN]"
     )
 
@@ -242,29 +182,67 @@ class PrepareDataConfig(StepConfig):
     """Step 4."""
 
     tokenizer: Path = setting("output folder of step 2")
-    sources: tuple[str, ...] = setting(
-        "pretraining texts: LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMN]"
+    sources: tuple[Source, ...] = setting(
+        "pretraining texts: a YAML file of sources, or each as "
+        "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMN]"
     )
     shares: tuple[str, ...] = setting("share of the tokens, LANGUAGE=SHARE", ())
     total_tokens: int = setting("tokens of pretraining blocks to make", low=1)
     max_repeats: float = setting(
-        "how often a language's texts may be repeated to fill its share", 1.0, low=1.0
+        "how often a source's texts may be repeated to fill its share; up to 4 times cost little "
+        "(arXiv 2305.16264)",
+        4.0,
+        low=1.0,
+        high=1000,
     )
     block_size: int = setting("tokens in a pretraining block", 1024, low=8)
+    packing: Literal["concat", "best_fit"] = setting(
+        "concat: documents run on from block to block, every block is full; best_fit: only "
+        "documents longer than a block are cut, the others whole in the block that they fit best",
+        "concat",
+    )
     validation_tokens: int = setting(
         "tokens kept from training for validation, over all languages", 2_000_000, low=0
     )
-    sft_sources: tuple[str, ...] = setting(
-        "conversations: KIND=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE]#FIELDS, where FIELDS is a "
-        "column of messages, or QUESTION[+QUESTION]>ANSWER columns"
+    unicode_form: Literal["NFC", "NFKC", "none"] = setting(
+        "Unicode normalisation of texts; the tokenizer has none, and NFKC would take the "
+        "full-width forms from Japanese",
+        "NFC",
+    )
+    min_characters: int = setting("drop texts that are shorter", 32, low=1)
+    check_language: bool = setting(
+        "drop texts that are not written in the script of their language (ja, zh, en)", True
+    )
+    near_duplicates: float = setting(
+        "drop texts this similar to an earlier one: Jaccard similarity of their 5-grams of "
+        "characters, estimated with MinHash (0: keep them)",
+        0.8,
+        low=0,
+        high=1,
+    )
+    decontaminate: tuple[Source, ...] = setting(
+        "evaluation texts: pretraining texts that share 13 tokens in a row with them are dropped",
+        (),
+    )
+    sft_sources: tuple[Source, ...] = setting(
+        "conversations: a YAML file of sources, or each as "
+        "KIND=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS], where COLUMNS is a column of "
+        "messages or QUESTION[+QUESTION]>ANSWER columns"
     )
     sft_shares: tuple[str, ...] = setting("share of the conversations, KIND=SHARE", ())
     sft_examples: int = setting("conversations to take", low=1)
     sft_validation_examples: int = setting("conversations kept for validation", 1000, low=0)
     max_length: int = setting("tokens of the longest conversation, and of an SFT bin", 1024, low=16)
-    seed: int = setting("seed of the draw of SFT conversations", 0, low=0)
-    num_threads: int = setting(
-        "threads of the tokenizer: all cores", CORES, low=1, affects_result=False
+    long_conversations: Literal["cut", "drop"] = setting(
+        "what to do with longer ones: leave out their oldest exchanges, or drop them", "cut"
+    )
+    max_rejects: float = setting(
+        "share of a source's records that may be bad before this stops", 0.01, low=0, high=1,
+        affects_result=False,
+    )  # fmt: skip
+    seed: int = setting("seed of the draw and order of texts and conversations", 0, low=0)
+    num_processes: int = setting(
+        "processes that read and tokenise: all cores", CORES, low=1, affects_result=False
     )
 
     def contradictions(self) -> list[str]:
@@ -273,13 +251,20 @@ class PrepareDataConfig(StepConfig):
             (self.sources, self.shares, "--shares"),
             (self.sft_sources, self.sft_shares, "--sft-shares"),
         ):
-            languages = {Source.parse(source).label for source in sources}
+            languages = {source.language for source in sources}
             named = set(parse_shares(shares))
             if languages != named:
                 problems.append(
                     f"{name} names {', '.join(sorted(named)) or 'nothing'}, but the sources are "
                     f"{', '.join(sorted(languages))}"
                 )
+        problems += source_checks.contradictions(self.sources)
+        weighted = [source.title for source in self.sft_sources if source.weight is not None]
+        if weighted:
+            problems.append(
+                f"{', '.join(weighted)}: a weight is for pretraining texts; conversations are "
+                "drawn to --sft-shares"
+            )
         return problems
 
 
@@ -348,114 +333,12 @@ class EvalConfig(StepConfig):
     resized: Path = setting("output folder of step 3")
     pretrained: Path = setting("output folder of step 5")
     sft: Path = setting("output folder of step 6")
-    sources: tuple[str, ...] = setting("held-out texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
+    sources: tuple[Source, ...] = setting("held-out texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
     max_chars: int = setting("characters scored per language", 200_000, low=1)
     window: int = setting("longest context in tokens when scoring long texts", 1024, low=8)
     prompts: Path = setting("YAML file of questions to answer: language -> list")
     max_new_tokens: int = setting("longest answer in tokens", 256, low=1)
     batch_size: int = setting("windows scored at once", 16, low=1, affects_result=False)
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-Config = TypeVar("Config", bound=StepConfig)
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
-
-
-def parse(
-    config: type[Config],
-    description: str,
-    defaults: Mapping[str, Any],
-    argv: Sequence[str] | None = None,
-) -> Config:
-    """Read the command line of a step; `defaults` (the profile's) go before the class's own."""
-    parser = _Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    hints = typing.get_type_hints(config)
-    for entry in dataclasses.fields(config):
-        default = defaults.get(entry.name, entry.default)
-        if default is dataclasses.MISSING:
-            default = None
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        suffix = "" if default is None else f" (default: {shown})"
-        parser.add_argument(
-            flag(entry.name),
-            default=default,
-            help=(entry.metadata["help"] + suffix).replace("%", "%%"),
-            **_argument_type(hints[entry.name]),
-        )
-    unknown = sorted(defaults.keys() - hints.keys())
-    if unknown:
-        raise ConfigError(f"constants.py sets {', '.join(unknown)}, which this step does not have")
-    values = vars(parser.parse_args(argv))
-    for entry in dataclasses.fields(config):
-        if values[entry.name] is None and entry.default is dataclasses.MISSING:
-            raise ConfigError(f"{flag(entry.name)} is not set: {entry.metadata['help']}")
-        if isinstance(values[entry.name], list):
-            values[entry.name] = tuple(values[entry.name])
-    return config(**values)
-
-
-def _argument_type(hint: Any) -> dict[str, Any]:
-    """How argparse reads a field of this type."""
-    if typing.get_origin(hint) is Literal:
-        return {"choices": typing.get_args(hint)}
-    if typing.get_origin(hint) is tuple:
-        return {"nargs": "+", "type": typing.get_args(hint)[0], "metavar": "SPEC"}
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = typing.get_args(hint)[0]
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    return {"type": hint, "metavar": hint.__name__.upper()}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where texts or conversations come from: a local file or a data set that `datasets` loads.
-
-    Written `LABEL=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#FIELDS]`: the label is a language or
-    a kind, `?` keeps only the records whose column has that value, and `#` names the columns.
-    """
-
-    label: str
-    path: str
-    subset: str | None = None
-    where: tuple[str, str] | None = None
-    fields: str | None = None
-
-    @classmethod
-    def parse(cls, spec: str) -> Self:
-        label, equals, rest = spec.partition("=")
-        # A folder's name may hold any character: @, ? and # count after the last slash only.
-        folder, slash, rest = rest.rpartition("/")
-        rest, _, fields = rest.partition("#")
-        rest, question, condition = rest.partition("?")
-        name, _, subset = rest.partition("@")
-        path = folder + slash + name
-        column, _, value = condition.partition("=")
-        if not (label and equals and name) or (question and not (column and value)):
-            raise ConfigError(
-                f"source {spec!r} is not of the form "
-                "LABEL=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#FIELDS]"
-            )
-        where = (column, value) if question else None
-        return cls(label, path, subset or None, where, fields or None)
-
-    def settings(self) -> list[Any]:
-        """What shapes the result beside a file's content: a file may lie anywhere."""
-        name = None if Path(self.path).is_file() else self.path
-        return [self.label, name, self.subset, self.where, self.fields]
 
 
 def parse_shares(specs: Sequence[str]) -> dict[str, float]:

@@ -1,69 +1,183 @@
 """Filling blocks of a fixed number of tokens with documents or conversations.
 
-Documents run on from block to block, conversations stay whole; E is </s>:
+E is </s>; a plan says which part of which document lies where, before any token is read:
 
-    documents      [a a a] [b b] [c c c c]                block_size = 4
-    blocks         [a a a E] [b b E c] [c c c E]          nothing dropped but a counted tail
-    lengths        [4]       [3, 1]    [4]                where documents begin in a block
+    documents      [a a a E] [b b E] [c c c c E]              block_size = 4
 
-    conversations  [a a a] [b b] [c] [d d]                max_length = 4
-    bins           [a a a c] [b b d d]                    best fit, longest first
+    concat         [a a a E] [b b E c] [c c c E]              every block full, but a counted tail
+      lengths      [4]       [3, 1]    [4]                    where documents begin in a block
 
-`lengths` lets training restart positions and keep attention inside each document.
+    best_fit       [c c c c] [a a a E] [b b E E]              c is longer than a block: cut;
+      lengths      [4]       [4]       [3, 1]                 others whole, blocks as full as can be
+
+`lengths` lets training restart positions and keep attention inside each document. Cutting only
+what must be cut leaves a model more whole documents to learn from (Ding et al. 2024, arXiv
+2404.10830).
 """
 
-import bisect
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-Block = tuple[list[int], list[int]]  # input_ids, lengths of the documents in it
-
-
-def concat(documents: Iterable[Sequence[int]], block_size: int) -> Iterator[Block]:
-    """Concatenate documents and cut them into full blocks; the ragged tail comes last, shorter."""
-    ids: list[int] = []
-    lengths: list[int] = []
-    for document in documents:
-        start = 0
-        while start < len(document):
-            part = document[start : start + block_size - len(ids)]
-            ids += part
-            lengths.append(len(part))
-            start += len(part)
-            if len(ids) == block_size:
-                yield ids, lengths
-                ids, lengths = [], []
-    if ids:
-        yield ids, lengths
+import numpy as np
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bin packing: indices of the items in each bin.
+@dataclass(frozen=True)
+class Plan:
+    """Blocks as segments of items (documents or conversations), int64 arrays.
 
-    The longest item first, each into the fullest bin that still has room. Bins of equal room are
-    interchangeable, so they are kept by room, and finding the best one costs a binary search.
-    Raises ValueError for an item longer than `capacity`.
+    item, start, length [segments]: a segment is the tokens start .. start + length of an item
+    bounds [blocks + 1]: block b holds the segments bounds[b] .. bounds[b + 1]
     """
-    bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = defaultdict(list)
-    rooms: list[int] = []  # the rooms for which there is a bin, sorted
-    for item in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        length = lengths[item]
-        if not 0 < length <= capacity:
-            raise ValueError(f"item {item} has length {length}, expected 1 to {capacity}")
-        position = bisect.bisect_left(rooms, length)
-        if position < len(rooms):
-            room = rooms[position]
-            target = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[position]
-        else:
-            room, target = capacity, len(bins)
-            bins.append([])
-        bins[target].append(item)
-        room -= length
-        if room:
-            if not by_room[room]:
-                bisect.insort(rooms, room)
-            by_room[room].append(target)
-    return bins
+
+    item: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    bounds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def block_lengths(self) -> np.ndarray:
+        """Tokens in each block, int64 [blocks]."""
+        before = np.concatenate([[0], np.cumsum(self.length)])[self.bounds]
+        return np.diff(before)
+
+    def take(self, blocks: np.ndarray) -> "Plan":
+        """The plan of some of the blocks, in the order given."""
+        sizes = np.diff(self.bounds)[blocks]
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        inside = np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes)
+        segments = np.repeat(self.bounds[blocks], sizes) + inside
+        return Plan(self.item[segments], self.start[segments], self.length[segments], bounds)
+
+
+def join(plans: Sequence[Plan]) -> Plan:
+    """The blocks of several plans, one plan after the other."""
+    bounds, end = [np.zeros(1, dtype=np.int64)], 0
+    for plan in plans:
+        bounds.append(plan.bounds[1:] + end)
+        end += len(plan.item)
+    empty = np.zeros(0, dtype=np.int64)
+    return Plan(
+        np.concatenate([empty, *(plan.item for plan in plans)]),
+        np.concatenate([empty, *(plan.start for plan in plans)]),
+        np.concatenate([empty, *(plan.length for plan in plans)]),
+        np.concatenate(bounds),
+    )
+
+
+def concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -> Plan:
+    """Items one after the other, cut into full blocks.
+
+    The tokens after the last full block are left out, or are a shorter block with `keep_tail`.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    total = int(ends[-1]) if len(ends) else 0
+    stop = total if keep_tail else total - total % block_size
+    blocks = np.arange(0, stop, block_size)
+    cuts = np.union1d(starts[starts < stop], blocks)
+    item = np.searchsorted(ends, cuts, side="right")
+    return Plan(
+        item,
+        cuts - starts[item],
+        np.diff(cuts, append=stop),
+        np.concatenate([np.searchsorted(cuts, blocks), [len(cuts)]]),
+    )
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> Plan:
+    """Items whole in blocks as full as can be; longer ones in full blocks and a rest."""
+    full, rest = np.divmod(lengths.astype(np.int64), capacity)
+    whole = np.repeat(np.arange(len(lengths)), full)
+    nth = np.arange(len(whole)) - np.repeat(np.cumsum(full) - full, full)
+    cut = Plan(
+        whole,
+        nth * capacity,
+        np.full(len(whole), capacity, dtype=np.int64),
+        np.arange(len(whole) + 1),
+    )
+    left = np.flatnonzero(rest)
+    members, sizes = fill_bins(rest[left], capacity)
+    members = left[members]
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    return join([cut, Plan(members, full[members] * capacity, rest[members], bounds)])
+
+
+def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put items into bins, one bin after the other: the items of all bins, and their numbers.
+
+    A bin gets the longest item left and those others that fill its room best of all selections
+    (minimum bin slack, Gupta and Ho 1999); as the longest item is the hardest to place, so is the
+    longest of equally good ones taken. Items of a length are interchangeable, so this is done for
+    a histogram of lengths, and a selection is used for as many bins as there are items for (Krell
+    et al. 2021, arXiv 2107.02027): the time depends on the capacity, hardly on the number of items.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(lengths, return_counts=True)
+    # Where the items of a length begin in `order`, and how many of them are used.
+    starts = dict(zip(values.tolist(), (len(lengths) - np.cumsum(counts)).tolist(), strict=True))
+    members, sizes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    histogram = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    for selection, bins in _selections(histogram, capacity):
+        columns = []
+        for length, number in selection.items():
+            first = starts[length]
+            starts[length] += bins * number
+            columns.append(order[first : starts[length]].reshape(bins, number))
+        members.append(np.concatenate(columns, axis=1).ravel())
+        sizes.append(np.full(bins, sum(selection.values()), dtype=np.int64))
+    return np.concatenate(members), np.concatenate(sizes)
+
+
+def _selections(counts: dict[int, int], capacity: int) -> Iterator[tuple[dict[int, int], int]]:
+    """Fill bins from a histogram, length -> number; yields what is in a bin, and for how many bins.
+
+    Raises ValueError for a length that fits nowhere.
+    """
+    lengths = sorted(counts)
+    if lengths and not 0 < lengths[0] <= lengths[-1] <= capacity:
+        bad = lengths[0] if lengths[0] <= 0 else lengths[-1]
+        raise ValueError(f"an item has length {bad}, expected 1 to {capacity}")
+    while lengths:
+        longest = lengths[-1]
+        counts[longest] -= 1
+        selection = _fullest(lengths, counts, capacity - longest)
+        counts[longest] += 1
+        selection[longest] = selection.get(longest, 0) + 1
+        bins = min(counts[length] // number for length, number in selection.items())
+        yield selection, bins
+        for length, number in selection.items():
+            counts[length] -= bins * number
+        lengths = [length for length in lengths if counts[length]]
+
+
+def _fullest(lengths: Sequence[int], counts: dict[int, int], room: int) -> dict[int, int]:
+    """The selection of items with the largest sum within `room`; lengths rise.
+
+    reach[j] is a set of sums as the bits of an integer: those that the first j lengths give.
+    """
+    within = (1 << (room + 1)) - 1
+    reach = [1]
+    used = []
+    for length in lengths:
+        if length > room:
+            break
+        left, step, sums = min(counts[length], room // length), 1, reach[-1]
+        while left:  # all numbers of items up to `left`, in binary steps
+            taken = min(step, left)
+            sums |= sums << (length * taken)
+            left, step = left - taken, 2 * step
+        reach.append(sums & within)
+        used.append(length)
+    target = reach[-1].bit_length() - 1
+    selection = {}
+    for place in range(len(used) - 1, -1, -1):
+        length = used[place]
+        number = min(counts[length], target // length)
+        while not reach[place] >> (target - number * length) & 1:
+            number -= 1
+        if number:
+            selection[length] = number
+            target -= number * length
+    return selection

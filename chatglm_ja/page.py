@@ -24,6 +24,8 @@ figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
 .answers div { background: #f4f6fa; border-radius: 8px; padding: .6rem .8rem; }
 .answers p { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .question { font-weight: 600; white-space: pre-wrap; margin: 1.5rem 0 .5rem; }
+.example { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6fa; border-radius: 8px;
+           padding: .6rem .8rem; } mark { background: #c9efcf; } .special { color: #9a4d00; }
 small { color: #5a6375; } code { overflow-wrap: anywhere; }
 """  # noqa: E501
 
@@ -58,8 +60,11 @@ def pieces(tokens: Sequence[str]) -> str:
     )
 
 
-def figure(width: float, height: float) -> tuple[Any, Any]:
-    """A matplotlib figure, in inches, and its axes; `svg` turns it into a picture."""
+def figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
+    """A matplotlib figure, in inches, and its axes; `svg` turns it into a picture.
+
+    `grid` is what pyplot.subplots takes, as nrows and ncols: several axes are an array.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -67,7 +72,7 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
     matplotlib.rcParams["svg.hashsalt"] = "chatglm_ja"
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height))
+    return pyplot.subplots(figsize=(width, height), **grid)
 
 
 def svg(drawing: Any) -> str:

@@ -254,7 +254,7 @@ def train(config: TrainingConfig, name: str, output_dir: Path | None) -> dict[st
     trainer = _Trainer(
         config,
         model,
-        _by_label(validation),
+        _by_language(validation),
         args=arguments,
         train_dataset=train_set,
         callbacks=[_Progress(tokens_per_step)],
@@ -317,16 +317,16 @@ def _trainer_arguments(
     return arguments
 
 
-def _by_label(validation: Any) -> dict[str, Any]:
+def _by_language(validation: Any) -> dict[str, Any]:
     """The validation rows, one data set per language where the rows say their language."""
     if not len(validation):
         return {}
-    if "label" not in validation.column_names:
+    if "language" not in validation.column_names:
         return {"all": validation}
-    labels = validation["label"]
+    languages = validation["language"]
     return {
-        label: validation.select([i for i, other in enumerate(labels) if other == label])
-        for label in dict.fromkeys(labels)
+        language: validation.select([i for i, other in enumerate(languages) if other == language])
+        for language in dict.fromkeys(languages)
     }
 
 

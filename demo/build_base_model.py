@@ -12,6 +12,7 @@ Run     python demo/build_base_model.py
 """
 
 import io
+import itertools
 import json
 import logging
 import math
@@ -27,7 +28,8 @@ import constants
 from chatglm_ja import corpus
 from chatglm_ja.artifacts import Output, open_file_input
 from chatglm_ja.cli import run
-from chatglm_ja.config import Source, StepConfig, parse, setting
+from chatglm_ja.settings import StepConfig, parse, setting
+from chatglm_ja.sources import Source, local_files
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ BATCH_BLOCKS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelConfig(StepConfig):
-    sources: tuple[str, ...] = setting("texts of the languages that the base shall know")
-    character_sources: tuple[str, ...] = setting("texts whose Han characters get a piece each")
+    sources: tuple[Source, ...] = setting("texts of the languages that the base shall know")
+    character_sources: tuple[Source, ...] = setting("texts whose Han characters get a piece each")
     vocab_size: int = setting("pieces of the base tokenizer", 8000, low=600)
     hidden_size: int = setting("width of the model", 256, low=32)
     num_layers: int = setting("layers of the model", 4, low=1)
@@ -49,7 +51,7 @@ class BaseModelConfig(StepConfig):
 
 
 DEFAULTS = {
-    "sources": tuple(s for s in constants.PRETRAIN_SOURCES if not s.startswith("ja=")),
+    "sources": tuple(s for s in constants.PRETRAIN_SOURCES if s.language != "ja"),
     "character_sources": constants.STEP1["sources"],
     "output_dir": constants.BASE_MODEL_DIR,
 }
@@ -57,18 +59,18 @@ DEFAULTS = {
 
 def main() -> None:
     config = parse(BaseModelConfig, __doc__, DEFAULTS)
-    sources = [Source.parse(spec) for spec in config.sources]
-    character_sources = [Source.parse(spec) for spec in config.character_sources]
     inputs = [
-        open_file_input("base_texts", *corpus.local_paths(sources)),
-        open_file_input("base_characters", *corpus.local_paths(character_sources)),
+        open_file_input("base_texts", *local_files(config.sources)),
+        open_file_input("base_characters", *local_files(config.character_sources)),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):
         return
-    texts = [text for source in sources for text in corpus.read_texts(source)]
+    texts = [text for source in config.sources for text in corpus.read_texts(source)]
     random.Random(config.seed).shuffle(texts)
-    characters = {c for s in character_sources for text in corpus.read_texts(s) for c in text}
+    characters = {
+        c for s in config.character_sources for text in corpus.read_texts(s) for c in text
+    }
     with output.write() as folder:
         train_tokenizer(texts, characters, config, folder)
         output.counts["final_loss"] = train_model(texts, config, folder)
@@ -128,6 +130,7 @@ def chatglm_config(config: BaseModelConfig) -> dict[str, Any]:
 
 def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> float:
     """Pretrain from random weights; returns the mean loss of the last tenth, in nats a token."""
+    import numpy as np
     import torch
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
@@ -139,10 +142,16 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     encoder = tokenizer.processor(
         tokenizer.with_special_tokens(tokenizer.read_model(folder / "tokenizer.model"))
     )
-    documents = chat.build_documents(encoder, encoder.encode(texts))
+    prefix = chat.prefix_ids(encoder)
+    documents = [[*prefix, *ids, tokenizer.EOS_ID] for ids in encoder.encode(texts)]
+    plan = packing.concat(np.array([len(ids) for ids in documents]), BLOCK_SIZE, keep_tail=True)
+    stream = np.concatenate(documents)
     blocks = [
-        {"input_ids": ids, "lengths": lengths}
-        for ids, lengths in packing.concat(documents, BLOCK_SIZE)
+        {
+            "input_ids": stream[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE],
+            "lengths": plan.length[first:end].tolist(),
+        }
+        for number, (first, end) in enumerate(itertools.pairwise(plan.bounds))
     ]
     raw_config = chatglm_config(config)
     rows = raw_config["padded_vocab_size"]

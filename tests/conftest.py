@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja import chat, corpus, dataset, export, tokenizer, vocabulary
-from chatglm_ja.config import Source, TrainTokenizerConfig
+from chatglm_ja import chat, corpus, export, pretrain_data, sft_data, tokenizer, vocabulary
+from chatglm_ja.config import PrepareDataConfig, TrainTokenizerConfig, parse_shares
+from chatglm_ja.sources import Source
 
 PROJECT = Path(__file__).resolve().parents[1]
 FIXTURES = PROJECT / "tests" / "fixtures"
@@ -91,31 +92,58 @@ def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
+def prepare_config(tokenizer_dir: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:
+    """Settings of step 4 that take texts as they are; the shares are equal if none are given."""
+    sft_sources = changes.pop("sft_sources", (Source("ja", "none.jsonl"),))
+    settings: dict[str, Any] = {
+        "output_dir": Path("unused"),
+        "tokenizer": tokenizer_dir,
+        "sources": tuple(sources),
+        "shares": tuple(f"{name}=1" for name in dict.fromkeys(s.language for s in sources)),
+        "total_tokens": 1000,
+        "validation_tokens": 0,
+        "max_repeats": 1.0,
+        "block_size": 16,
+        "min_characters": 1,
+        "check_language": False,
+        "near_duplicates": 0.0,
+        "sft_sources": tuple(sft_sources),
+        "sft_shares": tuple(f"{n}=1" for n in dict.fromkeys(s.language for s in sft_sources)),
+        "sft_examples": 1,
+        "sft_validation_examples": 0,
+        "max_length": 256,
+        "num_processes": 1,
+    }
+    return PrepareDataConfig(**{**settings, **changes})
+
+
+def write_pretraining(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
+    index = pretrain_data.prepare(config, folder / "texts")
+    return pretrain_data.write(index, config, parse_shares(config.shares), folder)
+
+
+def write_sft(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
+    index = sft_data.prepare(config, folder / "conversations")
+    return sft_data.write(index, config, parse_shares(config.sft_shares), folder)[0]
+
+
 @pytest.fixture(scope="session")
-def data_dir(encoder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pretraining blocks of 64 tokens and SFT bins of 128."""
+def data_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pretraining blocks of 64 tokens and SFT bins of 256."""
     folder = tmp_path_factory.mktemp("data")
-    dataset.write_pretraining(
-        folder,
-        encoder,
+    config = prepare_config(
+        merged_dir,
         [Source(name, str(DATA / f"train_{name}.jsonl.gz")) for name in ("ja", "zh", "en")],
-        {"ja": 0.76, "zh": 0.12, "en": 0.12},
+        shares=("ja=76", "zh=12", "en=12"),
         total_tokens=8_000,
         validation_tokens=1_500,
-        max_repeats=1.0,
         block_size=64,
-        num_threads=2,
+        sft_sources=[Source("ja", str(DATA / "heldout_sft.jsonl.gz"), where=("kind", "ja"))],
+        sft_examples=8,
+        sft_validation_examples=2,
     )
-    dataset.write_sft(
-        folder,
-        encoder,
-        [Source("ja", str(DATA / "heldout_sft.jsonl.gz"), where=("kind", "ja"))],
-        {"ja": 1.0},
-        examples=8,
-        validation_examples=2,
-        max_length=256,
-        seed=0,
-    )
+    write_pretraining(folder, config)
+    write_sft(folder, config)
     return folder
 
 

@@ -11,14 +11,13 @@ from chatglm_ja.config import (
     MergeTokenizerConfig,
     PrepareDataConfig,
     ResizeModelConfig,
-    Source,
-    StepConfig,
     TrainingConfig,
     TrainTokenizerConfig,
-    parse,
     parse_shares,
 )
 from chatglm_ja.errors import ConfigError
+from chatglm_ja.settings import StepConfig, parse
+from chatglm_ja.sources import Source
 from tests.conftest import PROJECT
 
 DEFAULTS: dict[str, Any] = {"model": Path("m"), "data": Path("d"), "output_dir": Path("o")}
@@ -63,8 +62,8 @@ def test_shares_must_name_the_sources() -> None:
     with pytest.raises(ConfigError, match="--shares names ja, zh, but the sources are ja"):
         PrepareDataConfig(
             output_dir=Path("o"), tokenizer=Path("t"), total_tokens=1, sft_examples=1,
-            sources=("ja=x.txt",), shares=("ja=1", "zh=1"),
-            sft_sources=("ja=x.jsonl",), sft_shares=("ja=1",),
+            sources=(Source("ja", "x.txt"),), shares=("ja=1", "zh=1"),
+            sft_sources=(Source("ja", "x.jsonl"),), sft_shares=("ja=1",),
         )  # fmt: skip
 
 
@@ -79,7 +78,7 @@ def test_a_misspelled_profile_setting_is_refused() -> None:
 
 
 def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
-    defaults = {"output_dir": Path("o"), "sources": ("ja=x.txt",), "method": "continue"}
+    defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),), "method": "continue"}
     with pytest.raises(ConfigError, match="--method continue needs --base-model"):
         parse(TrainTokenizerConfig, "", defaults, [])
     argv = ["--base-model", "b", "--no-split-digits"]
@@ -88,7 +87,7 @@ def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
 
 
 def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
-    defaults = {"output_dir": Path("o"), "sources": ("ja=x.txt",)}
+    defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),)}
     with pytest.raises(ConfigError, match="--policy is for --method continue"):
         parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"])
     argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
@@ -118,15 +117,6 @@ def test_paths_and_progress_settings_do_not_shape_the_result() -> None:
     assert arguments["lora_rank"] == 8
 
 
-def test_source_grammar() -> None:
-    spec = "en=microsoft/wiki_qa@default?label=1#question>answer"
-    assert Source.parse(spec) == Source(
-        "en", "microsoft/wiki_qa", "default", ("label", "1"), "question>answer"
-    )
-    assert Source.parse("ja=a/b.txt") == Source("ja", "a/b.txt")
-    assert Source.parse("ja=/x@1/y#2/b.txt#t") == Source("ja", "/x@1/y#2/b.txt", fields="t")
-
-
 @pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])
 def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting exists and is within its limits, every source parses, shares name sources."""
@@ -143,17 +133,6 @@ def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPa
     data = parse(PrepareDataConfig, "", constants["STEP4"], [])
     assert parse_shares(data.shares) == {"ja": 0.76, "zh": 0.12, "en": 0.12}
     assert parse_shares(data.sft_shares) == {"ja": 0.52, "zh": 0.22, "en": 0.09, "code": 0.17}
-
-
-def test_a_file_may_lie_anywhere_and_a_data_set_counts_by_name(tmp_path: Path) -> None:
-    def settings(spec: str) -> list[Any]:
-        return Source.parse(spec).settings()
-
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.txt").write_text("x")
-    assert settings(f"ja={tmp_path}/a/x.txt") == settings(f"ja={tmp_path}/b/x.txt")
-    assert settings("ja=some/dataset") != settings("ja=other/dataset")
 
 
 def test_shares_add_up_to_one() -> None:

@@ -1,5 +1,6 @@
 """The steps as programs: from an empty folder to the report, in order and out of it."""
 
+import itertools
 import json
 import os
 import re
@@ -263,6 +264,54 @@ def test_a_killed_step_leaves_nothing_for_the_next(unlocked: Runner) -> None:
     assert "run step5_train_pt.py first" in error_of(unlocked.small("step6_train_sft.py"))
     assert unlocked.small("step5_train_pt.py").returncode == 0
     assert not list(unlocked.folder.glob(".*"))
+
+
+def test_step_4_killed_again_and_again_gives_the_same_bytes(pipeline: Runner) -> None:
+    """With one process or two, killed or interrupted at any moment, it goes on where it was."""
+    command = pipeline.command(
+        "step4_prepare_data.py", *SMALL["step4_prepare_data.py"].split(),
+        "--num-processes", "2", "--output-dir", str(pipeline.root / "killed"),
+    )  # fmt: skip
+    seconds = 0.5
+    for signal_number in itertools.cycle((signal.SIGKILL, signal.SIGINT)):
+        process = subprocess.Popen(
+            command, env=pipeline.environment, stderr=subprocess.PIPE, text=True, process_group=0
+        )
+        try:
+            _, said = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal_number)
+            _, said = process.communicate()
+            assert "Traceback" not in said, said
+        if process.returncode == 0:
+            break
+        seconds += 0.5
+    assert seconds > 1
+    before, after = (
+        json.loads((folder / "manifest.json").read_text())["files"]
+        for folder in (pipeline.folder / "step4_data", pipeline.root / "killed")
+    )
+    assert after == before
+    assert not list(pipeline.root.glob(".killed*"))
+
+
+def test_bad_data_is_one_line_and_a_file_of_what_is_bad(pipeline: Runner, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "x"}\n{"text": 5}\n')
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"- {{language: ja, path: {bad}, name: mine}}\n")
+    flags = ["--shares", "ja=1", "--output-dir", str(tmp_path / "data")]
+    result = pipeline.small("step4_prepare_data.py", "--sources", str(mix), *flags)
+    message = error_of(result)
+    assert "bad in ja/mine: 1 of 2 records (wrong type 1): see" in message
+    (reject,) = (tmp_path / "data.rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["line"] == 2
+    flags += ["--max-rejects", "0.5"]
+    result = pipeline.small("step4_prepare_data.py", "--sources", str(mix), *flags)
+    assert re.search(
+        r"ja has 0 tokens for a share of 20,000.*raise --max-repeats", error_of(result)
+    )
+    assert not (tmp_path / "data.rejects.jsonl").exists()
 
 
 @pytest.mark.parametrize(("step", "output"), [("5_train_pt", "5_pt"), ("6_train_sft", "6_sft")])

@@ -1,0 +1,247 @@
+"""Step 4's speed and memory: from texts to blocks on disk, beside others' ways.
+
+Texts that step 4's filters would drop are left out beforehand, so that all ways have the same to
+do. Every way runs in a process of its own that is bound to one core, in turn, --repeats times;
+shown are medians, in MB of UTF-8 text per second, and the ratio to bare sentencepiece:
+
+    sentencepiece          encode() of all texts, which are in memory; nothing is kept
+    tokenizers             encode_batch() of the same, with tokenizer.json
+    step 4                 .jsonl files to shards: read, clean, filter, tokenise, drop exact
+                           duplicates, mix, pack, write; one process
+    step 4, near dup.      the same with the search for near duplicates
+    LLaMA-Factory          the same files with its own preprocessing, if --llamafactory names its
+                           interpreter; benchmarks/llamafactory_data.py says how to install it
+
+    python benchmarks/data.py --tokenizer STEP2_DIR --memory-gb 1 \\
+        --llamafactory lf/bin/python --sources ja=ja.jsonl zh=zh.jsonl en=en.jsonl
+
+--memory-gb N makes N GB of text out of the sources' lines, drawn at random, and measures the peak
+memory of step 4's processes on it.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from tokenizers import Tokenizer  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from chatglm_ja import cleaning, corpus, pretrain_data, tokenizer  # noqa: E402
+from chatglm_ja.cli import run  # noqa: E402
+from chatglm_ja.config import CORES, PrepareDataConfig  # noqa: E402
+from chatglm_ja.sources import Source  # noqa: E402
+
+BLOCK_SIZE = 1024
+DOCUMENT_LINES = 40
+
+
+def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:
+    """Step 4's defaults; what it makes of conversations is not measured."""
+    languages = dict.fromkeys(source.language for source in sources)
+    return PrepareDataConfig(
+        output_dir=Path("unused"),
+        tokenizer=folder,
+        sources=tuple(sources),
+        shares=tuple(f"{language}=1" for language in languages),
+        total_tokens=1,
+        sft_sources=(Source("ja", "unused"),),
+        sft_shares=("ja=1",),
+        sft_examples=1,
+        block_size=BLOCK_SIZE,
+        **changes,
+    )
+
+
+def prepare(config: PrepareDataConfig, output: Path) -> int:
+    """All texts to shards, in the proportions in which they are there; returns the tokens."""
+    index = pretrain_data.prepare(config, output / "texts")
+    tokens = {source.language: 0 for source in config.sources}
+    for number, source in enumerate(config.sources):
+        tokens[source.language] += int(index.length[index.source == number].sum())
+    # Blocks for all tokens: what is dropped as duplicate or kept for validation, repeats fill.
+    config = dataclasses.replace(config, total_tokens=sum(tokens.values()))
+    counts = pretrain_data.write(index, config, tokens, output)
+    return sum(counts["train_tokens"].values())
+
+
+def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
+    """Run one of the ways in this process; its seconds and, for step 4, its tokens."""
+    work: Callable[[], Any]
+    if way.startswith("step 4"):
+        near = {} if "near" in way else {"near_duplicates": 0.0}
+        config = settings(folder, sources, num_processes=1, **near)
+        pretrain_data._tools(folder, None)
+        output = Path(tempfile.mkdtemp(dir=os.environ["BENCHMARK_DIR"]))
+
+        def work() -> int:
+            return prepare(config, output)
+
+    else:
+        texts = [text for source in sources for text in corpus.read_texts(source)]
+        if way == "sentencepiece":
+            encoder = tokenizer.load(folder)
+
+            def work() -> int:
+                return sum(len(encoder.encode(text)) for text in texts)
+
+        else:
+            fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+            def work() -> int:
+                starts = range(0, len(texts), 100)
+                batches = (fast.encode_batch(texts[start : start + 100]) for start in starts)
+                return sum(len(encoding) for batch in batches for encoding in batch)
+
+    start = time.perf_counter()
+    tokens = work()
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def in_own_process(command: list[str], core: int | None, work_dir: Path) -> dict[str, Any]:
+    """The last line of what a program prints, as JSON; bound to a core if one is given."""
+    environment = os.environ | {"BENCHMARK_DIR": str(work_dir), "TOKENIZERS_PARALLELISM": "false"}
+    bind = None if core is None else lambda: os.sched_setaffinity(0, {core})
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, preexec_fn=bind
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
+    """Copies of the sources, as .jsonl, of the texts that no filter drops."""
+    made = []
+    for source in sources:
+        texts = [cleaning.clean(text, "NFC") for text in corpus.read_texts(source)]
+        codes = cleaning.code_points(texts)
+        reasons = cleaning.drop_reasons(texts, codes, source.language, 32)
+        path = folder / f"{source.language}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            for text, reason in zip(corpus.read_texts(source), reasons, strict=True):
+                if reason is None:
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        made.append(Source(source.language, str(path)))
+    return made
+
+
+def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
+    """Files of about `size` bytes, in the sources' proportions, of lines drawn at random."""
+    rng = random.Random(0)
+    texts = {source.language: list(corpus.read_texts(source)) for source in sources}
+    total = sum(len(text.encode()) for group in texts.values() for text in group)
+    made = []
+    for language, group in texts.items():
+        lines = [line for text in group for line in text.split("\n") if line.strip()]
+        left = int(size * sum(len(text.encode()) for text in group) / total)
+        path = folder / f"{language}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            while left > 0:
+                text = "\n".join(rng.choices(lines, k=DOCUMENT_LINES))
+                left -= len(text.encode())
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        made.append(Source(language, str(path)))
+    return made
+
+
+def peak_memory(folder: Path, sources: list[Source], output: Path) -> dict[str, Any]:
+    """Step 4 with all cores in this process and its children: seconds, peaks in GB."""
+    start = time.perf_counter()
+    tokens = prepare(settings(folder, sources), output)
+    seconds = time.perf_counter() - start
+    parent, child = (
+        resource.getrusage(who).ru_maxrss * 1024 / 1e9
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return {"seconds": seconds, "tokens": tokens, "parent": parent, "child": child}
+
+
+def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> None:
+    size = sum(len(text.encode()) for s in sources for text in corpus.read_texts(s)) / 1e6
+    own = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
+    own += ["--sources", *map(str, sources), "--way"]
+    ways = ["sentencepiece", "tokenizers", "step 4", "step 4, near dup."]
+    if arguments.llamafactory:
+        ways.append("LLaMA-Factory")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in tqdm(range(arguments.repeats), desc="rounds"):
+        for way in ways:
+            with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
+                command = [*own, way]
+                if way == "LLaMA-Factory":
+                    script = PROJECT / "benchmarks" / "llamafactory_data.py"
+                    command = [arguments.llamafactory, str(script), "--output-dir", f"{name}/out"]
+                    command += ["--tokenizer", str(arguments.tokenizer), "--files"]
+                    command += [source.path for source in sources]
+                seconds[way].append(in_own_process(command, 0, Path(name))["seconds"])
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    bare = medians["sentencepiece"]
+    print(f"{size:.1f} MB of text, one core, medians of {arguments.repeats} runs\n")
+    print("| way | MB/s | of bare sentencepiece | lowest and highest MB/s |")
+    print("|---|---:|---:|---:|")
+    for way, median in medians.items():
+        low, high = size / max(seconds[way]), size / min(seconds[way])
+        print(f"| {way} | {size / median:.2f} | {bare / median:.2f} | {low:.2f} to {high:.2f} |")
+
+
+def memory_table(arguments: argparse.Namespace, sources: list[Source]) -> None:
+    with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
+        made = make_text(sources, int(arguments.memory_gb * 1e9), Path(name))
+        command = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
+        command += ["--sources", *map(str, made), "--way", "memory"]
+        found = in_own_process(command, None, Path(name))
+    total = found["parent"] + CORES * found["child"]
+    rate = arguments.memory_gb * 1e3 / found["seconds"]
+    print(
+        f"\n{arguments.memory_gb:g} GB of text, {CORES} processes: {found['seconds']:.0f} s "
+        f"({rate:.1f} MB/s), {found['tokens']:,} tokens; peak memory of the parent "
+        f"{found['parent']:.2f} GB, of a process {found['child']:.2f} GB, in all at most "
+        f"{total:.2f} GB"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="output folder of step 2")
+    parser.add_argument("--sources", nargs="+", required=True, metavar="LANGUAGE=FILE.jsonl")
+    parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--llamafactory", help="interpreter of an environment that has it")
+    parser.add_argument("--memory-gb", type=float, default=0.0, help="(default: not measured)")
+    parser.add_argument("--work-dir", type=Path, help="folder for temporary files")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    sources = [Source.parse(spec) for spec in arguments.sources]
+    if arguments.way == "memory":
+        output = Path(os.environ["BENCHMARK_DIR"]) / "out"
+        print(json.dumps(peak_memory(arguments.tokenizer, sources, output)))
+    elif arguments.way:
+        print(json.dumps(measure(arguments.way, arguments.tokenizer, sources)))
+    else:
+        with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
+            speed_table(arguments, without_dropped(sources, Path(name)))
+        if arguments.memory_gb:
+            memory_table(arguments, sources)
+
+
+if __name__ == "__main__":
+    run(main)

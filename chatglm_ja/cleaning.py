@@ -1,0 +1,133 @@
+"""Cleaning texts, and the filters that drop a text for what it is by itself.
+
+A cleaned text is the same text to a reader: Unicode's canonical form, no control or invisible
+formatting characters, one kind of line break, no spaces at the ends of lines, at most one empty
+line in a row. Spaces inside a line stay: code and Japanese paragraphs are indented.
+
+    filter      drops a text
+    empty       in which nothing is left
+    short       of fewer than `min_characters`
+    language    whose letters are not those of its language (ja, zh, en; others are not looked at)
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+# Controls but tab and line break, soft hyphens, zero-width and direction marks, byte-order marks,
+# noncharacters, U+FFFD's neighbours in the specials block. Joiners stay: emoji and names use them.
+_REMOVED = (
+    "\x01-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\ufeff\ufff0-\ufffb\ufffe\uffff\ufdd0-\ufdef"
+)
+_BREAKS = "\r\x0b\x0c\x85\u2028\u2029"
+_NO_BREAK_SPACE = "\xa0"
+_UNWANTED = re.compile(f"[{_REMOVED}{_BREAKS}{_NO_BREAK_SPACE}]")
+_BREAK = re.compile(f"\r\n|[{_BREAKS}]")
+_EMPTY_LINES = re.compile("\n{3,}")
+_LINE_END_SPACES = (" \n", "\t\n", "\u3000\n")
+
+# Classes of letters; everything else (digits, punctuation, symbols) says nothing.
+OTHER, KANA, HAN, LATIN, FOREIGN = range(5)
+_RANGES = {
+    KANA: [(0x3041, 0x3096), (0x30A1, 0x30FA), (0x30FC, 0x30FC), (0x31F0, 0x31FF),
+           (0xFF66, 0xFF9D)],
+    HAN: [(0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)],
+    LATIN: [(0x41, 0x5A), (0x61, 0x7A), (0xC0, 0xD6), (0xD8, 0xF6), (0xF8, 0x24F),
+            (0x1E00, 0x1EFF)],
+    # Greek to the South Asian and Ethiopic scripts, Hangul.
+    FOREIGN: [(0x370, 0x3FF), (0x400, 0x1DBF), (0x1F00, 0x1FFF), (0x3131, 0x318E),
+              (0xA000, 0xABFF), (0xAC00, 0xD7AF)],
+}  # fmt: skip
+# Of the letters of a Japanese or Chinese text, at least this share is kana or Han characters:
+# a manual is full of commands and names.
+MIN_OWN_SHARE = 0.2
+# Of kana and Han characters, the share of kana that tells Japanese from Chinese. Prose is half
+# kana; a Chinese page about Japan quotes some.
+KANA_SHARE = 0.1
+MIN_LATIN_SHARE = 0.5
+
+
+def clean(text: str, unicode_form: str) -> str:
+    """The cleaned text; `unicode_form` is NFC, NFKC or none."""
+    if unicode_form != "none" and not text.isascii():
+        text = unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    if _UNWANTED.search(text):
+        text = _BREAK.sub("\n", text).replace(_NO_BREAK_SPACE, " ")
+        text = _UNWANTED.sub("", text)
+    if any(end in text for end in _LINE_END_SPACES):
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
+    if "\n\n\n" in text:
+        text = _EMPTY_LINES.sub("\n\n", text)
+    return text.rstrip().lstrip("\n")
+
+
+def code_points(texts: Sequence[str]) -> np.ndarray:
+    """The characters of all texts one after the other, uint32."""
+    return np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
+
+
+def drop_reasons(
+    texts: Sequence[str], codes: np.ndarray, language: str | None, min_characters: int
+) -> list[str | None]:
+    """The name of the filter that drops each cleaned text, or None; `codes` are theirs.
+
+    With `language` None their letters are not looked at.
+    """
+    fits = _in_language(texts, codes, language) if language in _RULES else [True] * len(texts)
+    reasons: list[str | None] = []
+    for text, fit in zip(texts, fits, strict=True):
+        if not text:
+            reasons.append("empty")
+        elif len(text) < min_characters:
+            reasons.append("short")
+        else:
+            reasons.append(None if fit else "language")
+    return reasons
+
+
+def _letter_classes() -> np.ndarray:
+    table = np.zeros(0x110000, dtype=np.uint8)
+    for kind, ranges in _RANGES.items():
+        for first, last in ranges:
+            table[first : last + 1] = kind
+    return table
+
+
+_CLASSES = _letter_classes()
+
+
+def _in_language(texts: Sequence[str], codes: np.ndarray, language: str | None) -> list[bool]:
+    """Whether each text is written as its language is; one without letters is not."""
+    counts = np.zeros((5, len(texts)), dtype=np.int64)
+    lengths = np.array([len(text) for text in texts])
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        starts = (np.cumsum(lengths) - lengths)[filled]
+        classes = _CLASSES[codes]
+        for kind in (KANA, HAN, LATIN, FOREIGN):
+            found = np.add.reduceat(classes == kind, starts, dtype=np.int64)
+            counts[kind, filled] = found
+    return list(_RULES[language or ""](counts))
+
+
+def _is_japanese(counts: np.ndarray) -> np.ndarray:
+    own, letters = counts[KANA] + counts[HAN], counts.sum(axis=0)
+    return (
+        (counts[KANA] > 0) & (counts[KANA] >= KANA_SHARE * own) & (own >= MIN_OWN_SHARE * letters)
+    )
+
+
+def _is_chinese(counts: np.ndarray) -> np.ndarray:
+    own, letters = counts[KANA] + counts[HAN], counts.sum(axis=0)
+    return (counts[HAN] > 0) & (counts[KANA] < KANA_SHARE * own) & (own >= MIN_OWN_SHARE * letters)
+
+
+def _is_english(counts: np.ndarray) -> np.ndarray:
+    letters = counts.sum(axis=0)
+    return (counts[LATIN] > 0) & (counts[LATIN] >= MIN_LATIN_SHARE * letters)
+
+
+_RULES = {"ja": _is_japanese, "zh": _is_chinese, "en": _is_english}

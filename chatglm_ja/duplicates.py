@@ -1,0 +1,162 @@
+"""Texts that a corpus should not hold twice, and texts that an evaluation must not have seen.
+
+Exact duplicates have the same digest. Near duplicates are found as is usual (Broder 1997; Lee et
+al. 2022, arXiv 2107.06499): MinHash signatures of the set of character 5-grams, cut into bands;
+texts that agree in a band are candidates, and the share of equal places in the signatures
+estimates their Jaccard similarity:
+
+    signature  128 x uint32  =  32 bands of 4        of texts whose similarity is
+    a candidate agrees in one band or more           0.8: all but 1 in 10^7, 0.5: 87%
+    an estimate of 0.8 has a deviation of 0.035
+
+Of texts that are linked, directly or through others, the first stays. The memory needed is that of
+one band of all texts, whatever their length; signatures stay in their files.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import rensa
+
+NUM_HASHES = 128
+BAND_SIZE = 4
+SHINGLE_CHARACTERS = 5
+# Evaluation texts are recognised by this many tokens in a row (Brown et al. 2020 took 13 words).
+OVERLAP_TOKENS = 13
+_SEED = 42
+# Odd, from the golden ratio: multiplying by it spreads neighbouring values over 64 bits.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def digest(text: str) -> tuple[int, int]:
+    """128 bits of BLAKE2b of a text, as two unsigned integers of 64."""
+    raw = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
+
+
+def signatures(codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """MinHash signatures [texts, NUM_HASHES], uint32, of texts given as code points in a row.
+
+    No text is empty; one shorter than a shingle has one: itself.
+    """
+    starts = np.cumsum(lengths) - lengths
+    counts = np.maximum(lengths - SHINGLE_CHARACTERS + 1, 1)
+    # Beyond the end of the last text, zeros.
+    padded = np.concatenate([codes, np.zeros(SHINGLE_CHARACTERS, codes.dtype)]).astype(np.uint64)
+    hashes = rolling_hash(padded, SHINGLE_CHARACTERS)[: len(codes)]
+    keep = np.ones(len(codes), dtype=bool)
+    is_long = lengths >= SHINGLE_CHARACTERS
+    for back in range(1, SHINGLE_CHARACTERS):  # shingles that would go over into the next text
+        keep[(starts + lengths - back)[is_long]] = False
+    for index in np.flatnonzero(~is_long):
+        start, size = starts[index], lengths[index]
+        keep[start + 1 : start + size] = False
+        alone = np.zeros(SHINGLE_CHARACTERS, dtype=np.uint64)
+        alone[:size] = codes[start : start + size]
+        hashes[start] = rolling_hash(alone, SHINGLE_CHARACTERS)[0]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+        hashes[keep], offsets, NUM_HASHES, _SEED
+    )
+    return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(lengths), NUM_HASHES)
+
+
+def rolling_hash(values: np.ndarray, size: int) -> np.ndarray:
+    """64-bit hashes of every `size` values in a row; values uint64 [n], result [n - size + 1]."""
+    count = max(0, len(values) - size + 1)
+    hashes = values[:count].copy()
+    for offset in range(1, size):
+        hashes *= _MULTIPLIER
+        hashes += values[offset : offset + count]
+    hashes ^= hashes >> np.uint64(32)  # the low bits of a product know nothing of the high ones
+    hashes *= _MULTIPLIER
+    return hashes
+
+
+def overlap_hashes(documents: Iterable[np.ndarray]) -> np.ndarray:
+    """The sorted hashes of all OVERLAP_TOKENS-grams of tokenised evaluation texts."""
+    grams = [rolling_hash(ids.astype(np.uint64), OVERLAP_TOKENS) for ids in documents]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *grams]))
+
+
+def overlaps(ids: np.ndarray, known: np.ndarray) -> bool:
+    """Whether a tokenised text shares OVERLAP_TOKENS tokens in a row with the evaluation texts."""
+    grams = rolling_hash(ids.astype(np.uint64), OVERLAP_TOKENS)
+    places = np.searchsorted(known, grams)
+    places[places == len(known)] = 0
+    return len(known) > 0 and bool((known[places] == grams).any())
+
+
+def repeated(keys: np.ndarray) -> np.ndarray:
+    """Which rows of keys [n, k] have occurred in an earlier row, bool [n]."""
+    order = np.lexsort((np.arange(len(keys)), *keys.T))
+    ordered = keys[order]
+    same = np.zeros(len(keys), dtype=bool)
+    if len(keys):
+        same[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    return same
+
+
+def near_duplicates(
+    count: int,
+    band: Callable[[int], np.ndarray],
+    signature: Callable[[int], np.ndarray],
+    threshold: float,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> np.ndarray:
+    """Which of `count` texts are near duplicates of an earlier one, bool [count].
+
+    `band(b)` gives columns b * BAND_SIZE and on of all signatures, [count, BAND_SIZE];
+    `signature(i)` that of one text. Compared are, in every band, the neighbours in a run of equal
+    texts and each with the run's first.
+    """
+    parents: dict[int, int] = {}
+
+    def root(index: int) -> int:
+        while (parent := parents.get(index, index)) != index:
+            parents[index] = parents.get(parent, parent)
+            index = parent
+        return index
+
+    def link(first: int, second: int) -> None:
+        one, other = sorted((root(first), root(second)))
+        if one != other and np.mean(signature(first) == signature(second)) >= threshold:
+            parents[other] = one
+
+    for number in progress(range(NUM_HASHES // BAND_SIZE)):
+        keys = row_hashes(band(number))
+        order = np.argsort(keys, kind="stable")
+        same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1
+        first = -1
+        for place in same.tolist():
+            before, this = int(order[place - 1]), int(order[place])
+            if first < 0 or keys[first] != keys[this]:
+                first = before
+            link(before, this)
+            if first != before:
+                link(first, this)
+    dropped = np.zeros(count, dtype=bool)
+    for index in parents:
+        dropped[index] = root(index) != index
+    return dropped
+
+
+def row_hashes(rows: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each row of unsigned integers [n, k]."""
+    hashes = np.zeros(len(rows), dtype=np.uint64)
+    for column in rows.T:
+        hashes = (hashes + column.astype(np.uint64)) * _MULTIPLIER
+        hashes ^= hashes >> np.uint64(32)
+    return hashes
+
+
+def describe(threshold: float) -> dict[str, Any]:
+    """The method, for a report."""
+    return {
+        "threshold": threshold,
+        "hashes": NUM_HASHES,
+        "bands": NUM_HASHES // BAND_SIZE,
+        "shingle_characters": SHINGLE_CHARACTERS,
+    }

@@ -1,0 +1,148 @@
+"""How settings become a command line: a frozen dataclass whose fields are the flags.
+
+A field carries its help text and its limits; `parse` turns the class into an argument parser,
+takes the defaults from the profile in `constants.py`, and reports every value out of range and
+every contradiction at once, before anything is loaded. Nothing here imports a large library,
+so that `--help` answers at once. The classes of the steps are in config.py.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from chatglm_ja.errors import ConfigError
+from chatglm_ja.sources import Source, read_argument
+
+
+def setting(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    affects_result: bool = True,
+) -> Any:
+    """A dataclass field with what the command line says about it and its inclusive limits.
+
+    `affects_result=False` marks what may differ between two runs of the same result (threads,
+    logging), so that it is not compared when a finished step is run again.
+    """
+    metadata = {"help": help, "low": low, "high": high, "affects_result": affects_result}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What all steps have in common."""
+
+    output_dir: Path = setting("folder to publish the result as")
+    overwrite: bool = setting("make the result again if it exists", False, affects_result=False)
+    check: bool = setting("check settings and inputs, then stop", False, affects_result=False)
+
+    def __post_init__(self) -> None:
+        problems = [*self._limits(), *self.contradictions()]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def contradictions(self) -> list[str]:
+        """What is wrong with the settings together; one sentence each."""
+        return []
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings that shape the result, without the paths: inputs count by content."""
+        chosen = {}
+        for entry in dataclasses.fields(self):
+            if not entry.metadata["affects_result"] or "Path" in str(entry.type):
+                continue
+            value = getattr(self, entry.name)
+            if "Source" in str(entry.type):
+                value = [source.settings() for source in value]
+            chosen[entry.name] = value
+        return chosen
+
+    def _limits(self) -> list[str]:
+        problems = []
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            low, high = entry.metadata["low"], entry.metadata["high"]
+            if isinstance(value, int | float) and not low <= value <= high:
+                problems.append(f"{flag(entry.name)} is {value}, expected {low:g} to {high:g}")
+        return problems
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+Config = TypeVar("Config", bound=StepConfig)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+
+def parse(
+    config: type[Config],
+    description: str,
+    defaults: Mapping[str, Any],
+    argv: Sequence[str] | None = None,
+) -> Config:
+    """Read the command line of a step; `defaults` (the profile's) go before the class's own."""
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(config)
+    for entry in dataclasses.fields(config):
+        default = defaults.get(entry.name, entry.default)
+        if default is dataclasses.MISSING:
+            default = None
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        suffix = "" if default is None else f" (default: {shown})"
+        parser.add_argument(
+            flag(entry.name),
+            default=default,
+            help=(entry.metadata["help"] + suffix).replace("%", "%%"),
+            **_argument_type(hints[entry.name]),
+        )
+    unknown = sorted(defaults.keys() - hints.keys())
+    if unknown:
+        raise ConfigError(f"constants.py sets {', '.join(unknown)}, which this step does not have")
+    values = vars(parser.parse_args(argv))
+    for entry in dataclasses.fields(config):
+        if values[entry.name] is None and entry.default is dataclasses.MISSING:
+            raise ConfigError(f"{flag(entry.name)} is not set: {entry.metadata['help']}")
+        if isinstance(values[entry.name], list):
+            values[entry.name] = tuple(values[entry.name])
+            if hints[entry.name] == tuple[Source, ...]:  # each argument gave a list of them
+                values[entry.name] = tuple(itertools.chain.from_iterable(values[entry.name]))
+    return config(**values)
+
+
+def _argument_type(hint: Any) -> dict[str, Any]:
+    """How argparse reads a field of this type."""
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return {
+            "nargs": "+",
+            "type": read_argument if item is Source else item,
+            "metavar": "SOURCE" if item is Source else "SPEC",
+        }
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": hint, "metavar": hint.__name__.upper()}

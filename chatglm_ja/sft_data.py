@@ -1,0 +1,184 @@
+"""Training examples for fine-tuning: conversations as ids and labels, whole, packed into bins.
+
+A conversation has ChatGLM3's format (chat.py) and is trained on the assistant's part only. One that
+is longer than a bin loses its oldest exchanges, never a part of an answer.
+
+    filter                 drops a conversation
+    no answer at the end   whose last question is not answered
+    too long               whose last exchange alone is longer than a bin (or, with
+                           --long-conversations drop, that is longer as a whole)
+    duplicate              that occurred before
+"""
+
+import functools
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatglm_ja import (
+    chat,
+    conversations,
+    duplicates,
+    mixture,
+    packing,
+    prepared,
+    shards,
+    tokenizer,
+)
+from chatglm_ja.config import PrepareDataConfig
+from chatglm_ja.errors import DataError
+from chatglm_ja.prepared import Index, Task, Unit
+
+TRAIN, VALIDATION = "sft_train", "sft_validation"
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Makes the unit of a chunk of conversations."""
+
+    tokenizer: Path
+    max_length: int
+    cut: bool
+
+    def __call__(self, task: Task) -> dict[str, Any]:
+        unit = Unit(file=Path(task.chunk.file).name)
+        for conversation in conversations.conversations(task.chunk, task.source):
+            if isinstance(conversation, conversations.Conversation):
+                self._add(unit, conversation)
+            else:
+                unit.rejects.append(conversation)
+        return unit.write(task.stem)
+
+    def _add(self, unit: Unit, conversation: conversations.Conversation) -> None:
+        messages = conversation.messages
+        unit.found += 1
+        unit.text_bytes += sum(len(message["content"].encode()) for message in messages)
+        if messages[-1]["role"] != "assistant":
+            unit.counts["no answer at the end"] += 1
+            return
+        encoder, prefix = _tools(self.tokenizer)
+        parts = [chat.message_ids(encoder, message) for message in messages]
+        roles = [message["role"] for message in messages]
+        lengths = [len(part) for part in parts]
+        room = self.max_length - len(prefix) - 1  # </s>
+        if sum(lengths) > room:
+            oldest = conversations.last_exchanges(messages, lengths, room)
+            if not self.cut or oldest == len(messages):
+                unit.counts["too long"] += 1
+                return
+            first = 1 if roles[0] == "system" else 0
+            del parts[first : first + oldest], roles[first : first + oldest]
+            # Not a drop: the conversation is kept without its beginning.
+            unit.counts["shortened"] += 1
+        ids, labels = chat.join_example(prefix, roles, parts)
+        unit.tokens.append(np.array(ids, dtype=np.int32))
+        unit.labels.append(np.array(labels, dtype=np.int32))
+        unit.record.append(conversation.record)
+        unit.digest.append(duplicates.digest(json.dumps(messages, sort_keys=True)))
+        unit.identity.append(prepared.identity(conversation.id))
+
+
+@functools.cache
+def _tools(folder: Path) -> tuple[Any, list[int]]:
+    encoder = tokenizer.load(folder)
+    return encoder, chat.prefix_ids(encoder)
+
+
+def contents(config: PrepareDataConfig) -> dict[str, Any]:
+    """The settings that shape the units; inputs come besides."""
+    return {
+        "sources": [source.settings() for source in config.sft_sources],
+        "max_length": config.max_length,
+        "long_conversations": config.long_conversations,
+    }
+
+
+def prepare(config: PrepareDataConfig, folder: Path) -> Index:
+    """Turn all sources into units of examples in `folder`."""
+    preparer = Preparer(config.tokenizer, config.max_length, config.long_conversations == "cut")
+    index = prepared.prepare(
+        preparer,
+        config.sft_sources,
+        folder,
+        processes=config.num_processes,
+        max_rejects=config.max_rejects,
+        description="conversations",
+    )
+    index.drop_repeated_ids()
+    return index
+
+
+def write(
+    index: Index, config: PrepareDataConfig, shares: Mapping[str, float], folder: Path
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Draw conversations to `shares`, pack and write them; returns counts and those to train on."""
+    index.drop_duplicates()
+    train, validation = _draw(index, config, shares)
+    plans = {}
+    for name, documents in ((TRAIN, train), (VALIDATION, validation)):
+        plan = packing.best_fit(index.length[documents], config.max_length)
+        plans[name] = plan.take(np.random.default_rng(config.seed).permutation(len(plan)))
+        shards.write(
+            folder, name, plans[name], index, documents,
+            processes=config.num_processes, with_labels=True,
+        )  # fmt: skip
+    tokens = int(index.length[train].sum())
+    sources = []
+    for number, source in enumerate(config.sft_sources):
+        mine = train[index.source[train] == number]
+        sources.append(
+            {
+                "name": source.title,
+                **index.counts(number),
+                "train_examples": len(mine),
+                "train_tokens": int(index.length[mine].sum()),
+            }
+        )
+    bins = len(plans[TRAIN])
+    counts = {
+        "train_examples": _by_language(index, config, shares, train),
+        "validation_examples": _by_language(index, config, shares, validation),
+        "train_bins": bins,
+        "train_tokens": tokens,
+        "train_fill": round(tokens / (bins * config.max_length), 4),
+        "validation_bins": len(plans[VALIDATION]),
+        "max_length": config.max_length,
+        "sources": sources,
+    }
+    return counts, train
+
+
+def _draw(
+    index: Index, config: PrepareDataConfig, shares: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The conversations to train on and to validate on, each kind's in a random order."""
+    usable = index.usable()
+    wanted = mixture.apportion(config.sft_examples, shares)
+    kept_back = mixture.apportion(config.sft_validation_examples, shares)
+    train, validation, lacking = [], [], []
+    for kind in shares:
+        numbers = [n for n, source in enumerate(config.sft_sources) if source.language == kind]
+        mine = usable[np.isin(index.source[usable], numbers)]
+        order = np.random.default_rng([config.seed, zlib.crc32(kind.encode())]).permutation(mine)
+        need = kept_back[kind] + wanted[kind]
+        if len(order) < need:
+            lacking.append(
+                f"{kind} has {len(order):,} usable conversations for a share of {need:,}"
+            )
+        validation.append(order[: kept_back[kind]])
+        train.append(order[kept_back[kind] : need])
+    if lacking:
+        raise DataError(f"{'; '.join(lacking)}: lower --sft-examples or add sources")
+    return np.concatenate(train), np.concatenate(validation)
+
+
+def _by_language(
+    index: Index, config: PrepareDataConfig, shares: Mapping[str, float], chosen: np.ndarray
+) -> dict[str, int]:
+    kinds = np.array([source.language for source in config.sft_sources])[index.source[chosen]]
+    return {kind: int((kinds == kind).sum()) for kind in shares}

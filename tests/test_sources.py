@@ -1,0 +1,122 @@
+"""Declaring sources: on a command line, in a YAML file, as files, folders, patterns and names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.config import PrepareDataConfig
+from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.settings import parse
+from chatglm_ja.sources import Source, contradictions, local_files, read_argument
+
+
+def test_the_grammar_of_the_command_line() -> None:
+    spec = "en=microsoft/wiki_qa@default?label=1#question>answer"
+    assert Source.parse(spec) == Source(
+        "en", "microsoft/wiki_qa", "wiki_qa", "question>answer", "default", ("label", "1")
+    )
+    assert str(Source.parse(spec)) == spec
+    assert Source.parse("ja=a/b.txt") == Source("ja", "a/b.txt", name="b")
+    assert Source.parse("ja=/x@1/y#2/b.jsonl.gz#t") == Source(
+        "ja", "/x@1/y#2/b.jsonl.gz", name="b", columns="t"
+    )
+
+
+@pytest.mark.parametrize("spec", ["nothing", "ja=", "=x", "ja=x?label"])
+def test_bad_source_specs(spec: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form"):
+        Source.parse(spec)
+
+
+def test_a_yaml_file_declares_sources(tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text(
+        "- {language: ja, path: a.txt, name: wiki, columns: body, weight: 3}\n"
+        "- {language: ja, path: org/books, where: {kind: novel}, weight: 1, id_column: null}\n"
+        "- {language: en, path: org/wikitext, subset: v1, format: wikitext}\n"
+    )
+    assert read_argument(str(path)) == [
+        Source("ja", "a.txt", name="wiki", columns="body", weight=3),
+        Source("ja", "org/books", where=("kind", "novel"), weight=1, id_column=None),
+        Source("en", "org/wikitext", subset="v1", format="wikitext"),
+    ]
+    defaults: dict[str, Any] = {
+        "output_dir": Path("o"), "tokenizer": Path("t"), "total_tokens": 1, "sft_examples": 1,
+        "sft_sources": (Source("ja", "x.jsonl"),), "sft_shares": ("ja=1",),
+    }  # fmt: skip
+    argv = ["--sources", str(path), "zh=z.txt", "--shares", "ja=1", "en=1", "zh=1"]
+    config = parse(PrepareDataConfig, "", defaults, argv)
+    assert [source.title for source in config.sources] == [
+        "ja/wiki", "ja/books", "en/wikitext", "zh/z",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {language: ja", "is not YAML"),
+        ("language: ja", "holds no sources: expected a list of mappings"),
+        ("- ja=x.txt", "source 1 is 'ja=x.txt': expected a mapping"),
+        ("- {language: ja}", "source 1 needs a path"),
+        ("- {language: ja, path: x, colum: y}", "source 1 has colum: expected language, path"),
+        ("- {language: ja, path: x, weight: heavy}", "has weight 'heavy', expected a positive"),
+        ("- {language: ja, path: x, weight: 0}", "has weight 0"),
+        ("- {language: ja, path: x, format: xml}", "has format 'xml'"),
+        ("- {language: ja, path: x, where: 5}", "has a where that is not one COLUMN: VALUE"),
+        ("- {language: ja, path: [x]}", "has path .'x'., expected text"),
+    ],
+)
+def test_a_bad_yaml_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_argument(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_yaml_file_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml could not be read"):
+        read_argument("none.yaml")
+
+
+def test_weights_belong_to_all_sources_of_a_language_or_to_none() -> None:
+    sources = [Source("ja", "a", weight=1), Source("ja", "b"), Source("en", "c")]
+    assert contradictions(sources) == [
+        "the sources of ja have a weight in part: give one to all of them or to none"
+    ]
+    assert not contradictions([*sources[:1], *sources[2:]])
+
+
+def test_files_folders_patterns_and_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.parquet", "sub/c.txt.gz", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in Source("ja", str(tmp_path)).files()] == [
+        "a.parquet", "b.jsonl", "c.txt.gz",
+    ]  # fmt: skip
+    assert [p.name for p in Source("ja", f"{tmp_path}/*.jsonl").files()] == ["b.jsonl"]
+    assert Source("ja", "izumi-lab/wikipedia").files() == []
+    assert local_files([Source("ja", "a/b"), Source("ja", f"{tmp_path}/b.jsonl")]) == [
+        tmp_path / "b.jsonl"
+    ]
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        ("no.jsonl", r"file no\.jsonl not found"),
+        (f"{tmp_path}/no", "not found"),
+        (f"{tmp_path}/*.json", "no file matches"),
+        (f"{tmp_path}/empty", "holds no file that ends with"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Source("ja", path).files()
+
+
+def test_a_file_may_lie_anywhere_and_a_data_set_counts_by_name(tmp_path: Path) -> None:
+    def settings(spec: str) -> dict[str, Any]:
+        return Source.parse(spec).settings()
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("x")
+    assert settings(f"ja={tmp_path}/a/x.txt") == settings(f"ja={tmp_path}/b/x.txt")
+    assert settings("ja=some/dataset") != settings("ja=other/dataset")
