@@ -30,6 +30,7 @@ from chatglm_ja import (
     tokenizer,
 )
 from chatglm_ja.config import PrepareDataConfig
+from chatglm_ja.encoding import CorpusEncoder
 from chatglm_ja.errors import DataError
 from chatglm_ja.prepared import Index, Task, Unit
 
@@ -74,16 +75,8 @@ class Preparer:
         reasons = cleaning.drop_reasons(texts, codes, checked, self.min_characters)
         encoder, prefix, overlap = _tools(self.tokenizer, self.overlap_file)
         kept = [place for place, reason in enumerate(reasons) if reason is None]
-        encoded = dict(
-            zip(
-                kept,
-                encoder.encode(
-                    [texts[place] for place in kept], return_type="numpy", num_threads=1
-                ),
-                strict=True,
-            )
-        )
-        for place, ids in encoded.items():
+        encoded = encoder.encode([texts[place] for place in kept])
+        for place, ids in zip(kept, encoded, strict=True):
             if overlap is not None and duplicates.overlaps(ids, overlap):
                 reasons[place] = "contaminated"
                 continue
@@ -102,11 +95,14 @@ class Preparer:
 
 
 @functools.cache
-def _tools(folder: Path, overlap_file: Path | None) -> tuple[Any, np.ndarray, np.ndarray | None]:
+def _tools(
+    folder: Path, overlap_file: Path | None
+) -> tuple[CorpusEncoder, np.ndarray, np.ndarray | None]:
     """The tokenizer, the ids that begin a document, evaluation n-grams: once for a process."""
-    encoder = tokenizer.load(folder)
+    encoder = CorpusEncoder(tokenizer.read_model(folder / tokenizer.MODEL_FILE))
+    prefix = np.array(chat.prefix_ids(tokenizer.load(folder)), dtype=np.int32)
     overlap = None if overlap_file is None else np.load(overlap_file, allow_pickle=False)
-    return encoder, np.array(chat.prefix_ids(encoder), dtype=np.int32), overlap
+    return encoder, prefix, overlap
 
 
 def contents(config: PrepareDataConfig) -> dict[str, Any]:

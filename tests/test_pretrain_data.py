@@ -75,7 +75,7 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -
     )
     counts = write_pretraining(tmp_path, config)
     rows = dataset.read(tmp_path, "pretrain", "train")
-    prefix = chat.prefix_ids(pretrain_data._tools(merged_dir, None)[0])
+    prefix = pretrain_data._tools(merged_dir, None)[1].tolist()
     begun = whole = 0
     for row in rows:
         start = 0
@@ -318,11 +318,12 @@ def test_wikitext_lines_become_articles(tmp_path: Path, merged_dir: Path) -> Non
     assert counts["sources"][0]["documents"] == 2
 
 
-def test_a_document_of_every_source_reads_as_it_was(tmp_path: Path, merged_dir: Path) -> None:
+def test_a_document_of_every_source_reads_as_it_was(
+    tmp_path: Path, merged_dir: Path, encoder: Any
+) -> None:
     """Tokens decode to the cleaned text: nothing between reading and packing changes it."""
     texts = demo_texts("ja", 20)
     source = write(tmp_path, "ja", texts)
-    encoder = pretrain_data._tools(merged_dir, None)[0]
     total = sum(len(encoder.encode(text)) + 3 for text in texts)
     write_pretraining(
         tmp_path,
