@@ -26,6 +26,8 @@ SHINGLE_CHARACTERS = 5
 # Evaluation texts are recognised by this many tokens in a row (Brown et al. 2020 took 13 words).
 OVERLAP_TOKENS = 13
 _SEED = 42
+# Signatures that are held to be compared: 2 x 32 MB.
+PAIRS_AT_ONCE = 2**16
 # Odd, from the golden ratio: multiplying by it spreads neighbouring values over 64 bits.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -102,16 +104,27 @@ def repeated(keys: np.ndarray) -> np.ndarray:
 def near_duplicates(
     count: int,
     band: Callable[[int], np.ndarray],
-    signature: Callable[[int], np.ndarray],
+    signatures_of: Callable[[np.ndarray], np.ndarray],
     threshold: float,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> np.ndarray:
     """Which of `count` texts are near duplicates of an earlier one, bool [count].
 
     `band(b)` gives columns b * BAND_SIZE and on of all signatures, [count, BAND_SIZE];
-    `signature(i)` that of one text. Compared are, in every band, the neighbours in a run of equal
-    texts and each with the run's first.
+    `signatures_of(i)` those of some texts, [len(i), NUM_HASHES]. Compared are, in every band, the
+    neighbours in a run of equal texts and each with the run's first.
     """
+    found = [np.zeros(0, dtype=np.int64)]
+    for number in progress(range(NUM_HASHES // BAND_SIZE)):
+        keys = row_hashes(band(number))
+        order = np.argsort(keys, kind="stable")
+        begins = np.diff(keys[order], prepend=keys[order[:1]] + np.uint64(1)) != 0
+        run_first = order[np.maximum.accumulate(np.where(begins, np.arange(count), 0))]
+        later = np.flatnonzero(~begins)
+        # The order is stable, so the first of a pair is the earlier text.
+        for earlier in (order[later - 1], run_first[later]):
+            found.append(np.unique(earlier * count + order[later]))
+    pairs = np.unique(np.concatenate(found))
     parents: dict[int, int] = {}
 
     def root(index: int) -> int:
@@ -120,26 +133,15 @@ def near_duplicates(
             index = parent
         return index
 
-    def link(first: int, second: int) -> None:
-        one, other = sorted((root(first), root(second)))
-        if one != other and np.mean(signature(first) == signature(second)) >= threshold:
-            parents[other] = one
-
-    for number in progress(range(NUM_HASHES // BAND_SIZE)):
-        keys = row_hashes(band(number))
-        order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1
-        first = -1
-        for place in same.tolist():
-            before, this = int(order[place - 1]), int(order[place])
-            if first < 0 or keys[first] != keys[this]:
-                first = before
-            link(before, this)
-            if first != before:
-                link(first, this)
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        first, second = np.divmod(pairs[start : start + PAIRS_AT_ONCE], count)
+        alike = (signatures_of(first) == signatures_of(second)).mean(axis=1) >= threshold
+        for one, other in zip(first[alike].tolist(), second[alike].tolist(), strict=True):
+            low, high = sorted((root(one), root(other)))
+            if low != high:
+                parents[high] = low
     dropped = np.zeros(count, dtype=bool)
-    for index in parents:
-        dropped[index] = root(index) != index
+    dropped[list(parents)] = True
     return dropped
 
 

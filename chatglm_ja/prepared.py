@@ -255,18 +255,22 @@ class Index:
                 kept
             ]
 
-        @functools.lru_cache(maxsize=100_000)
-        def signature(place: int) -> np.ndarray:
-            document = kept[place]
-            unit = int(self.unit[document])
-            return np.array(self._hashes(unit)[:, document - self.first[unit]])
+        def signatures(places: np.ndarray) -> np.ndarray:
+            documents = kept[places]
+            found = np.empty((len(places), duplicates.NUM_HASHES), dtype=np.uint32)
+            for unit in np.unique(self.unit[documents]).tolist():
+                mine = self.unit[documents] == unit
+                found[mine] = self._hashes(unit)[:, documents[mine] - self.first[unit]].T
+            return found
 
         def progress(numbers: Sequence[int]) -> Any:
             return tqdm(numbers, desc="near duplicates", unit=" bands")
 
         near = np.zeros(len(self), dtype=bool)
         if len(kept):
-            near[kept] = duplicates.near_duplicates(len(kept), band, signature, threshold, progress)
+            near[kept] = duplicates.near_duplicates(
+                len(kept), band, signatures, threshold, progress
+            )
         self.drop(near, "near_duplicate")
 
     def _hashes(self, unit: int) -> np.ndarray:

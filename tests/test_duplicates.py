@@ -55,7 +55,7 @@ def find(texts: list[str], threshold: float) -> list[bool]:
     found = duplicates.near_duplicates(
         len(texts),
         lambda band: signatures[:, band * size : (band + 1) * size],
-        lambda index: signatures[index],
+        lambda indices: signatures[indices],
         threshold,
     )
     return list(found)
@@ -68,6 +68,11 @@ def test_near_duplicates_are_those_above_the_threshold() -> None:
     far = [altered(rng, text, 80) for text in originals]  # similarity 0.45
     found = find([*originals, *near, *far], 0.8)
     assert found == [False] * 60 + [True] * 60 + [False] * 60
+
+
+def test_as_many_pairs_as_there_are_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", 3)
+    test_near_duplicates_are_those_above_the_threshold()
 
 
 def test_the_first_of_linked_texts_stays() -> None:
