@@ -34,17 +34,17 @@ def main() -> None:
     if output.is_settled(config.overwrite, config.check):
         return
 
-    from chatglm_ja import data_report, prepared, pretrain_data, sft_data
+    from chatglm_ja import data_report, pretrain_data, sft_data, workspace
 
     read = {source.role: source.fingerprint for source in inputs}
     with output.write(resumable=True) as folder:
-        work = prepared.open_workspace(
+        work = workspace.open_folders(
             folder / "work",
             texts={"inputs": read, **pretrain_data.contents(config)},
             conversations={"inputs": read, **sft_data.contents(config)},
             shards={"inputs": read, **config.arguments()},
         )
-        rejects = prepared.Rejects(
+        rejects = workspace.Rejects(
             work["shards"] / "rejects.jsonl",
             config.output_dir.with_name(config.output_dir.name + ".rejects.jsonl"),
             config.max_rejects,
@@ -58,7 +58,7 @@ def main() -> None:
         pretrain = pretrain_data.write(texts, config, shares, work["shards"])
         output.counts.update(pretrain=pretrain, sft=sft)
         data_report.write(work["shards"], output.counts, config, texts, conversations, examples)
-        prepared.close_workspace(folder / "work", work["shards"])
+        workspace.close(folder / "work", work["shards"])
     for line in data_report.summary(output.counts):
         log.info("%s", line)
     log.info("training data: %s; data_report.html shows what is in it", config.output_dir)

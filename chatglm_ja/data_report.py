@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from chatglm_ja import page, prepared, tokenizer
+from chatglm_ja import page, tokenizer
 from chatglm_ja.chat import IGNORE
 from chatglm_ja.config import PrepareDataConfig, parse_shares
-from chatglm_ja.prepared import Index
+from chatglm_ja.index import Index, read_tokens
 
 Counts = Mapping[str, Any]
 
@@ -160,8 +160,8 @@ def _examples(config: PrepareDataConfig, index: Index, examples: np.ndarray) -> 
             index.offset[[document]],
             index.length[[document]],
         )
-        ids = prepared.read_tokens(where[0], ".tokens", *where[1:])
-        labels = prepared.read_tokens(where[0], ".labels", *where[1:])
+        ids = read_tokens(where[0], ".tokens", *where[1:])
+        labels = read_tokens(where[0], ".labels", *where[1:])
         origin = f"{source.title}, record {int(index.record[document]):,}"
         yield f"<p><small>{html.escape(origin)}</small></p>"
         yield f'<div class="example">{marked(encoder, ids.tolist(), labels.tolist())}</div>'

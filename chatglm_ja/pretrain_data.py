@@ -1,6 +1,6 @@
 """Pretraining blocks: read, clean, filter, tokenise; drop duplicates; mix; pack.
 
-    chunks of records --(processes)--> units of tokenised documents        prepared.py
+    chunks of records --(processes)--> units of tokenised documents        units.py, index.py
     index of all documents --> duplicates dropped, validation chosen       duplicates.py, mixture.py
                            --> documents drawn to the shares' budgets
                            --> plan of the blocks                          packing.py
@@ -25,14 +25,14 @@ from chatglm_ja import (
     duplicates,
     mixture,
     packing,
-    prepared,
     shards,
     tokenizer,
+    units,
 )
 from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.encoding import CorpusEncoder
 from chatglm_ja.errors import DataError
-from chatglm_ja.prepared import Index, Task, Unit
+from chatglm_ja.index import Index
 
 # Documents are encoded together up to this many characters: enough for numpy, little memory.
 BATCH_CHARACTERS = 2**20
@@ -50,8 +50,8 @@ class Preparer:
     with_signatures: bool
     overlap_file: Path | None
 
-    def __call__(self, task: Task) -> dict[str, Any]:
-        unit = Unit(file=Path(task.chunk.file).name)
+    def __call__(self, task: units.Task) -> dict[str, Any]:
+        unit = units.Unit(file=Path(task.chunk.file).name)
         batch: list[corpus.Document] = []
         characters = 0
         for document in corpus.documents(task.chunk, task.source):
@@ -66,7 +66,7 @@ class Preparer:
         self._add(unit, batch, task.source.language)
         return unit.write(task.stem)
 
-    def _add(self, unit: Unit, batch: list[corpus.Document], language: str) -> None:
+    def _add(self, unit: units.Unit, batch: list[corpus.Document], language: str) -> None:
         texts = [cleaning.clean(document.text, self.unicode_form) for document in batch]
         unit.found += len(batch)
         unit.text_bytes += sum(len(document.text.encode()) for document in batch)
@@ -84,7 +84,7 @@ class Preparer:
             unit.tokens.append(np.concatenate([prefix, ids, [tokenizer.EOS_ID]], dtype=np.int32))
             unit.record.append(document.record)
             unit.digest.append(duplicates.digest(texts[place]))
-            unit.identity.append(prepared.identity(document.id))
+            unit.identity.append(units.identity(document.id))
         unit.counts.update(reason for reason in reasons if reason is not None)
         if self.with_signatures:
             lengths = np.array([len(text) for text in texts], dtype=np.int64)
@@ -137,7 +137,7 @@ def prepare(config: PrepareDataConfig, folder: Path) -> Index:
         config.near_duplicates > 0,
         overlap_file,
     )
-    index = prepared.prepare(
+    found = units.prepare(
         preparer,
         config.sources,
         folder,
@@ -145,6 +145,7 @@ def prepare(config: PrepareDataConfig, folder: Path) -> Index:
         max_rejects=config.max_rejects,
         description="texts",
     )
+    index = Index(config.sources, found)
     index.drop_repeated_ids()
     return index
 

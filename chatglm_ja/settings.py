@@ -109,7 +109,7 @@ def parse(
         if default is dataclasses.MISSING:
             default = None
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        suffix = "" if default is None else f" (default: {shown})"
+        suffix = "" if default is None or default == () else f" (default: {shown})"
         parser.add_argument(
             flag(entry.name),
             default=default,

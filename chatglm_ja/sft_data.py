@@ -26,13 +26,13 @@ from chatglm_ja import (
     duplicates,
     mixture,
     packing,
-    prepared,
     shards,
     tokenizer,
+    units,
 )
 from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.errors import DataError
-from chatglm_ja.prepared import Index, Task, Unit
+from chatglm_ja.index import Index
 
 TRAIN, VALIDATION = "sft_train", "sft_validation"
 
@@ -45,8 +45,8 @@ class Preparer:
     max_length: int
     cut: bool
 
-    def __call__(self, task: Task) -> dict[str, Any]:
-        unit = Unit(file=Path(task.chunk.file).name)
+    def __call__(self, task: units.Task) -> dict[str, Any]:
+        unit = units.Unit(file=Path(task.chunk.file).name)
         for conversation in conversations.conversations(task.chunk, task.source):
             if isinstance(conversation, conversations.Conversation):
                 self._add(unit, conversation)
@@ -54,7 +54,7 @@ class Preparer:
                 unit.rejects.append(conversation)
         return unit.write(task.stem)
 
-    def _add(self, unit: Unit, conversation: conversations.Conversation) -> None:
+    def _add(self, unit: units.Unit, conversation: conversations.Conversation) -> None:
         messages = conversation.messages
         unit.found += 1
         unit.text_bytes += sum(len(message["content"].encode()) for message in messages)
@@ -80,7 +80,7 @@ class Preparer:
         unit.labels.append(np.array(labels, dtype=np.int32))
         unit.record.append(conversation.record)
         unit.digest.append(duplicates.digest(json.dumps(messages, sort_keys=True)))
-        unit.identity.append(prepared.identity(conversation.id))
+        unit.identity.append(units.identity(conversation.id))
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def contents(config: PrepareDataConfig) -> dict[str, Any]:
 def prepare(config: PrepareDataConfig, folder: Path) -> Index:
     """Turn all sources into units of examples in `folder`."""
     preparer = Preparer(config.tokenizer, config.max_length, config.long_conversations == "cut")
-    index = prepared.prepare(
+    found = units.prepare(
         preparer,
         config.sft_sources,
         folder,
@@ -109,6 +109,7 @@ def prepare(config: PrepareDataConfig, folder: Path) -> Index:
         max_rejects=config.max_rejects,
         description="conversations",
     )
+    index = Index(config.sft_sources, found)
     index.drop_repeated_ids()
     return index
 

@@ -19,8 +19,8 @@ import pyarrow
 from tqdm.auto import tqdm
 
 from chatglm_ja import parallel
+from chatglm_ja.index import Index, read_tokens
 from chatglm_ja.packing import Plan
-from chatglm_ja.prepared import Index, read_tokens
 
 # A shard of full blocks has 256 MiB of tokens.
 SHARD_TOKENS = 2**26

@@ -1,5 +1,6 @@
 """The steps as programs: from an empty folder to the report, in order and out of it."""
 
+import gzip
 import itertools
 import json
 import os
@@ -295,6 +296,55 @@ def test_step_4_killed_again_and_again_gives_the_same_bytes(pipeline: Runner) ->
     assert not list(pipeline.root.glob(".killed*"))
 
 
+def test_bad_records_of_every_kind_are_passed_over(pipeline: Runner, tmp_path: Path) -> None:
+    good = [{"text": f"これは問題のない文書で、番号は{i:,}です。" * 9, "id": i} for i in range(300)]
+    lines = [json.dumps(row).encode() for row in good]
+    lines[10:10] = [
+        b'{"text": "broken',
+        b'{"body": "no text"}',
+        b'{"text": ["a", "list"]}',
+        b'{"text": "NUL \\u0000"}',
+        b'{"text": "half of a pair \\ud83d"}',
+        b'{"text": "\xff\xfe"}',
+        json.dumps(good[3] | {"text": "同じ番号の別の文書です。" * 9}).encode(),
+    ]
+    (tmp_path / "ja.jsonl").write_bytes(b"\n".join(lines))
+    whole = gzip.compress(b"\n".join(lines[20:]))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-100])
+    with open(tmp_path / "endless.txt", "wb") as file:
+        file.writelines([b"y" * 10**6] * 100)
+    turns = [{"role": "user", "content": "質問"}, {"role": "assistant", "content": "答え"}]
+    talks = [[{**turns[0], "content": f"質問 {i}"}, turns[1]] for i in range(60)]
+    talks[5:5] = [[], turns[::-1], [turns[0], {"role": "assistant", "content": ""}]]
+    talks = [json.dumps({"messages": talk}) for talk in talks]  # type: ignore[misc]
+    (tmp_path / "talks.jsonl").write_text("\n".join(talks))  # type: ignore[arg-type]
+    result = pipeline.run(
+        "step4_prepare_data.py", "--output-dir", str(tmp_path / "data"), "--max-rejects", "1",
+        "--sources", *(f"ja={tmp_path / n}" for n in ("ja.jsonl", "cut.jsonl.gz", "endless.txt")),
+        "--shares", "ja=1", "--total-tokens", "5000", "--validation-tokens", "500",
+        "--sft-sources", f"ja={tmp_path / 'talks.jsonl'}", "--sft-shares", "ja=1",
+        "--sft-examples", "50", "--sft-validation-examples", "5", "--near-duplicates", "0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rejects = [json.loads(line) for line in (tmp_path / "data/rejects.jsonl").open()]
+    assert [(reject["file"], reject["line"], reject["reason"]) for reject in rejects[:-2]] == [
+        ("talks.jsonl", 6, "empty list"),
+        ("talks.jsonl", 7, "roles out of order"),
+        ("talks.jsonl", 8, "empty answer"),
+        ("ja.jsonl", 11, "broken JSON"),
+        ("ja.jsonl", 12, "missing column"),
+        ("ja.jsonl", 13, "wrong type"),
+        ("ja.jsonl", 14, "NUL"),
+        ("ja.jsonl", 15, "lone surrogate"),
+        ("ja.jsonl", 16, "invalid UTF-8"),
+        ("ja.jsonl", 17, "duplicate id"),
+    ]
+    assert [(r["file"], r["reason"]) for r in rejects[-2:]] == [
+        ("cut.jsonl.gz", "damaged gzip"),
+        ("endless.txt", "endless line"),
+    ]
+
+
 def test_bad_data_is_one_line_and_a_file_of_what_is_bad(pipeline: Runner, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x"}\n{"text": 5}\n')
@@ -399,8 +449,6 @@ def test_every_command_of_the_readme_exists() -> None:
 
 
 def test_the_demo_data_is_small_and_held_out() -> None:
-    import gzip
-
     assert sum(path.stat().st_size for path in DATA.iterdir()) < 2_500_000
 
     def records(name: str) -> list[dict[str, str]]:

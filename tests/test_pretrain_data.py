@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chatglm_ja import chat, corpus, dataset, prepared, pretrain_data, records, shards
+from chatglm_ja import chat, corpus, dataset, pretrain_data, records, shards, units
 from chatglm_ja.config import parse_shares
 from chatglm_ja.errors import DataError
-from chatglm_ja.prepared import Rejects
+from chatglm_ja.index import Index, read_tokens
 from chatglm_ja.sources import Source
 from chatglm_ja.tokenizer import EOS_ID
+from chatglm_ja.workspace import Rejects
 from tests.conftest import DATA, demo_texts, prepare_config, write_pretraining
 
 
@@ -297,7 +298,7 @@ def test_a_hopeless_source_ends_the_reading_early(
     path.write_text('{"body": "列の名前が違う"}\n' * 20_000)
     config = prepare_config(merged_dir, [Source("ja", str(path))])
     index = pretrain_data.prepare(config, tmp_path / "texts")
-    assert prepared.EARLY_RECORDS <= index.records_read(0) < 2 * prepared.EARLY_RECORDS
+    assert units.EARLY_RECORDS <= index.records_read(0) < 2 * units.EARLY_RECORDS
 
 
 def test_too_little_text_is_said_with_what_would_do(tmp_path: Path, merged_dir: Path) -> None:
@@ -329,9 +330,9 @@ def test_a_document_of_every_source_reads_as_it_was(
         tmp_path,
         prepare_config(merged_dir, [source], total_tokens=total, block_size=8, packing="best_fit"),
     )
-    index = prepared.Index([source], prepared_units(tmp_path / "texts"))
+    index = Index([source], finished_units(tmp_path / "texts"))
     for number, text in enumerate(texts):
-        ids = prepared.read_tokens(
+        ids = read_tokens(
             index.stems, ".tokens", index.unit[[number]], index.offset[[number]],
             index.length[[number]],
         )  # fmt: skip
@@ -339,8 +340,10 @@ def test_a_document_of_every_source_reads_as_it_was(
     assert list(corpus.read_texts(source)) == texts
 
 
-def prepared_units(folder: Path) -> list[tuple[Path, int, dict[str, Any]]]:
+def finished_units(folder: Path) -> list[units.Finished]:
     return [
-        (path.with_suffix(""), int(path.stem.split("-")[0]), json.loads(path.read_text()))
+        units.Finished(
+            path.with_suffix(""), int(path.stem.split("-")[0]), json.loads(path.read_text())
+        )
         for path in sorted(folder.glob("*.json"))
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chatglm_ja import chat, data_report, dataset, packing, prepared, sft_data
+from chatglm_ja import chat, data_report, dataset, packing, sft_data, workspace
 from chatglm_ja.config import parse_shares
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
@@ -157,7 +157,7 @@ def test_bad_conversations_are_written_down(tmp_path: Path, merged_dir: Path) ->
     rows[9] = {"messages": []}
     config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)])
     index = sft_data.prepare(config, tmp_path / "units")
-    prepared.Rejects(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
+    workspace.Rejects(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [(r["source"], r["line"], r["reason"]) for r in rejects] == [
         ("ja/a", 5, "empty answer"), ("ja/a", 8, "duplicate id"), ("ja/a", 10, "empty list"),

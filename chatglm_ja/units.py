@@ -1,0 +1,180 @@
+"""Tokenised documents and conversations between reading and packing, on the disk.
+
+A unit is what one chunk of a source became. Its files are complete when its .json is there, so a
+run that was killed goes on with the first unit that is missing:
+
+    003-000017.tokens     int32, all documents of the unit one after the other
+    003-000017.labels     the same for the labels, conversations only
+    003-000017.hashes     uint32 [128, documents]: MinHash signatures, a row for each hash
+    003-000017.npz        record, length, digest, identity of each document
+    003-000017.json       how many records were read, rejected and dropped, and why
+"""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from chatglm_ja import duplicates, parallel
+from chatglm_ja.records import Chunk, Reject, chunks
+from chatglm_ja.sources import Source
+
+# Changes when the files of a unit come to mean something else.
+FORMAT = 1
+# A source of which this many records or more were read stops early when most of them are bad.
+EARLY_RECORDS = 1000
+INDEX_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "record": ("<i8", ()),
+    "length": ("<i4", ()),
+    "digest": ("<u8", (2,)),
+    "identity": ("<u8", (2,)),
+}
+
+
+@dataclass
+class Unit:
+    """What a chunk became. Arrays have an entry for each document, `tokens` for each token."""
+
+    file: str
+    tokens: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    record: list[int] = field(default_factory=list)
+    digest: list[tuple[int, int]] = field(default_factory=list)
+    identity: list[tuple[int, int]] = field(default_factory=list)
+    signatures: list[np.ndarray] = field(default_factory=list)
+    found: int = 0
+    text_bytes: int = 0
+    rejects: list[tuple[int, Reject]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def write(self, stem: Path) -> dict[str, Any]:
+        """Write the unit's files and return what its .json holds."""
+        arrays = {
+            "record": self.record,
+            "length": [len(ids) for ids in self.tokens],
+            "digest": self.digest,
+            "identity": self.identity,
+        }
+        _write(stem.with_suffix(".tokens"), _flat(self.tokens))
+        if self.labels:
+            _write(stem.with_suffix(".labels"), _flat(self.labels))
+        if self.signatures:
+            _write(stem.with_suffix(".hashes"), np.concatenate(self.signatures).T)
+        with open(stem.with_suffix(".npz"), "wb") as file:
+            typed = {}
+            for name, (dtype, shape) in INDEX_COLUMNS.items():
+                typed[name] = np.array(arrays[name], dtype).reshape(-1, *shape)
+            np.savez(file, allow_pickle=False, **typed)
+            _sync(file)
+        meta = {
+            "file": self.file,
+            "found": self.found,
+            "bytes": self.text_bytes,
+            "rejects": [(number, *dataclasses.astuple(reject)) for number, reject in self.rejects],
+            "counts": dict(self.counts),
+        }
+        part = stem.with_suffix(".part")
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(meta, file)
+            _sync(file)
+        part.rename(stem.with_suffix(".json"))
+        return meta
+
+
+def _flat(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, "<i4"), *parts], dtype="<i4")
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        file.write(np.ascontiguousarray(array).data)
+        _sync(file)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+NO_IDENTITY = (0, 0)
+
+
+def identity(value: str | None) -> tuple[int, int]:
+    """The digest of a record's id; zeros for none."""
+    return NO_IDENTITY if value is None else duplicates.digest(value)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A chunk to make a unit of."""
+
+    source: Source
+    chunk: Chunk
+    stem: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A unit on the disk: its files without their endings, the number of its source, its .json."""
+
+    stem: Path
+    source: int
+    meta: dict[str, Any]
+
+
+def prepare(
+    function: Callable[[Task], dict[str, Any]],
+    sources: Sequence[Source],
+    folder: Path,
+    *,
+    processes: int,
+    max_rejects: float,
+    description: str,
+) -> list[Finished]:
+    """Make the units that are missing in `folder`, in several processes; returns all, in order.
+
+    `function` writes a task's unit and returns what its .json holds. A source whose records are
+    mostly bad ends the reading early: it will be refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    begun: list[tuple[Path, int]] = []
+
+    def tasks() -> Iterator[Task]:
+        for number, source in enumerate(sources):
+            for index, chunk in enumerate(chunks(source)):
+                begun.append((folder / f"{number:03d}-{index:06d}", number))
+                yield Task(source, chunk, begun[-1][0])
+
+    units: list[Finished] = []
+    read: Counter[int] = Counter()
+    bad: Counter[int] = Counter()
+    with tqdm(desc=description, unit="B", unit_scale=True) as bar:
+        for meta in parallel.in_order(_Once(function), tasks(), processes):
+            stem, number = begun[len(units)]
+            units.append(Finished(stem, number, meta))
+            bar.update(meta["bytes"])
+            read[number] += meta["found"] + len(meta["rejects"])
+            bad[number] += len(meta["rejects"])
+            if read[number] >= EARLY_RECORDS and bad[number] > max(0.5, max_rejects) * read[number]:
+                break
+    return units
+
+
+@dataclass(frozen=True)
+class _Once:
+    """Makes a task's unit unless an earlier run has finished it."""
+
+    function: Callable[[Task], dict[str, Any]]
+
+    def __call__(self, task: Task) -> dict[str, Any]:
+        done = task.stem.with_suffix(".json")
+        if done.exists():
+            return dict(json.loads(done.read_text(encoding="utf-8")))
+        return self.function(task)
