@@ -14,18 +14,17 @@ from pathlib import Path
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_base_tokenizer, open_file_input
+from chatglm_ja.artifacts import Output, open_base_tokenizer, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.config import TrainTokenizerConfig
 from chatglm_ja.settings import parse
-from chatglm_ja.sources import local_files
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
     config = parse(TrainTokenizerConfig, __doc__, constants.STEP1)
-    inputs = [open_file_input("japanese_corpus", *local_files(config.sources))]
+    inputs = [open_sources("japanese_corpus", config.sources)]
     base_model = config.base_model if config.method == "continue" else None
     if base_model:
         inputs.append(open_base_tokenizer(base_model))

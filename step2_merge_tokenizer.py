@@ -19,13 +19,12 @@ from chatglm_ja.artifacts import (
     Output,
     open_artifact_or_file,
     open_base_tokenizer,
-    open_file_input,
+    open_sources,
 )
 from chatglm_ja.cli import run
 from chatglm_ja.config import MergeTokenizerConfig
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import parse
-from chatglm_ja.sources import local_files
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +34,11 @@ def main() -> None:
     ranking = config.ranking_sources if config.max_new_pieces else ()
     inputs = [
         open_base_tokenizer(config.base_model),
-        open_file_input("check_texts", *local_files(config.check_sources)),
+        open_sources("check_texts", config.check_sources),
         open_artifact_or_file(config.ja_tokenizer, "step1_train_tokenizer.py"),
     ]
     if ranking:
-        inputs.append(open_file_input("ranking_texts", *local_files(ranking)))
+        inputs.append(open_sources("ranking_texts", ranking))
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):
         return

@@ -12,11 +12,16 @@ from typing import Any
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_artifact, open_base_model, open_file_input
+from chatglm_ja.artifacts import (
+    Output,
+    open_artifact,
+    open_base_model,
+    open_file_input,
+    open_sources,
+)
 from chatglm_ja.cli import run
 from chatglm_ja.config import EvalConfig
 from chatglm_ja.settings import parse
-from chatglm_ja.sources import local_files
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ def main() -> None:
     sft = open_artifact(config.sft, "step6_train_sft.py")
     inputs = [
         *open_base_model(config.base_model),
-        open_file_input("held_out", *local_files(config.sources)),
+        open_sources("held_out", config.sources),
         open_file_input("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
         open_artifact(config.resized, "step3_resize_model.py"),

@@ -67,9 +67,16 @@ def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareData
     )
 
 
+def unit_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
+    folders = [output / f"texts-{number}" for number in range(len(config.sources))]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    return folders
+
+
 def prepare(config: PrepareDataConfig, output: Path) -> int:
     """All texts to shards, in the proportions in which they are there; returns the tokens."""
-    index = pretrain_data.prepare(config, output / "texts")
+    index = pretrain_data.prepare(config, unit_folders(output, config))
     tokens = {source.language: 0 for source in config.sources}
     for number, source in enumerate(config.sources):
         tokens[source.language] += int(index.length[index.source == number].sum())

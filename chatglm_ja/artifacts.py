@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from chatglm_ja.errors import ArtifactError
+from chatglm_ja.sources import Source
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Input:
     path: Path | None = None
     lineage: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
 
 def open_file_input(role: str, *paths: Path) -> Input:
@@ -68,6 +70,21 @@ def open_file_input(role: str, *paths: Path) -> Input:
             raise ArtifactError(f"{role} {path} {found}")
     fingerprint = _fingerprint({str(i): _sample_hash(path) for i, path in enumerate(paths)})
     return Input(role, fingerprint, lineage={role: fingerprint})
+
+
+def open_sources(role: str, sources: Sequence[Source]) -> Input:
+    """Fingerprint the files of sources: which source a file belongs to, and its format, count too.
+
+    `parts` of the result are the fingerprints of the single sources.
+    """
+    parts = []
+    for source in sources:
+        files = source.files()
+        opened = open_file_input(role, *files)
+        formats = [path.name.removesuffix(".gz").rpartition(".")[2] for path in files]
+        parts.append(_fingerprint({"files": opened.fingerprint, "formats": " ".join(formats)}))
+    fingerprint = _fingerprint({str(i): part for i, part in enumerate(parts)})
+    return Input(role, fingerprint, lineage={role: fingerprint}, parts=tuple(parts))
 
 
 def open_base_tokenizer(folder: Path) -> Input:
@@ -217,12 +234,8 @@ class Output:
             _check_file(self.path / name, entry, f"{self.step}.py")
 
     @contextmanager
-    def write(self, resumable: bool = False) -> Iterator[Path]:
-        """Give a folder to write into; publish it when the block ends without an exception.
-
-        With `resumable` the folder of a run that did not end well is kept, and given again with
-        what is in it: the caller tells what of it is still good. A full disk is made free.
-        """
+    def write(self) -> Iterator[Path]:
+        """Give a folder to write into; publish it when the block ends without an exception."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._only_writer():
             manifest = read_manifest(self.path)
@@ -232,25 +245,15 @@ class Output:
                     "whether it is the same"
                 )
             working = self._beside("writing")
-            if not resumable:
-                shutil.rmtree(working, ignore_errors=True)
-            working.mkdir(exist_ok=True)
-            keep = False
+            shutil.rmtree(working, ignore_errors=True)
+            working.mkdir()
             try:
                 yield working
                 self._publish(working)
             except SafetensorError as error:  # safetensors' word for a full disk, too
                 raise ArtifactError(f"{self.path} could not be written: {error}") from error
-            except OSError:
-                raise
-            except BaseException:
-                keep = resumable
-                raise
             finally:
-                if keep:
-                    log.info("what is finished is kept in %s for the next run", working)
-                else:
-                    shutil.rmtree(working, ignore_errors=True)
+                shutil.rmtree(working, ignore_errors=True)
 
     @contextmanager
     def _only_writer(self) -> Iterator[None]:
@@ -275,10 +278,10 @@ class Output:
     def _publish(self, working: Path) -> None:
         files: dict[str, dict[str, Any]] = {}
         for file in sorted(p for p in working.rglob("*") if p.is_file()):
-            _sync(file)
+            sync(file)
             files[file.relative_to(working).as_posix()] = {
                 "bytes": file.stat().st_size,
-                "sha256": _hash_file(file),
+                "sha256": hash_file(file),
             }
         manifest = {
             "step": self.step,
@@ -298,13 +301,13 @@ class Output:
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (working / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        _sync(working / MANIFEST)
+        sync(working / MANIFEST)
         old = self._beside("old")
         shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
             self.path.rename(old)
         working.rename(self.path)
-        _sync(self.path.parent)
+        sync(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _restore_interrupted_swap(self) -> None:
@@ -366,14 +369,14 @@ def _check_file(path: Path, recorded: Mapping[str, Any], made_by: str) -> None:
     size = path.stat().st_size
     if size != recorded["bytes"]:
         raise ArtifactError(f"{path} has {size} bytes, expected {recorded['bytes']}: {cure}")
-    if size <= FULL_HASH_BYTES and _hash_file(path) != recorded["sha256"]:
+    if size <= FULL_HASH_BYTES and hash_file(path) != recorded["sha256"]:
         raise ArtifactError(f"{path} does not have the SHA-256 of its manifest: {cure}")
 
 
 def _sample_hash(path: Path) -> str:
     size = path.stat().st_size
     if size <= FULL_HASH_BYTES:
-        return _hash_file(path)
+        return hash_file(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         for offset in (0, size // 2, size - SAMPLE_BYTES):
@@ -382,7 +385,7 @@ def _sample_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -391,7 +394,7 @@ def _fingerprint(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

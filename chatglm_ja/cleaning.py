@@ -1,8 +1,8 @@
 """Cleaning texts, and the filters that drop a text for what it is by itself.
 
-A cleaned text is the same text to a reader: Unicode's canonical form, no control or invisible
-formatting characters, one kind of line break, no spaces at the ends of lines, at most one empty
-line in a row. Spaces inside a line stay: code and Japanese paragraphs are indented.
+A cleaned text has Unicode's canonical form, no control or invisible formatting characters, one
+kind of line break, no blanks (space, tab, ideographic space) at the ends of lines and at most one
+empty line in a row. Blanks inside a line stay: code and Japanese paragraphs are indented.
 
     filter      drops a text
     empty       in which nothing is left
@@ -27,7 +27,7 @@ _NO_BREAK_SPACE = "\xa0"
 _UNWANTED = re.compile(f"[{_REMOVED}{_BREAKS}{_NO_BREAK_SPACE}]")
 _BREAK = re.compile(f"\r\n|[{_BREAKS}]")
 _EMPTY_LINES = re.compile("\n{3,}")
-_LINE_END_SPACES = (" \n", "\t\n", "\u3000\n")
+_BLANKS = " \t\u3000"
 
 # Classes of letters; everything else (digits, punctuation, symbols) says nothing.
 OTHER, KANA, HAN, LATIN, FOREIGN = range(5)
@@ -52,16 +52,16 @@ MIN_LATIN_SHARE = 0.5
 
 def clean(text: str, unicode_form: str) -> str:
     """The cleaned text; `unicode_form` is NFC, NFKC or none."""
-    if unicode_form != "none" and not text.isascii():
-        text = unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
     if _UNWANTED.search(text):
         text = _BREAK.sub("\n", text).replace(_NO_BREAK_SPACE, " ")
         text = _UNWANTED.sub("", text)
-    if any(end in text for end in _LINE_END_SPACES):
-        text = "\n".join(line.rstrip() for line in text.split("\n"))
+    if unicode_form != "none" and not text.isascii():
+        text = unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    if any(blank + "\n" in text for blank in _BLANKS):
+        text = "\n".join(line.rstrip(_BLANKS) for line in text.split("\n"))
     if "\n\n\n" in text:
         text = _EMPTY_LINES.sub("\n\n", text)
-    return text.rstrip().lstrip("\n")
+    return text.rstrip(_BLANKS + "\n").lstrip("\n")
 
 
 def code_points(texts: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from chatglm_ja.errors import UserError
+from chatglm_ja.errors import StoppedError, UserError
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log file wants few lines
@@ -42,7 +42,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         where = "" if is_main_process() else f"rank {os.environ['RANK']}: "
-        _end(f"error: {where}{error}")
+        kind = "stopped" if isinstance(error, StoppedError) else "error"
+        _end(f"{kind}: {where}{error}", error.status)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "chatglm_ja":
             raise

@@ -4,7 +4,6 @@ Defaults that differ between the profiles are in `constants.py`; settings.py doe
 """
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,10 +194,10 @@ class PrepareDataConfig(StepConfig):
         low=1.0,
         high=1000,
     )
-    block_size: int = setting("tokens in a pretraining block", 1024, low=8)
+    block_size: int = setting("tokens in a pretraining block", 1024, low=8, high=2**20)
     packing: Literal["concat", "best_fit"] = setting(
         "concat: documents run on from block to block, every block is full; best_fit: only "
-        "documents longer than a block are cut, the others whole in the block that they fit best",
+        "documents longer than a block are cut, and where a share ends",
         "concat",
     )
     validation_tokens: int = setting(
@@ -232,7 +231,9 @@ class PrepareDataConfig(StepConfig):
     sft_shares: tuple[str, ...] = setting("share of the conversations, KIND=SHARE", ())
     sft_examples: int = setting("conversations to take", low=1)
     sft_validation_examples: int = setting("conversations kept for validation", 1000, low=0)
-    max_length: int = setting("tokens of the longest conversation, and of an SFT bin", 1024, low=16)
+    max_length: int = setting(
+        "tokens of the longest conversation, and of an SFT bin", 1024, low=16, high=2**20
+    )
     long_conversations: Literal["cut", "drop"] = setting(
         "what to do with longer ones: leave out their oldest exchanges, or drop them", "cut"
     )
@@ -259,6 +260,12 @@ class PrepareDataConfig(StepConfig):
                     f"{', '.join(sorted(languages))}"
                 )
         problems += source_checks.contradictions(self.sources)
+        problems += source_checks.contradictions(self.sft_sources)
+        problems += [
+            f"{source.title}: the format wikitext is for pretraining texts"
+            for source in self.sft_sources
+            if source.format == "wikitext"
+        ]
         weighted = [source.title for source in self.sft_sources if source.weight is not None]
         if weighted:
             problems.append(
@@ -308,6 +315,21 @@ class TrainingConfig(StepConfig):
     logging_steps: int = setting(
         "steps between two progress lines", 10, low=1, affects_result=False
     )
+    save_steps: int = setting(
+        "steps between two checkpoints, from which a run that was stopped or killed goes on",
+        200,
+        low=1,
+        affects_result=False,
+    )
+    keep_checkpoints: int = setting("checkpoints to keep", 2, low=1, affects_result=False)
+    max_loss_jump: float = setting(
+        "skip a step whose loss is more than this many times the mean of the last 20", 3.0, low=1
+    )
+    max_skipped_steps: int = setting(
+        "stop when so many steps in a row were skipped, for a jump or a loss that is no number",
+        5,
+        low=1,
+    )
     seed: int = setting("seed of the LoRA matrices and the order of the blocks", 42, low=0)
 
     def contradictions(self) -> list[str]:
@@ -350,7 +372,7 @@ def parse_shares(specs: Sequence[str]) -> dict[str, float]:
             share = float(number)
         except ValueError:
             raise ConfigError(f"share {spec!r} is not of the form LABEL=NUMBER") from None
-        if label in shares or not 0 < share < math.inf:
+        if label in shares or not 0 < share < 1e9:
             raise ConfigError(f"share {spec!r} must be one positive number for each label")
         shares[label] = share
     if not shares:

@@ -84,7 +84,8 @@ def conversations(chunk: Chunk, source: Source) -> Iterator[Conversation | tuple
 def read_messages(record: Record, columns: str | None) -> list[Message] | Reject:
     """The messages of a record, or what is wrong with it."""
     if columns is None:
-        names = (name for name in USUAL_COLUMNS if record.keys() >= set(_names(name)))
+        filled = {name for name, value in record.items() if value is not None}
+        names = (name for name in USUAL_COLUMNS if filled >= set(_names(name)))
         columns = next(names, None)
         if columns is None:
             usual = ", ".join(USUAL_COLUMNS)
@@ -96,6 +97,8 @@ def read_messages(record: Record, columns: str | None) -> list[Message] | Reject
     found = _pair(record, questions, answer) if arrow else _messages(record, columns)
     if isinstance(found, Reject):
         return found
+    if found[0]["role"] == "system":
+        messages = [message for message in messages if message["role"] != "system"]
     messages = [*messages, *found]
     for message in messages:
         for text in message.values():
@@ -115,8 +118,9 @@ def check_order(messages: Sequence[Message]) -> Reject | None:
             return Reject(
                 "roles out of order", f"message {index} is of {role}, {after}: expected {expected}"
             )
-        if role == "assistant" and not message["content"].strip():
-            return Reject("empty answer", f"message {index}")
+        if role in ("user", "assistant") and not message["content"].strip():
+            kind = "answer" if role == "assistant" else "question"
+            return Reject(f"empty {kind}", f"message {index}")
         before = role
     return None
 
@@ -175,14 +179,18 @@ def _messages(record: Record, column: str) -> list[Message] | Reject:
     for index, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             return Reject("wrong type", f"message {index} is a {type(turn).__name__}")
-        speaker = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or speaker not in ROLE_NAMES:
+        # A table that holds both forms has nulls in one of them.
+        speaker = turn.get("role") or turn.get("from")
+        content = turn.get("content")
+        if content is None:
+            content = turn.get("value")
+        role = ROLE_NAMES.get(speaker.lower()) if isinstance(speaker, str) else None
+        if role is None:
             known = ", ".join(ROLE_NAMES)
             return Reject("unknown role", f"message {index} is of {speaker!r}: expected {known}")
         if not isinstance(content, str):
             return Reject("wrong type", f"message {index} holds {type(content).__name__}, not text")
-        message = {"role": ROLE_NAMES[speaker], "content": content}
+        message = {"role": role, "content": content}
         if isinstance(turn.get("metadata"), str):
             message["metadata"] = turn["metadata"]
         messages.append(message)

@@ -126,7 +126,7 @@ def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
     rows = -(-len(numbers) // columns)
     figure, axes = page.figure(3.4 * columns, 2.1 * rows, nrows=rows, ncols=columns, squeeze=False)
     longest = int(index.length[documents].max())
-    edges = np.geomspace(8, max(longest, 16) + 1, 41)
+    edges = np.geomspace(3, max(longest, 16) + 1, 41)
     for place, axis in enumerate(axes.flat):
         if place >= len(numbers):
             axis.axis("off")
@@ -134,10 +134,13 @@ def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
         lengths = index.length[documents][index.source[documents] == numbers[place]]
         axis.hist(lengths, bins=edges, color="#5b7db8")
         axis.set_xscale("log")
-        median = int(np.median(lengths))
+        title = index.sources[numbers[place]].title
+        # The font of the plot has no Japanese: such a name is in the table above.
+        name = title if title.isascii() else f"source {numbers[place] + 1}"
         axis.set_title(
-            f"{index.sources[numbers[place]].title}\n{len(lengths):,}, median {median:,}",
+            f"{name}\n{len(lengths):,}, median {int(np.median(lengths)):,}",
             fontsize=9,
+            parse_math=False,
         )
         axis.tick_params(labelsize=8)
     figure.tight_layout()

@@ -9,8 +9,8 @@ estimates their Jaccard similarity:
     a candidate agrees in one band or more           0.8: all but 1 in 10^7, 0.5: 87%
     an estimate of 0.8 has a deviation of 0.035
 
-Of texts that are linked, directly or through others, the first stays. The memory needed is that of
-one band of all texts, whatever their length; signatures stay in their files.
+Of texts that are linked, directly or through others, the first stays. Held in memory are one band
+of all texts, whatever their length, and the pairs of candidates; signatures stay in their files.
 """
 
 import hashlib
@@ -32,9 +32,11 @@ PAIRS_AT_ONCE = 2**16
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
-def digest(text: str) -> tuple[int, int]:
-    """128 bits of BLAKE2b of a text, as two unsigned integers of 64."""
-    raw = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def digest(content: str | bytes) -> tuple[int, int]:
+    """128 bits of BLAKE2b of a text or of bytes, as two unsigned integers of 64."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogatepass")
+    raw = hashlib.blake2b(content, digest_size=16).digest()
     return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
 
 
@@ -114,7 +116,7 @@ def near_duplicates(
     `signatures_of(i)` those of some texts, [len(i), NUM_HASHES]. Compared are, in every band, the
     neighbours in a run of equal texts and each with the run's first.
     """
-    found = [np.zeros(0, dtype=np.int64)]
+    pairs = np.zeros(0, dtype=np.int64)
     for number in progress(range(NUM_HASHES // BAND_SIZE)):
         keys = row_hashes(band(number))
         order = np.argsort(keys, kind="stable")
@@ -123,13 +125,12 @@ def near_duplicates(
         later = np.flatnonzero(~begins)
         # The order is stable, so the first of a pair is the earlier text.
         for earlier in (order[later - 1], run_first[later]):
-            found.append(np.unique(earlier * count + order[later]))
-    pairs = np.unique(np.concatenate(found))
-    parents: dict[int, int] = {}
+            pairs = np.union1d(pairs, earlier * count + order[later])
+    parents = np.arange(count)
 
     def root(index: int) -> int:
-        while (parent := parents.get(index, index)) != index:
-            parents[index] = parents.get(parent, parent)
+        while (parent := int(parents[index])) != index:
+            parents[index] = parents[parent]
             index = parent
         return index
 
@@ -140,9 +141,7 @@ def near_duplicates(
             low, high = sorted((root(one), root(other)))
             if low != high:
                 parents[high] = low
-    dropped = np.zeros(count, dtype=bool)
-    dropped[list(parents)] = True
-    return dropped
+    return parents != np.arange(count)
 
 
 def row_hashes(rows: np.ndarray) -> np.ndarray:

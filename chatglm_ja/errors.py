@@ -6,7 +6,9 @@ project and keeps its traceback.
 
 
 class UserError(Exception):
-    """Base of all errors that are shown as one line and end a step with exit status 1."""
+    """Base of all errors that are shown as one line and end a step with exit status `status`."""
+
+    status = 1
 
 
 class ConfigError(UserError):
@@ -15,6 +17,12 @@ class ConfigError(UserError):
 
 class ArtifactError(UserError):
     """An artifact folder that is missing, incomplete, damaged, or made from other inputs."""
+
+
+class StoppedError(UserError):
+    """A run that was asked to end by a signal and has saved what it had."""
+
+    status = 128 + 15  # as of a process that SIGTERM ends
 
 
 class DataError(UserError):

@@ -1,6 +1,6 @@
 """The index of all tokenised documents or conversations: what is chosen from, and where it lies.
 
-Held in memory, about 50 bytes for a document; the tokens are read when they are wanted.
+Held in memory, about 60 bytes for a document; the tokens are read when they are wanted.
 """
 
 import functools
@@ -67,8 +67,13 @@ class Index:
         self.dropped[which & (self.dropped == 0)] = self.REASONS.index(reason)
 
     def drop_repeated_ids(self) -> None:
-        """Ids count within a source; the first record with one is kept."""
-        keys = np.column_stack([self.source.astype(np.uint64), self.identity])
+        """Ids count within a file; the first record with one is kept."""
+        files: dict[tuple[int, str], int] = {}
+        numbers = [
+            files.setdefault((source, meta["file"]), len(files))
+            for source, meta in zip(self.unit_sources, self.metas, strict=True)
+        ]
+        keys = np.column_stack([np.array(numbers, dtype=np.uint64)[self.unit], self.identity])
         given = (self.identity != 0).any(axis=1)
         repeated = np.zeros(len(self), dtype=bool)
         repeated[given] = duplicates.repeated(keys[given])
@@ -110,23 +115,28 @@ class Index:
 
     def _hashes(self, unit: int) -> np.ndarray:
         """A unit's signatures [NUM_HASHES, documents], mapped: only what is used is read."""
-        path = self.stems[unit].with_suffix(".hashes")
-        if not path.exists() or not path.stat().st_size:
+        if unit + 1 < len(self.first):
+            documents = self.first[unit + 1] - self.first[unit]
+        else:
+            documents = len(self) - self.first[unit]
+        if not documents:
             return np.zeros((duplicates.NUM_HASHES, 0), dtype=np.uint32)
+        path = self.stems[unit].with_suffix(".hashes")
         return np.memmap(path, dtype="<u4", mode="r").reshape(duplicates.NUM_HASHES, -1)
 
-    def rejects(self) -> Iterator[dict[str, Any]]:
-        """Every bad record, in order: source, file, line, reason, detail."""
+    def rejects(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every bad record, in order: number of its source; source, file, line, reason, detail."""
         for unit, meta in enumerate(self.metas):
             origin = {"source": self.sources[self.unit_sources[unit]].title, "file": meta["file"]}
             bad = [(number, reason, detail) for number, reason, detail in meta["rejects"]]
             end = self.first[unit + 1] if unit + 1 < len(self.first) else len(self)
             documents = np.arange(self.first[unit], end)
             repeated = documents[self.dropped[documents] == self.REASONS.index("duplicate id")]
-            known = "an earlier record of this source has it"
+            known = "an earlier record of the file has it"
             bad += [(int(self.record[i]), "duplicate id", known) for i in repeated]
             for number, reason, detail in sorted(bad, key=lambda entry: entry[0]):
-                yield {**origin, "line": number, "reason": reason, "detail": detail}
+                entry = {**origin, "line": number, "reason": reason, "detail": detail}
+                yield self.unit_sources[unit], entry
 
     def counts(self, number: int) -> dict[str, Any]:
         """What became of the records of a source, by name; the last is what can be used."""

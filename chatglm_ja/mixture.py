@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 VALIDATION_PART = 20
 # A rest of validation tokens that is not worth looking for a document that fits.
 SMALL_REST = 16
+# Nor are more documents than these looked at.
+MAX_LOOKED_AT = 200_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def choose_validation(
     """
     limit = min(tokens, int(lengths.sum()) // VALIDATION_PART)
     chosen: list[int] = []
-    for index in np.lexsort(digests.T[::-1]).tolist():
+    for index in np.lexsort(digests.T[::-1])[:MAX_LOOKED_AT].tolist():
         if limit < SMALL_REST:
             break
         if lengths[index] <= limit:
@@ -103,7 +105,15 @@ def check_budgets(pools: Sequence[Pool], total_tokens: int, max_repeats: float) 
     lacking = [pool for pool in pools if pool.tokens * max_repeats < pool.budget]
     if not lacking:
         return
-    enough = min(int(total_tokens * pool.tokens * max_repeats / pool.budget) for pool in lacking)
+    unusable = [pool.name for pool in lacking if not pool.tokens]
+    if unusable:
+        raise DataError(
+            f"{', '.join(unusable)}: no text is left to train on after the filters and the choice "
+            "for validation: look at --min-characters, --check-language and --near-duplicates, or "
+            "add sources"
+        )
+    exact = min(total_tokens * pool.tokens * max_repeats / pool.budget for pool in lacking)
+    enough = max(int(exact) - len(pools) + 1, 1)  # budgets are rounded
     found = "; ".join(
         f"{pool.name} has {pool.tokens:,} tokens for a share of {pool.budget:,}" for pool in lacking
     )

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The largest capacity that bins are filled to the token for.
+MAX_SEARCHED = 4096
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -98,7 +101,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Plan:
         np.arange(len(whole) + 1),
     )
     left = np.flatnonzero(rest)
-    members, sizes = fill_bins(rest[left], capacity)
+    # In units of a few tokens, rounded up: the search's time grows with the square of the capacity.
+    unit = -(-capacity // MAX_SEARCHED)
+    units = np.minimum(-(-rest[left] // unit), capacity // unit)
+    members, sizes = fill_bins(units, capacity // unit)
     members = left[members]
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     return join([cut, Plan(members, full[members] * capacity, rest[members], bounds)])

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from chatglm_ja.errors import DataError
@@ -34,6 +35,10 @@ def in_order(
         processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     try:
+        with _interrupts_ignored():  # as the children will, from their first moment
+            started = [pool.submit(_begin) for _ in range(processes)]
+        for future in started:
+            future.result()
         waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
@@ -50,9 +55,27 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal: the parent decides what it means.
+
+    Processes inherit what is ignored when they are started.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _begin() -> None:
+    """The first work of a process: there is one for each, so that all are started at once."""
+
+
 def _end_with_parent() -> None:
-    # Ctrl-C reaches every process of the terminal: the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

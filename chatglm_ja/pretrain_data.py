@@ -11,7 +11,7 @@ that says "</s>" stays text.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from chatglm_ja import (
     tokenizer,
     units,
 )
+from chatglm_ja.artifacts import Input
 from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.encoding import CorpusEncoder
 from chatglm_ja.errors import DataError
@@ -105,23 +106,29 @@ def _tools(
     return encoder, prefix, overlap
 
 
-def contents(config: PrepareDataConfig) -> dict[str, Any]:
-    """The settings that shape the units; inputs come besides."""
+def contents(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[str, Any]]:
+    """What shapes the units of each source: its files, its settings, the tokenizer."""
+    read = {source.role: source for source in inputs}
+    evaluation = read.get("evaluation_texts")
     names = ("unicode_form", "min_characters", "check_language")
-    return {
+    shared = {
         **{name: getattr(config, name) for name in names},
-        "sources": [source.settings() for source in config.sources],
         "decontaminate": [source.settings() for source in config.decontaminate],
+        "evaluation_texts": evaluation and evaluation.fingerprint,
         "signatures": config.near_duplicates > 0,
+        "tokenizer": read["step2_merge_tokenizer"].fingerprint,
     }
+    return [
+        {"files": files, "changed": source.changed(), "source": source.settings(), **shared}
+        for source, files in zip(config.sources, read["texts"].parts, strict=True)
+    ]
 
 
-def prepare(config: PrepareDataConfig, folder: Path) -> Index:
-    """Tokenise all sources into units in `folder`, and drop what occurs twice."""
+def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> Index:
+    """Tokenise every source into units in its folder; ids that were seen are dropped."""
     overlap_file = None
-    folder.mkdir(parents=True, exist_ok=True)
     if config.decontaminate:
-        overlap_file = folder / "overlap.npy"
+        overlap_file = folders[0] / "overlap.npy"
         encoder = tokenizer.load(config.tokenizer)
         texts = (text for source in config.decontaminate for text in corpus.read_texts(source))
         cleaned = (cleaning.clean(text, config.unicode_form) for text in texts)
@@ -140,7 +147,7 @@ def prepare(config: PrepareDataConfig, folder: Path) -> Index:
     found = units.prepare(
         preparer,
         config.sources,
-        folder,
+        folders,
         processes=config.num_processes,
         max_rejects=config.max_rejects,
         description="texts",

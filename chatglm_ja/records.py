@@ -8,10 +8,12 @@ table) and either its columns or what is wrong with it:
     for chunk in chunks(source):
         for number, record in records(chunk, source):   # record: dict, or Reject
 
-Nothing is read whole, a .json list excepted: a file without line breaks is skipped, not held.
+Nothing is read whole but a .json list, and a parquet file is cut into sixteen parts of a group of
+rows at most. A line without an end is skipped, not held.
 """
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -32,6 +34,10 @@ CHUNK_BYTES = 2**23
 # Longer than any book in one JSON line.
 MAX_RECORD_BYTES = 2**26
 ROWS_AT_ONCE = 1000
+# A group of rows is cut into so many chunks at most: each reads the group up to its end.
+MAX_PARTS = 16
+# Reasons that stand for all records of a file from there on.
+LOST_FILE = ("damaged gzip", "damaged parquet", "broken file")
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,22 @@ class Reject:
 class Chunk:
     """A run of records of one file or data set; `first` is the number of the first, from 1.
 
-    The payload is whole lines as bytes, a group of a parquet file by its index, rows as an Arrow
-    stream, a .json file's path, or the Reject that stands in the place of what could not be read.
+    The payload is whole lines as bytes, rows of a parquet file, rows as an Arrow stream, a .json
+    file's path, or the Reject that stands in the place of what could not be read.
     """
 
     file: str
     first: int
-    payload: bytes | int | pyarrow.Buffer | Path | Reject
+    payload: "bytes | ParquetRows | pyarrow.Buffer | Path | Reject"
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """Rows start .. stop of a group of rows."""
+
+    group: int
+    start: int
+    stop: int
 
 
 def read_records(source: Source) -> Iterator[Record]:
@@ -74,13 +89,11 @@ def chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     for path in files:
         name = path.name.removesuffix(".gz")
         if name.endswith(".parquet"):
-            yield from _parquet_chunks(path)
+            yield from _parquet_chunks(path, chunk_bytes)
         elif name.endswith(".json"):
             yield Chunk(str(path), 1, path)
-        elif name.endswith((".jsonl", ".txt")):
-            yield from _line_chunks(path, chunk_bytes)
         else:
-            raise DataError(f"{path}: expected a .txt, .jsonl, .json or .parquet file")
+            yield from _line_chunks(path, chunk_bytes)
     if not files:
         yield from _dataset_chunks(source, chunk_bytes)
 
@@ -88,18 +101,22 @@ def chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
 def records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
     """The numbered records of a chunk that satisfy the source's `where`."""
     for number, record in _all_records(chunk):
-        if isinstance(record, Reject) or _is_wanted(record, source):
+        if source.where is None or isinstance(record, Reject):
+            yield number, record
+        elif source.where[0] not in record:
+            yield number, _missing(source.where[0], record)
+        elif str(record[source.where[0]]) == source.where[1]:
             yield number, record
 
 
-def _is_wanted(record: Record, source: Source) -> bool:
-    return source.where is None or str(record.get(source.where[0])) == source.where[1]
+def _missing(column: str, record: Record) -> Reject:
+    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
 
 
 def check_text(value: Any, column: str, record: Record) -> Reject | None:
     """What is wrong with a text, if anything is."""
     if column not in record:
-        return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
+        return _missing(column, record)
     if not isinstance(value, str):
         return Reject("wrong type", f"column {column!r} holds {type(value).__name__}, not text")
     return check_characters(value)
@@ -134,11 +151,8 @@ def _all_records(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
                 yield number, {TEXT_COLUMN: line.removesuffix("\r")}
     elif isinstance(payload, Path):
         yield from enumerate(_json_list(payload), chunk.first)
-    elif isinstance(payload, int):
-        batches = pyarrow.parquet.ParquetFile(chunk.file).iter_batches(
-            batch_size=ROWS_AT_ONCE, row_groups=[payload]
-        )
-        yield from _rows(batches, chunk.first)
+    elif isinstance(payload, ParquetRows):
+        yield from _rows(_parquet_batches(chunk.file, payload), chunk.first)
     else:
         yield from _rows(pyarrow.ipc.open_stream(payload), chunk.first)
 
@@ -147,11 +161,48 @@ def _rows(batches: Any, first: int) -> Iterator[tuple[int, Record | Reject]]:
     number = first
     try:
         for batch in batches:
-            for record in batch.to_pylist():
+            for record in _to_dictionaries(batch):
                 yield number, record
                 number += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
+        _raise_if_of_the_system(error)
         yield number, Reject("damaged parquet", f"the rest of its rows is lost ({_first(error)})")
+
+
+def _to_dictionaries(batch: pyarrow.RecordBatch) -> list[Record]:
+    """Rows as dictionaries; a value that Python cannot hold, as a date far away, is None."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        columns = [[_value(scalar) for scalar in column] for column in batch.columns]
+        names = batch.schema.names
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _value(scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        return None
+
+
+def _parquet_batches(file: str, rows: ParquetRows) -> Iterator[pyarrow.RecordBatch]:
+    """The rows, for which their group is read from its beginning."""
+    seen = 0
+    source = pyarrow.parquet.ParquetFile(file)
+    for batch in source.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[rows.group]):
+        first, last = max(rows.start - seen, 0), min(rows.stop - seen, len(batch))
+        if first < last:
+            yield batch.slice(first, last - first)
+        seen += len(batch)
+        if seen >= rows.stop:
+            return
+
+
+def _raise_if_of_the_system(error: BaseException) -> None:
+    """A file that is gone, a disk that fails: nothing is wrong with the data."""
+    if isinstance(error, OSError) and error.errno:
+        raise error
 
 
 def _decoded_lines(payload: bytes) -> Iterator[str | Reject]:
@@ -187,15 +238,14 @@ def _json_list(path: Path) -> Iterator[Record | Reject]:
         opener: Any = gzip.open if path.name.endswith(".gz") else open
         with opener(path, "rb") as file:
             rows = json.loads(file.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        yield Reject("invalid UTF-8", error.reason)
-    except (ValueError, RecursionError) as error:
-        yield Reject("broken JSON", str(error))
+    except (ValueError, RecursionError) as error:  # of UTF-8, too
+        yield Reject("broken file", f"it is no JSON ({error}): one object a line is .jsonl")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield Reject("damaged gzip", str(error))
     else:
         if not isinstance(rows, list):
-            yield Reject("wrong type", f"a JSON {type(rows).__name__}, expected a list of objects")
+            kind = type(rows).__name__
+            yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
             return
         for row in rows:
             if isinstance(row, dict):
@@ -256,29 +306,41 @@ def _blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
         yield b"".join(parts)
 
 
-def _parquet_chunks(path: Path) -> Iterator[Chunk]:
+def _parquet_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
     try:
         metadata = pyarrow.parquet.ParquetFile(path).metadata
     except (pyarrow.ArrowInvalid, OSError) as error:
+        _raise_if_of_the_system(error)
         yield Chunk(str(path), 1, Reject("damaged parquet", f"the file is lost ({_first(error)})"))
         return
     first = 1
     for index in range(metadata.num_row_groups):
-        yield Chunk(str(path), first, index)
-        first += metadata.row_group(index).num_rows
+        group = metadata.row_group(index)
+        parts = max(1, min(MAX_PARTS, group.total_byte_size // chunk_bytes, group.num_rows))
+        edges = [group.num_rows * part // parts for part in range(parts + 1)]
+        for start, stop in itertools.pairwise(edges):
+            yield Chunk(str(path), first + start, ParquetRows(index, start, stop))
+        first += group.num_rows
 
 
-def _dataset_chunks(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
-    """The train split of a data set, which `datasets` downloads once and maps into memory."""
+def fetch(source: Source) -> Any:
+    """The train split of a data set by name, which `datasets` downloads once and maps into memory.
+
+    Raises DataError when that fails.
+    """
     import datasets
 
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split="train")
+        return datasets.load_dataset(source.path, source.subset, split="train")
     except Exception as error:  # the hub's errors have no common base
         raise DataError(
             f"source {source.title}: {source.path} is neither a file here nor a data set that "
             f"could be loaded ({_first(error)}): download it and give its path"
         ) from None
+
+
+def _dataset_chunks(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
+    rows = fetch(source)
     table = rows.with_format("arrow")
     per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
     for start in range(0, len(rows), per_chunk):

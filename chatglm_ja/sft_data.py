@@ -11,9 +11,8 @@ is longer than a bin loses its oldest exchanges, never a part of an answer.
 """
 
 import functools
-import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from chatglm_ja import (
     tokenizer,
     units,
 )
+from chatglm_ja.artifacts import Input
 from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.errors import DataError
 from chatglm_ja.index import Index
@@ -79,7 +79,8 @@ class Preparer:
         unit.tokens.append(np.array(ids, dtype=np.int32))
         unit.labels.append(np.array(labels, dtype=np.int32))
         unit.record.append(conversation.record)
-        unit.digest.append(duplicates.digest(json.dumps(messages, sort_keys=True)))
+        # Of the example: conversations that differ in what was left out are the same to a model.
+        unit.digest.append(duplicates.digest(np.array(ids, dtype="<i4").tobytes()))
         unit.identity.append(units.identity(conversation.id))
 
 
@@ -89,22 +90,27 @@ def _tools(folder: Path) -> tuple[Any, list[int]]:
     return encoder, chat.prefix_ids(encoder)
 
 
-def contents(config: PrepareDataConfig) -> dict[str, Any]:
-    """The settings that shape the units; inputs come besides."""
-    return {
-        "sources": [source.settings() for source in config.sft_sources],
+def contents(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[str, Any]]:
+    """What shapes the units of each source: its files, its settings, the tokenizer."""
+    read = {source.role: source for source in inputs}
+    shared = {
+        "tokenizer": read["step2_merge_tokenizer"].fingerprint,
         "max_length": config.max_length,
         "long_conversations": config.long_conversations,
     }
+    return [
+        {"files": files, "changed": source.changed(), "source": source.settings(), **shared}
+        for source, files in zip(config.sft_sources, read["conversations"].parts, strict=True)
+    ]
 
 
-def prepare(config: PrepareDataConfig, folder: Path) -> Index:
-    """Turn all sources into units of examples in `folder`."""
+def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> Index:
+    """Turn every source into units of examples in its folder; ids that were seen are dropped."""
     preparer = Preparer(config.tokenizer, config.max_length, config.long_conversations == "cut")
     found = units.prepare(
         preparer,
         config.sft_sources,
-        folder,
+        folders,
         processes=config.num_processes,
         max_rejects=config.max_rejects,
         description="conversations",

@@ -19,12 +19,14 @@ import pyarrow
 from tqdm.auto import tqdm
 
 from chatglm_ja import parallel
+from chatglm_ja.artifacts import sync
 from chatglm_ja.index import Index, read_tokens
 from chatglm_ja.packing import Plan
 
 # A shard of full blocks has 256 MiB of tokens.
 SHARD_TOKENS = 2**26
 ROWS_AT_ONCE = 1000
+TOKENS_AT_ONCE = 2**24
 SUFFIXES = {"input_ids": ".tokens", "labels": ".labels"}
 
 
@@ -102,8 +104,11 @@ def _write(shard: _Shard) -> None:
         open(part, "wb") as file,
         pyarrow.ipc.new_stream(file, shard.schema) as writer,
     ):
-        for start in range(0, len(shard.plan), ROWS_AT_ONCE):
-            writer.write_batch(_rows(shard, start, min(start + ROWS_AT_ONCE, len(shard.plan))))
+        longest = int(shard.plan.block_lengths().max(initial=1))
+        step = max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // longest))
+        for start in range(0, len(shard.plan), step):
+            writer.write_batch(_rows(shard, start, min(start + step, len(shard.plan))))
+    sync(part)
     part.rename(shard.path)
 
 

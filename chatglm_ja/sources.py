@@ -41,7 +41,8 @@ class Source:
     weight      share of its language's tokens against the other sources of the language, which
                 must then have one too; by default all documents of a language are one pool
     format      wikitext: rows are lines of articles in the WikiText corpora's markup
-    id_column   records whose value in this column was seen before are rejected; None: not looked at
+    id_column   records whose value in this column the file had before are rejected; None: not
+                looked at
     """
 
     language: str
@@ -103,18 +104,33 @@ class Source:
             found = [file for file in path.rglob("*") if file.is_file() and _is_known(file)]
             missing = f"folder {path} holds no file that ends with one of {', '.join(ENDINGS)}"
         elif self._is_pattern():
-            anchor = Path(path.anchor)
-            found = list(anchor.glob(str(path.relative_to(anchor))))
+            found = self._matches()
             missing = f"no file matches {path}"
         else:
             found = [path] if path.exists() else []
             missing = f"file {path} not found"
         if not found:
             raise DataError(f"source {self.title}: {missing}")
+        unknown = [file for file in found if not _is_known(file)]
+        if unknown:
+            known = ", ".join(ENDINGS)
+            raise DataError(f"source {self.title}: {unknown[0]} does not end with one of {known}")
         return sorted(found)
+
+    def _matches(self) -> list[Path]:
+        path = Path(self.path)
+        anchor = Path(path.anchor)
+        try:
+            return [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
+        except ValueError as error:
+            raise DataError(f"source {self.title}: {path} is no pattern ({error})") from None
 
     def _is_pattern(self) -> bool:
         return not GLOB_CHARACTERS.isdisjoint(self.path) and not Path(self.path).exists()
+
+    def changed(self) -> list[int]:
+        """When the files were changed last, in nanoseconds: of large ones samples are hashed."""
+        return [path.stat().st_mtime_ns for path in self.files()]
 
     def settings(self) -> dict[str, Any]:
         """What shapes the result beside the content of files, which may lie anywhere."""
@@ -126,11 +142,6 @@ class Source:
 
 def _is_known(path: Path) -> bool:
     return path.name.endswith(ENDINGS)
-
-
-def local_files(sources: Iterable[Source]) -> list[Path]:
-    """The files among the sources: those whose contents can be fingerprinted."""
-    return [path for source in sources for path in source.files()]
 
 
 def read_argument(argument: str) -> list[Source]:
@@ -148,7 +159,7 @@ def read_yaml(path: Path) -> list[Source]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} could not be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of UTF-8, a date, brackets
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML ({reason})") from None
     if not isinstance(entries, list) or not entries:
@@ -171,24 +182,36 @@ def _from_mapping(entry: Any, origin: str) -> Source:
     elif values.get("where") is not None:
         problems.append("has a where that is not one COLUMN: VALUE")
     weight = values.get("weight")
-    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+    if weight is not None and not _is_positive(weight):
         problems.append(f"has weight {weight!r}, expected a positive number")
     if values.get("format", "records") not in ("records", "wikitext"):
         problems.append(f"has format {values['format']!r}, expected records or wikitext")
     for name in ("language", "path", "name", "columns", "subset", "id_column"):
         if not isinstance(values.get(name), str | None):
             problems.append(f"has {name} {values[name]!r}, expected text")
+    if "\0" in str(values.get("path")):
+        problems.append("has NUL in its path")
     if problems:
         raise ConfigError(f"{origin} {'; '.join(problems)}")
     return Source(**values)
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+
 def contradictions(sources: Iterable[Source]) -> list[str]:
-    """What is wrong with the sources together: weights that only some of a language have."""
+    """What is wrong with the sources: one sentence each."""
+    sources = list(sources)
+    problems = [
+        f"{source.title} is a file, which has no subset {source.subset!r}"
+        for source in sources
+        if source.subset and source.is_local()
+    ]
     weights: dict[str, set[bool]] = {}
     for source in sources:
         weights.setdefault(source.language, set()).add(source.weight is not None)
-    return [
+    return problems + [
         f"the sources of {language} have a weight in part: give one to all of them or to none"
         for language, kinds in weights.items()
         if len(kinds) > 1

@@ -6,159 +6,42 @@ Steps 5 and 6 are this one function on different data. It is transformers' Train
     second copy of both,
   * a learning rate of their own for the embeddings,
 and it runs as a plain process on one GPU or the CPU, or under torchrun with DeepSpeed ZeRO-2.
+
+It can be stopped at any moment: SIGTERM and Ctrl-C save a checkpoint at the end of the step, a run
+that is started again goes on from the newest whole one, and ends where an undisturbed run ends.
 """
 
 import json
 import logging
-import math
 import os
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tqdm.auto import tqdm
 from transformers import (
     GlmForCausalLM,
     PrinterCallback,
-    Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from chatglm_ja import dataset, export
 from chatglm_ja.artifacts import Output
-from chatglm_ja.chat import IGNORE
 from chatglm_ja.checkpoint import load_glm
+from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.config import TrainingConfig
-from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
 from chatglm_ja.model import GlmForTraining, compute_dtype
+from chatglm_ja.trainer import EMBEDDINGS, Progress, ResumableTrainer, stopping_on_signals
 
 log = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 ADAPTER = "adapter"
 HISTORY_FILE = "history.json"
-
-
-class _Trainer(Trainer):
-    """The Trainer with a learning rate of its own for the embeddings, and exact validation."""
-
-    def __init__(
-        self, config: TrainingConfig, model: Any, validation: dict[str, Any], **kwargs: Any
-    ) -> None:
-        self.config = config
-        self.validation = validation
-        self.collate = dataset.Collator(config.document_mask)
-        # The Trainer wants an eval_dataset if it is to call `evaluate`.
-        super().__init__(model, data_collator=self.collate, eval_dataset=validation, **kwargs)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        model = model or self.model
-        if self.optimizer is None:
-            lora: list[Any] = []
-            embeddings: list[Any] = []
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    (embeddings if name.endswith(EMBEDDINGS) else lora).append(parameter)
-            groups: list[dict[str, Any]] = [
-                {
-                    "params": lora,
-                    "lr": self.config.learning_rate,
-                    "weight_decay": self.config.weight_decay,
-                }
-            ]
-            if embeddings:
-                # No decay: it would shrink the rows of tokens that do not occur in a batch.
-                rate = self.config.embedding_learning_rate
-                groups.append({"params": embeddings, "lr": rate, "weight_decay": 0.0})
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        return self.optimizer
-
-    @torch.no_grad()
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss per trained token of every validation set.
-
-        The Trainer's own loop averages the means of batches, which depend on the batch size and
-        on the rows that it repeats to give every process as many.
-        """
-        model: Any = self.model
-        model.eval()
-        size = self.args.per_device_eval_batch_size
-        stride = size * self.args.world_size
-        metrics = {}
-        for label, rows in self.validation.items():
-            # Sum of the losses, and number of tokens.
-            sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            for start in range(size * self.args.process_index, len(rows), stride):
-                chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
-                batch = self._prepare_inputs(self.collate(chunk))
-                loss = model(**batch, num_items_in_batch=1).loss
-                count = (batch["labels"][:, 1:] != IGNORE).sum()
-                sums += torch.stack([loss.double(), count.double()])
-            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-            if count:
-                metrics[f"eval_{label}_loss"] = total / count
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-
-class _Progress(TrainerCallback):
-    """A progress bar, a line per logging step and evaluation, and an evaluation at the end."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, desc="training", unit=" steps")
-            self.started = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-        if state.global_step == state.max_steps and args.eval_strategy != "no":
-            control.should_evaluate = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        loss = logs.get("loss", 0.0)
-        if not math.isfinite(loss):
-            # The mean over all ranks: every rank stops here.
-            raise DataError(
-                f"the training loss became {loss} by step {state.global_step}: lower "
-                "--learning-rate and --embedding-learning-rate, or use --precision bf16"
-            )
-        if self.bar is None:
-            return
-        parts = [f"step {state.global_step}/{state.max_steps}"]
-        if "loss" in logs:
-            rate = state.global_step * self.tokens_per_step / (time.monotonic() - self.started)
-            parts += [
-                f"loss {loss:.4f}",
-                f"lr {logs['learning_rate']:.2e}",
-                f"grad norm {logs.get('grad_norm', math.nan):.2f}",
-                f"{rate:,.0f} tokens/s",
-            ]
-        losses = {name[5:-5]: logs[name] for name in logs if name.startswith("eval_")}
-        if losses:
-            parts.append("validation loss")
-            parts += [f"{label} {loss:.4f}" for label, loss in losses.items()]
-        if len(parts) > 1:
-            self.bar.write(" | ".join(parts), file=sys.stderr)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def precision(config: TrainingConfig) -> torch.dtype:
@@ -203,23 +86,38 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
 
     Every process of a torchrun job calls this; rank 0 writes and publishes.
     """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # How a step's rows are divided over passes and processes makes no other run of it.
+    divided = ("micro_batch_size", "gradient_accumulation")
+    run = {k: v for k, v in output.arguments.items() if k not in divided}
+    run["rows_per_step"] = config.micro_batch_size * config.gradient_accumulation * world_size
+    folder = config.output_dir.with_name(config.output_dir.name + ".checkpoints")
+    checkpoints = Checkpoints(folder, run | output.lineage, config.keep_checkpoints)
     if not is_main_process():
-        train(config, name, None)
+        train(config, name, None, checkpoints)
         return
     with output.write() as folder:
-        result = train(config, name, folder)
+        result = train(config, name, folder, checkpoints)
         history = result.pop("history")
         text = json.dumps(history, indent=1)
         (folder / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
         write_merged(config.model, folder)
         output.counts.update(result)
+    checkpoints.remove()
     log.info("trained model: %s", config.output_dir)
 
 
-def train(config: TrainingConfig, name: str, output_dir: Path | None) -> dict[str, Any]:
+def train(
+    config: TrainingConfig,
+    name: str,
+    output_dir: Path | None,
+    checkpoints: Checkpoints | None = None,
+) -> dict[str, Any]:
     """Train and write `output_dir`/adapter, on the rank that is given an `output_dir`.
 
-    Returns the loss history and counts. Raises DataError when the data does not fit the model.
+    With `checkpoints` the run goes on from the newest of them, and adds to them. Returns the loss
+    history and counts. Raises DataError when the data does not fit the model, and StoppedError
+    when a signal ended the run.
     """
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
@@ -251,16 +149,27 @@ def train(config: TrainingConfig, name: str, output_dir: Path | None) -> dict[st
     )
     if left_over := len(train_set) % (config.micro_batch_size * arguments.world_size):
         log.info("every epoch leaves out %d rows, which fill no batch", left_over)
-    trainer = _Trainer(
+    trainer = ResumableTrainer(
         config,
         model,
         _by_language(validation),
+        checkpoints,
         args=arguments,
         train_dataset=train_set,
-        callbacks=[_Progress(tokens_per_step)],
     )
+    trainer.add_callback(Progress(trainer, tokens_per_step))
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    found = None if checkpoints is None else _newest(checkpoints, config.overwrite)
+    if found is not None:
+        log.info("going on from %s", found)
+        arguments.eval_on_start = False
+    with stopping_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    if trainer.should_stop and trainer.state.global_step < trainer.state.max_steps:
+        raise StoppedError(
+            f"at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
+            "the same command goes on from it"
+        )
     if output_dir is not None:
         trainer.accelerator.unwrap_model(trainer.model_wrapped).save_pretrained(
             output_dir / ADAPTER, save_embedding_layers=config.train_embeddings
@@ -315,6 +224,21 @@ def _trainer_arguments(
         # Without torchrun the Trainer would spread the batch over all GPUs with DataParallel.
         arguments._n_gpu = 1
     return arguments
+
+
+def _newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
+    """The checkpoint to resume from: rank 0 looks, so that all ranks take the same."""
+    found: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            found[0] = checkpoints.start(overwrite)
+        except UserError as error:
+            found[1] = error
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def _by_language(validation: Any) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 A unit is what one chunk of a source became. Its files are complete when its .json is there, so a
 run that was killed goes on with the first unit that is missing:
 
-    003-000017.tokens     int32, all documents of the unit one after the other
-    003-000017.labels     the same for the labels, conversations only
-    003-000017.hashes     uint32 [128, documents]: MinHash signatures, a row for each hash
-    003-000017.npz        record, length, digest, identity of each document
-    003-000017.json       how many records were read, rejected and dropped, and why
+    000017.tokens     int32, all documents of the unit one after the other
+    000017.labels     the same for the labels, conversations only
+    000017.hashes     uint32 [128, documents]: MinHash signatures, a row for each hash
+    000017.npz        record, length, digest, identity of each document
+    000017.json       how many records were read, rejected and dropped, and why
 """
 
-import dataclasses
 import json
 import os
 from collections import Counter
@@ -29,7 +28,8 @@ from chatglm_ja.sources import Source
 # Changes when the files of a unit come to mean something else.
 FORMAT = 1
 # A source of which this many records or more were read stops early when most of them are bad.
-EARLY_RECORDS = 1000
+EARLY_RECORDS = 20_000
+MAX_DETAIL = 200
 INDEX_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "record": ("<i8", ()),
     "length": ("<i4", ()),
@@ -77,7 +77,10 @@ class Unit:
             "file": self.file,
             "found": self.found,
             "bytes": self.text_bytes,
-            "rejects": [(number, *dataclasses.astuple(reject)) for number, reject in self.rejects],
+            "rejects": [
+                (number, reject.reason, reject.detail[:MAX_DETAIL])
+                for number, reject in self.rejects
+            ],
             "counts": dict(self.counts),
         }
         part = stem.with_suffix(".part")
@@ -107,8 +110,8 @@ NO_IDENTITY = (0, 0)
 
 
 def identity(value: str | None) -> tuple[int, int]:
-    """The digest of a record's id; zeros for none."""
-    return NO_IDENTITY if value is None else duplicates.digest(value)
+    """The digest of a record's id; zeros for none, or an empty one."""
+    return duplicates.digest(value) if value else NO_IDENTITY
 
 
 @dataclass(frozen=True)
@@ -132,24 +135,23 @@ class Finished:
 def prepare(
     function: Callable[[Task], dict[str, Any]],
     sources: Sequence[Source],
-    folder: Path,
+    folders: Sequence[Path],
     *,
     processes: int,
     max_rejects: float,
     description: str,
 ) -> list[Finished]:
-    """Make the units that are missing in `folder`, in several processes; returns all, in order.
+    """Make the units that are missing in each source's folder, in several processes; returns all.
 
     `function` writes a task's unit and returns what its .json holds. A source whose records are
     mostly bad ends the reading early: it will be refused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     begun: list[tuple[Path, int]] = []
 
     def tasks() -> Iterator[Task]:
         for number, source in enumerate(sources):
             for index, chunk in enumerate(chunks(source)):
-                begun.append((folder / f"{number:03d}-{index:06d}", number))
+                begun.append((folders[number] / f"{index:06d}", number))
                 yield Task(source, chunk, begun[-1][0])
 
     units: list[Finished] = []

@@ -1,42 +1,89 @@
-"""Step 4's work in progress: folders that a later run goes on with, and the file of bad records."""
+"""Step 4's work in progress: folders that a later run goes on with, and the file of bad records.
+
+    step4_data.work/                beside the output folder, removed when that is published
+      texts-3f0c.../                units of a source of texts, see units.py
+      conversations-91ab.../        units of a source of conversations
+      shards-77de.../               Arrow files, rejects.jsonl, the report
+
+A folder is named by all that shapes its content, so that a run that was killed, or one with
+other settings, finds what is still good. Finished files are linked into the output folder: a kill
+while that is being published loses nothing.
+"""
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja.errors import DataError
 from chatglm_ja.index import Index
+from chatglm_ja.records import LOST_FILE
 from chatglm_ja.units import FORMAT
 
+log = logging.getLogger(__name__)
 
-def open_folders(root: Path, **contents: Mapping[str, Any]) -> dict[str, Path]:
-    """Folders below `root` for work in progress, each named by what shapes its content.
+OUTDATED = "outdated-"
 
-    What an earlier run finished is there if it had the same settings and inputs; what other ones
-    left is removed.
+
+@contextmanager
+def open_folders(
+    root: Path, **contents: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, list[Path]]]:
+    """Folders below `root` for each name and each of its contents; other ones are removed.
+
+    An exception leaves them to the next run, and says so.
     """
-    folders = {}
-    for name, content in contents.items():
-        text = json.dumps([FORMAT, content], sort_keys=True, default=str)
-        folders[name] = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    folders: dict[str, list[Path]] = {}
+    seen: Counter[Path] = Counter()
+    for name, group in contents.items():
+        folders[name] = []
+        for content in group:
+            text = json.dumps([FORMAT, content], sort_keys=True, default=str)
+            path = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            seen[path] += 1
+            # A source that is listed twice has two folders.
+            folders[name].append(path if seen[path] == 1 else Path(f"{path}-{seen[path]}"))
+    wanted = {path for group in folders.values() for path in group}
     if root.exists():
         for path in root.iterdir():
-            if path not in folders.values():
-                shutil.rmtree(path)
-    for path in folders.values():
+            if path not in wanted:
+                _remove(path)
+    for path in wanted:
         path.mkdir(parents=True, exist_ok=True)
-    return folders
+    try:
+        yield folders
+    except BaseException:
+        for part in root.rglob("*.part"):
+            part.unlink()
+        log.info("what is finished is kept in %s for the next run", root)
+        raise
 
 
-def close(root: Path, finished: Path) -> None:
-    """Move the files of the folder `finished` beside the workspace, and remove the workspace."""
-    for path in finished.iterdir():
-        path.rename(root.parent / path.name)
-    shutil.rmtree(root)
+def _remove(folder: Path) -> None:
+    """Remove a folder that nobody must take for whole while it is being removed."""
+    if not folder.name.startswith(OUTDATED):
+        folder = folder.rename(folder.with_name(OUTDATED + folder.name))
+    shutil.rmtree(folder)
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Put the files of a folder into another on the same disk, where it can without a copy."""
+    for path in source.iterdir():
+        try:
+            os.link(path, target / path.name)
+        except PermissionError:  # a file system without hard links
+            shutil.copyfile(path, target / path.name)
+
+
+def remove(root: Path) -> None:
+    """Remove the work: its result is published."""
+    _remove(root)
 
 
 class Rejects:
@@ -53,23 +100,31 @@ class Rejects:
         report.unlink(missing_ok=True)
 
     def check(self, index: Index) -> None:
-        """Write those of an index; DataError when one of its sources has more than it may."""
-        reasons: dict[str, Counter[str]] = {}
-        with open(self.path, "a", encoding="utf-8") as file:
-            for reject in index.rejects():
-                reasons.setdefault(reject["source"], Counter())[reject["reason"]] += 1
+        """Write those of an index; DataError when a source has more than it may, or no record."""
+        reasons: list[Counter[str]] = [Counter() for _ in index.sources]
+        # A column's name can hold what has no UTF-8 form.
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            for number, reject in index.rejects():
+                reasons[number][reject["reason"]] += 1
                 file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+                if reject["reason"] in LOST_FILE:
+                    title, name = reject["source"], reject["file"]
+                    log.warning("%s: %s, %s: %s", title, name, reject["reason"], reject["detail"])
         problems = []
         for number, source in enumerate(index.sources):
             bad, read = index.counts(number)["rejected"], index.records_read(number)
+            if not read:
+                condition = f" where {'='.join(source.where)}" if source.where else ""
+                raise DataError(f"source {source.title} ({source}) holds no record{condition}")
             if bad > self.max_share * read:
-                found = ", ".join(
-                    f"{name} {n:,}" for name, n in reasons[source.title].most_common()
-                )
+                found = ", ".join(f"{name} {n:,}" for name, n in reasons[number].most_common())
                 problems.append(f"{source.title}: {bad:,} of {read:,} records ({found})")
         if problems:
             shutil.copyfile(self.path, self.report)
+            cure = "mend them or raise --max-rejects"
+            if any("duplicate id" in found for found in reasons):
+                cure += "; ids that are none: id_column: null for the source in a YAML file"
             raise DataError(
                 f"more than {self.max_share:.2%} of the records are bad in {'; '.join(problems)}: "
-                f"see {self.report}, then mend them or raise --max-rejects"
+                f"see {self.report}, then {cure}"
             )

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import constants
 from chatglm_ja import corpus
-from chatglm_ja.artifacts import Output, open_file_input
+from chatglm_ja.artifacts import Output, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.settings import StepConfig, parse, setting
-from chatglm_ja.sources import Source, local_files
+from chatglm_ja.sources import Source
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ DEFAULTS = {
 def main() -> None:
     config = parse(BaseModelConfig, __doc__, DEFAULTS)
     inputs = [
-        open_file_input("base_texts", *local_files(config.sources)),
-        open_file_input("base_characters", *local_files(config.character_sources)),
+        open_sources("base_texts", config.sources),
+        open_sources("base_characters", config.character_sources),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):

@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,20 @@ def prepare_config(tokenizer_dir: Path, sources: list[Source], **changes: Any) -
     return PrepareDataConfig(**{**settings, **changes})
 
 
+def unit_folders(parent: Path, sources: Sequence[Source]) -> list[Path]:
+    folders = [parent / str(number) for number in range(len(sources))]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folders
+
+
 def write_pretraining(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
-    index = pretrain_data.prepare(config, folder / "texts")
+    index = pretrain_data.prepare(config, unit_folders(folder / "texts", config.sources))
     return pretrain_data.write(index, config, parse_shares(config.shares), folder)
 
 
 def write_sft(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
-    index = sft_data.prepare(config, folder / "conversations")
+    index = sft_data.prepare(config, unit_folders(folder / "conversations", config.sft_sources))
     return sft_data.write(index, config, parse_shares(config.sft_shares), folder)[0]
 
 

@@ -156,38 +156,6 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_resumable_work_is_kept_until_it_is_published(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-
-    def attempt(error: BaseException | None) -> list[str]:
-        output = Output(tmp_path / "a", "step1_x", {}, [])
-        assert not output.is_settled(False)
-        with output.write(resumable=True) as folder:
-            found = sorted(path.name for path in folder.iterdir())
-            (folder / f"part{len(found)}").touch()
-            if error:
-                raise error
-        return found
-
-    for error in (KeyboardInterrupt(), ValueError()):
-        with pytest.raises(type(error)):
-            attempt(error)
-        assert not (tmp_path / "a").exists()
-        assert "is kept in" in caplog.text and ".a.writing for the next run" in caplog.text
-    with pytest.raises(OSError):  # a full disk is made free
-        attempt(OSError())
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):
-        attempt(KeyboardInterrupt())
-    assert attempt(None) == ["part0"]
-    assert sorted(open_artifact(tmp_path / "a", "step1_x.py").manifest["files"]) == [
-        "part0", "part1",
-    ]  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
 def test_overwrite_does_not_reach_beyond_the_step(tmp_path: Path) -> None:
     make(tmp_path / "a")
     source = open_artifact(tmp_path / "a", "step1_x.py")

@@ -22,6 +22,8 @@ from chatglm_ja import cleaning
         ("a\n\n\n\n\nb", "a\n\nb"),
         ("\n\n\u3000段落\n    code  x\n\n", "\u3000段落\n    code  x"),
         (" \n ", ""),
+        ("か\u200b\u3099", "が"),  # composed after what stood between has gone
+        ("a\u2003\nb \nc", "a\u2003\nb\nc"),  # what happens to a line does not depend on others
     ],
 )
 def test_what_is_cleaned(text: str, cleaned: str) -> None:

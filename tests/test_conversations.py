@@ -29,6 +29,11 @@ Q_AND_A = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a
         ("instruction+context>response", {"instruction": "", "context": "q", "response": "a"}),
         ("prompt>response", {"prompt": "q", "response": " a\n", "id": 3}),
         ("question>answer", {"question": "q", "answer": "a", "label": 1}),
+        ("conversations", {"messages": None, "conversations": Q_AND_A}),
+        (
+            "messages",  # a table that holds both forms
+            {"messages": [{"from": None, "value": None, **turn} for turn in Q_AND_A]},
+        ),
     ],
 )
 def test_formats(columns: str, record: dict[str, Any], named: bool) -> None:
@@ -44,6 +49,10 @@ def test_what_came_before_is_taken() -> None:
         {"role": "assistant", "content": "a0"},
         *Q_AND_A,
     ]
+    own = {"system": "s", "messages": [{"role": "System", "content": "own"}, *Q_AND_A]}
+    messages = read_messages(own, None)
+    assert isinstance(messages, list)
+    assert [message["content"] for message in messages] == ["own", "q", "a"]
     joined = {"instruction": "translate", "input": "this", "output": "a"}
     messages = read_messages(joined, None)
     assert isinstance(messages, list)
@@ -83,6 +92,7 @@ def say(*roles: str) -> dict[str, Any]:
         ({"messages": [Q_AND_A[0], {"role": "assistant", "content": " \n"}]}, "empty answer"),
         ({"instruction": "q", "output": ""}, "empty answer"),
         ({"instruction": " ", "output": "a"}, "empty question"),
+        ({"messages": [{"role": "user", "content": ""}, Q_AND_A[1]]}, "empty question"),
         ({"instruction": 5, "output": "a"}, "wrong type"),
         ({"instruction": "q\ud800", "output": "a"}, "lone surrogate"),
         ({"messages": [Q_AND_A[0], {"role": "assistant", "content": "a\0"}]}, "NUL"),

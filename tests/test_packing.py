@@ -74,6 +74,17 @@ def test_best_fit_cuts_only_what_is_longer_than_a_block() -> None:
         assert sorted(pieces[index]) == sorted([32] * full + [rest] * (rest > 0))
 
 
+def test_large_blocks_are_filled_in_units_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MAX_SEARCHED", 64)
+    random.seed(6)
+    for capacity in (500, 512, 1001):
+        lengths = np.array([random.randint(1, 2 * capacity) for _ in range(300)] + [capacity] * 3)
+        plan = packing.best_fit(lengths, capacity)
+        assert plan.block_lengths().max() <= capacity
+        assert np.bincount(plan.item, weights=plan.length).tolist() == lengths.tolist()
+        assert lengths.sum() / (len(plan) * capacity) > 0.9
+
+
 def test_a_plan_takes_blocks_in_any_order() -> None:
     random.seed(4)
     items = random_items(40, 20)

@@ -16,7 +16,7 @@ from chatglm_ja.index import Index, read_tokens
 from chatglm_ja.sources import Source
 from chatglm_ja.tokenizer import EOS_ID
 from chatglm_ja.workspace import Rejects
-from tests.conftest import DATA, demo_texts, prepare_config, write_pretraining
+from tests.conftest import DATA, demo_texts, prepare_config, unit_folders, write_pretraining
 
 
 def write(folder: Path, name: str, texts: list[str]) -> Source:
@@ -215,14 +215,14 @@ def test_processes_and_interruptions_change_no_byte(
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         config = prepare_config(merged_dir, sources, **settings | changes)
-        index = pretrain_data.prepare(config, folder / "texts")
+        index = pretrain_data.prepare(config, unit_folders(folder / "texts", sources))
         Rejects(folder / "rejects.jsonl", tmp_path / "report", 0.05).check(index)
         pretrain_data.write(index, config, parse_shares(config.shares), folder)
         return made(folder)
 
     once = make("one")
     assert len([name for name in once if name.startswith("pretrain_train")]) == 7
-    assert len(list((tmp_path / "one" / "texts").glob("*.json"))) > 10
+    assert len(list((tmp_path / "one" / "texts").glob("*/*.json"))) > 10
     assert len(once["rejects.jsonl"].splitlines()) == 3
     assert make("two", num_processes=2) == once
 
@@ -241,7 +241,7 @@ def test_processes_and_interruptions_change_no_byte(
     with pytest.raises(KeyboardInterrupt):
         make("three")
     monkeypatch.setattr(pretrain_data.Preparer, "__call__", whole)
-    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "three/texts").glob("*.json")}
+    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "three/texts").glob("*/*.json")}
     assert len(finished) == 4
     monkeypatch.setattr(shards, "_rows", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -271,7 +271,7 @@ def test_bad_records_are_written_down_and_too_many_stop(tmp_path: Path, merged_d
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(rows))
     config = prepare_config(merged_dir, [Source("ja", str(path))])
-    index = pretrain_data.prepare(config, tmp_path / "texts")
+    index = pretrain_data.prepare(config, unit_folders(tmp_path / "texts", config.sources))
     report = tmp_path / "report.jsonl"
     Rejects(tmp_path / "rejects.jsonl", report, 0.03).check(index)
     assert not report.exists()
@@ -297,7 +297,7 @@ def test_a_hopeless_source_ends_the_reading_early(
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "列の名前が違う"}\n' * 20_000)
     config = prepare_config(merged_dir, [Source("ja", str(path))])
-    index = pretrain_data.prepare(config, tmp_path / "texts")
+    index = pretrain_data.prepare(config, unit_folders(tmp_path / "texts", config.sources))
     assert units.EARLY_RECORDS <= index.records_read(0) < 2 * units.EARLY_RECORDS
 
 
@@ -330,7 +330,7 @@ def test_a_document_of_every_source_reads_as_it_was(
         tmp_path,
         prepare_config(merged_dir, [source], total_tokens=total, block_size=8, packing="best_fit"),
     )
-    index = Index([source], finished_units(tmp_path / "texts"))
+    index = Index([source], finished_units(tmp_path / "texts" / "0"))
     for number, text in enumerate(texts):
         ids = read_tokens(
             index.stems, ".tokens", index.unit[[number]], index.offset[[number]],
@@ -342,8 +342,6 @@ def test_a_document_of_every_source_reads_as_it_was(
 
 def finished_units(folder: Path) -> list[units.Finished]:
     return [
-        units.Finished(
-            path.with_suffix(""), int(path.stem.split("-")[0]), json.loads(path.read_text())
-        )
+        units.Finished(path.with_suffix(""), 0, json.loads(path.read_text()))
         for path in sorted(folder.glob("*.json"))
     ]

@@ -13,7 +13,7 @@ from chatglm_ja.config import parse_shares
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 from chatglm_ja.tokenizer import EOS_ID
-from tests.conftest import DATA, prepare_config, write_sft
+from tests.conftest import DATA, prepare_config, unit_folders, write_sft
 
 UNUSED = [Source("ja", "unused.txt")]
 
@@ -112,6 +112,13 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     assert counts["sources"][0]["too long"] == 2
 
 
+def test_what_is_the_same_after_cutting_is_taken_once(tmp_path: Path, merged_dir: Path) -> None:
+    rows = [dialogue(f"質問{i}" * 30, "答え" * 30, "最後の質問", "最後の答え") for i in range(9)]
+    settings: dict[str, Any] = {"sft_sources": [write(tmp_path, rows)], "max_length": 64}
+    counts = write_sft(tmp_path, prepare_config(merged_dir, UNUSED, **settings))
+    assert (counts["sources"][0]["duplicate"], counts["sources"][0]["kept"]) == (8, 1)
+
+
 def test_too_few_conversations_are_said(tmp_path: Path, merged_dir: Path) -> None:
     source = write(tmp_path, [dialogue("q", "a")] * 2)
     config = prepare_config(
@@ -126,7 +133,7 @@ def test_bins_are_full(merged_dir: Path, tmp_path: Path) -> None:
     config = prepare_config(
         merged_dir, UNUSED, sft_sources=[Source("ja", str(DATA / "train_sft.jsonl.gz"))]
     )
-    index = sft_data.prepare(config, tmp_path / "units")
+    index = sft_data.prepare(config, unit_folders(tmp_path / "units", config.sft_sources))
     lengths = np.array(random.Random(0).choices(index.length.tolist(), k=10_000))
     for capacity in (256, 512, 1024):
         plan = packing.best_fit(lengths, capacity)
@@ -138,7 +145,7 @@ def test_the_report_shows_what_is_trained(tmp_path: Path, merged_dir: Path, enco
     config = prepare_config(
         merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)], sft_examples=20
     )
-    index = sft_data.prepare(config, tmp_path / "units")
+    index = sft_data.prepare(config, unit_folders(tmp_path / "units", config.sft_sources))
     _, train = sft_data.write(index, config, parse_shares(config.sft_shares), tmp_path)
     (shown,) = list(data_report._examples(config, index, train))[1::2]
     assert "&lt;script&gt;" in shown and "<script>" not in shown
@@ -156,7 +163,7 @@ def test_bad_conversations_are_written_down(tmp_path: Path, merged_dir: Path) ->
     rows[7]["id"] = 2
     rows[9] = {"messages": []}
     config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)])
-    index = sft_data.prepare(config, tmp_path / "units")
+    index = sft_data.prepare(config, unit_folders(tmp_path / "units", config.sft_sources))
     workspace.Rejects(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [(r["source"], r["line"], r["reason"]) for r in rejects] == [

@@ -8,7 +8,7 @@ import pytest
 from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.settings import parse
-from chatglm_ja.sources import Source, contradictions, local_files, read_argument
+from chatglm_ja.sources import Source, contradictions, read_argument
 
 
 def test_the_grammar_of_the_command_line() -> None:
@@ -97,15 +97,14 @@ def test_files_folders_patterns_and_names(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [p.name for p in Source("ja", f"{tmp_path}/*.jsonl").files()] == ["b.jsonl"]
     assert Source("ja", "izumi-lab/wikipedia").files() == []
-    assert local_files([Source("ja", "a/b"), Source("ja", f"{tmp_path}/b.jsonl")]) == [
-        tmp_path / "b.jsonl"
-    ]
     (tmp_path / "empty").mkdir()
     for path, message in (
         ("no.jsonl", r"file no\.jsonl not found"),
         (f"{tmp_path}/no", "not found"),
         (f"{tmp_path}/*.json", "no file matches"),
         (f"{tmp_path}/empty", "holds no file that ends with"),
+        (f"{tmp_path}/*", r"README\.md does not end with one of \.jsonl"),
+        (f"{tmp_path}/***/a.txt", "is no pattern"),
     ):
         with pytest.raises(DataError, match=message):
             Source("ja", path).files()

@@ -1,6 +1,10 @@
 """Training in one process: what learns, what is saved, and that the merged model is the adapter."""
 
+import itertools
 import json
+import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja import checkpoint, layout, training
+from chatglm_ja import checkpoint, layout, trainer, training
+from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.config import TrainingConfig
-from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.errors import ConfigError, DataError, StoppedError
+from chatglm_ja.trainer import ResumableTrainer
 
 
 def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) -> TrainingConfig:
@@ -149,8 +155,143 @@ def test_a_loss_that_is_not_a_number_stops_at_once(
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
     config = config_for(broken, data_dir, tmp_path, max_steps=50)
-    with pytest.raises(DataError, match="the training loss became nan by step 1: lower"):
+    with pytest.raises(DataError, match="the training loss is nan at step 1: lower"):
         training.train(config, "pretrain", None)
+
+
+def checkpoints_in(folder: Path, **run: Any) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", run, keep=2)
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / training.ADAPTER / "adapter_model.safetensors").read_bytes()
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process "dies" as soon as the checkpoint of a step is written."""
+    whole = ResumableTrainer._save_checkpoint
+
+    def dying(self: Any, *arguments: Any) -> None:
+        whole(self, *arguments)
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", dying)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft"])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """To the last bit: weights, losses, and what was logged in between, with dropout on."""
+    folders = [tmp_path / "once", tmp_path / "twice"]
+    results = []
+    for folder in folders:
+        config = config_for(
+            resized_dir, data_dir, folder, max_steps=7, save_steps=3, logging_steps=2,
+            micro_batch_size=1, gradient_accumulation=2, lora_dropout=0.1, epochs=5.0,
+        )  # fmt: skip
+        if folder == folders[1]:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                interrupt_after(3, patch)
+                training.train(config, name, folder, checkpoints_in(folder))
+        results.append(training.train(config, name, folder, checkpoints_in(folder)))
+    assert adapter(folders[0]) == adapter(folders[1])
+    for entries in zip(*(result["history"] for result in results), strict=True):
+        assert entries[0] == entries[1] or "train_runtime" in entries[0]
+
+
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    config = config_for(resized_dir, data_dir, once, save_steps=2)
+    training.train(config, "pretrain", once, checkpoints_in(once))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(4, patch)
+        training.train(config, "pretrain", twice, checkpoints_in(twice))
+    weights = twice / "checkpoints" / "step-000004" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-64:] = bytes(64)
+    weights.write_bytes(content)
+    training.train(config, "pretrain", twice, checkpoints_in(twice))
+    assert adapter(once) == adapter(twice)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    whole = ResumableTrainer.training_step
+
+    def signalled(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), number)
+        return whole(self, *arguments, **named)
+
+    before = signal.getsignal(number)
+    config = config_for(resized_dir, data_dir, tmp_path)
+    monkeypatch.setattr(ResumableTrainer, "training_step", signalled)
+    with pytest.raises(StoppedError, match="at step 2 of 6, which is saved") as stopped:
+        training.train(config, "pretrain", None, checkpoints_in(tmp_path))
+    assert stopped.value.status == 143
+    assert signal.getsignal(number) == before
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def with_losses(monkeypatch: pytest.MonkeyPatch, **changed: float) -> list[dict[str, torch.Tensor]]:
+    """Change the loss at some steps; gives the trained weights before every step."""
+    whole = ResumableTrainer.compute_loss
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def losses(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+        trained = self.model.named_parameters()
+        weights.append({n: p.detach().clone() for n, p in trained if p.requires_grad})
+        loss: Any = whole(self, model, *arguments, **named)
+        return loss * changed.get(f"step{self.state.global_step + 1}", 1.0)
+
+    monkeypatch.setattr(ResumableTrainer, "compute_loss", losses)
+    return weights
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 50.0])
+def test_a_bad_step_changes_no_weight(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, factor: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trainer, "RECENT_STEPS", 3)
+    weights = with_losses(monkeypatch, step5=factor)
+    config = config_for(resized_dir, data_dir, tmp_path, max_steps=7)
+    result = training.train(config, "pretrain", None)
+    assert "step 5 is skipped" in caplog.text
+    same = [
+        all(torch.equal(before[name], after[name]) for name in before)
+        for before, after in itertools.pairwise(weights)
+    ]
+    # At step 5 nothing changes; at step 1 the learning rate is 0.
+    assert same == [True, False, False, False, True, False]
+    assert all(
+        math.isfinite(e["loss"]) and e["loss"] < 10 for e in result["history"] if "loss" in e
+    )
+
+
+def test_many_bad_steps_stop_the_run_with_advice(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_losses(monkeypatch, **{f"step{n}": math.nan for n in range(3, 99)})
+    config = config_for(resized_dir, data_dir, tmp_path, max_steps=50, max_skipped_steps=4)
+    with pytest.raises(
+        DataError, match=r"is nan at step 7, after .* and 4 steps in a row .* lower"
+    ):
+        training.train(config, "pretrain", None)
+
+
+def test_a_first_loss_of_zero_stops(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_losses(monkeypatch, step1=0.0)
+    with pytest.raises(DataError, match="the loss of the first step is 0"):
+        training.train(config_for(resized_dir, data_dir, tmp_path), "pretrain", None)
 
 
 def test_a_batch_larger_than_the_data_is_refused(

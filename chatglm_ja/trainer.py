@@ -1,0 +1,282 @@
+"""The Trainer of steps 5 and 6: transformers' own, with what they need beside.
+
+* a learning rate of its own for the embeddings
+* validation losses that are exact means per token, one for each language
+* a step whose loss is no number, or jumps, changes no weight on any process
+* checkpoints that a run can be resumed from by another number of processes
+* SIGTERM and Ctrl-C end the run after a checkpoint
+"""
+
+import logging
+import math
+import resource
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+
+from chatglm_ja import dataset, training_state
+from chatglm_ja.chat import IGNORE
+from chatglm_ja.checkpoints import Checkpoints
+from chatglm_ja.config import TrainingConfig
+from chatglm_ja.errors import DataError
+
+log = logging.getLogger(__name__)
+
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+# Steps whose mean loss a step is compared with.
+RECENT_STEPS = 20
+
+
+class ResumableTrainer(Trainer):
+    """The Trainer with a learning rate of its own for the embeddings, exact validation, a guard
+    against bad steps, and checkpoints that any number of processes can resume from."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: Any,
+        validation: dict[str, Any],
+        checkpoints: Checkpoints | None,
+        **kwargs: Any,
+    ) -> None:
+        self.config = config
+        self.validation = validation
+        self.checkpoints = checkpoints
+        self.collate = dataset.Collator(config.document_mask)
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.skipped = 0  # steps in a row
+        self.bad_step = -1  # the last of them
+        self.signal_seen = False  # by this process; `should_stop` is what all agree on
+        self.should_stop = False
+        # The Trainer wants an eval_dataset if it is to call `evaluate`.
+        super().__init__(model, data_collator=self.collate, eval_dataset=validation, **kwargs)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward, unless the loss is no number or a jump: then the step is skipped
+        on all processes, and the weights stay as they are."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # The mean over the processes, each of which gives its share times their number.
+        sums = torch.stack(
+            [loss.detach().float(), loss.new_tensor(float(self.signal_seen)).float()]
+        )
+        mean, stop = self.accelerator.reduce(sums, reduction="mean").tolist()
+        self.should_stop |= stop > 0
+        mean *= self.current_gradient_accumulation_steps
+        # A bad batch spoils the others of its step, where there are several.
+        if self.bad_step == self.state.global_step or not self._is_good(mean):
+            self.bad_step = self.state.global_step
+            model.zero_grad()
+            usual = sum(self.recent) / len(self.recent) / self.current_gradient_accumulation_steps
+            return torch.full_like(loss.detach(), usual)
+        self.recent.append(mean)
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **options)
+        return loss.detach()
+
+    def _is_good(self, loss: float) -> bool:
+        """Whether to learn from a batch of this mean loss; raises DataError when it is hopeless."""
+        usual = sum(self.recent) / len(self.recent) if self.recent else 0.0
+        full = len(self.recent) == RECENT_STEPS
+        if math.isfinite(loss) and not (full and loss > self.config.max_loss_jump * usual):
+            if loss == 0.0 and not self.recent:
+                raise DataError("the loss of the first step is 0: its rows train no token")
+            self.skipped = 0
+            return True
+        step = self.state.global_step + 1
+        self.skipped += 1
+        cure = "lower --learning-rate and --embedding-learning-rate, or use --precision bf16"
+        if not self.recent:
+            raise DataError(f"the training loss is {loss} at step {step}: {cure}")
+        if self.skipped > self.config.max_skipped_steps:
+            raise DataError(
+                f"the training loss is {loss:.4g} at step {step}, after {usual:.4g} before, and "
+                f"{self.skipped - 1} steps in a row were skipped for that: {cure}"
+            )
+        log.warning("step %d is skipped: its loss is %.4g, after %.4g before", step, loss, usual)
+        return False
+
+    # The Trainer calls these with the folder of a checkpoint, which training_state.py reads.
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def _prepare_for_training(self, max_steps: int, loader: Any, checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, loader, None)
+        if checkpoint is not None:
+            progress = training_state.load(self, Path(checkpoint))
+            self.add_callback(_GoOn(self, progress))
+        return prepared
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        if checkpoint is not None:
+            training_state.load_random_states(self, Path(checkpoint))
+
+    def _save_checkpoint(self, *_: Any) -> None:
+        more = {"recent_losses": list(self.recent)}
+        if self.checkpoints is not None and self.is_world_process_zero():
+            with self.checkpoints.write(self.state.global_step) as folder:
+                training_state.save(self, folder, more)
+        else:
+            training_state.save(self, None, more)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        model = model or self.model
+        if self.optimizer is None:
+            lora: list[Any] = []
+            embeddings: list[Any] = []
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    (embeddings if name.endswith(EMBEDDINGS) else lora).append(parameter)
+            groups: list[dict[str, Any]] = [
+                {
+                    "params": lora,
+                    "lr": self.config.learning_rate,
+                    "weight_decay": self.config.weight_decay,
+                }
+            ]
+            if embeddings:
+                # No decay: it would shrink the rows of tokens that do not occur in a batch.
+                rate = self.config.embedding_learning_rate
+                groups.append({"params": embeddings, "lr": rate, "weight_decay": 0.0})
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        return self.optimizer
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss per trained token of every validation set.
+
+        The Trainer's own loop averages the means of batches, which depend on the batch size and
+        on the rows that it repeats to give every process as many.
+        """
+        model: Any = self.model
+        model.eval()
+        size = self.args.per_device_eval_batch_size
+        stride = size * self.args.world_size
+        metrics = {}
+        for label, rows in self.validation.items():
+            # Sum of the losses, and number of tokens.
+            sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            for start in range(size * self.args.process_index, len(rows), stride):
+                chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
+                batch = self._prepare_inputs(self.collate(chunk))
+                loss = model(**batch, num_items_in_batch=1).loss
+                count = (batch["labels"][:, 1:] != IGNORE).sum()
+                sums += torch.stack([loss.double(), count.double()])
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            if count:
+                metrics[f"eval_{label}_loss"] = total / count
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class _GoOn(TrainerCallback):
+    """Restores what the Trainer resets before the first step of a resumed run."""
+
+    def __init__(self, trainer: ResumableTrainer, progress: Mapping[str, Any]) -> None:
+        self.trainer = trainer
+        self.progress = progress
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer._tr_loss += self.progress["loss_sum"]
+        self.trainer._globalstep_last_logged = self.progress["last_logged"]
+        self.trainer.recent.extend(self.progress["recent_losses"])
+
+
+class Progress(TrainerCallback):
+    """A progress bar, a line per logging step and evaluation, checkpoints, the end on a signal,
+    and an evaluation at the end."""
+
+    def __init__(self, trainer: ResumableTrainer, tokens_per_step: int) -> None:
+        self.trainer = trainer
+        self.tokens_per_step = tokens_per_step
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit=" steps"
+            )
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        is_last = state.global_step == state.max_steps
+        if is_last and args.eval_strategy != "no":
+            control.should_evaluate = True
+        if trainer.checkpoints is not None:
+            is_due = state.global_step % trainer.config.save_steps == 0
+            control.should_save = is_due or is_last or trainer.should_stop
+        control.should_training_stop |= trainer.should_stop
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is None:
+            return
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        if "loss" in logs:
+            done = state.global_step - self.first_step
+            seconds = time.monotonic() - self.started
+            left = seconds / max(done, 1) * (state.max_steps - state.global_step)
+            parts += [
+                f"{state.global_step / state.max_steps:.0%}",
+                f"loss {logs['loss']:.4f}",
+                f"lr {logs['learning_rate']:.2e}",
+                f"grad norm {logs.get('grad_norm', math.nan):.2f}",
+                f"{done * self.tokens_per_step / seconds:,.0f} tokens/s",
+                f"{peak_memory_gb():.2f} GB",
+                f"{tqdm.format_interval(left)} left",
+            ]
+        losses = {name[5:-5]: logs[name] for name in logs if name.startswith("eval_")}
+        if losses:
+            parts.append("validation loss")
+            parts += [f"{label} {loss:.4f}" for label, loss in losses.items()]
+        if len(parts) > 1:
+            self.bar.write(" | ".join(parts), file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+@contextmanager
+def stopping_on_signals(trainer: ResumableTrainer) -> Iterator[None]:
+    """SIGTERM or SIGINT let the step end and be saved; a second one ends the process at once."""
+
+    def note(number: int, _: Any) -> None:
+        signal.signal(number, usual[number])
+        trainer.signal_seen = True
+        log.info("%s: stopping after this step", signal.Signals(number).name)
+
+    usual: dict[int, Any] = {
+        number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def peak_memory_gb() -> float:
+    """The most memory that was in use: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
