@@ -143,8 +143,7 @@ def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
             parse_math=False,
         )
         axis.tick_params(labelsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    page.save_png(figure, path)
     return page.svg(figure)
 
 

@@ -28,6 +28,11 @@ def largest_id(rows: datasets.Dataset) -> int:
     return max((value for value in largest if value is not None), default=0)
 
 
+def count_characters(rows: datasets.Dataset, encoder: Any) -> int:
+    """The characters of the texts in blocks; special tokens have none."""
+    return sum(len(encoder.decode(row["input_ids"])) for row in rows)
+
+
 class Collator:
     """Rows to a batch of tensors [rows, longest row], int64: input_ids, labels, position_ids.
 

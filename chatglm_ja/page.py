@@ -6,6 +6,7 @@ A page is one file that loads nothing from anywhere: pictures are inline SVG, al
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 STYLE = """
@@ -73,6 +74,12 @@ def figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(width, height), **grid)
+
+
+def save_png(drawing: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG: the same figure gives the same bytes."""
+    drawing.tight_layout()
+    drawing.savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
 def svg(drawing: Any) -> str:

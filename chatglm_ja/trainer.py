@@ -46,11 +46,14 @@ class ResumableTrainer(Trainer):
         model: Any,
         validation: dict[str, Any],
         checkpoints: Checkpoints | None,
+        characters: Mapping[str, int],
         **kwargs: Any,
     ) -> None:
+        """`characters` are those of the texts of the validation sets that are whole texts."""
         self.config = config
         self.validation = validation
         self.checkpoints = checkpoints
+        self.characters = characters
         self.collate = dataset.Collator(config.document_mask)
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.skipped = 0  # steps in a row
@@ -157,7 +160,8 @@ class ResumableTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss per trained token of every validation set.
+        """Mean loss per trained token of every validation set, and bits per character of its text,
+        which models of different vocabularies can be compared by.
 
         The Trainer's own loop averages the means of batches, which depend on the batch size and
         on the rows that it repeats to give every process as many.
@@ -179,6 +183,9 @@ class ResumableTrainer(Trainer):
             total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
             if count:
                 metrics[f"eval_{label}_loss"] = total / count
+                if label in self.characters:
+                    bits = total / math.log(2) / self.characters[label]
+                    metrics[f"eval_{label}_bits_per_char"] = bits
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -244,10 +251,14 @@ class Progress(TrainerCallback):
                 f"{peak_memory_gb():.2f} GB",
                 f"{tqdm.format_interval(left)} left",
             ]
-        losses = {name[5:-5]: logs[name] for name in logs if name.startswith("eval_")}
+        losses = [name.removesuffix("_loss") for name in logs if name.startswith("eval_")]
+        losses = [name for name in losses if f"{name}_loss" in logs]
         if losses:
             parts.append("validation loss")
-            parts += [f"{label} {loss:.4f}" for label, loss in losses.items()]
+        for name in losses:
+            bits = logs.get(f"{name}_bits_per_char")
+            more = "" if bits is None else f" ({bits:.3f} bits/char)"
+            parts.append(f"{name.removeprefix('eval_')} {logs[f'{name}_loss']:.4f}{more}")
         if len(parts) > 1:
             self.bar.write(" | ".join(parts), file=sys.stderr)
 

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from chatglm_ja import dataset, export
+from chatglm_ja import dataset, export, loss_curves, tokenizer
 from chatglm_ja.artifacts import Output
 from chatglm_ja.checkpoint import load_glm
 from chatglm_ja.checkpoints import Checkpoints
@@ -101,6 +101,9 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         history = result.pop("history")
         text = json.dumps(history, indent=1)
         (folder / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
+        fit = loss_curves.write(history, result["tokens_per_step"], folder)
+        if fit is not None:
+            log.info("%s", fit.describe())
         write_merged(config.model, folder)
         output.counts.update(result)
     checkpoints.remove()
@@ -149,11 +152,19 @@ def train(
     )
     if left_over := len(train_set) % (config.micro_batch_size * arguments.world_size):
         log.info("every epoch leaves out %d rows, which fill no batch", left_over)
+    languages = _by_language(validation)
+    encoder = tokenizer.load(config.model)
     trainer = ResumableTrainer(
         config,
         model,
-        _by_language(validation),
+        languages,
         checkpoints,
+        # Of conversations only the answers are scored, of texts everything.
+        {
+            language: dataset.count_characters(rows, encoder)
+            for language, rows in languages.items()
+            if "labels" not in rows.column_names
+        },
         args=arguments,
         train_dataset=train_set,
     )

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja import checkpoint, layout, trainer, training
+from chatglm_ja import checkpoint, dataset, export, layout, tokenizer, trainer, training
 from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
@@ -52,6 +52,7 @@ def test_the_loss_falls_and_the_history_tells(trained: tuple[Path, dict]) -> Non
     assert losses[-1] < losses[0] - 0.2
     evaluated = [entry for entry in result["history"] if "eval_ja_loss" in entry]
     assert [entry["step"] for entry in evaluated] == [0, 2, 4, 6]
+    assert evaluated[0]["eval_ja_bits_per_char"] > evaluated[-1]["eval_ja_bits_per_char"] > 0
 
 
 def test_lora_and_both_embeddings_learn_and_nothing_else(
@@ -132,6 +133,29 @@ def test_sft_trains_on_bins(resized_dir: Path, data_dir: Path, tmp_path: Path) -
     assert losses[-1] < losses[0]
 
 
+def test_bits_per_character_are_those_of_the_text(
+    trained: tuple[Path, dict], resized_dir: Path, data_dir: Path
+) -> None:
+    """Against the plain model, a document at a time, its logits in full."""
+    model = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
+    encoder = tokenizer.load(resized_dir)
+    nats = characters = 0.0
+    for row in dataset.read(data_dir, "pretrain", "validation"):
+        start = 0
+        for length in row["lengths"] if row["language"] == "zh" else []:
+            ids = torch.tensor(row["input_ids"][start : start + length])
+            start += length
+            with torch.inference_mode():
+                scores = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            nats -= scores[torch.arange(length - 1), ids[1:]].sum().item()
+        if row["language"] == "zh":
+            characters += len(encoder.decode(row["input_ids"]))
+    first = next(e for e in trained[1]["history"] if "eval_zh_bits_per_char" in e)
+    assert first["step"] == 0
+    expected = nats / math.log(2) / characters
+    assert first["eval_zh_bits_per_char"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_accumulation_changes_nothing(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     """Training losses are normalised by the tokens of the whole step, validation by all tokens."""
     histories = []
@@ -154,6 +178,7 @@ def test_a_loss_that_is_not_a_number_stops_at_once(
     model = GlmForCausalLM.from_pretrained(resized_dir)
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
+    export.copy_files(resized_dir, broken)
     config = config_for(broken, data_dir, tmp_path, max_steps=50)
     with pytest.raises(DataError, match="the training loss is nan at step 1: lower"):
         training.train(config, "pretrain", None)
