@@ -282,6 +282,11 @@ class TrainingConfig(StepConfig):
     model: Path = setting("model folder to start from")
     data: Path = setting("output folder of step 4")
     train_embeddings: bool = setting("train the input and output embeddings in full", True)
+    embedding_rows: Literal["all", "new"] = setting(
+        "which rows of the embeddings are trained; new: those of the added pieces only, with a "
+        "sixth of the gradients and moments at 6B size",
+        "all",
+    )
     lora_rank: int = setting("rank of the LoRA matrices", 8, low=1)
     lora_alpha: int = setting("LoRA scale: the update is multiplied by alpha / rank", 16, low=0)
     lora_dropout: float = setting("dropout before the LoRA matrices", 0.0, low=0, high=0.9)
@@ -341,6 +346,10 @@ class TrainingConfig(StepConfig):
                 problems.append(f"--deepspeed {self.deepspeed} not found")
             except ValueError as error:
                 problems.append(f"--deepspeed {self.deepspeed} is not JSON ({error})")
+        if self.embedding_rows == "new" and not self.train_embeddings:
+            problems.append(
+                "--embedding-rows new trains embeddings: leave out --no-train-embeddings"
+            )
         if self.max_steps == 0 or (self.max_steps < 0 and self.epochs == 0):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems

@@ -31,7 +31,8 @@ from chatglm_ja.errors import DataError
 
 log = logging.getLogger(__name__)
 
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+# Names of the embeddings, whole or of their new rows only.
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_head.new")
 # Steps whose mean loss a step is compared with.
 RECENT_STEPS = 20
 
@@ -231,7 +232,8 @@ class Progress(TrainerCallback):
             control.should_evaluate = True
         if trainer.checkpoints is not None:
             is_due = state.global_step % trainer.config.save_steps == 0
-            control.should_save = is_due or is_last or trainer.should_stop
+            # After the last step there is nothing to go on with.
+            control.should_save = (is_due or trainer.should_stop) and not is_last
         control.should_training_stop |= trainer.should_stop
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

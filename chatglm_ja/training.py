@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from chatglm_ja import dataset, export, loss_curves, tokenizer
+from chatglm_ja import chat, dataset, export, loss_curves, new_rows, tokenizer
 from chatglm_ja.artifacts import Output
 from chatglm_ja.checkpoint import load_glm
 from chatglm_ja.checkpoints import Checkpoints
@@ -62,6 +62,9 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     """
     log.info("loading %s", config.model)
     model: Any = load_glm(config.model, GlmForTraining, dtype)
+    if config.embedding_rows == "new":
+        encoder = tokenizer.load(config.model)
+        new_rows.split(model, chat.special_id(encoder, tokenizer.SPECIAL_TOKENS[-1]) + 1)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -131,6 +134,10 @@ def train(
     # PEFT and the Trainer draw from the global generators: the same seed on every rank.
     set_seed(config.seed)
     arguments = _trainer_arguments(config, dtype, output_dir, has_validation=len(validation) > 0)
+    found = None if checkpoints is None else _newest(checkpoints, config.overwrite)
+    if found is not None:
+        log.info("going on from %s", found)
+        arguments.eval_on_start = False
     model = load_for_training(config, dtype)
     _check_ids(train_set, model.config.vocab_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -170,10 +177,6 @@ def train(
     )
     trainer.add_callback(Progress(trainer, tokens_per_step))
     trainer.remove_callback(PrinterCallback)
-    found = None if checkpoints is None else _newest(checkpoints, config.overwrite)
-    if found is not None:
-        log.info("going on from %s", found)
-        arguments.eval_on_start = False
     with stopping_on_signals(trainer):
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if trainer.should_stop and trainer.state.global_step < trainer.state.max_steps:
@@ -182,9 +185,9 @@ def train(
             "the same command goes on from it"
         )
     if output_dir is not None:
-        trainer.accelerator.unwrap_model(trainer.model_wrapped).save_pretrained(
-            output_dir / ADAPTER, save_embedding_layers=config.train_embeddings
-        )
+        learned = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        new_rows.join(learned.get_base_model())
+        learned.save_pretrained(output_dir / ADAPTER, save_embedding_layers=config.train_embeddings)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return {
