@@ -117,6 +117,7 @@ def near_duplicates(
     neighbours in a run of equal texts and each with the run's first.
     """
     pairs = np.zeros(0, dtype=np.int64)
+    found: list[np.ndarray] = []
     for number in progress(range(NUM_HASHES // BAND_SIZE)):
         keys = row_hashes(band(number))
         order = np.argsort(keys, kind="stable")
@@ -125,7 +126,10 @@ def near_duplicates(
         later = np.flatnonzero(~begins)
         # The order is stable, so the first of a pair is the earlier text.
         for earlier in (order[later - 1], run_first[later]):
-            pairs = np.union1d(pairs, earlier * count + order[later])
+            found.append(earlier * count + order[later])
+        # The same pairs come from many bands; merged when there are as many again, or at the end.
+        if sum(map(len, found)) > len(pairs) or number == NUM_HASHES // BAND_SIZE - 1:
+            pairs, found = np.unique(np.concatenate([pairs, *found])), []
     parents = np.arange(count)
 
     def root(index: int) -> int:

@@ -294,6 +294,7 @@ def test_a_hopeless_source_ends_the_reading_early(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records.chunks, "__defaults__", (1000,))
+    monkeypatch.setattr(units, "EARLY_RECORDS", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "列の名前が違う"}\n' * 20_000)
     config = prepare_config(merged_dir, [Source("ja", str(path))])
