@@ -144,7 +144,7 @@ def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
         )
         axis.tick_params(labelsize=8)
     page.save_png(figure, path)
-    return page.svg(figure)
+    return f'<div class="scroll wide">{page.svg(figure)}</div>'
 
 
 def _examples(config: PrepareDataConfig, index: Index, examples: np.ndarray) -> Iterator[str]:

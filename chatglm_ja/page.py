@@ -21,6 +21,7 @@ th:first-child, td:first-child { text-align: left; }
 .pieces span { display: inline-block; padding: 0 .25em; margin: 1px; border-radius: 4px; }
 .pieces span:nth-child(odd) { background: #dbe9ff; } .pieces span:nth-child(even) { background: #ffe8c7; }
 figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
+.wide svg { min-width: 38rem; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
 .answers div { background: #f4f6fa; border-radius: 8px; padding: .6rem .8rem; }
 .answers p { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -153,7 +153,7 @@ def test_the_report_shows_what_is_trained(tmp_path: Path, merged_dir: Path, enco
     assert "**答え** &amp; more" in trained and "&lt;/s&gt;" in trained
     assert "質問" not in trained
     text = data_report._lengths(index, train, tmp_path / "lengths.png")
-    assert text.startswith("<figure><svg")
+    assert "<figure><svg" in text
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
