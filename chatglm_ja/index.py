@@ -6,17 +6,18 @@ Held in memory, about 60 bytes for a document; the tokens are read when they are
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from chatglm_ja import duplicates
+from chatglm_ja import duplicates, units
+from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
-from chatglm_ja.units import INDEX_COLUMNS, Finished
+from chatglm_ja.units import INDEX_COLUMNS, Finished, Task
 
 TOKEN_BYTES = 4
 
@@ -34,11 +35,11 @@ class Index:
 
     REASONS = ("", "duplicate id", "duplicate", "near_duplicate")
 
-    def __init__(self, sources: Sequence[Source], units: Sequence[Finished]) -> None:
+    def __init__(self, sources: Sequence[Source], finished: Sequence[Finished]) -> None:
         self.sources = sources
-        self.stems = [unit.stem for unit in units]
-        self.unit_sources = [unit.source for unit in units]
-        self.metas = [unit.meta for unit in units]
+        self.stems = [unit.stem for unit in finished]
+        self.unit_sources = [unit.source for unit in finished]
+        self.metas = [unit.meta for unit in finished]
         columns: dict[str, list[np.ndarray]] = {name: [] for name in INDEX_COLUMNS}
         for stem in self.stems:
             with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
@@ -48,7 +49,7 @@ class Index:
             setattr(self, name, np.concatenate([np.zeros((0, *shape), dtype), *columns[name]]))
         sizes = np.array([len(part) for part in columns["length"]], dtype=np.int64)
         self.first = np.cumsum(sizes) - sizes  # of each unit
-        self.unit = np.repeat(np.arange(len(units), dtype=np.int32), sizes)
+        self.unit = np.repeat(np.arange(len(finished), dtype=np.int32), sizes)
         self.source = np.array(self.unit_sources, dtype=np.int16)[self.unit]
         before = np.cumsum(self.length, dtype=np.int64) - self.length
         self.offset = before - (before[self.first[self.unit]] if len(before) else 0)
@@ -163,6 +164,27 @@ class Index:
     def usable(self) -> np.ndarray:
         """The documents that are not dropped, in order."""
         return np.flatnonzero(self.dropped == 0)
+
+
+def make_index(
+    function: Callable[[Task], dict[str, Any]],
+    sources: Sequence[Source],
+    folders: Sequence[Path],
+    config: PrepareDataConfig,
+    description: str,
+) -> Index:
+    """Make the units of all sources and their index, in which ids that were seen are dropped."""
+    found = units.prepare(
+        function,
+        sources,
+        folders,
+        processes=config.num_processes,
+        max_rejects=config.max_rejects,
+        description=description,
+    )
+    index = Index(sources, found)
+    index.drop_repeated_ids()
+    return index
 
 
 @functools.lru_cache(maxsize=256)

@@ -33,7 +33,7 @@ from chatglm_ja.artifacts import Input
 from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.encoding import CorpusEncoder
 from chatglm_ja.errors import DataError
-from chatglm_ja.index import Index
+from chatglm_ja.index import Index, make_index
 
 # Documents are encoded together up to this many characters: enough for numpy, little memory.
 BATCH_CHARACTERS = 2**20
@@ -118,10 +118,7 @@ def contents(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[st
         "signatures": config.near_duplicates > 0,
         "tokenizer": read["step2_merge_tokenizer"].fingerprint,
     }
-    return [
-        {"files": files, "changed": source.changed(), "source": source.settings(), **shared}
-        for source, files in zip(config.sources, read["texts"].parts, strict=True)
-    ]
+    return units.contents(config.sources, read["texts"].parts, shared)
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> Index:
@@ -144,17 +141,7 @@ def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> Index:
         config.near_duplicates > 0,
         overlap_file,
     )
-    found = units.prepare(
-        preparer,
-        config.sources,
-        folders,
-        processes=config.num_processes,
-        max_rejects=config.max_rejects,
-        description="texts",
-    )
-    index = Index(config.sources, found)
-    index.drop_repeated_ids()
-    return index
+    return make_index(preparer, config.sources, folders, config, "texts")
 
 
 def write(

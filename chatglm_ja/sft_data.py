@@ -32,7 +32,7 @@ from chatglm_ja import (
 from chatglm_ja.artifacts import Input
 from chatglm_ja.config import PrepareDataConfig
 from chatglm_ja.errors import DataError
-from chatglm_ja.index import Index
+from chatglm_ja.index import Index, make_index
 
 TRAIN, VALIDATION = "sft_train", "sft_validation"
 
@@ -98,26 +98,13 @@ def contents(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[st
         "max_length": config.max_length,
         "long_conversations": config.long_conversations,
     }
-    return [
-        {"files": files, "changed": source.changed(), "source": source.settings(), **shared}
-        for source, files in zip(config.sft_sources, read["conversations"].parts, strict=True)
-    ]
+    return units.contents(config.sft_sources, read["conversations"].parts, shared)
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> Index:
     """Turn every source into units of examples in its folder; ids that were seen are dropped."""
     preparer = Preparer(config.tokenizer, config.max_length, config.long_conversations == "cut")
-    found = units.prepare(
-        preparer,
-        config.sft_sources,
-        folders,
-        processes=config.num_processes,
-        max_rejects=config.max_rejects,
-        description="conversations",
-    )
-    index = Index(config.sft_sources, found)
-    index.drop_repeated_ids()
-    return index
+    return make_index(preparer, config.sft_sources, folders, config, "conversations")
 
 
 def write(

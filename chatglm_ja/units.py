@@ -13,7 +13,7 @@ run that was killed goes on with the first unit that is missing:
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,16 @@ class Task:
     source: Source
     chunk: Chunk
     stem: Path
+
+
+def contents(
+    sources: Sequence[Source], fingerprints: Sequence[str], shared: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What shapes the units of each source: its files, its declaration, settings shared by all."""
+    return [
+        {"files": files, "changed": source.changed(), "source": source.settings(), **shared}
+        for source, files in zip(sources, fingerprints, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
