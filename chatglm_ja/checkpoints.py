@@ -14,7 +14,6 @@ processes share the run. The newest one that is whole is resumed from; a damaged
 with a word about what is wrong, and nothing of it is loaded.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -130,8 +129,3 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         if theirs.get(name) != ours.get(name):
             return f"with {name}={theirs.get(name)}, not {ours.get(name)}"
     return "like this one"
-
-
-def fingerprint(run: Mapping[str, Any]) -> str:
-    """A short name of a run, for messages."""
-    return hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()[:12]
