@@ -264,7 +264,10 @@ class Progress(TrainerCallback):
         if len(parts) > 1:
             self.bar.write(" | ".join(parts), file=sys.stderr)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
 

@@ -175,9 +175,10 @@ def train(
         args=arguments,
         train_dataset=train_set,
     )
-    trainer.add_callback(Progress(trainer, tokens_per_step))
+    progress = Progress(trainer, tokens_per_step)
+    trainer.add_callback(progress)
     trainer.remove_callback(PrinterCallback)
-    with stopping_on_signals(trainer):
+    with stopping_on_signals(trainer), progress:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if trainer.should_stop and trainer.state.global_step < trainer.state.max_steps:
         raise StoppedError(
