@@ -278,11 +278,7 @@ class Output:
     def _publish(self, working: Path) -> None:
         files: dict[str, dict[str, Any]] = {}
         for file in sorted(p for p in working.rglob("*") if p.is_file()):
-            sync(file)
-            files[file.relative_to(working).as_posix()] = {
-                "bytes": file.stat().st_size,
-                "sha256": hash_file(file),
-            }
+            files[file.relative_to(working).as_posix()] = record_file(file)
         manifest = {
             "step": self.step,
             "fingerprint": _fingerprint({name: entry["sha256"] for name, entry in files.items()}),
@@ -383,6 +379,12 @@ def _sample_hash(path: Path) -> str:
             file.seek(offset)
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def record_file(path: Path) -> dict[str, Any]:
+    """Bring a file to the disk; returns what a manifest says of it."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def hash_file(path: Path) -> str:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.artifacts import hash_file, sync
+from chatglm_ja.artifacts import hash_file, record_file, sync
 from chatglm_ja.errors import ArtifactError
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Checkpoints:
         working.mkdir()
         try:
             yield working
-            files = {path.name: _record(path) for path in sorted(working.iterdir())}
+            files = {path.name: record_file(path) for path in sorted(working.iterdir())}
             manifest = json.dumps({"run": self.run, "step": step, "files": files}, indent=1)
             (working / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
             sync(working / MANIFEST)
@@ -94,11 +94,6 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
-
-
-def _record(path: Path) -> dict[str, Any]:
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:

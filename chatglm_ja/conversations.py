@@ -16,7 +16,15 @@ is empty; one whose last question has no answer is only of no use.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from chatglm_ja.records import Chunk, Record, Reject, check_characters, check_text, records
+from chatglm_ja.records import (
+    Chunk,
+    Record,
+    Reject,
+    check_characters,
+    check_text,
+    record_id,
+    records,
+)
 from chatglm_ja.sources import Source
 
 Message = dict[str, str]
@@ -77,8 +85,7 @@ def conversations(chunk: Chunk, source: Source) -> Iterator[Conversation | tuple
         if isinstance(messages, Reject):
             yield number, messages
             continue
-        identity = record.get(source.id_column) if source.id_column else None
-        yield Conversation(number, messages, None if identity is None else str(identity))
+        yield Conversation(number, messages, record_id(record, source))
 
 
 def read_messages(record: Record, columns: str | None) -> list[Message] | Reject:

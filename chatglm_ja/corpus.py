@@ -12,7 +12,16 @@ from typing import Any
 
 from chatglm_ja import wikitext
 from chatglm_ja.errors import DataError
-from chatglm_ja.records import TEXT_COLUMN, Chunk, Reject, check_text, chunks, records, rejected
+from chatglm_ja.records import (
+    TEXT_COLUMN,
+    Chunk,
+    Reject,
+    check_text,
+    chunks,
+    record_id,
+    records,
+    rejected,
+)
 from chatglm_ja.sources import Source
 
 # A line inside a document that is longer than this is no prose (a whole novel has fewer
@@ -37,8 +46,7 @@ def documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[int, Re
     """
     column = source.columns or TEXT_COLUMN
     found: Iterator[Document | tuple[int, Reject]] = (
-        _document(number, record, column, source.id_column)
-        for number, record in records(chunk, source)
+        _document(number, record, column, source) for number, record in records(chunk, source)
     )
     if source.format == "records":
         yield from found
@@ -54,15 +62,14 @@ def documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[int, Re
 
 
 def _document(
-    number: int, record: dict[str, Any] | Reject, column: str, id_column: str | None
+    number: int, record: dict[str, Any] | Reject, column: str, source: Source
 ) -> Document | tuple[int, Reject]:
     if isinstance(record, Reject):
         return number, record
     text: Any = record.get(column)
     if reject := check_text(text, column, record):
         return number, reject
-    identity = record.get(id_column) if id_column else None
-    return Document(number, text, None if identity is None else str(identity))
+    return Document(number, text, record_id(record, source))
 
 
 def read_texts(source: Source) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja import tokenizer
+from chatglm_ja.cleaning import code_points
 from chatglm_ja.errors import DataError
 
 CODE_POINTS = 0x110000
@@ -70,7 +71,7 @@ class CorpusEncoder:
         # So many numbers fit into a key of 63 bits.
         self._key_characters = 63 // self._bits
         self._joined = np.zeros(2**PAIR_BITS, dtype=bool)
-        numbers = self._number[_code_points("".join(longer))]
+        numbers = self._number[code_points(longer)]
         inside = np.ones(len(numbers), dtype=bool)
         inside[np.cumsum([len(text) for text in longer]) - 1] = False
         pairs = self._pairs(numbers)[inside[:-1]]
@@ -85,7 +86,7 @@ class CorpusEncoder:
         if len(self._starts) > MAX_REMEMBERED:
             self._forget()
         joined = "".join([" " + text if text else "" for text in texts])
-        codes = _code_points(joined)
+        codes = code_points([joined])
         sizes = np.array([len(text) + 1 if text else 0 for text in texts])
         ends = np.cumsum(sizes)
         numbers = self._number.take(codes)
@@ -181,7 +182,3 @@ class CorpusEncoder:
         self._starts = np.zeros(0, dtype=np.int64)
         self._lengths = np.zeros(0, dtype=np.int64)
         self._ids = np.zeros(0, dtype=np.int32)
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")

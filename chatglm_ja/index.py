@@ -48,7 +48,9 @@ class Index:
         for name, (dtype, shape) in INDEX_COLUMNS.items():
             setattr(self, name, np.concatenate([np.zeros((0, *shape), dtype), *columns[name]]))
         sizes = np.array([len(part) for part in columns["length"]], dtype=np.int64)
-        self.first = np.cumsum(sizes) - sizes  # of each unit
+        # A unit's documents are first .. end.
+        self.end = np.cumsum(sizes)
+        self.first = self.end - sizes
         self.unit = np.repeat(np.arange(len(finished), dtype=np.int32), sizes)
         self.source = np.array(self.unit_sources, dtype=np.int16)[self.unit]
         before = np.cumsum(self.length, dtype=np.int64) - self.length
@@ -81,13 +83,13 @@ class Index:
         self.drop(repeated, "duplicate id")
 
     def drop_duplicates(self) -> None:
-        kept = np.flatnonzero(self.dropped == 0)
+        kept = self.usable()
         repeated = np.zeros(len(self), dtype=bool)
         repeated[kept] = duplicates.repeated(self.digest[kept])
         self.drop(repeated, "duplicate")
 
     def drop_near_duplicates(self, threshold: float) -> None:
-        kept = np.flatnonzero(self.dropped == 0)
+        kept = self.usable()
 
         def band(number: int) -> np.ndarray:
             size = duplicates.BAND_SIZE
@@ -116,11 +118,7 @@ class Index:
 
     def _hashes(self, unit: int) -> np.ndarray:
         """A unit's signatures [NUM_HASHES, documents], mapped: only what is used is read."""
-        if unit + 1 < len(self.first):
-            documents = self.first[unit + 1] - self.first[unit]
-        else:
-            documents = len(self) - self.first[unit]
-        if not documents:
+        if self.first[unit] == self.end[unit]:
             return np.zeros((duplicates.NUM_HASHES, 0), dtype=np.uint32)
         path = self.stems[unit].with_suffix(".hashes")
         return np.memmap(path, dtype="<u4", mode="r").reshape(duplicates.NUM_HASHES, -1)
@@ -130,8 +128,7 @@ class Index:
         for unit, meta in enumerate(self.metas):
             origin = {"source": self.sources[self.unit_sources[unit]].title, "file": meta["file"]}
             bad = [(number, reason, detail) for number, reason, detail in meta["rejects"]]
-            end = self.first[unit + 1] if unit + 1 < len(self.first) else len(self)
-            documents = np.arange(self.first[unit], end)
+            documents = np.arange(self.first[unit], self.end[unit])
             repeated = documents[self.dropped[documents] == self.REASONS.index("duplicate id")]
             known = "an earlier record of the file has it"
             bad += [(int(self.record[i]), "duplicate id", known) for i in repeated]
@@ -161,9 +158,13 @@ class Index:
         ]
         return sum(meta["found"] + len(meta["rejects"]) for meta in metas)
 
-    def usable(self) -> np.ndarray:
-        """The documents that are not dropped, in order."""
-        return np.flatnonzero(self.dropped == 0)
+    def usable(self, language: str | None = None) -> np.ndarray:
+        """The documents that are not dropped, in order: all, or those of a language."""
+        documents = np.flatnonzero(self.dropped == 0)
+        if language is None:
+            return documents
+        mine = [n for n, source in enumerate(self.sources) if source.language == language]
+        return documents[np.isin(self.source[documents], mine)]
 
 
 def make_index(

@@ -190,11 +190,9 @@ def _validation(
     index: Index, config: PrepareDataConfig, shares: Mapping[str, float]
 ) -> dict[str, np.ndarray]:
     """The documents of each language that are kept for validation."""
-    usable = index.usable()
     held = {}
     for language in shares:
-        numbers = [n for n, source in enumerate(config.sources) if source.language == language]
-        mine = usable[np.isin(index.source[usable], numbers)]
+        mine = index.usable(language)
         chosen = mixture.choose_validation(
             index.length[mine],
             index.digest[mine],

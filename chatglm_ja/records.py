@@ -70,16 +70,8 @@ class ParquetRows:
     stop: int
 
 
-def read_records(source: Source) -> Iterator[Record]:
-    """The records of a source; DataError with file and number for the first bad one."""
-    for chunk in chunks(source):
-        for number, record in records(chunk, source):
-            if isinstance(record, Reject):
-                raise rejected(chunk.file, number, record)
-            yield record
-
-
 def rejected(file: str, number: int, reject: Reject) -> DataError:
+    """The error of those who stop at a bad record."""
     return DataError(f"{file} record {number}: {reject.reason} ({reject.detail})")
 
 
@@ -111,6 +103,12 @@ def records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject
 
 def _missing(column: str, record: Record) -> Reject:
     return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
+
+
+def record_id(record: Record, source: Source) -> str | None:
+    """The id of a record, as text, if the source has ids and the record one."""
+    identity = record.get(source.id_column) if source.id_column else None
+    return None if identity is None else str(identity)
 
 
 def check_text(value: Any, column: str, record: Record) -> Reject | None:

@@ -151,14 +151,12 @@ def _draw(
     index: Index, config: PrepareDataConfig, shares: Mapping[str, float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The conversations to train on and to validate on, each kind's in a random order."""
-    usable = index.usable()
     wanted = mixture.apportion(config.sft_examples, shares)
     kept_back = mixture.apportion(config.sft_validation_examples, shares)
     train, validation, lacking = [], [], []
     for kind in shares:
-        numbers = [n for n, source in enumerate(config.sft_sources) if source.language == kind]
-        mine = usable[np.isin(index.source[usable], numbers)]
-        order = np.random.default_rng([config.seed, zlib.crc32(kind.encode())]).permutation(mine)
+        rng = np.random.default_rng([config.seed, zlib.crc32(kind.encode())])
+        order = rng.permutation(index.usable(kind))
         need = kept_back[kind] + wanted[kind]
         if len(order) < need:
             lacking.append(

@@ -54,8 +54,8 @@ def write(
     processes: int,
     with_labels: bool = False,
     language: Sequence[str] | None = None,
-) -> int:
-    """Write a plan of `documents` (the plan's items are places in it); returns the shards' number.
+) -> None:
+    """Write a plan of `documents`: the plan's items are places in it.
 
     `language` names the language of each block, where blocks hold one only.
     """
@@ -93,7 +93,6 @@ def write(
     written = parallel.in_order(_write, shards(), min(processes, count))
     for _ in tqdm(written, total=count, desc=f"writing {name}", unit=" shards", disable=count == 1):
         pass
-    return count
 
 
 def _write(shard: _Shard) -> None:

@@ -11,7 +11,6 @@ run that was killed goes on with the first unit that is missing:
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from chatglm_ja import duplicates, parallel
+from chatglm_ja.artifacts import sync
 from chatglm_ja.records import Chunk, Reject, chunks
 from chatglm_ja.sources import Source
 
@@ -67,12 +67,12 @@ class Unit:
             _write(stem.with_suffix(".labels"), _flat(self.labels))
         if self.signatures:
             _write(stem.with_suffix(".hashes"), np.concatenate(self.signatures).T)
-        with open(stem.with_suffix(".npz"), "wb") as file:
-            typed = {}
-            for name, (dtype, shape) in INDEX_COLUMNS.items():
-                typed[name] = np.array(arrays[name], dtype).reshape(-1, *shape)
-            np.savez(file, allow_pickle=False, **typed)
-            _sync(file)
+        typed = {
+            name: np.array(arrays[name], dtype).reshape(-1, *shape)
+            for name, (dtype, shape) in INDEX_COLUMNS.items()
+        }
+        np.savez(stem.with_suffix(".npz"), allow_pickle=False, **typed)
+        sync(stem.with_suffix(".npz"))
         meta = {
             "file": self.file,
             "found": self.found,
@@ -84,9 +84,8 @@ class Unit:
             "counts": dict(self.counts),
         }
         part = stem.with_suffix(".part")
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(meta, file)
-            _sync(file)
+        part.write_text(json.dumps(meta), encoding="utf-8")
+        sync(part)
         part.rename(stem.with_suffix(".json"))
         return meta
 
@@ -96,14 +95,8 @@ def _flat(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _write(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        file.write(np.ascontiguousarray(array).data)
-        _sync(file)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    path.write_bytes(np.ascontiguousarray(array).data)
+    sync(path)
 
 
 NO_IDENTITY = (0, 0)

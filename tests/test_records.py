@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from chatglm_ja import records
+from chatglm_ja import corpus, records
 from chatglm_ja.errors import DataError
 from chatglm_ja.records import Reject
 from chatglm_ja.sources import Source
@@ -114,7 +114,7 @@ def test_bad_records_are_numbered_and_the_others_read(
     with pytest.raises(
         DataError, match=f"{name} record {min(expected)}: {min(expected.items())[1]}"
     ):
-        list(records.read_records(source))
+        list(corpus.read_texts(source))
 
 
 def test_a_truncated_gzip_file_gives_what_it_holds(tmp_path: Path) -> None:
