@@ -66,17 +66,20 @@ if PROFILE == "demo":
     TRAINING: Settings = {
         "lora_rank": 16,
         "lora_alpha": 32,
+        "global_batch_size": 8,
         "micro_batch_size": 8,
         "logging_steps": 25,
         "evaluations": 4,
     }
     PRETRAINING: Settings = {
         **TRAINING,
+        "block_size": DATA["block_size"],
         "learning_rate": 4e-3,
         "embedding_learning_rate": 5e-4,
     }
     SFT: Settings = {
         **TRAINING,
+        "block_size": DATA["max_length"],
         "learning_rate": 2e-3,
         "embedding_learning_rate": 5e-4,
         "epochs": 2.0,
@@ -125,9 +128,20 @@ else:
         "max_length": 1024,
         "block_size": 1024,
     }
-    TRAINING = {"gradient_checkpointing": True, "micro_batch_size": 4}
-    PRETRAINING = {**TRAINING, "learning_rate": 2e-4, "embedding_learning_rate": 5e-5}
-    SFT = {**TRAINING, "learning_rate": 1e-4, "embedding_learning_rate": 2e-5}
+    # On four GPUs one pass of four blocks each, so that ZeRO-2 sends the gradient once per step.
+    TRAINING = {"gradient_checkpointing": True, "global_batch_size": 16, "micro_batch_size": 4}
+    PRETRAINING = {
+        **TRAINING,
+        "block_size": DATA["block_size"],
+        "learning_rate": 2e-4,
+        "embedding_learning_rate": 5e-5,
+    }
+    SFT = {
+        **TRAINING,
+        "block_size": DATA["max_length"],
+        "learning_rate": 1e-4,
+        "embedding_learning_rate": 2e-5,
+    }
     EVALUATION = {"window": 1024}
 
 JA_SOURCES = tuple(source for source in PRETRAIN_SOURCES if source.language == "ja")

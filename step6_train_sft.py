@@ -17,6 +17,11 @@ from chatglm_ja.settings import parse
 
 def main() -> None:
     config = parse(TrainingConfig, __doc__, constants.STEP6)
+    if config.estimate is not None:
+        from chatglm_ja import costs
+
+        print(costs.describe(config))
+        return
     inputs = [
         open_artifact(config.model, "step5_train_pt.py"),
         open_artifact(config.data, "step4_prepare_data.py"),

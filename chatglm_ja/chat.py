@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatglm_ja.errors import DataError
-from chatglm_ja.tokenizer import EOS_ID, STOP_TOKENS
+from chatglm_ja.tokenizer import EOS_ID, SPECIAL_TOKENS, STOP_TOKENS
 
 ROLES = ("system", "user", "assistant", "observation")
 IGNORE = -100  # the label of a token that is not trained
@@ -29,6 +29,11 @@ def special_id(tokenizer: Any, token: str) -> int:
     elif tokenizer.is_control(index := tokenizer.piece_to_id(token)):
         return int(index)
     raise DataError(f"the tokenizer has no special token {token}: expected one from step 2")
+
+
+def first_new_id(tokenizer: Any) -> int:
+    """The id of the first piece that the merge added: it follows the base's special tokens."""
+    return special_id(tokenizer, SPECIAL_TOKENS[-1]) + 1
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -40,7 +40,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        self._shard_of = self._read_index()
+        self._shard_of = _weight_map(folder)
         self._open: tuple[Path, _SafetensorsShard | _BinShard] | None = None
         shapes = layout.expected_shapes(self.config)
         missing = sorted(shapes.keys() - self._shard_of.keys())
@@ -74,20 +74,6 @@ class Checkpoint:
         if self._open is None or self._open[0] != path:
             self._open = (path, _open_shard(path))
         return self._open[1]
-
-    def _read_index(self) -> dict[str, str]:
-        """The name of every tensor, and of the file that holds it."""
-        for index_name, single_name in WEIGHT_FILES:
-            index, single = self.folder / index_name, self.folder / single_name
-            if index.is_file():
-                try:
-                    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                except (ValueError, KeyError, TypeError):
-                    raise DataError(f"{index} is not an index of weights") from None
-            if single.is_file():
-                return dict.fromkeys(_open_shard(single).names(), single_name)
-        looked_for = ", ".join(name for pair in WEIGHT_FILES for name in pair)
-        raise DataError(f"{self.folder} holds none of {looked_for}: expected ChatGLM3's weights")
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> torch.dtype:
         dtypes: dict[str, str] = {}  # each dtype, with the first tensor that has it
@@ -212,9 +198,47 @@ def write_sharded(
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
-    """One tensor of a folder that `write_sharded` wrote."""
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    return _open_shard(folder / index["weight_map"][name]).read(name)
+    """One tensor of a model folder."""
+    return _open_shard(folder / _weight_map(folder)[name]).read(name)
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a model folder, in the order of its shards."""
+    for shard_name, names in _by_shard(folder).items():
+        shard = _open_shard(folder / shard_name)
+        for name in names:
+            yield name, shard.read(name)
+
+
+def describe(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a model folder."""
+    described = {}
+    for shard_name, names in _by_shard(folder).items():
+        shard = _open_shard(folder / shard_name)
+        described.update({name: shard.describe(name) for name in names})
+    return described
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The name of every tensor, and of the file that holds it."""
+    for index_name, single_name in WEIGHT_FILES:
+        index, single = folder / index_name, folder / single_name
+        if index.is_file():
+            try:
+                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{index} is not an index of weights") from None
+        if single.is_file():
+            return dict.fromkeys(_open_shard(single).names(), single_name)
+    looked_for = ", ".join(name for pair in WEIGHT_FILES for name in pair)
+    raise DataError(f"{folder} holds none of {looked_for}: expected ChatGLM3's weights")
+
+
+def _by_shard(folder: Path) -> dict[str, list[str]]:
+    shards: dict[str, list[str]] = {}
+    for name, shard_name in _weight_map(folder).items():
+        shards.setdefault(shard_name, []).append(name)
+    return dict(sorted(shards.items()))
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> Any:

@@ -3,6 +3,7 @@
 Defaults that differ between the profiles are in `constants.py`; settings.py does the rest.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -281,6 +282,9 @@ class TrainingConfig(StepConfig):
 
     model: Path = setting("model folder to start from")
     data: Path = setting("output folder of step 4")
+    block_size: int = setting(
+        "tokens of a row of the data, at most", 1024, low=8, high=2**20, affects_result=False
+    )
     train_embeddings: bool = setting("train the input and output embeddings in full", True)
     embedding_rows: Literal["all", "new"] = setting(
         "which rows of the embeddings are trained; new: those of the added pieces only, with a "
@@ -290,7 +294,12 @@ class TrainingConfig(StepConfig):
     lora_rank: int = setting("rank of the LoRA matrices", 8, low=1)
     lora_alpha: int = setting("LoRA scale: the update is multiplied by alpha / rank", 16, low=0)
     lora_dropout: float = setting("dropout before the LoRA matrices", 0.0, low=0, high=0.9)
-    learning_rate: float = setting("peak learning rate of the LoRA matrices", 2e-4, low=0, high=1)
+    learning_rate: float = setting(
+        "peak learning rate of the LoRA matrices (0: the transformer stays as it is)",
+        2e-4,
+        low=0,
+        high=1,
+    )
     embedding_learning_rate: float = setting(
         "peak learning rate of the embeddings", 5e-5, low=0, high=1
     )
@@ -299,8 +308,18 @@ class TrainingConfig(StepConfig):
     max_grad_norm: float = setting("gradient clipping", 1.0, low=0)
     epochs: float = setting("passes over the data", 1.0, low=0, high=1e6)
     max_steps: int = setting("stop after this many optimizer steps (-1: --epochs)", -1, low=-1)
-    micro_batch_size: int = setting("blocks per forward pass and process", 4, low=1)
-    gradient_accumulation: int = setting("forward passes per optimizer step", 1, low=1)
+    global_batch_size: int = setting(
+        "blocks per optimizer step, whatever the number of processes: they share them out",
+        16,
+        low=1,
+    )
+    micro_batch_size: int = setting(
+        "at most so many blocks per forward pass and process; what is left of its share of the "
+        "global batch is accumulated, at the price of more gradient traffic under ZeRO-2",
+        4,
+        low=1,
+        affects_result=False,
+    )
     document_mask: bool = setting(
         "restart positions and keep attention inside each document of a block", True
     )
@@ -310,11 +329,28 @@ class TrainingConfig(StepConfig):
     gradient_checkpointing: bool = setting(
         "recompute activations: less memory, a third more time", False, affects_result=False
     )
+    compile: bool = setting(
+        "compile the layers with torch.compile: a minute at the start, then faster on a GPU",
+        False,
+        affects_result=False,
+    )
     deepspeed: Path | None = setting("DeepSpeed configuration file, as ds_zero2.json", None)
+    estimate: int | None = setting(
+        "print what training on so many GPUs takes in memory on each of them, and stop",
+        None,
+        low=1,
+        affects_result=False,
+    )
     evaluations: int = setting(
-        "how often to score the validation set, evenly spaced and besides step 0",
+        "how often to score the validation set, evenly spaced and besides step 0 (0: never)",
         10,
-        low=2,
+        low=0,
+        affects_result=False,
+    )
+    tracker: Literal["tensorboard", "wandb", "none"] = setting(
+        "where the curves go while training: tensorboard: <output_dir>.tensorboard/; wandb: "
+        "Weights & Biases, which is not among the requirements",
+        "tensorboard",
         affects_result=False,
     )
     logging_steps: int = setting(
@@ -327,6 +363,12 @@ class TrainingConfig(StepConfig):
         affects_result=False,
     )
     keep_checkpoints: int = setting("checkpoints to keep", 2, low=1, affects_result=False)
+    verify: bool | None = setting(
+        "load the merged model and model plus adapter and compare their logits; by default of "
+        "models up to 1 GB",
+        None,
+        affects_result=False,
+    )
     max_loss_jump: float = setting(
         "skip a step whose loss is more than this many times the mean of the last 20", 3.0, low=1
     )
@@ -340,16 +382,15 @@ class TrainingConfig(StepConfig):
     def contradictions(self) -> list[str]:
         problems = []
         if self.deepspeed is not None:
-            try:
-                json.loads(self.deepspeed.read_text(encoding="utf-8"))
-            except OSError:
-                problems.append(f"--deepspeed {self.deepspeed} not found")
-            except ValueError as error:
-                problems.append(f"--deepspeed {self.deepspeed} is not JSON ({error})")
+            problems += _deepspeed_problems(self.deepspeed)
+        if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+            problems.append("--tracker wandb needs its package: run `pip install wandb`")
         if self.embedding_rows == "new" and not self.train_embeddings:
             problems.append(
                 "--embedding-rows new trains embeddings: leave out --no-train-embeddings"
             )
+        if self.learning_rate == 0 and not self.train_embeddings:
+            problems.append("--learning-rate 0 and --no-train-embeddings leave nothing to train")
         if self.max_steps == 0 or (self.max_steps < 0 and self.epochs == 0):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems
@@ -370,6 +411,27 @@ class EvalConfig(StepConfig):
     prompts: Path = setting("YAML file of questions to answer: language -> list")
     max_new_tokens: int = setting("longest answer in tokens", 256, low=1)
     batch_size: int = setting("windows scored at once", 16, low=1, affects_result=False)
+
+
+def _deepspeed_problems(path: Path) -> list[str]:
+    """What is wrong with a DeepSpeed configuration; one sentence each."""
+    try:
+        stage = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except OSError:
+        return [f"--deepspeed {path} not found"]
+    except ValueError as error:
+        return [f"--deepspeed {path} is not JSON ({error})"]
+    except (KeyError, TypeError):
+        return [
+            f"--deepspeed {path} names no zero_optimization stage: expected 2, as ds_zero2.json"
+        ]
+    if stage == 3:
+        # huggingface/peft#2450, deepspeedai/DeepSpeed#7669
+        return [
+            f"--deepspeed {path} asks for ZeRO stage 3, which shares out the weights too: with it, "
+            "fully trained embeddings have been saved as empty tensors; use ds_zero2.json"
+        ]
+    return []
 
 
 def parse_shares(specs: Sequence[str]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pyarrow.compute
 import torch
 
 from chatglm_ja import chat
+from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import UNK_ID
 
 
@@ -21,11 +22,23 @@ def read(folder: Path, name: str, split: str) -> datasets.Dataset:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
 
 
-def largest_id(rows: datasets.Dataset) -> int:
-    """The largest token id of a data set, found without making Python lists of it."""
+def check(rows: datasets.Dataset, name: str, block_size: int, vocab_size: int) -> None:
+    """Raises DataError when training rows do not fit the settings or the model: longer ones than
+    `block_size`, shorter blocks of texts, ids beyond the embeddings. No Python list is made."""
     column = rows.data.table["input_ids"]
+    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py() or 0
+    if longest > block_size or (name == "pretrain" and 0 < longest < block_size):
+        raise DataError(
+            f"the data's longest row has {longest} tokens, but --block-size is {block_size}: "
+            "prepare the data with that size, or set it to the data's"
+        )
     largest = (pyarrow.compute.max(pyarrow.compute.list_flatten(c)).as_py() for c in column.chunks)
-    return max((value for value in largest if value is not None), default=0)
+    found = max((value for value in largest if value is not None), default=0)
+    if found >= vocab_size:
+        raise DataError(
+            f"the data holds token id {found}, but the model has {vocab_size} embedding rows: "
+            "prepare the data and resize the model with the same tokenizer"
+        )
 
 
 def count_characters(rows: datasets.Dataset, encoder: Any) -> int:

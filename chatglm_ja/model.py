@@ -1,20 +1,26 @@
 """The model as it is trained and scored: next-token losses without the logits of a whole batch."""
 
+import functools
+import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ja.chat import IGNORE
 
+log = logging.getLogger(__name__)
+
 # The bars over the shards of a checkpoint; the log says what is loaded.
 transformers.utils.logging.disable_progress_bar()
 
-# Rows of hidden states whose logits are held at once.
+# Rows of hidden states whose logits are held at once: by torch's own function, and by plain ones.
 LOSS_CHUNK = 256
+PLAIN_LOSS_CHUNK = 1024
 
 
 def token_losses_sum(
@@ -31,6 +37,9 @@ def token_losses_sum(
     rows = hidden[:, :-1][trained]
     if torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+    if not hasattr(F, "linear_cross_entropy"):
+        _say_that_the_loss_is_plain()
+        return _plain_losses_sum(rows, weight.to(rows.dtype), targets[trained])
     # A sum taken inside is kept in the dtype of the rows: in bfloat16 it was off by 4% for 12,000
     # tokens, in float16 it overflowed. So in half precision the tokens' losses come out one by
     # one, for one more product with `weight` in the backward pass.
@@ -42,6 +51,33 @@ def token_losses_sum(
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK),
     )
     return losses.float().sum()
+
+
+def _plain_losses_sum(
+    rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """The same from functions that every torch has: the logits of a chunk are computed again for
+    the backward pass instead of being kept."""
+
+    def chunk_sum(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="sum")
+
+    total = rows.new_zeros((), dtype=torch.float32)
+    for chunk in zip(rows.split(PLAIN_LOSS_CHUNK), targets.split(PLAIN_LOSS_CHUNK), strict=True):
+        part: Any = checkpoint(chunk_sum, chunk[0], weight, chunk[1], use_reentrant=False)
+        total = total + part
+    return total
+
+
+@functools.cache
+def _say_that_the_loss_is_plain() -> None:
+    """Once: the arguments are always the same."""
+    log.info(
+        "torch %s has no linear_cross_entropy: the loss is computed from the logits of %d tokens "
+        "at a time, which takes more memory",
+        torch.__version__,
+        PLAIN_LOSS_CHUNK,
+    )
 
 
 def compute_dtype() -> torch.dtype:
@@ -73,8 +109,13 @@ class GlmForTraining(GlmForCausalLM):
         trained tokens divided by `num_items_in_batch`, by default their number in this batch."""
         if labels is None:
             return super().forward(input_ids, position_ids=position_ids, **kwargs)
+        # Autocast leaves what is looked up in float32 embeddings, and all that is added to it, in
+        # float32: twice the activations.
+        embedded = self.model.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(embedded.device.type):
+            embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
         hidden = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
+            inputs_embeds=embedded, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         total = token_losses_sum(hidden, self.lm_head.weight, labels)
         if num_items_in_batch is None:

@@ -10,6 +10,7 @@
 import logging
 import math
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
-from chatglm_ja import dataset, training_state
+from chatglm_ja import costs, dataset, training_state
 from chatglm_ja.chat import IGNORE
 from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.config import TrainingConfig
@@ -48,6 +50,8 @@ class ResumableTrainer(Trainer):
         validation: dict[str, Any],
         checkpoints: Checkpoints | None,
         characters: Mapping[str, int],
+        tokens_per_step: int,
+        flops_per_token: float,
         **kwargs: Any,
     ) -> None:
         """`characters` are those of the texts of the validation sets that are whole texts."""
@@ -55,6 +59,10 @@ class ResumableTrainer(Trainer):
         self.validation = validation
         self.checkpoints = checkpoints
         self.characters = characters
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.paused = 0.0  # seconds since the start that did not go into training
+        self.last_logged = (time.monotonic(), 0)  # when, by a clock without pauses; step
         self.collate = dataset.Collator(config.document_mask)
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.skipped = 0  # steps in a row
@@ -113,6 +121,31 @@ class ResumableTrainer(Trainer):
         log.warning("step %d is skipped: its loss is %.4g, after %.4g before", step, loss, usual)
         return False
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the speed since the last line of training, MFU where the GPU is known, memory."""
+        if "loss" in logs:
+            now, step = time.monotonic() - self.paused, self.state.global_step
+            then, last_step = self.last_logged
+            speed = (step - last_step) * self.tokens_per_step / (now - then)
+            self.last_logged = now, step
+            logs["tokens_per_second"] = round(speed, 1)
+            if torch.cuda.is_available():
+                peak = costs.peak_tflops(torch.cuda.get_device_name(self.args.device))
+                if peak is not None:
+                    rate = self.flops_per_token * speed / self.args.world_size
+                    logs["mfu"] = round(rate / (peak * 1e12), 4)
+            logs["memory_gb"] = round(peak_memory_gb(), 3)
+        super().log(logs, start_time)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside does not count as time of training."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.paused += time.monotonic() - started
+
     # The Trainer calls these with the folder of a checkpoint, which training_state.py reads.
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
@@ -131,11 +164,12 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, *_: Any) -> None:
         more = {"recent_losses": list(self.recent)}
-        if self.checkpoints is not None and self.is_world_process_zero():
-            with self.checkpoints.write(self.state.global_step) as folder:
-                training_state.save(self, folder, more)
-        else:
-            training_state.save(self, None, more)
+        with self.pause():
+            if self.checkpoints is not None and self.is_world_process_zero():
+                with self.checkpoints.write(self.state.global_step) as folder:
+                    training_state.save(self, folder, more)
+            else:
+                training_state.save(self, None, more)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         model = model or self.model
@@ -145,21 +179,16 @@ class ResumableTrainer(Trainer):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     (embeddings if name.endswith(EMBEDDINGS) else lora).append(parameter)
+            config = self.config
             groups: list[dict[str, Any]] = [
-                {
-                    "params": lora,
-                    "lr": self.config.learning_rate,
-                    "weight_decay": self.config.weight_decay,
-                }
-            ]
-            if embeddings:
+                {"params": lora, "lr": config.learning_rate, "weight_decay": config.weight_decay},
                 # No decay: it would shrink the rows of tokens that do not occur in a batch.
-                rate = self.config.embedding_learning_rate
-                groups.append({"params": embeddings, "lr": rate, "weight_decay": 0.0})
+                {"params": embeddings, "lr": config.embedding_learning_rate, "weight_decay": 0.0},
+            ]
+            groups = [group for group in groups if group["params"]]
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         return self.optimizer
 
-    @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per trained token of every validation set, and bits per character of its text,
         which models of different vocabularies can be compared by.
@@ -167,6 +196,15 @@ class ResumableTrainer(Trainer):
         The Trainer's own loop averages the means of batches, which depend on the batch size and
         on the rows that it repeats to give every process as many.
         """
+        with self.pause(), torch.no_grad():
+            metrics = self._score()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _score(self) -> dict[str, float]:
         model: Any = self.model
         model.eval()
         size = self.args.per_device_eval_batch_size
@@ -187,10 +225,6 @@ class ResumableTrainer(Trainer):
                 if label in self.characters:
                     bits = total / math.log(2) / self.characters[label]
                     metrics[f"eval_{label}_bits_per_char"] = bits
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
         return metrics
 
 
@@ -211,9 +245,8 @@ class Progress(TrainerCallback):
     """A progress bar, a line per logging step and evaluation, checkpoints, the end on a signal,
     and an evaluation at the end."""
 
-    def __init__(self, trainer: ResumableTrainer, tokens_per_step: int) -> None:
+    def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
-        self.tokens_per_step = tokens_per_step
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -222,6 +255,7 @@ class Progress(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, desc="training", unit=" steps"
             )
         self.started, self.first_step = time.monotonic(), state.global_step
+        self.trainer.last_logged = self.started - self.trainer.paused, state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
@@ -249,8 +283,9 @@ class Progress(TrainerCallback):
                 f"loss {logs['loss']:.4f}",
                 f"lr {logs['learning_rate']:.2e}",
                 f"grad norm {logs.get('grad_norm', math.nan):.2f}",
-                f"{done * self.tokens_per_step / seconds:,.0f} tokens/s",
-                f"{peak_memory_gb():.2f} GB",
+                f"{logs['tokens_per_second']:,.0f} tokens/s",
+                *([f"{logs['mfu']:.1%} MFU"] if "mfu" in logs else []),
+                f"{logs['memory_gb']:.2f} GB",
                 f"{tqdm.format_interval(left)} left",
             ]
         losses = [name.removesuffix("_loss") for name in logs if name.startswith("eval_")]
@@ -270,6 +305,15 @@ class Progress(TrainerCallback):
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def tensorboard(folder: Path, resumed_from: Path | None) -> TrainerCallback:
+    """Curves for TensorBoard in `folder`, beside those from before a run was stopped."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if resumed_from is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 @contextmanager

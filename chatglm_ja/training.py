@@ -14,34 +14,39 @@ that is started again goes on from the newest whole one, and ends where an undis
 import json
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    GlmForCausalLM,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from chatglm_ja import chat, dataset, export, loss_curves, new_rows, tokenizer
+from chatglm_ja import chat, costs, dataset, loss_curves, merge, new_rows, tokenizer
 from chatglm_ja.artifacts import Output
 from chatglm_ja.checkpoint import load_glm
 from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
+from chatglm_ja.merge import ADAPTER
 from chatglm_ja.model import GlmForTraining, compute_dtype
-from chatglm_ja.trainer import EMBEDDINGS, Progress, ResumableTrainer, stopping_on_signals
+from chatglm_ja.trainer import (
+    EMBEDDINGS,
+    Progress,
+    ResumableTrainer,
+    stopping_on_signals,
+    tensorboard,
+)
 
 log = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
-ADAPTER = "adapter"
 HISTORY_FILE = "history.json"
+VERIFIED_BYTES = 10**9  # two models of this size are loaded without being asked
+# Rows from which the tokens of a step, and of a document, are estimated.
+SAMPLED_ROWS = 256
 
 
 def precision(config: TrainingConfig) -> torch.dtype:
@@ -64,10 +69,9 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     model: Any = load_glm(config.model, GlmForTraining, dtype)
     if config.embedding_rows == "new":
         encoder = tokenizer.load(config.model)
-        new_rows.split(model, chat.special_id(encoder, tokenizer.SPECIAL_TOKENS[-1]) + 1)
+        new_rows.split(model, chat.first_new_id(encoder))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
@@ -76,11 +80,21 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
         target_modules=list(LORA_TARGETS),
     )
     model = get_peft_model(model, lora)
-    if config.train_embeddings:
-        for name, parameter in model.named_parameters():
-            if name.endswith(EMBEDDINGS):
+    for name, parameter in model.named_parameters():
+        if name.endswith(EMBEDDINGS):
+            if config.train_embeddings:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        elif config.learning_rate == 0:
+            parameter.requires_grad_(False)
+    for module in model.modules():
+        # Otherwise the LoRA layers make float32 copies of their inputs, for autocast to undo.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    if config.compile:
+        # A layer at a time: they are alike, so that one compilation serves all.
+        for layer in model.get_base_model().model.layers:
+            layer.compile()
     return model
 
 
@@ -89,25 +103,26 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
 
     Every process of a torchrun job calls this; rank 0 writes and publishes.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # How a step's rows are divided over passes and processes makes no other run of it.
-    divided = ("micro_batch_size", "gradient_accumulation")
-    run = {k: v for k, v in output.arguments.items() if k not in divided}
-    run["rows_per_step"] = config.micro_batch_size * config.gradient_accumulation * world_size
     folder = config.output_dir.with_name(config.output_dir.name + ".checkpoints")
-    checkpoints = Checkpoints(folder, run | output.lineage, config.keep_checkpoints)
+    run = output.arguments | output.lineage
+    checkpoints = Checkpoints(folder, run, config.keep_checkpoints)
     if not is_main_process():
         train(config, name, None, checkpoints)
         return
-    with output.write() as folder:
-        result = train(config, name, folder, checkpoints)
+    _check_space(config, folder)
+    with output.write() as working:
+        result = train(config, name, working, checkpoints)
         history = result.pop("history")
         text = json.dumps(history, indent=1)
-        (folder / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
-        fit = loss_curves.write(history, result["tokens_per_step"], folder)
+        (working / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
+        fit = loss_curves.write(history, result["tokens_per_step"], working)
         if fit is not None:
             log.info("%s", fit.describe())
-        write_merged(config.model, folder)
+        log.info("merging the adapter")
+        merge.write_merged(config.model, working)
+        if config.verify or (config.verify is None and _weights_size(config) <= VERIFIED_BYTES):
+            difference = merge.verify_logits(config.model, working)
+            log.info("logits of merged and adapted model agree to %.1e", difference)
         output.counts.update(result)
     checkpoints.remove()
     log.info("trained model: %s", config.output_dir)
@@ -128,39 +143,54 @@ def train(
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = costs.Plan.of(config, world_size)
+    shape = costs.read_shape(config.model)
     train_set = dataset.read(config.data, name, "train")
+    dataset.check(train_set, name, config.block_size, shape.rows)
     validation = dataset.read(config.data, name, "validation")
+    if config.evaluations and not len(validation):
+        raise DataError(
+            f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
+        )
+    if len(train_set) < config.global_batch_size:
+        raise DataError(
+            f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "
+            "lower --global-batch-size or prepare more data"
+        )
     dtype = precision(config)
     # PEFT and the Trainer draw from the global generators: the same seed on every rank.
     set_seed(config.seed)
-    arguments = _trainer_arguments(config, dtype, output_dir, has_validation=len(validation) > 0)
+    arguments = _trainer_arguments(config, plan, dtype, output_dir)
     found = None if checkpoints is None else _newest(checkpoints, config.overwrite)
     if found is not None:
         log.info("going on from %s", found)
         arguments.eval_on_start = False
     model = load_for_training(config, dtype)
-    _check_ids(train_set, model.config.vocab_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows_per_step = config.micro_batch_size * config.gradient_accumulation * arguments.world_size
-    if len(train_set) < rows_per_step:
-        raise DataError(
-            f"the data has {len(train_set)} rows, but a step takes {rows_per_step} (micro-batch x "
-            "accumulation x processes): lower --micro-batch-size or prepare more data"
-        )
-    sample = train_set.select(range(min(64, len(train_set))))["lengths"]
-    tokens_per_step = rows_per_step * sum(map(sum, sample)) // len(sample)
+    sample = train_set.select(range(min(SAMPLED_ROWS, len(train_set))))["lengths"]
+    tokens_per_step = config.global_batch_size * sum(map(sum, sample)) // len(sample)
+    context = costs.mean_context(sample if config.document_mask else [[sum(r)] for r in sample])
+    flops = costs.flops_per_token(shape, costs.trained_parameters(shape, config), context)
     log.info(
-        "training %.2f M of %.2f M parameters on %d rows, %d rows or about %s tokens a step",
+        "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
         trained / 1e6,
         model.num_parameters() / 1e6,
         len(train_set),
-        rows_per_step,
+        plan,
+        config.global_batch_size,
         f"{tokens_per_step:,}",
     )
-    if left_over := len(train_set) % (config.micro_batch_size * arguments.world_size):
+    if plan.accumulation > 1 and config.deepspeed is not None:
+        log.info(
+            "ZeRO-2 sends the gradients %d times a step, once a pass: a larger --micro-batch-size "
+            "or more GPUs make it fewer",
+            plan.accumulation,
+        )
+    if left_over := len(train_set) % (plan.micro_batch * plan.processes):
         log.info("every epoch leaves out %d rows, which fill no batch", left_over)
-    languages = _by_language(validation)
-    encoder = tokenizer.load(config.model)
+    languages = _by_language(validation) if config.evaluations else {}
+    encoder = tokenizer.load(config.model) if languages else None
     trainer = ResumableTrainer(
         config,
         model,
@@ -172,11 +202,16 @@ def train(
             for language, rows in languages.items()
             if "labels" not in rows.column_names
         },
+        tokens_per_step,
+        flops,
         args=arguments,
         train_dataset=train_set,
     )
-    progress = Progress(trainer, tokens_per_step)
+    progress = Progress(trainer)
     trainer.add_callback(progress)
+    if config.tracker == "tensorboard" and output_dir is not None:
+        folder = config.output_dir.with_name(config.output_dir.name + ".tensorboard")
+        trainer.add_callback(tensorboard(folder, found))
     trainer.remove_callback(PrinterCallback)
     with stopping_on_signals(trainer), progress:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
@@ -195,13 +230,13 @@ def train(
         "trained_parameters": trained,
         "steps": trainer.state.global_step,
         "tokens_per_step": tokens_per_step,
-        "world_size": arguments.world_size,
+        "world_size": world_size,
         "history": trainer.state.log_history,
     }
 
 
 def _trainer_arguments(
-    config: TrainingConfig, dtype: torch.dtype, output_dir: Path | None, has_validation: bool
+    config: TrainingConfig, plan: costs.Plan, dtype: torch.dtype, output_dir: Path | None
 ) -> TrainingArguments:
     """The settings in the Trainer's words."""
     arguments = TrainingArguments(
@@ -209,9 +244,9 @@ def _trainer_arguments(
         output_dir=str(output_dir or tempfile.gettempdir()),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
-        per_device_train_batch_size=config.micro_batch_size,
+        per_device_train_batch_size=plan.micro_batch,
         per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=plan.accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,
@@ -223,11 +258,13 @@ def _trainer_arguments(
         deepspeed=str(config.deepspeed) if config.deepspeed else None,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if has_validation else "no",
-        eval_steps=1 / config.evaluations,
-        eval_on_start=has_validation,
+        eval_strategy="steps" if config.evaluations else "no",
+        # A number below 1 is a share of all steps; 1 would be every step.
+        eval_steps=min(1 / max(config.evaluations, 1), 0.999),
+        eval_on_start=config.evaluations > 0,
         save_strategy="no",
-        report_to="none",
+        report_to="wandb" if config.tracker == "wandb" else "none",
+        run_name=config.output_dir.name,
         disable_tqdm=True,
         remove_unused_columns=False,
         # An incomplete last batch would be filled up with rows of the first on several ranks.
@@ -269,27 +306,26 @@ def _by_language(validation: Any) -> dict[str, Any]:
     }
 
 
-def _check_ids(rows: Any, vocab_size: int) -> None:
-    """The data must have been made with the model's tokenizer: ids within its rows."""
-    largest = dataset.largest_id(rows)
-    if largest >= vocab_size:
-        raise DataError(
-            f"the data holds token id {largest}, but the model has {vocab_size} embedding rows: "
-            "prepare the data and resize the model with the same tokenizer"
+def _weights_size(config: TrainingConfig) -> int:
+    return sum(path.stat().st_size for path in config.model.glob("*.safetensors"))
+
+
+def _check_space(config: TrainingConfig, checkpoints: Path) -> None:
+    """Raises ConfigError when the disk cannot hold what the run will write."""
+    shape = costs.read_shape(config.model)
+    trained = costs.trained_parameters(shape, config).all
+    # Weights and two moments in float32; one checkpoint more than are kept, while it is written.
+    needed = 12 * trained * (config.keep_checkpoints + 1)
+    needed -= sum(path.stat().st_size for path in checkpoints.glob("*/*"))
+    needed = max(needed, 0) + _weights_size(config) + 4 * trained
+    existing = next(path for path in config.output_dir.absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"{existing} has {free / 1e9:.1f} GB free, but checkpoints and result take "
+            f"{needed / 1e9:.1f} GB: free some, lower --keep-checkpoints, or choose another "
+            "--output-dir"
         )
-
-
-def write_merged(model_dir: Path, output_dir: Path) -> None:
-    """Merge `output_dir`/adapter into the model of `model_dir` and write it to `output_dir`.
-
-    The adapter is read back from the disk, so what is merged is what was saved; the model's
-    stored dtype is kept. The folder loads with plain `AutoModelForCausalLM` and `AutoTokenizer`.
-    """
-    log.info("merging the adapter")
-    model = load_glm(model_dir, GlmForCausalLM, "auto")
-    merged = PeftModel.from_pretrained(model, output_dir / ADAPTER).merge_and_unload()
-    merged.save_pretrained(output_dir, max_shard_size="2GB")
-    export.copy_files(model_dir, output_dir)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

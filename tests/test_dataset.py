@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from chatglm_ja import chat, dataset, shards
+from chatglm_ja.errors import DataError
 from tests.conftest import DATA, Source, prepare_config, write_pretraining
 
 
@@ -44,6 +45,17 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
     assert plain["input_ids"].dtype == torch.int64
 
 
-def test_largest_id(data_dir: Path) -> None:
+def test_rows_that_do_not_fit_are_refused(data_dir: Path) -> None:
     rows = dataset.read(data_dir, "pretrain", "train")
-    assert dataset.largest_id(rows) == max(max(ids) for ids in rows["input_ids"])
+    largest = max(max(ids) for ids in rows["input_ids"])
+    dataset.check(rows, "pretrain", 64, largest + 1)
+    with pytest.raises(DataError, match=f"token id {largest}, but the model has {largest} embed"):
+        dataset.check(rows, "pretrain", 64, largest)
+    for size in (63, 65):
+        with pytest.raises(DataError, match=f"longest row has 64 tokens.*--block-size is {size}"):
+            dataset.check(rows, "pretrain", size, largest + 1)
+    bins = dataset.read(data_dir, "sft", "train")
+    longest = max(map(len, bins["input_ids"]))
+    dataset.check(bins, "sft", longest + 100, 5000)
+    with pytest.raises(DataError, match=f"longest row has {longest} tokens"):
+        dataset.check(bins, "sft", longest - 1, 5000)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja import layout, new_rows, tokenizer, training
+from chatglm_ja import layout, merge, new_rows, tokenizer, training
 from chatglm_ja.errors import ConfigError
 from tests.test_training import checkpoints_in, config_for
 
@@ -50,7 +50,7 @@ def test_the_base_s_rows_stay_and_the_new_ones_learn(
     result = training.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
     losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
-    training.write_merged(resized_dir, tmp_path)
+    merge.write_merged(resized_dir, tmp_path)
     first = first_new(resized_dir)
     before = AutoModelForCausalLM.from_pretrained(resized_dir)
     after = AutoModelForCausalLM.from_pretrained(tmp_path)

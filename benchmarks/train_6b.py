@@ -1,0 +1,220 @@
+"""Speed and memory of step 5 at the size of ChatGLM3-6B, on one GPU, without its weights.
+
+A model of ChatGLM3-6B's shape (28 layers of width 4096, 78,592 embedding rows) gets random weights,
+blocks of 1024 random tokens are written as step 4 would write them, and training.train, which is
+what step 5 calls, runs on them in a process of its own for each scenario:
+
+    4090 x 4        one process's share of four under ZeRO-2, in 24 GiB of memory
+    4090 x 4 new    the same with --embedding-rows new
+    one GPU         a single process without DeepSpeed
+    ...             and what --compile and other settings make of them
+
+For a share, the process is number 0 of four in a process group that does nothing ("fake", torch's
+own for tests). DeepSpeed then holds and updates exactly what it would hold on one of four GPUs: a
+quarter of the float32 weights, Adam's moments and gradients. What is represented: all memory but
+NCCL's own buffers, and all arithmetic. What is not: the time to send gradients and weights, and the
+speed of the card, which is that of the GPU at hand.
+
+    python benchmarks/train_6b.py --work-dir /dev/shm/6b            # 13 GB, made once
+    python benchmarks/train_6b.py --work-dir DIR --scenarios "4090 x 4" "one GPU"
+
+Prints a table: the estimate of --estimate, the peak that was measured, tokens/s and MFU (medians
+over the last steps). `--layers 2 --hidden 256` tries the script itself on a CPU.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+PROJECT = Path(__file__).resolve().parents[1]
+BLOCK_SIZE = 1024
+WARM_UP = 4  # steps whose speed does not count
+GIB = 2**30
+
+# Settings by the names of TrainingConfig; `ranks` and `gib` are this script's own.
+SHARE: dict[str, Any] = {"ranks": 4, "micro_batch_size": 4, "deepspeed": PROJECT / "ds_zero2.json"}
+ONE: dict[str, Any] = {"ranks": 1, "micro_batch_size": 4}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "4090 x 4": {**SHARE, "gib": 24, "gradient_checkpointing": True},
+    "4090 x 4 compiled": {**SHARE, "gib": 24, "gradient_checkpointing": True, "compile": True},
+    "4090 x 4 new": {**SHARE, "gib": 24, "gradient_checkpointing": True, "embedding_rows": "new"},
+    "share of 4": SHARE,
+    "share of 4 compiled": {**SHARE, "compile": True},
+    "share of 4 compiled, 8 blocks": {**SHARE, "compile": True, "micro_batch_size": 8},
+    "one GPU": ONE,
+    "one GPU compiled": {**ONE, "compile": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, required=True, help="model and data: 13 GB")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=78_592)
+    parser.add_argument("--measure", choices=SCENARIOS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options)))
+        return
+    make_model(options)
+    make_data(options)
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    print(f"on {device}, torch {torch.__version__}, tokens/s of one process")
+    print(f"{'':<32}{'estimate':>10}{'measured':>10}{'tokens/s':>10}{'MFU':>8}{'start':>8}")
+    for name in options.scenarios:
+        print(f"{name:<32}{in_a_process(name, options.work_dir)}", flush=True)
+
+
+def in_a_process(name: str, folder: Path) -> str:
+    """Measure a scenario in a fresh process; its row of the table. What it said is kept."""
+    command = [sys.executable, *sys.argv, "--measure", name]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    (folder / f"{name}.log").write_text(ended.stderr, encoding="utf-8")
+    if ended.returncode:
+        return "  failed: " + (ended.stderr.strip().splitlines() or ["no word"])[-1][:200]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    mfu = "" if found["mfu"] is None else f"{found['mfu']:.1%}"
+    return (
+        f"{found['estimate_gb']:>7.2f} GB{found['memory_gb']:>7.2f} GB"
+        f"{found['tokens_per_second']:>10,.0f}{mfu:>8}{found['start_seconds']:>6.0f} s"
+    )
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in this process, number 0 of `ranks`; tokens/s are those of one GPU."""
+    settings = dict(SCENARIOS[name])
+    ranks, gib = settings.pop("ranks"), settings.pop("gib", None)
+    import torch
+
+    if ranks > 1:
+        join_group_of(ranks)
+    if gib is not None and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / whole)
+    from chatglm_ja import costs, training
+    from chatglm_ja.config import TrainingConfig
+
+    blocks = settings["micro_batch_size"] * ranks
+    config = TrainingConfig(
+        model=options.work_dir / "model",
+        data=options.work_dir / "data",
+        output_dir=options.work_dir / "output",
+        block_size=BLOCK_SIZE,
+        global_batch_size=blocks,
+        max_steps=options.steps,
+        logging_steps=1,
+        evaluations=0,
+        tracker="none",
+        **settings,
+    )
+    shape = costs.read_shape(config.model)
+    items = costs.memory(shape, costs.trained_parameters(shape, config), config, ranks)
+    started = time.monotonic()
+    history = training.train(config, "pretrain", None)["history"]
+    lines = [entry for entry in history if "tokens_per_second" in entry]
+    steady = lines[WARM_UP:]
+    seconds = [blocks * BLOCK_SIZE / line["tokens_per_second"] for line in lines]
+    return {
+        "estimate_gb": sum(size for _, size in items),
+        "memory_gb": lines[-1]["memory_gb"],
+        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in steady) / ranks,
+        "mfu": statistics.median(e["mfu"] for e in steady) if "mfu" in steady[0] else None,
+        "start_seconds": time.monotonic() - started - sum(seconds[WARM_UP:]),
+    }
+
+
+def join_group_of(ranks: int) -> None:
+    """Make this process number 0 of a group in which nothing is sent."""
+    import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+
+
+def make_model(options: argparse.Namespace) -> None:
+    """Random weights in the layout that step 3 writes, unless they are there."""
+    folder = options.work_dir / "model"
+    if (folder / "config.json").is_file():
+        return
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    from chatglm_ja import checkpoint, layout
+
+    config: GlmConfig = layout.glm_config(
+        {
+            "num_layers": options.layers,
+            "hidden_size": options.hidden,
+            "ffn_hidden_size": options.hidden * 13_696 // 4096,
+            "num_attention_heads": options.hidden // 128,
+            "multi_query_group_num": 2,
+            "kv_channels": 128,
+            "layernorm_epsilon": 1e-5,
+            "seq_length": 8192,
+        },
+        options.rows,
+        torch.float16,
+    )
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in GlmForCausalLM(config).state_dict().items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in shapes.items():
+            if "norm" in name:
+                yield name, torch.ones(shape, dtype=torch.float16)
+            else:
+                weight = torch.randn(shape, dtype=torch.float16, device=device) * 0.02
+                yield name, weight.cpu()
+
+    folder.mkdir(parents=True)
+    checkpoint.write_sharded(tensors(), folder, 2 * 10**9)
+    config.save_pretrained(folder)
+
+
+def make_data(options: argparse.Namespace) -> None:
+    """Blocks of two to four documents of random ids, as step 4 writes them."""
+    folder = options.work_dir / "data"
+    if folder.is_dir():
+        return
+    import datasets
+    import numpy as np
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir(parents=True)
+    numbers = datasets.List(datasets.Value("int32"))
+    features = datasets.Features({"input_ids": numbers, "lengths": numbers, "sources": numbers})
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 1024), ("validation", 0)):
+        path = folder / f"pretrain_{split}-00000-of-00001.arrow"
+        with ArrowWriter(path=str(path), features=features) as writer:
+            for _ in range(count):
+                cuts = np.sort(generator.choice(BLOCK_SIZE - 1, generator.integers(1, 4), False))
+                lengths = np.diff([0, *(cuts + 1), BLOCK_SIZE]).tolist()
+                ids = generator.integers(3, options.rows, BLOCK_SIZE).tolist()
+                writer.write({"input_ids": ids, "lengths": lengths, "sources": [0] * len(lengths)})
+            writer.finalize()
+
+
+if __name__ == "__main__":
+    main()

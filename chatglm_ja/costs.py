@@ -1,0 +1,281 @@
+"""What training costs, from the shapes alone: memory on each GPU, and floating-point operations.
+
+Nothing is loaded: config.json of the model and the settings of the step are enough, so a run can be
+planned for any number of GPUs before any data or weights are there. The formulas count what this
+pipeline's code keeps; tests/test_costs.py holds the activations against what autograd really saves,
+and docs/training.md the totals against runs on a GPU.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from chatglm_ja import base_config, chat, tokenizer
+from chatglm_ja.config import TrainingConfig
+from chatglm_ja.errors import ConfigError, DataError
+
+GB = 1e9
+# Dense tensor throughput in bfloat16 with float32 accumulation, TFLOP/s, as the makers' data sheets
+# give it; by the part of the device's name that says which it is, the more specific ones first.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H200": 989.4,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.2,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+# Rows of logits that are there at once while the loss is computed (model.LOSS_CHUNK).
+LOSS_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rows: int  # of each of the two embedding matrices
+
+    @property
+    def projections(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of the six matrices of a layer: q, k, v, o, gate_up, down."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            (self.hidden, queries),
+            (self.hidden, keys),
+            (self.hidden, keys),
+            (queries, self.hidden),
+            (self.hidden, 2 * self.ffn),
+            (self.ffn, self.hidden),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of all layers and the last norm: matrices, biases of q, k, v, and norms."""
+        matrices = sum(i * o for i, o in self.projections)
+        biases = sum(o for _, o in self.projections[:3])
+        return self.layers * (matrices + biases + 2 * self.hidden) + self.hidden
+
+    @property
+    def embedding_weights(self) -> int:
+        """Parameters of both embedding matrices."""
+        return 2 * self.rows * self.hidden
+
+    def lora_weights(self, rank: int) -> int:
+        return self.layers * rank * sum(i + o for i, o in self.projections)
+
+
+def read_shape(folder: Path) -> Shape:
+    """The sizes that a folder's config.json gives, in GlmForCausalLM's layout or in ChatGLM3's.
+
+    Raises DataError when there is no such file.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} not found: the sizes are read from it; give the folder of ChatGLM3-6B or of "
+            "step3_resize_model.py as --model"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("model_type") != "glm":
+        config = base_config.read_config(folder)
+        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                 "multi_query_group_num", "kv_channels", "padded_vocab_size")  # fmt: skip
+    else:
+        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
+    return Shape(*(int(config[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Numbers of parameters that a run trains, and that it leaves as they are."""
+
+    lora: int
+    embeddings: int
+    frozen: int
+
+    @property
+    def all(self) -> int:
+        return self.lora + self.embeddings
+
+
+def trained_parameters(shape: Shape, config: TrainingConfig) -> Trained:
+    """With --embedding-rows new the model's tokenizer says how many rows that is."""
+    lora = shape.lora_weights(config.lora_rank) if config.learning_rate else 0
+    rows = 0
+    if config.train_embeddings:
+        rows = shape.rows
+        if config.embedding_rows == "new":
+            rows -= chat.first_new_id(tokenizer.load(config.model))
+    embeddings = 2 * rows * shape.hidden
+    total = shape.layer_weights + shape.embedding_weights
+    return Trained(lora, embeddings, total - embeddings)
+
+
+def activation_bytes(shape: Shape, rank: int, length: int) -> int:
+    """Bytes per token that a layer keeps for its backward pass, in half precision.
+
+    Both norms keep their input in float32 and their output in half precision; attention keeps
+    queries, keys and values (repeated for all heads), its output twice, a row of the mask and the
+    logarithm of its sums; the MLP both halves, the activation and their product; LoRA the narrow
+    products; the two norms a scale each, and rotary positions a cosine and a sine.
+    """
+    attention = shape.heads * shape.head_dim
+    return (
+        2 * (4 + 2) * shape.hidden
+        + 2 * (3 + 2) * attention
+        + 2 * length
+        + 4 * shape.heads
+        + 2 * 4 * shape.ffn
+        + 2 * 6 * rank
+        + 2 * 4
+        + 2 * shape.head_dim
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step's blocks are divided: blocks in a pass, passes of each process, processes."""
+
+    micro_batch: int
+    accumulation: int
+    processes: int
+
+    @classmethod
+    def of(cls, config: TrainingConfig, processes: int) -> "Plan":
+        """Raises ConfigError when the processes cannot share a global batch evenly."""
+        share, rest = divmod(config.global_batch_size, processes)
+        if rest or not share:
+            raise ConfigError(
+                f"--global-batch-size {config.global_batch_size} cannot be divided evenly by "
+                f"{processes} processes: choose a multiple of {processes}"
+            )
+        micro = max(n for n in range(1, min(share, config.micro_batch_size) + 1) if share % n == 0)
+        return cls(micro, share // micro, processes)
+
+    def __str__(self) -> str:
+        return f"{self.micro_batch} rows x {self.accumulation} passes x {self.processes} processes"
+
+
+def memory(
+    shape: Shape, trained: Trained, config: TrainingConfig, processes: int
+) -> list[tuple[str, float]]:
+    """What training holds on each GPU at its fullest moment: (what, GB).
+
+    One process trains without DeepSpeed, with float32 weights of what is trained; several with
+    ZeRO stage 2, which leaves a bfloat16 copy of them and shares out the float32 ones, Adam's
+    moments and the gradients. Half precision is assumed for all that is frozen.
+    """
+    plan = Plan.of(config, processes)
+    tokens = plan.micro_batch * config.block_size
+    shared = processes > 1 or config.deepspeed is not None
+    layer = tokens * activation_bytes(shape, config.lora_rank, config.block_size)
+    # Of a layer whose gradients are computed: those of the MLP's parts are the largest.
+    backward = tokens * 2 * 4 * shape.ffn
+    if config.gradient_checkpointing:
+        activations = shape.layers * tokens * 2 * shape.hidden + layer + backward
+    else:
+        activations = shape.layers * layer + backward
+    matrix = trained.embeddings // 2
+    items: list[tuple[str, float]] = [
+        ("frozen weights", 2 * trained.frozen),
+        ("trained weights", (2 if shared else 4) * trained.all),
+    ]
+    if shared:
+        items += [
+            ("float32 weights and Adam's moments", 12 * trained.all / processes),
+            ("gradients", 2 * trained.all / processes),
+            ("buckets and the gradient of one matrix", 4 * bucket_elements(config) + 2 * matrix),
+        ]
+    else:
+        items += [
+            ("Adam's moments", 8 * trained.all),
+            ("gradients", 4 * trained.all),
+            ("output matrix and its gradient in half precision", 4 * matrix),
+        ]
+    items += [
+        ("activations", activations),
+        ("loss", LOSS_ROWS * shape.rows * (2 + 4 + 4) + 2 * tokens * shape.hidden * 2),
+    ]
+    return [(name, size / GB) for name, size in items]
+
+
+def bucket_elements(config: TrainingConfig) -> int:
+    """Elements of ZeRO's reduction bucket; two of them are there while gradients are sent."""
+    if config.deepspeed is None:
+        return 50_000_000
+    settings = json.loads(config.deepspeed.read_text(encoding="utf-8"))
+    return int(settings["zero_optimization"].get("reduce_bucket_size", 500_000_000))
+
+
+def flops_per_token(shape: Shape, trained: Trained, context: float) -> float:
+    """Floating-point operations that a trained token needs, forward and backward.
+
+    A frozen weight takes 2 for the forward pass and 2 for the gradient of its input, a trained one
+    2 more for its own gradient; what gradient checkpointing computes twice is not counted (MFU as
+    in PaLM, arXiv:2204.02311, but for frozen weights). `context` is how many tokens of its document
+    a token attends to, on average.
+    """
+    matrices = shape.layers * sum(i * o for i, o in shape.projections)
+    head = shape.rows * shape.hidden
+    attention = 3 * 4 * shape.layers * shape.heads * shape.head_dim * context
+    # The input matrix is looked up, not multiplied with; what is before all that is trained needs
+    # no gradient of its input.
+    unneeded = 0 if trained.embeddings else 2 * sum(i * o for i, o in shape.projections[:3])
+    return 4 * (matrices + head) + 6 * trained.lora + trained.embeddings + attention - unneeded
+
+
+def mean_context(lengths: Iterable[Iterable[int]]) -> float:
+    """How many tokens of its document, itself included, a token of these blocks attends to."""
+    documents = [length for row in lengths for length in row]
+    return sum(n * (n + 1) / 2 for n in documents) / max(sum(documents), 1)
+
+
+def peak_tflops(device: str) -> float | None:
+    """The data sheet's bfloat16 TFLOP/s of a GPU by its name, None where it is not known."""
+    if "Laptop" in device:
+        return None
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+
+
+def describe(config: TrainingConfig) -> str:
+    """The table of --estimate."""
+    gpus = config.estimate or 1
+    shape = read_shape(config.model)
+    plan = Plan.of(config, gpus)
+    trained = trained_parameters(shape, config)
+    items = memory(shape, trained, config, gpus)
+    total = sum(size for _, size in items)
+    tokens = config.global_batch_size * config.block_size
+    lines = [
+        f"{config.model.name}: {(trained.frozen + trained.embeddings) / 1e9:.3f} B parameters, "
+        f"{shape.rows:,} embedding rows; trained {trained.embeddings / 1e6:.1f} M in embeddings "
+        f"and {trained.lora / 1e6:.1f} M in LoRA matrices",
+        f"a step: {tokens:,} tokens = {gpus} GPUs x {plan.accumulation} passes x "
+        f"{plan.micro_batch} blocks x {config.block_size} tokens",
+        f"{'memory of each GPU':<52}{'GB':>8}",
+        *(f"  {name:<50}{size:>8.2f}" for name, size in items),
+        f"  {'together':<50}{total:>8.2f}",
+        "beside that: the CUDA context and what the allocator leaves unused, 1 to 2 GB",
+    ]
+    return "\n".join(lines)

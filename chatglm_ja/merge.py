@@ -1,0 +1,111 @@
+"""A trained adapter merged into the model that it was trained on, one tensor at a time.
+
+    LoRA         W + (alpha / rank) B A, in float32, rounded once to the model's stored dtype
+    embeddings   the trained matrices in place of the old ones
+    the rest     as it is
+
+Memory holds one shard of the result, whatever the model's size. The result has the names, shapes
+and dtypes of the model it came from, which is checked on the written files.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from transformers import GlmForCausalLM
+
+from chatglm_ja import checkpoint, export
+from chatglm_ja.errors import DataError
+
+ADAPTER = "adapter"
+MAX_SHARD_BYTES = 2 * 10**9
+# Names in an adapter are those in the model with this before them.
+PREFIX = "base_model.model."
+CONFIGS = ("config.json", "generation_config.json")
+# What both models read for `verify_logits`: ids that every vocabulary has.
+VERIFIED_IDS = 64
+
+
+def write_merged(model_dir: Path, output_dir: Path) -> None:
+    """Merge `output_dir`/adapter into the model of `model_dir` and write it to `output_dir`.
+
+    The adapter is read back from the disk, so what is merged is what was saved; the model's stored
+    dtype is kept. The folder loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Raises
+    DataError when adapter and model do not fit, or a written tensor is not as it should be.
+    """
+    folder = output_dir / ADAPTER
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = load_file(folder / "adapter_model.safetensors")
+    scale = settings["lora_alpha"] / settings["r"]
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in checkpoint.stored_tensors(model_dir):
+            weight = adapter.pop(PREFIX + name, None)
+            module = PREFIX + name.removesuffix(".weight")
+            down = adapter.pop(f"{module}.lora_A.weight", None)
+            up = adapter.pop(f"{module}.lora_B.weight", None)
+            if weight is not None:
+                if weight.shape != tensor.shape:
+                    raise DataError(
+                        f"{folder}: {name} has shape {tuple(weight.shape)}, but {model_dir} has "
+                        f"{tuple(tensor.shape)}"
+                    )
+                tensor = weight.to(tensor.dtype)
+            elif down is not None and up is not None:
+                update = scale * (up.float() @ down.float())
+                tensor = (tensor.float() + update).to(tensor.dtype)
+            yield name, tensor
+
+    tensors = tqdm(merged(), desc="merging", unit=" tensors")
+    checkpoint.write_sharded(tensors, output_dir, MAX_SHARD_BYTES)
+    if adapter:
+        raise DataError(f"{folder} holds {min(adapter)}, which {model_dir} has no place for")
+    for name in CONFIGS:
+        if (model_dir / name).is_file():
+            shutil.copyfile(model_dir / name, output_dir / name)
+    export.copy_files(model_dir, output_dir)
+    _verify_shapes(model_dir, output_dir)
+
+
+def _verify_shapes(model_dir: Path, output_dir: Path) -> None:
+    """Reopen what was written: fully trained embeddings have been saved empty by others."""
+    before, after = (checkpoint.describe(folder) for folder in (model_dir, output_dir))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise DataError(
+                f"{output_dir}: {name} was written as {after.get(name)}, expected "
+                f"{before.get(name)}"
+            )
+
+
+@torch.inference_mode()
+def verify_logits(model_dir: Path, output_dir: Path) -> float:
+    """The largest difference of logits between the merged model and model plus adapter.
+
+    In float32, relative to the largest logit. Raises DataError when it is more than rounding every
+    weight to the stored dtype explains.
+    """
+    ids = torch.arange(VERIFIED_IDS)[None]
+
+    def logits(model: Any) -> torch.Tensor:
+        return model.eval()(ids).logits
+
+    base = checkpoint.load_glm(model_dir, GlmForCausalLM, torch.float32)
+    expected = logits(PeftModel.from_pretrained(base, output_dir / ADAPTER))
+    found = logits(checkpoint.load_glm(output_dir, GlmForCausalLM, torch.float32))
+    difference = ((expected - found).abs().max() / expected.abs().max()).item()
+    dtypes = {dtype for dtype, _ in checkpoint.describe(output_dir).values()}
+    # A sum over a model's depth of roundings, which are independent of each other.
+    allowed = 20 * max(torch.finfo(checkpoint.DTYPES[dtype]).eps for dtype in dtypes)
+    if not difference <= allowed:
+        raise DataError(
+            f"{output_dir}: logits of the merged model differ from those of model plus adapter by "
+            f"{difference:.1e} of the largest, expected at most {allowed:.1e}"
+        )
+    return difference
