@@ -422,9 +422,7 @@ def _deepspeed_problems(path: Path) -> list[str]:
     except ValueError as error:
         return [f"--deepspeed {path} is not JSON ({error})"]
     except (KeyError, TypeError):
-        return [
-            f"--deepspeed {path} names no zero_optimization stage: expected 2, as ds_zero2.json"
-        ]
+        return [f"--deepspeed {path} names no ZeRO stage: expected 2, as ds_zero2.json"]
     if stage == 3:
         # huggingface/peft#2450, deepspeedai/DeepSpeed#7669
         return [

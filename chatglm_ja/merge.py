@@ -93,16 +93,18 @@ def verify_logits(model_dir: Path, output_dir: Path) -> float:
     """
     ids = torch.arange(VERIFIED_IDS)[None]
 
-    def logits(model: Any) -> torch.Tensor:
+    def logits(folder: Path, adapter: Path | None) -> torch.Tensor:
+        model: Any = checkpoint.load_glm(folder, GlmForCausalLM, torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
         return model.eval()(ids).logits
 
-    base = checkpoint.load_glm(model_dir, GlmForCausalLM, torch.float32)
-    expected = logits(PeftModel.from_pretrained(base, output_dir / ADAPTER))
-    found = logits(checkpoint.load_glm(output_dir, GlmForCausalLM, torch.float32))
+    expected = logits(model_dir, output_dir / ADAPTER)
+    found = logits(output_dir, None)
     difference = ((expected - found).abs().max() / expected.abs().max()).item()
     dtypes = {dtype for dtype, _ in checkpoint.describe(output_dir).values()}
     # A sum over a model's depth of roundings, which are independent of each other.
-    allowed = 20 * max(torch.finfo(checkpoint.DTYPES[dtype]).eps for dtype in dtypes)
+    allowed = 8 * max(torch.finfo(checkpoint.DTYPES[dtype]).eps for dtype in dtypes)
     if not difference <= allowed:
         raise DataError(
             f"{output_dir}: logits of the merged model differ from those of model plus adapter by "

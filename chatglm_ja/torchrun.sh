@@ -23,6 +23,16 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   OMP_NUM_THREADS=$(($(nproc) / NPROC_PER_NODE))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
 fi
+# GeForce cards from the 40 series on cannot read each other's memory, but some drivers say that they
+# can: NCCL then hangs, and accelerate refuses unless both variables are set. InfiniBand is of no use
+# on one machine; between several it stays on. What the user has set stays.
+if [[ -z "${NCCL_P2P_DISABLE:-}" ]] && command -v nvidia-smi >/dev/null; then
+  if nvidia-smi --query-gpu=name --format=csv,noheader | grep -q 'GeForce RTX [45]0'; then
+    export NCCL_P2P_DISABLE=1
+    export NCCL_IB_DISABLE="${NCCL_IB_DISABLE:-$((${NNODES:-1} == 1))}"
+    echo "GPUs without peer access: NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=$NCCL_IB_DISABLE" >&2
+  fi
+fi
 # What is wrong with settings or inputs is said once here, not by every process.
 python "$1" --check --deepspeed "$root/ds_zero2.json" "${@:2}"
 

@@ -11,6 +11,7 @@ It can be stopped at any moment: SIGTERM and Ctrl-C save a checkpoint at the end
 that is started again goes on from the newest whole one, and ends where an undisturbed run ends.
 """
 
+import gc
 import json
 import logging
 import os
@@ -118,6 +119,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         fit = loss_curves.write(history, result["tokens_per_step"], working)
         if fit is not None:
             log.info("%s", fit.describe())
+        gc.collect()  # the trainer and its callbacks hold each other, and all that was trained
         log.info("merging the adapter")
         merge.write_merged(config.model, working)
         if config.verify or (config.verify is None and _weights_size(config) <= VERIFIED_BYTES):

@@ -44,6 +44,9 @@ def test_flags_go_before_the_profile_and_the_profile_before_the_class() -> None:
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--deepspeed", "none.json"], "--deepspeed none.json not found"),
         (["--max-steps", "0"], "leave nothing to train"),
+        (["--learning-rate", "0", "--no-train-embeddings"], "leave nothing to train"),
+        (["--tracker", "wandb"], "--tracker wandb needs its package"),
+        (["--estimate", "0"], "--estimate is 0, expected 1"),
     ],
 )
 def test_bad_flags_are_one_line(argv: list[str], message: str) -> None:
@@ -51,6 +54,22 @@ def test_bad_flags_are_one_line(argv: list[str], message: str) -> None:
         parse_training(*argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimization": {"stage": 3}}', "embeddings have been saved as empty tensors"),
+        ('{"zero_optimization": {}}', "names no ZeRO stage: expected 2"),
+        ("[]", "names no ZeRO stage: expected 2"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_bad_deepspeed_file_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        parse_training("--deepspeed", str(path))
 
 
 def test_all_problems_are_reported_at_once() -> None:

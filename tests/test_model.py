@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from transformers import GlmForCausalLM
 
-from chatglm_ja import chat, dataset
+from chatglm_ja import chat, dataset, model
 from chatglm_ja.model import GlmForTraining, token_losses_sum
 
 Row = dict[str, list[int]]
 
 
-@pytest.fixture
-def model(resized_dir: Path) -> GlmForTraining:
+@pytest.fixture(name="model")
+def small_model(resized_dir: Path) -> GlmForTraining:
     return GlmForTraining.from_pretrained(resized_dir, dtype=torch.float32)
 
 
@@ -42,6 +42,35 @@ def test_the_loss_is_the_plain_cross_entropy() -> None:
     for mine, theirs in zip(ours, (hidden.grad, weight.grad), strict=True):
         assert mine is not None and theirs is not None
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_is_the_same_on_a_torch_that_lacks_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 1200, 16, requires_grad=True)
+    weight = torch.randn(500, 16, requires_grad=True)
+    labels = torch.randint(0, 500, (3, 1200))
+    labels[0, 50:300] = chat.IGNORE
+    found: list[tuple[torch.Tensor, ...]] = []
+    caplog.set_level("INFO")
+    model._say_that_the_loss_is_plain.cache_clear()
+    for has_it in (True, False, False):
+        if not has_it:
+            monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = token_losses_sum(hidden, weight, labels)
+        loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        found.append((loss, hidden.grad, weight.grad))
+    assert len([r for r in caplog.records if "has no linear_cross_entropy" in r.message]) == 1
+    # Half of bfloat16's eight digits are lost in the products of the gradients.
+    tolerance = 2e-2 if autocast else 1e-6
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < tolerance
+    assert loss.item() == pytest.approx(found[0][0].item(), rel=1e-3 if autocast else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -29,7 +29,7 @@ SMALL = {
         "--total-tokens 20000 --validation-tokens 3000 --block-size 128 --sft-examples 60 "
         "--sft-validation-examples 10"
     ),
-    "step5_train_pt.py": "--max-steps 4 --logging-steps 1 --evaluations 4",
+    "step5_train_pt.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --block-size 128",
     "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4",
     "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
 }
@@ -371,7 +371,7 @@ def test_two_processes_train_as_one(pipeline: Runner, step: str, output: str) ->
     two = pipeline.root / f"two_{output}"
     result = pipeline.small(
         f"step{step}_multi_gpu.sh",
-        "--micro-batch-size", "4", "--output-dir", str(two), NPROC_PER_NODE="2",
+        "--output-dir", str(two), NPROC_PER_NODE="2",
         MASTER_PORT="29533",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -386,7 +386,6 @@ def test_two_processes_train_as_one(pipeline: Runner, step: str, output: str) ->
 def test_two_processes_are_stopped_and_one_or_two_go_on(pipeline: Runner) -> None:
     """The state of two processes under ZeRO-2 is that of one: to the last bits of the losses."""
     flags = [*SMALL["step5_train_pt.py"].split(), "--evaluations", "2", "--max-steps", "8"]
-    two = [*flags, "--micro-batch-size", "4"]
     environment = pipeline.environment | {"NPROC_PER_NODE": "2", "MASTER_PORT": "29534"}
     target = pipeline.root / "stopped"
 
@@ -398,7 +397,7 @@ def test_two_processes_are_stopped_and_one_or_two_go_on(pipeline: Runner) -> Non
     whole = pipeline.root / "undisturbed"
     go("step5_train_pt.py", *flags, "--output-dir", str(whole))
     process = subprocess.Popen(
-        pipeline.command("step5_train_pt_multi_gpu.sh", *two, "--output-dir", str(target)),
+        pipeline.command("step5_train_pt_multi_gpu.sh", *flags, "--output-dir", str(target)),
         env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
@@ -413,12 +412,13 @@ def test_two_processes_are_stopped_and_one_or_two_go_on(pipeline: Runner) -> Non
     subprocess.run(
         ["cp", "-r", str(saved.parent), f"{pipeline.root}/again.checkpoints"], check=True
     )
-    message = error_of(pipeline.run("step5_train_pt.py", *two, "--output-dir", str(target)))
-    assert "with rows_per_step=8, not 4: ask for that run" in message
+    other = [*flags, "--global-batch-size", "4", "--output-dir", str(target)]
+    message = error_of(pipeline.run("step5_train_pt.py", *other))
+    assert "with global_batch_size=8, not 4: ask for that run" in message
     said = go("step5_train_pt.py", *flags, "--output-dir", str(target))
     assert f"going on from {saved}" in said
     again = pipeline.root / "again"
-    go("step5_train_pt_multi_gpu.sh", *two, "--output-dir", str(again), **environment)
+    go("step5_train_pt_multi_gpu.sh", *flags, "--output-dir", str(again), **environment)
     for folder in (target, again):
         for kind in ("loss", "eval_"):
             expected = pipeline.losses(whole, kind)
@@ -430,6 +430,43 @@ def test_a_launcher_says_what_is_wrong_once(pipeline: Runner) -> None:
     result = pipeline.run("step5_train_pt_multi_gpu.sh", "--lora-rank", "0", NPROC_PER_NODE="2")
     assert "--lora-rank is 0" in error_of(result)
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("card", "environment", "expected"),
+    [
+        ("NVIDIA GeForce RTX 4090", {}, "p2p=1 ib=1"),
+        ("NVIDIA GeForce RTX 4090", {"NNODES": "2"}, "p2p=1 ib=0"),
+        ("NVIDIA GeForce RTX 4090", {"NCCL_P2P_DISABLE": "0"}, "p2p=0 ib="),
+        ("NVIDIA H100 80GB HBM3", {}, "p2p= ib="),
+    ],
+)
+def test_cards_without_peer_access_are_told_to_nccl(
+    pipeline: Runner, tmp_path: Path, card: str, environment: dict[str, str], expected: str
+) -> None:
+    tools = {
+        "nvidia-smi": f"printf '{card}\\n{card}\\n'",
+        "torchrun": 'echo "p2p=${NCCL_P2P_DISABLE:-} ib=${NCCL_IB_DISABLE:-}"',
+    }
+    for name, line in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = pipeline.run(
+        "step5_train_pt_multi_gpu.sh", "--output-dir", str(tmp_path / "new"),
+        NPROC_PER_NODE="2", PATH=path, **environment,
+    )  # fmt: skip
+    assert result.stdout.strip() == expected, result.stderr
+
+
+def test_what_a_gpu_needs_is_estimated_without_data(base_dir: Path, tmp_path: Path) -> None:
+    runner = Runner(tmp_path / "nothing")
+    runner.root.mkdir()
+    result = runner.run("step5_train_pt.py", "--model", str(base_dir), "--estimate", "4")
+    assert result.returncode == 0
+    assert re.search(r"together +\d+\.\d\d$", result.stdout, re.MULTILINE)
+    message = error_of(runner.run("step5_train_pt.py", "--estimate", "4"))
+    assert "config.json not found: the sizes are read from it" in message
 
 
 def test_check_stops_before_the_work(pipeline: Runner) -> None:
