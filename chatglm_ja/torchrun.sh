@@ -33,6 +33,9 @@ if [[ -z "${NCCL_P2P_DISABLE:-}" ]] && command -v nvidia-smi >/dev/null; then
     echo "GPUs without peer access: NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=$NCCL_IB_DISABLE" >&2
   fi
 fi
+# A process that is told to stop ends its step and writes a checkpoint, 8 GB at 6B size; torchrun
+# would kill it after 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 # What is wrong with settings or inputs is said once here, not by every process.
 python "$1" --check --deepspeed "$root/ds_zero2.json" "${@:2}"
 

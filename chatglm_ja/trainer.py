@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_head.new")
 # Steps whose mean loss a step is compared with.
 RECENT_STEPS = 20
+SAME_SIGNAL_SECONDS = 3.0
 
 
 class ResumableTrainer(Trainer):
@@ -318,12 +319,22 @@ def tensorboard(folder: Path, resumed_from: Path | None) -> TrainerCallback:
 
 @contextmanager
 def stopping_on_signals(trainer: ResumableTrainer) -> Iterator[None]:
-    """SIGTERM or SIGINT let the step end and be saved; a second one ends the process at once."""
+    """SIGTERM or SIGINT let the step end and be saved; a second one ends the process at once.
+
+    What comes within SAME_SIGNAL_SECONDS is the same: Slurm signals the launcher and the processes
+    that it passes signals on to.
+    """
+    seen_at = math.inf
 
     def note(number: int, _: Any) -> None:
-        signal.signal(number, usual[number])
-        trainer.signal_seen = True
-        log.info("%s: stopping after this step", signal.Signals(number).name)
+        nonlocal seen_at
+        if time.monotonic() > seen_at + SAME_SIGNAL_SECONDS:
+            signal.signal(number, usual[number])
+            signal.raise_signal(number)
+        if not trainer.signal_seen:
+            seen_at = time.monotonic()
+            trainer.signal_seen = True
+            log.info("%s: stopping after this step", signal.Signals(number).name)
 
     usual: dict[int, Any] = {
         number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,7 @@ def test_a_signal_saves_and_ends_the_run(
     def signalled(self: Any, *arguments: Any, **named: Any) -> Any:
         if self.state.global_step == 1:
             os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)  # a launcher's copy of it
         return whole(self, *arguments, **named)
 
     before = signal.getsignal(number)
@@ -288,6 +290,25 @@ def test_a_signal_saves_and_ends_the_run(
     assert stopped.value.status == 143
     assert signal.getsignal(number) == before
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_second_signal_ends_the_run_at_once(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ResumableTrainer.training_step
+
+    def signalled(self: Any, *arguments: Any, **named: Any) -> Any:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return whole(self, *arguments, **named)
+
+    monkeypatch.setattr(trainer, "SAME_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr(ResumableTrainer, "training_step", signalled)
+    config = config_for(resized_dir, data_dir, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, "pretrain", None, checkpoints_in(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def with_losses(monkeypatch: pytest.MonkeyPatch, **changed: float) -> list[dict[str, torch.Tensor]]:
