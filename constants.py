@@ -128,11 +128,18 @@ else:
         "max_length": 1024,
         "block_size": 1024,
     }
-    # On four GPUs one pass of four blocks each, so that ZeRO-2 sends the gradient once per step.
-    TRAINING = {"gradient_checkpointing": True, "global_batch_size": 16, "micro_batch_size": 4}
+    TRAINING = {
+        "lora_rank": 64,
+        "lora_alpha": 128,
+        "gradient_checkpointing": True,
+        # On four GPUs one pass of four blocks each: ZeRO-2 sends the gradients once per step.
+        "global_batch_size": 16,
+        "micro_batch_size": 4,
+    }
     PRETRAINING = {
         **TRAINING,
         "block_size": DATA["block_size"],
+        "compile": True,
         "learning_rate": 2e-4,
         "embedding_learning_rate": 5e-5,
     }

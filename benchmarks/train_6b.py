@@ -4,10 +4,11 @@ A model of ChatGLM3-6B's shape (28 layers of width 4096, 78,592 embedding rows) 
 blocks of 1024 random tokens are written as step 4 would write them, and training.train, which is
 what step 5 calls, runs on them in a process of its own for each scenario:
 
-    4090 x 4        one process's share of four under ZeRO-2, in 24 GiB of memory
-    4090 x 4 new    the same with --embedding-rows new
-    one GPU         a single process without DeepSpeed
-    ...             and what --compile and other settings make of them
+    4090 x 4     one process's share of four under ZeRO-2, with gradient checkpointing, and no more
+                 than 24 GiB of memory
+    share of 4   the same without checkpointing, in all of the GPU's memory
+    one GPU      a single process without DeepSpeed
+    ...          and what --compile and other settings make of them
 
 For a share, the process is number 0 of four in a process group that does nothing ("fake", torch's
 own for tests). DeepSpeed then holds and updates exactly what it would hold on one of four GPUs: a
@@ -18,8 +19,9 @@ speed of the card, which is that of the GPU at hand.
     python benchmarks/train_6b.py --work-dir /dev/shm/6b            # 13 GB, made once
     python benchmarks/train_6b.py --work-dir DIR --scenarios "4090 x 4" "one GPU"
 
-Prints a table: the estimate of --estimate, the peak that was measured, tokens/s and MFU (medians
-over the last steps). `--layers 2 --hidden 256` tries the script itself on a CPU.
+New rows need --tokenizer, the output folder of step 2, to know which are new. Prints a table: the
+estimate of --estimate, the peak that was measured, tokens/s and MFU (medians over the last steps).
+`--layers 2 --hidden 256` tries the script itself on a CPU.
 """
 
 import argparse
@@ -37,21 +39,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PROJECT = Path(__file__).resolve().parents[1]
 BLOCK_SIZE = 1024
-WARM_UP = 4  # steps whose speed does not count
+LOGGING_STEPS = 4
+WARM_UP = 1  # lines of the log whose speed does not count
 GIB = 2**30
 
 # Settings by the names of TrainingConfig; `ranks` and `gib` are this script's own.
 SHARE: dict[str, Any] = {"ranks": 4, "micro_batch_size": 4, "deepspeed": PROJECT / "ds_zero2.json"}
 ONE: dict[str, Any] = {"ranks": 1, "micro_batch_size": 4}
+RTX_4090: dict[str, Any] = {**SHARE, "gib": 24, "gradient_checkpointing": True}
+COMPILED: dict[str, Any] = {"compile": True}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "4090 x 4": {**SHARE, "gib": 24, "gradient_checkpointing": True},
-    "4090 x 4 compiled": {**SHARE, "gib": 24, "gradient_checkpointing": True, "compile": True},
-    "4090 x 4 new": {**SHARE, "gib": 24, "gradient_checkpointing": True, "embedding_rows": "new"},
+    "4090 x 4": RTX_4090,
+    "4090 x 4, compiled": RTX_4090 | COMPILED,
+    "4090 x 4, compiled, 8 blocks": RTX_4090 | COMPILED | {"micro_batch_size": 8},
+    "4090 x 4, compiled, rank 64": RTX_4090 | COMPILED | {"lora_rank": 64, "lora_alpha": 128},
+    "4090 x 4, compiled, new rows": RTX_4090 | COMPILED | {"embedding_rows": "new"},
     "share of 4": SHARE,
-    "share of 4 compiled": {**SHARE, "compile": True},
-    "share of 4 compiled, 8 blocks": {**SHARE, "compile": True, "micro_batch_size": 8},
+    "share of 4, compiled": SHARE | COMPILED,
+    "share of 4, compiled, 8 blocks": SHARE | COMPILED | {"micro_batch_size": 8},
     "one GPU": ONE,
-    "one GPU compiled": {**ONE, "compile": True},
+    "one GPU, compiled": ONE | COMPILED,
+    "one GPU, compiled, 8 blocks": ONE | COMPILED | {"micro_batch_size": 8},
 }
 
 
@@ -61,10 +69,11 @@ def main() -> None:
     )
     parser.add_argument("--work-dir", type=Path, required=True, help="model and data: 13 GB")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=78_592)
+    parser.add_argument("--tokenizer", type=Path, help="of new rows: output folder of step 2")
     parser.add_argument("--measure", choices=SCENARIOS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -118,7 +127,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         block_size=BLOCK_SIZE,
         global_batch_size=blocks,
         max_steps=options.steps,
-        logging_steps=1,
+        logging_steps=LOGGING_STEPS,
         evaluations=0,
         tracker="none",
         **settings,
@@ -129,7 +138,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     history = training.train(config, "pretrain", None)["history"]
     lines = [entry for entry in history if "tokens_per_second" in entry]
     steady = lines[WARM_UP:]
-    seconds = [blocks * BLOCK_SIZE / line["tokens_per_second"] for line in lines]
+    tokens = LOGGING_STEPS * blocks * BLOCK_SIZE
+    seconds = [tokens / line["tokens_per_second"] for line in lines]
     return {
         "estimate_gb": sum(size for _, size in items),
         "memory_gb": lines[-1]["memory_gb"],
@@ -159,7 +169,7 @@ def make_model(options: argparse.Namespace) -> None:
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from chatglm_ja import checkpoint, layout
+    from chatglm_ja import checkpoint, export, layout
 
     config: GlmConfig = layout.glm_config(
         {
@@ -189,6 +199,8 @@ def make_model(options: argparse.Namespace) -> None:
 
     folder.mkdir(parents=True)
     checkpoint.write_sharded(tensors(), folder, 2 * 10**9)
+    if options.tokenizer:
+        export.copy_files(options.tokenizer, folder)
     config.save_pretrained(folder)
 
 

@@ -196,7 +196,9 @@ def memory(
         activations = shape.layers * tokens * 2 * shape.hidden + layer + backward
     else:
         activations = shape.layers * layer + backward
-    matrix = trained.embeddings // 2
+    matrix = shape.rows * shape.hidden if trained.embeddings else 0
+    # Of new rows only, the matrix is put together with the old ones for every pass.
+    copies = 1 if config.embedding_rows == "all" else 2
     items: list[tuple[str, float]] = [
         ("frozen weights", 2 * trained.frozen),
         ("trained weights", (2 if shared else 4) * trained.all),
@@ -205,13 +207,14 @@ def memory(
         items += [
             ("float32 weights and Adam's moments", 12 * trained.all / processes),
             ("gradients", 2 * trained.all / processes),
-            ("buckets and the gradient of one matrix", 4 * bucket_elements(config) + 2 * matrix),
+            ("buckets", 4 * bucket_elements(config)),
+            ("output matrix: its gradient before it is sent", 2 * copies * matrix),
         ]
     else:
         items += [
             ("Adam's moments", 8 * trained.all),
             ("gradients", 4 * trained.all),
-            ("output matrix and its gradient in half precision", 4 * matrix),
+            ("output matrix: a copy and its gradient in half precision", 4 * matrix),
         ]
     items += [
         ("activations", activations),
@@ -273,9 +276,9 @@ def describe(config: TrainingConfig) -> str:
         f"and {trained.lora / 1e6:.1f} M in LoRA matrices",
         f"a step: {tokens:,} tokens = {gpus} GPUs x {plan.accumulation} passes x "
         f"{plan.micro_batch} blocks x {config.block_size} tokens",
-        f"{'memory of each GPU':<52}{'GB':>8}",
-        *(f"  {name:<50}{size:>8.2f}" for name, size in items),
-        f"  {'together':<50}{total:>8.2f}",
+        f"{'memory of each GPU':<62}{'GB':>8}",
+        *(f"  {name:<60}{size:>8.2f}" for name, size in items),
+        f"  {'together':<60}{total:>8.2f}",
         "beside that: the CUDA context and what the allocator leaves unused, 1 to 2 GB",
     ]
     return "\n".join(lines)
