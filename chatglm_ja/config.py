@@ -330,7 +330,7 @@ class TrainingConfig(StepConfig):
         "recompute activations: less memory, a third more time", False, affects_result=False
     )
     compile: bool = setting(
-        "compile the layers with torch.compile: a minute at the start, then faster on a GPU",
+        "compile the layers with torch.compile: a later start, then faster on a GPU",
         False,
         affects_result=False,
     )

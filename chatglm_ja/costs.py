@@ -36,8 +36,8 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-# Rows of logits that are there at once while the loss is computed (model.LOSS_CHUNK).
-LOSS_ROWS = 256
+# Rows of logits that are there at once on a GPU while the loss is computed.
+LOSS_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -183,44 +183,47 @@ def memory(
     """What training holds on each GPU at its fullest moment: (what, GB).
 
     One process trains without DeepSpeed, with float32 weights of what is trained; several with
-    ZeRO stage 2, which leaves a bfloat16 copy of them and shares out the float32 ones, Adam's
-    moments and the gradients. Half precision is assumed for all that is frozen.
+    ZeRO stage 2, which leaves a half-precision copy of them and shares out the float32 ones, Adam's
+    moments and the gradients. All that is frozen is in half precision. The fullest moment is when
+    the backward pass begins, or ends.
     """
     plan = Plan.of(config, processes)
     tokens = plan.micro_batch * config.block_size
-    shared = processes > 1 or config.deepspeed is not None
-    layer = tokens * activation_bytes(shape, config.lora_rank, config.block_size)
-    # Of a layer whose gradients are computed: those of the MLP's parts are the largest.
-    backward = tokens * 2 * 4 * shape.ffn
-    if config.gradient_checkpointing:
-        activations = shape.layers * tokens * 2 * shape.hidden + layer + backward
-    else:
-        activations = shape.layers * layer + backward
-    matrix = shape.rows * shape.hidden if trained.embeddings else 0
-    # Of new rows only, the matrix is put together with the old ones for every pass.
-    copies = 1 if config.embedding_rows == "all" else 2
-    items: list[tuple[str, float]] = [
-        ("frozen weights", 2 * trained.frozen),
-        ("trained weights", (2 if shared else 4) * trained.all),
-    ]
-    if shared:
-        items += [
+    zero = processes > 1 or config.deepspeed is not None
+    held: list[tuple[str, float]] = [("frozen weights", 2 * trained.frozen)]
+    if zero:
+        held += [
+            ("trained weights", 2 * trained.all),
             ("float32 weights and Adam's moments", 12 * trained.all / processes),
-            ("gradients", 2 * trained.all / processes),
             ("buckets", 4 * bucket_elements(config)),
-            ("output matrix: its gradient before it is sent", 2 * copies * matrix),
         ]
     else:
-        items += [
-            ("Adam's moments", 8 * trained.all),
-            ("gradients", 4 * trained.all),
-            ("output matrix: a copy and its gradient in half precision", 4 * matrix),
-        ]
-    items += [
-        ("activations", activations),
-        ("loss", LOSS_ROWS * shape.rows * (2 + 4 + 4) + 2 * tokens * shape.hidden * 2),
+        held += [("trained weights", 4 * trained.all), ("Adam's moments", 8 * trained.all)]
+
+    layer = tokens * activation_bytes(shape, config.lora_rank, config.block_size)
+    # The gradients of the MLP's parts are the largest of a layer.
+    in_work = tokens * 2 * 4 * shape.ffn
+    kept = shape.layers * layer
+    if config.gradient_checkpointing:
+        in_work += layer
+        kept = shape.layers * tokens * 2 * shape.hidden
+    loss = min(LOSS_ROWS, tokens) * shape.rows * (2 + 4 + 4) + 2 * tokens * shape.hidden * 2
+    matrix = shape.rows * shape.hidden if trained.embeddings else 0
+    # A half-precision copy is made of float32 weights, and of new rows put together with the old.
+    copies = 1 if zero and config.embedding_rows == "all" else 2
+    begins: list[tuple[str, float]] = [
+        ("activations", kept),
+        ("a layer or the loss, in work", max(in_work, loss)),
+        ("output matrix: gradient, and a copy where one is made", 2 * copies * matrix),
     ]
-    return [(name, size / GB) for name, size in items]
+    ends: list[tuple[str, float]] = [("gradients", 4 * trained.all)]
+    if zero:
+        ends = [
+            ("gradients, and in float32", (2 + 4) * trained.all / processes),
+            ("input matrix: its gradient before it is sent", 2 * matrix),
+        ]
+    fullest = max(begins, ends, key=lambda items: sum(size for _, size in items))
+    return [(name, size / GB) for name, size in held + fullest]
 
 
 def bucket_elements(config: TrainingConfig) -> int:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from chatglm_ja import costs
 from chatglm_ja.chat import IGNORE
 
 log = logging.getLogger(__name__)
@@ -18,9 +19,8 @@ log = logging.getLogger(__name__)
 # The bars over the shards of a checkpoint; the log says what is loaded.
 transformers.utils.logging.disable_progress_bar()
 
-# Rows of hidden states whose logits are held at once: by torch's own function, and by plain ones.
-LOSS_CHUNK = 256
-PLAIN_LOSS_CHUNK = 1024
+# Rows of hidden states whose logits are held at once: a GPU wants larger products.
+CPU_LOSS_ROWS = 256
 
 
 def token_losses_sum(
@@ -48,7 +48,7 @@ def token_losses_sum(
         weight.to(rows.dtype),
         targets[trained],
         reduction="sum" if rows.dtype == torch.float32 else "none",
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK),
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_loss_rows(rows)),
     )
     return losses.float().sum()
 
@@ -62,21 +62,24 @@ def _plain_losses_sum(
     def chunk_sum(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="sum")
 
+    size = _loss_rows(rows)
     total = rows.new_zeros((), dtype=torch.float32)
-    for chunk in zip(rows.split(PLAIN_LOSS_CHUNK), targets.split(PLAIN_LOSS_CHUNK), strict=True):
+    for chunk in zip(rows.split(size), targets.split(size), strict=True):
         part: Any = checkpoint(chunk_sum, chunk[0], weight, chunk[1], use_reentrant=False)
         total = total + part
     return total
+
+
+def _loss_rows(rows: torch.Tensor) -> int:
+    return costs.LOSS_ROWS if rows.is_cuda else CPU_LOSS_ROWS
 
 
 @functools.cache
 def _say_that_the_loss_is_plain() -> None:
     """Once: the arguments are always the same."""
     log.info(
-        "torch %s has no linear_cross_entropy: the loss is computed from the logits of %d tokens "
-        "at a time, which takes more memory",
+        "torch %s has no linear_cross_entropy: the loss is computed from logits, a part at a time",
         torch.__version__,
-        PLAIN_LOSS_CHUNK,
     )
 
 

@@ -141,6 +141,8 @@ class ResumableTrainer(Trainer):
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What happens inside does not count as time of training."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what the GPU is still at belongs to training
         started = time.monotonic()
         try:
             yield

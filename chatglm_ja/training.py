@@ -148,18 +148,7 @@ def train(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = costs.Plan.of(config, world_size)
     shape = costs.read_shape(config.model)
-    train_set = dataset.read(config.data, name, "train")
-    dataset.check(train_set, name, config.block_size, shape.rows)
-    validation = dataset.read(config.data, name, "validation")
-    if config.evaluations and not len(validation):
-        raise DataError(
-            f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
-        )
-    if len(train_set) < config.global_batch_size:
-        raise DataError(
-            f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "
-            "lower --global-batch-size or prepare more data"
-        )
+    train_set, validation = _read_data(config, name, shape)
     dtype = precision(config)
     # PEFT and the Trainer draw from the global generators: the same seed on every rank.
     set_seed(config.seed)
@@ -235,6 +224,23 @@ def train(
         "world_size": world_size,
         "history": trainer.state.log_history,
     }
+
+
+def _read_data(config: TrainingConfig, name: str, shape: costs.Shape) -> tuple[Any, Any]:
+    """The rows to train on and to score; raises DataError when they do not fit."""
+    train_set = dataset.read(config.data, name, "train")
+    dataset.check(train_set, name, config.block_size, shape.rows)
+    validation = dataset.read(config.data, name, "validation")
+    if config.evaluations and not len(validation):
+        raise DataError(
+            f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
+        )
+    if len(train_set) < config.global_batch_size:
+        raise DataError(
+            f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "
+            "lower --global-batch-size or prepare more data"
+        )
+    return train_set, validation
 
 
 def _trainer_arguments(
