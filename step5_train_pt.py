@@ -23,7 +23,8 @@ def main() -> None:
         print(costs.describe(config))
         return
     inputs = [
-        open_artifact(config.model, "step3_resize_model.py"),
+        # What this step made before can be trained further.
+        open_artifact(config.model, "step3_resize_model.py", "step5_train_pt.py"),
         open_artifact(config.data, "step4_prepare_data.py"),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)

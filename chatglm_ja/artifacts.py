@@ -106,19 +106,22 @@ def open_base_model(folder: Path) -> list[Input]:
     return [base_tokenizer, open_file_input("base_model", folder / "config.json", *weights)]
 
 
-def open_artifact(path: Path, made_by: str) -> Input:
+def open_artifact(path: Path, made_by: str, *or_by: str) -> Input:
     """Open a folder that a step published; its role is the name of that step.
 
     Raises ArtifactError when it is missing (naming the step to run), damaged, or when one of
     the inputs that it was made from has changed since.
     """
-    role = Path(made_by).stem
     manifest = read_manifest(path)
     if manifest is None:
         found = "is not a finished artifact (no manifest)" if path.exists() else "not found"
         raise ArtifactError(f"{path} {found}: run {made_by} first")
-    if manifest["step"] != role:
-        raise ArtifactError(f"{path} was made by {manifest['step']}, expected the output of {role}")
+    role = manifest["step"]
+    expected = [Path(script).stem for script in (made_by, *or_by)]
+    if role not in expected:
+        raise ArtifactError(
+            f"{path} was made by {role}, expected the output of {' or '.join(expected)}"
+        )
     for name, recorded in manifest["files"].items():
         _check_file(path / name, recorded, made_by)
     _check_inputs_unchanged(path, manifest)
