@@ -22,10 +22,12 @@ def main() -> None:
 
         print(costs.describe(config))
         return
+    data = open_artifact(config.data, "step4_prepare_data.py")
+    config.check_rows(data.manifest["arguments"]["block_size"])
     inputs = [
         # What this step made before can be trained further.
         open_artifact(config.model, "step3_resize_model.py", "step5_train_pt.py"),
-        open_artifact(config.data, "step4_prepare_data.py"),
+        data,
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):

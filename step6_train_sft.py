@@ -22,9 +22,11 @@ def main() -> None:
 
         print(costs.describe(config))
         return
+    data = open_artifact(config.data, "step4_prepare_data.py")
+    config.check_rows(data.manifest["arguments"]["max_length"])
     inputs = [
         open_artifact(config.model, "step5_train_pt.py"),
-        open_artifact(config.data, "step4_prepare_data.py"),
+        data,
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):

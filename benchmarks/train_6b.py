@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="of new rows: output folder of step 2")
     parser.add_argument("--measure", choices=SCENARIOS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps < 2 * LOGGING_STEPS:
+        parser.error(f"--steps is {options.steps}, expected {2 * LOGGING_STEPS} or more")
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return

@@ -96,6 +96,11 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(path.name.removeprefix(PREFIX))
+
+
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The manifest of a checkpoint, and what is wrong with it ("" for nothing)."""
     try:

@@ -283,7 +283,11 @@ class TrainingConfig(StepConfig):
     model: Path = setting("model folder to start from")
     data: Path = setting("output folder of step 4")
     block_size: int = setting(
-        "tokens of a row of the data, at most", 1024, low=8, high=2**20, affects_result=False
+        "tokens of a row, as step 4 prepared the data",
+        1024,
+        low=8,
+        high=2**20,
+        affects_result=False,
     )
     train_embeddings: bool = setting("train the input and output embeddings in full", True)
     embedding_rows: Literal["all", "new"] = setting(
@@ -379,6 +383,14 @@ class TrainingConfig(StepConfig):
     )
     seed: int = setting("seed of the LoRA matrices and the order of the blocks", 42, low=0)
 
+    def check_rows(self, prepared: int) -> None:
+        """Raises ConfigError when the data was prepared with rows of another size."""
+        if prepared != self.block_size:
+            raise ConfigError(
+                f"{self.data} has rows of {prepared} tokens, but --block-size is "
+                f"{self.block_size}: prepare the data with that size, or set it to the data's"
+            )
+
     def contradictions(self) -> list[str]:
         problems = []
         if self.deepspeed is not None:
@@ -391,6 +403,7 @@ class TrainingConfig(StepConfig):
             )
         if self.learning_rate == 0 and not self.train_embeddings:
             problems.append("--learning-rate 0 and --no-train-embeddings leave nothing to train")
+        problems += _unshared(self.global_batch_size, self.estimate)
         if self.max_steps == 0 or (self.max_steps < 0 and self.epochs == 0):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems
@@ -411,6 +424,17 @@ class EvalConfig(StepConfig):
     prompts: Path = setting("YAML file of questions to answer: language -> list")
     max_new_tokens: int = setting("longest answer in tokens", 256, low=1)
     batch_size: int = setting("windows scored at once", 16, low=1, affects_result=False)
+
+
+def _unshared(batch: int, processes: int | None) -> list[str]:
+    """Why the processes, by default those of torchrun, cannot share a global batch; or nothing."""
+    count = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if batch % count == 0:
+        return []
+    return [
+        f"--global-batch-size {batch} cannot be shared evenly by {count} processes: choose a "
+        f"multiple of {count}"
+    ]
 
 
 def _deepspeed_problems(path: Path) -> list[str]:

@@ -7,13 +7,14 @@ and docs/training.md the totals against runs on a GPU.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from chatglm_ja import base_config, chat, tokenizer
 from chatglm_ja.config import TrainingConfig
-from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.errors import DataError
 
 GB = 1e9
 # Dense tensor throughput in bfloat16 with float32 accumulation, TFLOP/s, as the makers' data sheets
@@ -22,6 +23,7 @@ PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.4,
+    "H200 NVL": 835.0,
     "H200": 989.4,
     "A100": 312.0,
     "A800": 312.0,
@@ -163,13 +165,8 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainingConfig, processes: int) -> "Plan":
-        """Raises ConfigError when the processes cannot share a global batch evenly."""
-        share, rest = divmod(config.global_batch_size, processes)
-        if rest or not share:
-            raise ConfigError(
-                f"--global-batch-size {config.global_batch_size} cannot be divided evenly by "
-                f"{processes} processes: choose a multiple of {processes}"
-            )
+        """The processes divide the global batch evenly: `config` has been checked for that."""
+        share = config.global_batch_size // processes
         micro = max(n for n in range(1, min(share, config.micro_batch_size) + 1) if share % n == 0)
         return cls(micro, share // micro, processes)
 
@@ -195,7 +192,7 @@ def memory(
         held += [
             ("trained weights", 2 * trained.all),
             ("float32 weights and Adam's moments", 12 * trained.all / processes),
-            ("buckets", 4 * bucket_elements(config)),
+            ("buckets", 4 * bucket_elements(shape, config)),
         ]
     else:
         held += [("trained weights", 4 * trained.all), ("Adam's moments", 8 * trained.all)]
@@ -226,21 +223,24 @@ def memory(
     return [(name, size / GB) for name, size in held + fullest]
 
 
-def bucket_elements(config: TrainingConfig) -> int:
+def bucket_elements(shape: Shape, config: TrainingConfig) -> int:
     """Elements of ZeRO's reduction bucket; two of them are there while gradients are sent."""
     if config.deepspeed is None:
         return 50_000_000
     settings = json.loads(config.deepspeed.read_text(encoding="utf-8"))
-    return int(settings["zero_optimization"].get("reduce_bucket_size", 500_000_000))
+    size = settings["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+    # What transformers makes of it.
+    return shape.hidden**2 if size == "auto" else int(size)
 
 
-def flops_per_token(shape: Shape, trained: Trained, context: float) -> float:
+def flops_per_token(shape: Shape, trained: Trained, context: float, scored: float = 1.0) -> float:
     """Floating-point operations that a trained token needs, forward and backward.
 
     A frozen weight takes 2 for the forward pass and 2 for the gradient of its input, a trained one
     2 more for its own gradient; what gradient checkpointing computes twice is not counted (MFU as
     in PaLM, arXiv:2204.02311, but for frozen weights). `context` is how many tokens of its document
-    a token attends to, on average.
+    a token attends to, on average, and `scored` the share of tokens that have a loss: others are
+    not multiplied with the output matrix.
     """
     matrices = shape.layers * sum(i * o for i, o in shape.projections)
     head = shape.rows * shape.hidden
@@ -248,7 +248,8 @@ def flops_per_token(shape: Shape, trained: Trained, context: float) -> float:
     # The input matrix is looked up, not multiplied with; what is before all that is trained needs
     # no gradient of its input.
     unneeded = 0 if trained.embeddings else 2 * sum(i * o for i, o in shape.projections[:3])
-    return 4 * (matrices + head) + 6 * trained.lora + trained.embeddings + attention - unneeded
+    output = scored * (4 * head + trained.embeddings)
+    return 4 * matrices + output + 6 * trained.lora + attention - unneeded
 
 
 def mean_context(lengths: Iterable[Iterable[int]]) -> float:
@@ -261,7 +262,10 @@ def peak_tflops(device: str) -> float | None:
     """The data sheet's bfloat16 TFLOP/s of a GPU by its name, None where it is not known."""
     if "Laptop" in device:
         return None
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+    for name, peak in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b", device):
+            return peak
+    return None
 
 
 def describe(config: TrainingConfig) -> str:
@@ -282,6 +286,7 @@ def describe(config: TrainingConfig) -> str:
         f"{'memory of each GPU':<62}{'GB':>8}",
         *(f"  {name:<60}{size:>8.2f}" for name, size in items),
         f"  {'together':<60}{total:>8.2f}",
-        "beside that: the CUDA context and what the allocator leaves unused, 1 to 2 GB",
+        "in half precision; beside it the CUDA context and what the allocator leaves unused, 1 to "
+        "2 GB",
     ]
     return "\n".join(lines)

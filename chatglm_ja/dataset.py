@@ -22,12 +22,12 @@ def read(folder: Path, name: str, split: str) -> datasets.Dataset:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
 
 
-def check(rows: datasets.Dataset, name: str, block_size: int, vocab_size: int) -> None:
-    """Raises DataError when training rows do not fit the settings or the model: longer ones than
-    `block_size`, shorter blocks of texts, ids beyond the embeddings. No Python list is made."""
+def check(rows: datasets.Dataset, block_size: int, vocab_size: int) -> None:
+    """Raises DataError when training rows do not fit: longer ones than `block_size`, or ids beyond
+    the embeddings. No Python list is made."""
     column = rows.data.table["input_ids"]
     longest = pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py() or 0
-    if longest > block_size or (name == "pretrain" and 0 < longest < block_size):
+    if longest > block_size:
         raise DataError(
             f"the data's longest row has {longest} tokens, but --block-size is {block_size}: "
             "prepare the data with that size, or set it to the data's"
@@ -39,6 +39,14 @@ def check(rows: datasets.Dataset, name: str, block_size: int, vocab_size: int) -
             f"the data holds token id {found}, but the model has {vocab_size} embedding rows: "
             "prepare the data and resize the model with the same tokenizer"
         )
+
+
+def scored_share(rows: datasets.Dataset, sample: int) -> float:
+    """The share of tokens that have a loss, over the first rows: in conversations the answers'."""
+    if "labels" not in rows.column_names:
+        return 1.0
+    labels = [label for row in rows[:sample]["labels"] for label in row]
+    return sum(label != chat.IGNORE for label in labels) / max(len(labels), 1)
 
 
 def count_characters(rows: datasets.Dataset, encoder: Any) -> int:

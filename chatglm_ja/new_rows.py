@@ -5,7 +5,7 @@
 
 There are gradients, float32 masters and moments for the new rows only: with 13,741 new pieces of
 ChatGLM3-6B 0.11 B parameters instead of 0.64 B. Modules of this kind stand in place of the two
-matrices while training; `join` puts plain ones back.
+matrices while training; `join` puts plain ones back, in float32.
 """
 
 from typing import Any
@@ -49,13 +49,19 @@ def split(model: Any, first: int) -> None:
     model.set_output_embeddings(NewRowsHead(model.get_output_embeddings().weight.data, first))
 
 
-def join(model: Any) -> None:
-    """Undo `split`: plain matrices, with what was learned."""
+def join(model: Any, embedding_rows: torch.Tensor, head_rows: torch.Tensor) -> None:
+    """Undo `split`: plain matrices, with what was learned in place of the last rows of those given,
+    which are as they were stored: training may have held the old rows in another precision."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, NewRowsEmbedding):
-        model.set_input_embeddings(nn.Embedding.from_pretrained(embedding.weight.detach()))
+        weight = _with_new(embedding_rows, embedding)
+        model.set_input_embeddings(nn.Embedding.from_pretrained(weight))
     if isinstance(head, NewRowsHead):
-        weight = head.weight.detach()
+        weight = _with_new(head_rows, head)
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain.weight = nn.Parameter(weight, requires_grad=False)
         model.set_output_embeddings(plain)
+
+
+def _with_new(stored: torch.Tensor, rows: _Rows) -> torch.Tensor:
+    return torch.cat([stored[: len(rows.old)].float(), rows.new.detach().float().cpu()])

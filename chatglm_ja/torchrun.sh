@@ -26,18 +26,21 @@ fi
 # GeForce cards from the 40 series on cannot read each other's memory, but some drivers say that they
 # can: NCCL then hangs, and accelerate refuses unless both variables are set. InfiniBand is of no use
 # on one machine; between several it stays on. What the user has set stays.
-if [[ -z "${NCCL_P2P_DISABLE:-}" ]] && command -v nvidia-smi >/dev/null; then
-  if nvidia-smi --query-gpu=name --format=csv,noheader | grep -q 'GeForce RTX [45]0'; then
-    export NCCL_P2P_DISABLE=1
-    export NCCL_IB_DISABLE="${NCCL_IB_DISABLE:-$((${NNODES:-1} == 1))}"
-    echo "GPUs without peer access: NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=$NCCL_IB_DISABLE" >&2
-  fi
+if command -v nvidia-smi >/dev/null &&
+  nvidia-smi --query-gpu=name --format=csv,noheader | grep 'GeForce RTX [45]0' >/dev/null; then
+  export NCCL_P2P_DISABLE="${NCCL_P2P_DISABLE:-1}"
+  export NCCL_IB_DISABLE="${NCCL_IB_DISABLE:-$((${NNODES:-1} == 1))}"
+  echo "GPUs without peer access: NCCL_P2P_DISABLE=$NCCL_P2P_DISABLE" \
+    "NCCL_IB_DISABLE=$NCCL_IB_DISABLE" >&2
 fi
 # A process that is told to stop ends its step and writes a checkpoint, 8 GB at 6B size; torchrun
 # would kill it after 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 # What is wrong with settings or inputs is said once here, not by every process.
-python "$1" --check --deepspeed "$root/ds_zero2.json" "${@:2}"
+WORLD_SIZE=$((${NNODES:-1} * NPROC_PER_NODE)) \
+  python "$1" --check --deepspeed "$root/ds_zero2.json" "${@:2}"
+# An estimate was asked for, and has been given.
+[[ " $* " == *" --estimate"* ]] && exit 0
 
 exec torchrun \
   --nproc_per_node "$NPROC_PER_NODE" \

@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from chatglm_ja import costs, dataset, training_state
 from chatglm_ja.chat import IGNORE
+from chatglm_ja.checkpoint import read_tensor
 from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import DataError
+from chatglm_ja.merge import PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,17 @@ EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_h
 # Steps whose mean loss a step is compared with.
 RECENT_STEPS = 20
 SAME_SIGNAL_SECONDS = 3.0
+
+
+def stored_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The embeddings that `model` trains as `folder` holds them, in float32, by parameter name.
+
+    Those in a loaded model have been rounded to the dtype that it computes in.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(EMBEDDINGS) and parameter.requires_grad:
+            stored = name.removeprefix(PREFIX).removesuffix(".new").removesuffix(".weight")
+            yield name, read_tensor(folder, f"{stored}.weight")[-len(parameter) :].float()
 
 
 class ResumableTrainer(Trainer):
@@ -62,6 +76,9 @@ class ResumableTrainer(Trainer):
         self.characters = characters
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
+        self.peak_tflops: float | None = None
+        if torch.cuda.is_available():
+            self.peak_tflops = costs.peak_tflops(torch.cuda.get_device_name())
         self.paused = 0.0  # seconds since the start that did not go into training
         self.last_logged = (time.monotonic(), 0)  # when, by a clock without pauses; step
         self.collate = dataset.Collator(config.document_mask)
@@ -130,11 +147,9 @@ class ResumableTrainer(Trainer):
             speed = (step - last_step) * self.tokens_per_step / (now - then)
             self.last_logged = now, step
             logs["tokens_per_second"] = round(speed, 1)
-            if torch.cuda.is_available():
-                peak = costs.peak_tflops(torch.cuda.get_device_name(self.args.device))
-                if peak is not None:
-                    rate = self.flops_per_token * speed / self.args.world_size
-                    logs["mfu"] = round(rate / (peak * 1e12), 4)
+            if self.peak_tflops is not None:
+                rate = self.flops_per_token * speed / self.args.world_size
+                logs["mfu"] = round(rate / (self.peak_tflops * 1e12), 4)
             logs["memory_gb"] = round(peak_memory_gb(), 3)
         super().log(logs, start_time)
 
@@ -159,7 +174,18 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             progress = training_state.load(self, Path(checkpoint))
             self.add_callback(_GoOn(self, progress))
+        elif self.is_deepspeed_enabled:
+            # Its float32 masters were made from half precision.
+            stored = stored_embeddings(self.config.model, self.model)
+            training_state.set_weights(self, dict(stored))
         return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """All rows in random order, less what fills no step: then the steps of an epoch do not
+        depend on how they are divided, and no process gets a row twice to have as many."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        whole = len(rows) - len(rows) % self.config.global_batch_size
+        return RandomSampler(rows, num_samples=whole)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         if checkpoint is not None:
@@ -310,13 +336,14 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def tensorboard(folder: Path, resumed_from: Path | None) -> TrainerCallback:
-    """Curves for TensorBoard in `folder`, beside those from before a run was stopped."""
+def tensorboard(folder: Path, resumed_after: int | None) -> TrainerCallback:
+    """Curves for TensorBoard in `folder`; those of a run that is resumed go on after that step."""
     from torch.utils.tensorboard import SummaryWriter
 
-    if resumed_from is None:
+    if resumed_after is None:
         shutil.rmtree(folder, ignore_errors=True)
-    return TensorBoardCallback(SummaryWriter(str(folder)))
+        return TensorBoardCallback(SummaryWriter(str(folder)))
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=resumed_after + 1))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from chatglm_ja import chat, costs, dataset, loss_curves, merge, new_rows, tokenizer
+from chatglm_ja import (
+    chat,
+    costs,
+    dataset,
+    layout,
+    loss_curves,
+    merge,
+    new_rows,
+    tokenizer,
+    training_state,
+)
 from chatglm_ja.artifacts import Output
-from chatglm_ja.checkpoint import load_glm
-from chatglm_ja.checkpoints import Checkpoints
+from chatglm_ja.checkpoint import load_glm, read_tensor
+from chatglm_ja.checkpoints import Checkpoints, step_of
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
@@ -38,6 +49,7 @@ from chatglm_ja.trainer import (
     Progress,
     ResumableTrainer,
     stopping_on_signals,
+    stored_embeddings,
     tensorboard,
 )
 
@@ -63,8 +75,8 @@ def precision(config: TrainingConfig) -> torch.dtype:
 def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     """The model with LoRA matrices, and its embeddings trainable if the settings say so.
 
-    What is trained is kept in float32 (under DeepSpeed bf16, with float32 masters); the rest is
-    frozen in `dtype`.
+    What is trained is kept in float32 (under DeepSpeed in half precision, with float32 masters);
+    the rest is frozen in `dtype`.
     """
     log.info("loading %s", config.model)
     model: Any = load_glm(config.model, GlmForTraining, dtype)
@@ -83,11 +95,11 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     model = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
         if name.endswith(EMBEDDINGS):
-            if config.train_embeddings:
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+            parameter.requires_grad_(config.train_embeddings)
         elif config.learning_rate == 0:
             parameter.requires_grad_(False)
+    for name, rows in stored_embeddings(config.model, model):
+        model.get_parameter(name).data = rows
     for module in model.modules():
         # Otherwise the LoRA layers make float32 copies of their inputs, for autocast to undo.
         if hasattr(module, "cast_input_dtype_enabled"):
@@ -162,7 +174,8 @@ def train(
     sample = train_set.select(range(min(SAMPLED_ROWS, len(train_set))))["lengths"]
     tokens_per_step = config.global_batch_size * sum(map(sum, sample)) // len(sample)
     context = costs.mean_context(sample if config.document_mask else [[sum(r)] for r in sample])
-    flops = costs.flops_per_token(shape, costs.trained_parameters(shape, config), context)
+    scored = dataset.scored_share(train_set, SAMPLED_ROWS)
+    flops = costs.flops_per_token(shape, costs.trained_parameters(shape, config), context, scored)
     log.info(
         "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
         trained / 1e6,
@@ -178,8 +191,8 @@ def train(
             "or more GPUs make it fewer",
             plan.accumulation,
         )
-    if left_over := len(train_set) % (plan.micro_batch * plan.processes):
-        log.info("every epoch leaves out %d rows, which fill no batch", left_over)
+    if left_over := len(train_set) % config.global_batch_size:
+        log.info("every epoch leaves out %d rows, which fill no step", left_over)
     languages = _by_language(validation) if config.evaluations else {}
     encoder = tokenizer.load(config.model) if languages else None
     trainer = ResumableTrainer(
@@ -202,7 +215,7 @@ def train(
     trainer.add_callback(progress)
     if config.tracker == "tensorboard" and output_dir is not None:
         folder = config.output_dir.with_name(config.output_dir.name + ".tensorboard")
-        trainer.add_callback(tensorboard(folder, found))
+        trainer.add_callback(tensorboard(folder, None if found is None else step_of(found)))
     trainer.remove_callback(PrinterCallback)
     with stopping_on_signals(trainer), progress:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
@@ -211,10 +224,10 @@ def train(
             f"at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
             "the same command goes on from it"
         )
+    weights = training_state.weights(trainer, output_dir is not None)
     if output_dir is not None:
-        learned = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        new_rows.join(learned.get_base_model())
-        learned.save_pretrained(output_dir / ADAPTER, save_embedding_layers=config.train_embeddings)
+        _save_adapter(config, trainer.accelerator.unwrap_model(trainer.model_wrapped), weights,
+                      output_dir / ADAPTER)  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return {
@@ -226,10 +239,22 @@ def train(
     }
 
 
+def _save_adapter(
+    config: TrainingConfig, model: Any, weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Write what was trained, in float32, in PEFT's format. DeepSpeed's model is a rounded copy."""
+    for name, value in weights.items():
+        model.get_parameter(name).data = value
+    if config.embedding_rows == "new":
+        names = (layout.GLM_EMBEDDING, layout.GLM_LM_HEAD)
+        new_rows.join(model.get_base_model(), *(read_tensor(config.model, name) for name in names))
+    model.save_pretrained(folder, save_embedding_layers=config.train_embeddings)
+
+
 def _read_data(config: TrainingConfig, name: str, shape: costs.Shape) -> tuple[Any, Any]:
     """The rows to train on and to score; raises DataError when they do not fit."""
     train_set = dataset.read(config.data, name, "train")
-    dataset.check(train_set, name, config.block_size, shape.rows)
+    dataset.check(train_set, config.block_size, shape.rows)
     validation = dataset.read(config.data, name, "validation")
     if config.evaluations and not len(validation):
         raise DataError(
@@ -267,16 +292,15 @@ def _trainer_arguments(
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if config.evaluations else "no",
-        # A number below 1 is a share of all steps; 1 would be every step.
-        eval_steps=min(1 / max(config.evaluations, 1), 0.999),
+        # A share of all steps. The last step is scored anyway: one evaluation is no share, but
+        # a step that never comes.
+        eval_steps=1 / config.evaluations if config.evaluations > 1 else 10**9,
         eval_on_start=config.evaluations > 0,
         save_strategy="no",
         report_to="wandb" if config.tracker == "wandb" else "none",
         run_name=config.output_dir.name,
         disable_tqdm=True,
         remove_unused_columns=False,
-        # An incomplete last batch would be filled up with rows of the first on several ranks.
-        dataloader_drop_last=True,
         seed=config.seed,
         ddp_find_unused_parameters=False,
     )

@@ -52,6 +52,26 @@ def save(trainer: Any, folder: Path | None, more: Mapping[str, Any]) -> None:
     (folder / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
 
 
+def weights(trainer: Any, wanted: bool) -> dict[str, torch.Tensor]:
+    """What is trained, by the parameter's name, whole and in float32 on the CPU.
+
+    All processes call this; those that do not want the weights get none.
+    """
+    found = {}
+    for name, parameter in _trained(trainer):
+        value = _full(trainer, parameter, "")
+        if wanted:
+            found[name] = value.cpu()
+    return found
+
+
+def set_weights(trainer: Any, values: Mapping[str, torch.Tensor]) -> None:
+    """Put float32 weights in place of those that training starts from; all processes call this."""
+    for name, parameter in _trained(trainer):
+        if name in values:
+            _put(trainer, parameter, "", values[name])
+
+
 def load(trainer: Any, folder: Path) -> dict[str, Any]:
     """Put a saved state into a Trainer whose model and optimizer are prepared; returns progress."""
     progress = dict(json.loads((folder / PROGRESS).read_text(encoding="utf-8")))

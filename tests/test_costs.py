@@ -163,9 +163,15 @@ def test_a_global_batch_is_shared_out(
 
 
 @pytest.mark.parametrize("processes", [3, 32])
-def test_processes_that_cannot_share_a_batch_are_refused(processes: int) -> None:
-    with pytest.raises(ConfigError, match=f"16 cannot be divided evenly by {processes} proc"):
-        costs.Plan.of(config_6b(), processes)
+def test_processes_that_cannot_share_a_batch_are_refused(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = f"--global-batch-size 16 cannot be shared evenly by {processes} processes"
+    with pytest.raises(ConfigError, match=message):
+        config_6b(estimate=processes)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ConfigError, match=message):
+        config_6b()
 
 
 def test_context_is_counted_over_documents() -> None:
@@ -182,6 +188,7 @@ def test_context_is_counted_over_documents() -> None:
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA L40S", 362.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA RTX A1000", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("Tesla K80", None),
     ],
@@ -190,11 +197,44 @@ def test_peaks_are_found_by_name(name: str, peak: float | None) -> None:
     assert costs.peak_tflops(name) == peak
 
 
-def test_the_estimate_says_what_a_step_is(base_dir: Path) -> None:
+def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> None:
     config = config_6b(
         model=base_dir, estimate=4, deepspeed=PROJECT / "ds_zero2.json", embedding_rows="all"
     )
     text = costs.describe(config)
     assert "16,384 tokens = 4 GPUs x 1 passes x 4 blocks x 1024 tokens" in text
-    settings = json.loads((PROJECT / "ds_zero2.json").read_text())["zero_optimization"]
-    assert costs.bucket_elements(config) == settings["reduce_bucket_size"]
+    shape = costs.read_shape(base_dir)
+    items = costs.memory(shape, costs.trained_parameters(shape, config), config, 4)
+    assert f"{sum(size for _, size in items):.2f}" in text
+    settings = json.loads((PROJECT / "ds_zero2.json").read_text())
+    shape = costs.read_shape(base_dir)
+    expected = settings["zero_optimization"]["reduce_bucket_size"]
+    assert costs.bucket_elements(shape, config) == expected
+    settings["zero_optimization"]["reduce_bucket_size"] = "auto"
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    config = config_6b(deepspeed=tmp_path / "ds.json")
+    assert costs.bucket_elements(shape, config) == shape.hidden**2
+
+
+def test_every_item_of_the_memory() -> None:
+    """By hand, of 4 GPUs with checkpointing: in GB, bytes times numbers over 10^9."""
+    shape = costs.Shape(**{**vars(CHATGLM3_6B), "rows": 78_592})
+    config = config_6b(gradient_checkpointing=True)
+    trained = costs.Trained(lora=16_658_432, embeddings=643_825_664, frozen=5_710_907_392)
+    assert costs.trained_parameters(shape, config) == trained
+    found = dict(costs.memory(shape, trained, config, 4))
+    tokens, width, ffn = 4 * 1024, 4096, 13_696
+    layer = tokens * (12 * width + 10 * width + 2 * 1024 + 4 * 32 + 8 * ffn + 96 + 8 + 256)
+    expected = {
+        "frozen weights": 2 * 5_710_907_392,
+        "trained weights": 2 * 660_484_096,
+        "float32 weights and Adam's moments": 3 * 660_484_096,
+        "buckets": 2 * 2 * 50_000_000,
+        "activations": 28 * tokens * 2 * width,
+        "a layer or the loss, in work": layer + tokens * 8 * ffn,
+        "output matrix: gradient, and a copy where one is made": 2 * 78_592 * width,
+    }
+    assert found == pytest.approx({name: size / 1e9 for name, size in expected.items()})
+    # With little to keep, the loss is larger than a layer, and the end fuller than the beginning.
+    small = dict(costs.memory(shape, trained, config_6b(block_size=64, micro_batch_size=1), 1))
+    assert small["gradients"] == pytest.approx(4 * 660_484_096 / 1e9)

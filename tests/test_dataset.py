@@ -48,14 +48,15 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
 def test_rows_that_do_not_fit_are_refused(data_dir: Path) -> None:
     rows = dataset.read(data_dir, "pretrain", "train")
     largest = max(max(ids) for ids in rows["input_ids"])
-    dataset.check(rows, "pretrain", 64, largest + 1)
+    dataset.check(rows, 64, largest + 1)
     with pytest.raises(DataError, match=f"token id {largest}, but the model has {largest} embed"):
-        dataset.check(rows, "pretrain", 64, largest)
-    for size in (63, 65):
-        with pytest.raises(DataError, match=f"longest row has 64 tokens.*--block-size is {size}"):
-            dataset.check(rows, "pretrain", size, largest + 1)
+        dataset.check(rows, 64, largest)
+    with pytest.raises(DataError, match="longest row has 64 tokens, but --block-size is 63"):
+        dataset.check(rows, 63, largest + 1)
+
+
+def test_only_answers_are_scored_in_conversations(data_dir: Path) -> None:
+    assert dataset.scored_share(dataset.read(data_dir, "pretrain", "train"), 9) == 1.0
     bins = dataset.read(data_dir, "sft", "train")
-    longest = max(map(len, bins["input_ids"]))
-    dataset.check(bins, "sft", longest + 100, 5000)
-    with pytest.raises(DataError, match=f"longest row has {longest} tokens"):
-        dataset.check(bins, "sft", longest - 1, 5000)
+    labels = torch.tensor([label for row in bins[:2]["labels"] for label in row])
+    assert dataset.scored_share(bins, 2) == pytest.approx((labels != chat.IGNORE).float().mean())

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GlmForCausalLM
 
-from chatglm_ja import checkpoint, merge, training
+from chatglm_ja import checkpoint, export, merge, training
 from chatglm_ja.errors import DataError
 
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
@@ -73,6 +73,25 @@ def test_a_tensor_without_a_place_is_refused(adapted: Path, resized_dir: Path) -
     change(adapted, name, torch.zeros(4, 4))
     with pytest.raises(DataError, match=r"layers\.9\.mlp\.down_proj\.lora_A\.weight, which"):
         merge.write_merged(resized_dir, adapted)
+
+
+def test_half_a_pair_of_matrices_is_refused(adapted: Path, resized_dir: Path) -> None:
+    change(adapted, merge.PREFIX + "model.layers.1.mlp.down_proj.lora_B.weight", None)
+    with pytest.raises(DataError, match=r"one of the two LoRA matrices of model\.layers\.1\.mlp"):
+        merge.write_merged(resized_dir, adapted)
+
+
+def test_a_model_in_float32_is_merged_and_verified(resized_dir: Path, adapted: Path) -> None:
+    """Another order of sums than PEFT's is no error."""
+    single = adapted / "single"
+    GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).save_pretrained(single)
+    export.copy_files(resized_dir, single)
+    assert (single / "model.safetensors").is_file()
+    merge.write_merged(single, adapted)
+    assert merge.verify_logits(single, adapted) < 1e-4
+    assert (adapted / "generation_config.json").read_bytes() == (
+        single / "generation_config.json"
+    ).read_bytes()
 
 
 def test_a_merged_model_that_computes_something_else_is_noticed(

@@ -93,6 +93,18 @@ def test_half_precision_sums_in_single(dtype: torch.dtype) -> None:
     assert difference < 1e-2
 
 
+def test_autocast_keeps_the_activations_of_float32_embeddings_in_half_precision(
+    model: Any, documents: list[list[int]]
+) -> None:
+    model.to(torch.bfloat16).model.embed_tokens.float()
+    seen: list[torch.dtype] = []
+    model.model.norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].dtype))
+    ids = torch.tensor([documents[0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids)
+    assert seen == [torch.bfloat16]
+
+
 def test_labels_give_the_loss_of_transformers(model: Any, documents: list[list[int]]) -> None:
     ids = torch.tensor([documents[0]])
     loss = model(ids, labels=ids).loss

@@ -437,7 +437,7 @@ def test_a_launcher_says_what_is_wrong_once(pipeline: Runner) -> None:
     [
         ("NVIDIA GeForce RTX 4090", {}, "p2p=1 ib=1"),
         ("NVIDIA GeForce RTX 4090", {"NNODES": "2"}, "p2p=1 ib=0"),
-        ("NVIDIA GeForce RTX 4090", {"NCCL_P2P_DISABLE": "0"}, "p2p=0 ib="),
+        ("NVIDIA GeForce RTX 4090", {"NCCL_P2P_DISABLE": "0"}, "p2p=0 ib=1"),
         ("NVIDIA H100 80GB HBM3", {}, "p2p= ib="),
     ],
 )
@@ -465,8 +465,23 @@ def test_what_a_gpu_needs_is_estimated_without_data(base_dir: Path, tmp_path: Pa
     result = runner.run("step5_train_pt.py", "--model", str(base_dir), "--estimate", "4")
     assert result.returncode == 0
     assert re.search(r"together +\d+\.\d\d$", result.stdout, re.MULTILINE)
+    again = runner.run(
+        "step5_train_pt_multi_gpu.sh", "--model", str(base_dir), "--estimate", "4",
+        NPROC_PER_NODE="2",
+    )  # fmt: skip
+    assert (again.returncode, again.stdout) == (0, result.stdout)
     message = error_of(runner.run("step5_train_pt.py", "--estimate", "4"))
     assert "config.json not found: the sizes are read from it" in message
+
+
+def test_data_of_other_blocks_and_processes_that_do_not_divide_are_said_once(
+    pipeline: Runner,
+) -> None:
+    new = ["--output-dir", str(pipeline.root / "new")]
+    message = error_of(pipeline.run("step5_train_pt.py", "--block-size", "256", *new))
+    assert "has rows of 128 tokens, but --block-size is 256" in message
+    message = error_of(pipeline.small("step5_train_pt_multi_gpu.sh", *new, NPROC_PER_NODE="3"))
+    assert "--global-batch-size 8 cannot be shared evenly by 3 processes" in message
 
 
 def test_check_stops_before_the_work(pipeline: Runner) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,54 @@ def test_accumulation_changes_nothing(resized_dir: Path, data_dir: Path, tmp_pat
         histories.append([e[name] for e in result["history"] for name in names if name in e])
     assert len(histories[0]) > 8
     assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+
+
+def test_an_epoch_has_the_same_steps_however_it_is_divided(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """125 rows are 15 steps of 8: what is left fills no step."""
+    losses = []
+    for micro in (8, 4, 1):
+        config = config_for(
+            resized_dir, data_dir, tmp_path, max_steps=-1, evaluations=0, micro_batch_size=micro
+        )
+        result = training.train(config, "pretrain", None)
+        assert result["steps"] == 15
+        losses.append([entry["loss"] for entry in result["history"] if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_the_speed_is_that_of_training_alone(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that a step puts on by 2 seconds, and scoring by 100."""
+    now = [0.0]
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for name, seconds in (("training_step", 2.0), ("_score", 100.0)):
+
+        def slow(self: Any, *given: Any, whole: Any = None, seconds: float = 0.0) -> Any:
+            now[0] += seconds
+            if not hasattr(self, "seen"):
+                self.seen, self.peak_tflops, self.flops_per_token = True, 0.5, 1e9
+            return whole(self, *given)
+
+        whole = getattr(ResumableTrainer, name)
+        patched = functools.partialmethod(slow, whole=whole, seconds=seconds)
+        monkeypatch.setattr(ResumableTrainer, name, patched)
+    config = config_for(resized_dir, data_dir, tmp_path, micro_batch_size=4, logging_steps=2)
+    result = training.train(config, "pretrain", None)
+    lines = [entry for entry in result["history"] if "loss" in entry]
+    # Two passes a step: 4 seconds for 8 rows of 64 tokens.
+    assert [line["tokens_per_second"] for line in lines] == [128.0] * 3
+    assert [line["mfu"] for line in lines] == [pytest.approx(128e9 / 0.5e12, abs=1e-4)] * 3
+    assert [e["step"] for e in result["history"] if "eval_ja_loss" in e] == [0, 2, 4, 6]
+
+
+def test_one_evaluation_is_the_last(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    config = config_for(resized_dir, data_dir, tmp_path, evaluations=1, max_steps=3)
+    history = training.train(config, "pretrain", None)["history"]
+    assert [entry["step"] for entry in history if "eval_ja_loss" in entry] == [0, 3]
 
 
 def test_a_loss_that_is_not_a_number_stops_at_once(
