@@ -452,7 +452,7 @@ def test_cards_without_peer_access_are_told_to_nccl(
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    result = pipeline.run(
+    result = pipeline.small(
         "step5_train_pt_multi_gpu.sh", "--output-dir", str(tmp_path / "new"),
         NPROC_PER_NODE="2", PATH=path, **environment,
     )  # fmt: skip
@@ -503,7 +503,7 @@ def test_a_breakpoint_in_a_step_is_hit(pipeline: Runner) -> None:
     number = next(i for i, line in enumerate(lines, 1) if "train_and_publish(" in line)
     commands = f"b {number}\nc\np config.lora_rank + 1000\ns\nq\n"
     result = subprocess.run(
-        [sys.executable, "-m", "pdb", str(PROJECT / "step5_train_pt.py"), "--overwrite",
+        [sys.executable, "-m", "pdb", str(PROJECT / "step5_train_pt.py"), "--block-size=128",
          "--output-dir", str(pipeline.root / "debug")],
         input=commands, env=pipeline.environment, cwd=PROJECT, capture_output=True, text=True,
         check=False, timeout=300,
