@@ -324,6 +324,11 @@ class TrainingConfig(StepConfig):
         low=1,
         affects_result=False,
     )
+    packing: bool = setting(
+        "train on packed rows, as step 4 made them; without, every document or conversation is a "
+        "row, padded to the longest of its batch: slower, and the same losses",
+        True,
+    )
     document_mask: bool = setting(
         "restart positions and keep attention inside each document of a block", True
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow
 import pyarrow.compute
 import torch
 
@@ -20,6 +22,34 @@ def read(folder: Path, name: str, split: str) -> datasets.Dataset:
     """The shards of a data set, `name` being pretrain or sft, as one; nothing is copied."""
     shards = sorted(folder.glob(f"{name}_{split}-*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
+
+
+def unpacked(rows: datasets.Dataset) -> datasets.Dataset:
+    """Every document or conversation of packed rows as a row of its own; no token is copied."""
+    table = rows.data.table
+    batches = [_unpacked_batch(batch) for batch in table.to_batches()]
+    apart = pyarrow.Table.from_batches(batches, schema=table.schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(apart))
+
+
+def _unpacked_batch(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """New offsets over the same values."""
+    counts = pyarrow.compute.list_value_length(batch["lengths"]).to_numpy()
+    lengths = batch["lengths"].flatten().to_numpy()
+    starts = {
+        "input_ids": np.concatenate([[0], np.cumsum(lengths)]),
+        "lengths": np.arange(len(lengths) + 1),
+    }
+    starts |= {"labels": starts["input_ids"], "sources": starts["lengths"]}
+    columns = []
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        if field.name in starts:
+            offsets = pyarrow.array(starts[field.name], pyarrow.int32())
+            part = pyarrow.ListArray.from_arrays(offsets, column.flatten())
+        else:  # the language, of all that is in a row
+            part = column.take(pyarrow.array(np.repeat(np.arange(len(counts)), counts)))
+        columns.append(part.cast(field.type))
+    return pyarrow.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
 def check(rows: datasets.Dataset, block_size: int, vocab_size: int) -> None:

@@ -260,6 +260,8 @@ def _read_data(config: TrainingConfig, name: str, shape: costs.Shape) -> tuple[A
         raise DataError(
             f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
         )
+    if not config.packing:
+        train_set = dataset.unpacked(train_set)
     if len(train_set) < config.global_batch_size:
         raise DataError(
             f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "

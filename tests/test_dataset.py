@@ -55,6 +55,30 @@ def test_rows_that_do_not_fit_are_refused(data_dir: Path) -> None:
         dataset.check(rows, 63, largest + 1)
 
 
+@pytest.mark.parametrize(("name", "split"), [("pretrain", "validation"), ("sft", "train")])
+def test_unpacked_rows_are_the_documents_one_by_one(data_dir: Path, name: str, split: str) -> None:
+    rows = dataset.read(data_dir, name, split)
+    allocated = pyarrow.total_allocated_bytes()
+    apart = dataset.unpacked(rows)
+    tokens = sum(map(sum, rows["lengths"]))
+    assert pyarrow.total_allocated_bytes() - allocated < 4 * tokens
+    expected = []
+    for row in rows:
+        start = 0
+        for length, source in zip(row["lengths"], row["sources"], strict=True):
+            part = slice(start, start + length)
+            one = {"input_ids": row["input_ids"][part], "lengths": [length], "sources": [source]}
+            if "labels" in row:
+                one["labels"] = row["labels"][part]
+            if "language" in row:
+                one["language"] = row["language"]
+            expected.append(one)
+            start += length
+    assert len(expected) > len(rows)
+    assert list(apart) == expected
+    assert apart.features == rows.features
+
+
 def test_only_answers_are_scored_in_conversations(data_dir: Path) -> None:
     assert dataset.scored_share(dataset.read(data_dir, "pretrain", "train"), 9) == 1.0
     bins = dataset.read(data_dir, "sft", "train")

@@ -153,6 +153,29 @@ def test_sft_trains_on_bins(resized_dir: Path, data_dir: Path, tmp_path: Path) -
     assert losses[-1] < losses[0]
 
 
+def test_packed_conversations_train_as_padded_ones(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """The same conversations in a step give the same losses and the same weights."""
+    bins = dataset.read(data_dir, "sft", "train")
+    conversations = sum(map(len, bins["lengths"]))
+    assert conversations > 2 * len(bins)
+    losses, weights = [], []
+    for packing, rows in ((True, len(bins)), (False, conversations)):
+        folder = tmp_path / str(packing)
+        config = config_for(
+            resized_dir, data_dir, folder, packing=packing, global_batch_size=rows, block_size=256,
+            micro_batch_size=rows, max_steps=3, epochs=3.0, evaluations=0,
+        )  # fmt: skip
+        history = training.train(config, "sft", folder)["history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+        weights.append(load_file(folder / merge.ADAPTER / "adapter_model.safetensors"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, packed in weights[0].items():
+        # Adam divides by gradients that can be all but zero.
+        assert (packed - weights[1][name]).norm() < 1e-2 * packed.norm(), name
+
+
 def test_bits_per_character_are_those_of_the_text(
     trained: tuple[Path, dict], resized_dir: Path, data_dir: Path
 ) -> None:
