@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_h
 # Steps whose mean loss a step is compared with.
 RECENT_STEPS = 20
 SAME_SIGNAL_SECONDS = 3.0
+# Of all validation sets together, in the log.
+ALL_LOSS = "validation_loss"
 
 
 def stored_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -63,15 +65,18 @@ class ResumableTrainer(Trainer):
         config: TrainingConfig,
         model: Any,
         validation: dict[str, Any],
+        sources: dict[str, Any],
         checkpoints: Checkpoints | None,
         characters: Mapping[str, int],
         tokens_per_step: int,
         flops_per_token: float,
         **kwargs: Any,
     ) -> None:
-        """`characters` are those of the texts of the validation sets that are whole texts."""
+        """`sources` are validation sets that are scored before and after training only;
+        `characters` are those of the texts of the validation sets that are whole texts."""
         self.config = config
         self.validation = validation
+        self.sources = sources
         self.checkpoints = checkpoints
         self.characters = characters
         self.tokens_per_step = tokens_per_step
@@ -225,21 +230,38 @@ class ResumableTrainer(Trainer):
         The Trainer's own loop averages the means of batches, which depend on the batch size and
         on the rows that it repeats to give every process as many.
         """
+        metrics: dict[str, float] = {}
         with self.pause(), torch.no_grad():
-            metrics = self._score()
+            scores = self._score(self.validation)
+            is_first_or_last = self.state.global_step in (0, self.state.max_steps)
+            by_source = self._score(self.sources) if is_first_or_last else {}
+        for label, (total, count) in scores.items():
+            metrics[f"eval_{label}_loss"] = total / count
+            if label in self.characters:
+                bits = total / math.log(2) / self.characters[label]
+                metrics[f"eval_{label}_bits_per_char"] = bits
+        for label, (total, count) in by_source.items():
+            metrics |= {f"source_{label}_loss": total / count, f"source_{label}_tokens": count}
+        if scores:
+            totals, counts = (sum(column) for column in zip(*scores.values(), strict=True))
+            metrics[ALL_LOSS] = totals / counts
         self.log(metrics)
+        _warn_of_a_rise(self.state.log_history)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def _score(self) -> dict[str, float]:
+    def _score(self, groups: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """The sum of the losses of every group of rows, and its trained tokens, where it has any.
+
+        All processes share the rows."""
         model: Any = self.model
         model.eval()
         size = self.args.per_device_eval_batch_size
         stride = size * self.args.world_size
-        metrics = {}
-        for label, rows in self.validation.items():
+        scores = {}
+        for label, rows in groups.items():
             # Sum of the losses, and number of tokens.
             sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             for start in range(size * self.args.process_index, len(rows), stride):
@@ -250,11 +272,19 @@ class ResumableTrainer(Trainer):
                 sums += torch.stack([loss.double(), count.double()])
             total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
             if count:
-                metrics[f"eval_{label}_loss"] = total / count
-                if label in self.characters:
-                    bits = total / math.log(2) / self.characters[label]
-                    metrics[f"eval_{label}_bits_per_char"] = bits
-        return metrics
+                scores[label] = total, count
+        return scores
+
+
+def _warn_of_a_rise(history: Sequence[Mapping[str, Any]]) -> None:
+    """Say so when the validation loss has risen twice in a row."""
+    losses = [entry[ALL_LOSS] for entry in history if ALL_LOSS in entry]
+    if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
+        log.warning(
+            "the validation loss rises: %.4f, %.4f, %.4f: fewer --epochs or lower learning rates "
+            "may end at a better model",
+            *losses[-3:],
+        )
 
 
 class _GoOn(TrainerCallback):
@@ -325,6 +355,8 @@ class Progress(TrainerCallback):
             bits = logs.get(f"{name}_bits_per_char")
             more = "" if bits is None else f" ({bits:.3f} bits/char)"
             parts.append(f"{name.removeprefix('eval_')} {logs[f'{name}_loss']:.4f}{more}")
+        for line in _source_lines(state.log_history, logs):
+            self.bar.write(line, file=sys.stderr)
         if len(parts) > 1:
             self.bar.write(" | ".join(parts), file=sys.stderr)
 
@@ -334,6 +366,24 @@ class Progress(TrainerCallback):
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _source_lines(history: Sequence[Mapping[str, Any]], logs: Mapping[str, Any]) -> list[str]:
+    """A table of the losses by source, beside those before training."""
+    names = [name for name in logs if name.startswith("source_") and name.endswith("_loss")]
+    if not names:
+        return []
+    first = next((entry for entry in history if names[0] in entry), logs)
+    titles = [name.removeprefix("source_").removesuffix("_loss") for name in names]
+    width = max(map(len, titles))
+    lines = [
+        f"{'validation loss by source':<{max(width, 25)}}{'tokens':>10}{'before':>9}{'now':>9}"
+    ]
+    for name, title in zip(names, titles, strict=True):
+        count = logs[f"source_{title}_tokens"]
+        before = first.get(name, math.nan)
+        lines.append(f"{title:<{max(width, 25)}}{count:>10,.0f}{before:>9.4f}{logs[name]:>9.4f}")
+    return lines
 
 
 def tensorboard(folder: Path, resumed_after: int | None) -> TrainerCallback:

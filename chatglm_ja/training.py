@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from chatglm_ja import (
     tokenizer,
     training_state,
 )
-from chatglm_ja.artifacts import Output
+from chatglm_ja.artifacts import Output, read_manifest
 from chatglm_ja.checkpoint import load_glm, read_tensor
 from chatglm_ja.checkpoints import Checkpoints, step_of
 from chatglm_ja.cli import is_main_process
@@ -193,12 +193,16 @@ def train(
         )
     if left_over := len(train_set) % config.global_batch_size:
         log.info("every epoch leaves out %d rows, which fill no step", left_over)
-    languages = _by_language(validation) if config.evaluations else {}
+    languages: dict[str, Any] = {}
+    sources: dict[str, Any] = {}
+    if config.evaluations:
+        languages, sources = _validation_groups(validation, config.data, name)
     encoder = tokenizer.load(config.model) if languages else None
     trainer = ResumableTrainer(
         config,
         model,
         languages,
+        sources,
         checkpoints,
         # Of conversations only the answers are scored, of texts everything.
         {
@@ -327,17 +331,33 @@ def _newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
     return found[0]
 
 
-def _by_language(validation: Any) -> dict[str, Any]:
-    """The validation rows, one data set per language where the rows say their language."""
-    if not len(validation):
-        return {}
-    if "language" not in validation.column_names:
-        return {"all": validation}
-    languages = validation["language"]
-    return {
-        language: validation.select([i for i, other in enumerate(languages) if other == language])
-        for language in dict.fromkeys(languages)
-    }
+def _validation_groups(
+    validation: Any, data: Path, name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The validation rows by language, or by kind of conversation, and conversations by source.
+
+    Blocks of texts are of one language each; bins hold conversations of several sources, which
+    step 4's manifest names KIND/SOURCE.
+    """
+    if "language" in validation.column_names:
+        labels = validation["language"]
+        return {label: _where(validation, labels, label) for label in dict.fromkeys(labels)}, {}
+    manifest = read_manifest(data)
+    apart = dataset.unpacked(validation)
+    numbers = [row[0] for row in apart["sources"]]
+    titles = [str(number) for number in numbers]
+    if manifest is not None:
+        named = [source["name"] for source in manifest["counts"][name]["sources"]]
+        titles = [named[number] for number in numbers]
+    kinds = [title.split("/")[0] for title in titles]
+    return (
+        {kind: _where(apart, kinds, kind) for kind in dict.fromkeys(kinds)},
+        {title: _where(apart, titles, title) for title in sorted(set(titles))},
+    )
+
+
+def _where(rows: Any, labels: Sequence[str], label: str) -> Any:
+    return rows.select([i for i, other in enumerate(labels) if other == label])
 
 
 def _weights_size(config: TrainingConfig) -> int:

@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
 from chatglm_ja import (
+    artifacts,
+    chat,
     checkpoint,
     costs,
     dataset,
@@ -151,6 +153,50 @@ def test_sft_trains_on_bins(resized_dir: Path, data_dir: Path, tmp_path: Path) -
     result = training.train(config, "sft", tmp_path)
     losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_conversations_are_scored_by_kind_and_by_source(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    copy_of: Any,
+) -> None:  # fmt: skip
+    """Against the plain model, a conversation at a time; before and after training by source."""
+    data = copy_of(data_dir, tmp_path / "data")
+    counts = {"sft": {"sources": [{"name": "ja/help"}]}}
+    manifest: dict[str, Any] = {key: {} for key in artifacts.MANIFEST_KEYS} | {"counts": counts}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    config = config_for(
+        resized_dir, data, tmp_path / "out", block_size=256, global_batch_size=1, max_steps=3,
+        evaluations=3,
+    )  # fmt: skip
+    history = training.train(config, "sft", None)["history"]
+    model = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
+    nats = tokens = 0.0
+    for row in dataset.unpacked(dataset.read(data, "sft", "validation")):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        with torch.inference_mode():
+            scores = model(ids).logits[0, :-1].log_softmax(-1)
+        at = (labels != chat.IGNORE).nonzero()[:, 0]
+        nats -= scores[at, labels[at]].sum().item()
+        tokens += len(at)
+    scored = [entry for entry in history if "validation_loss" in entry]
+    assert [entry["step"] for entry in scored] == [0, 1, 2, 3]
+    assert scored[0]["eval_ja_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert scored[0]["validation_loss"] == scored[0]["eval_ja_loss"]
+    assert [entry.get("source_ja/help_tokens") for entry in scored] == [tokens, None, None, tokens]
+    said = capsys.readouterr().err
+    before, after = (scored[i]["source_ja/help_loss"] for i in (0, 3))
+    assert f"{tokens:.0f}   {before:.4f}   {after:.4f}\n" in said
+
+
+def test_a_rising_validation_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    history: list[dict[str, float]] = []
+    for loss in (3.0, 2.0, 2.1, 2.0, 2.2):
+        history.append({trainer.ALL_LOSS: loss})
+        trainer._warn_of_a_rise(history)
+    assert not caplog.records
+    history.append({trainer.ALL_LOSS: 2.3})
+    trainer._warn_of_a_rise(history)
+    assert "the validation loss rises: 2.0000, 2.2000, 2.3000" in caplog.text
 
 
 def test_packed_conversations_train_as_padded_ones(
