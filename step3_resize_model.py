@@ -14,12 +14,10 @@ from pathlib import Path
 import constants
 from chatglm_ja.artifacts import Output, open_artifact, open_base_model
 from chatglm_ja.cli import run
-from chatglm_ja.config import ResizeModelConfig
+from chatglm_ja.config import VERIFIED_BYTES, ResizeModelConfig
 from chatglm_ja.settings import parse
 
 log = logging.getLogger(__name__)
-
-VERIFIED_BYTES = 10**9  # two models of this size are loaded without being asked
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from chatglm_ja.artifacts import Output, read_manifest
 from chatglm_ja.checkpoint import load_glm, read_tensor
 from chatglm_ja.checkpoints import Checkpoints, step_of
 from chatglm_ja.cli import is_main_process
-from chatglm_ja.config import TrainingConfig
+from chatglm_ja.config import VERIFIED_BYTES, TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
 from chatglm_ja.merge import ADAPTER
 from chatglm_ja.model import GlmForTraining, compute_dtype
@@ -57,7 +57,6 @@ log = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 HISTORY_FILE = "history.json"
-VERIFIED_BYTES = 10**9  # two models of this size are loaded without being asked
 # Rows from which the tokens of a step, and of a document, are estimated.
 SAMPLED_ROWS = 256
 
