@@ -34,30 +34,20 @@ Of CHATGLM3_6B_DIR only config.json and tokenizer.model are read. What is prepar
 """
 
 import argparse
-import importlib.metadata
 import json
-import math
-import os
 import shutil
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+# Beside this file; it makes the project's package importable.
+import peer
+from peer import Recipe, Run, Way
+from tqdm import tqdm
 
-# A child's peak memory is at least that of this process, and LLaMA-Factory's interpreter runs this
-# file too: torch, and what needs it, is imported where it is used.
-from tqdm import tqdm  # noqa: E402
+from chatglm_ja.cli import run
 
-from chatglm_ja.cli import run  # noqa: E402
-from chatglm_ja.errors import DataError  # noqa: E402
-
-CORES = len(os.sched_getaffinity(0))
 # The proportions are ChatGLM3-6B's as far as four layers of this width allow.
 SMALL = {
     "num_layers": 4,
@@ -70,20 +60,8 @@ SMALL = {
 BLOCK_SIZE = 1024
 BLOCKS_PER_STEP = 4
 LEARNING_RATE = 2e-4
-WARMUP_RATIO = 0.03
 LORA_RANK = 8
 LORA_ALPHA = 16
-LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_up_proj,down_proj"
-BETA_2 = 0.95
-SEED = 42
-
-# Step 5 scores nothing and tracks nothing, as LLaMA-Factory.
-STEP5_FLAGS = (
-    f"--block-size={BLOCK_SIZE}",
-    f"--global-batch-size={BLOCKS_PER_STEP}",
-    "--evaluations=0",
-    "--tracker=none",
-)
 
 LLAMAFACTORY = "LLaMA-Factory, {} x {}"
 USUAL = LLAMAFACTORY.format(1, BLOCKS_PER_STEP)
@@ -91,10 +69,6 @@ ONE_PASS = LLAMAFACTORY.format(BLOCKS_PER_STEP, 1)
 OURS = "step 5"
 OURS_ACCUMULATED = f"step 5, 1 x {BLOCKS_PER_STEP}"
 OURS_NO_MASK = "step 5, no mask"
-
-FIELDS = ("tokens_per_second", "peak_gb")
-
-Build = Callable[[Path], list[str]]  # the command line of a way, given its output folder
 
 
 @dataclass(frozen=True)
@@ -106,15 +80,6 @@ class Prepared:
     blocks: Path
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one run of a way gave."""
-
-    tokens_per_second: float
-    peak_gb: float
-    losses: list[float]
-
-
 def main() -> None:
     arguments = parse_arguments()
     if arguments.task == "base":
@@ -122,8 +87,11 @@ def main() -> None:
     elif arguments.task == "blocks":
         write_blocks(data_dir(arguments), blocks_dir(arguments))
     else:
-        versions = {"step 5": our_versions(), "LLaMA-Factory": their_versions(arguments)}
-        runs = measure(arguments, prepare(arguments))
+        versions = peer.versions("step 5", arguments.llamafactory)
+        ways = ways_to_train(arguments, prepare(arguments))
+        runs = peer.take_turns(ways, arguments.rounds, arguments.work_dir)
+        for way in (USUAL, ONE_PASS):
+            runs[way] = [over_predicted(run) for run in runs[way]]
         print_table(arguments, runs)
         print(json.dumps(summary(arguments, runs) | {"versions": versions}))
 
@@ -138,22 +106,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ja-tokenizer", type=Path, required=True, help="output of step 1, or a BPE model file"
     )
-    parser.add_argument(
-        "--llamafactory", required=True, help="interpreter of an environment that has it"
-    )
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder that is kept")
+    peer.add_arguments(parser)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each way (default: 2)")
     parser.add_argument("--task", choices=("base", "blocks"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    for name in ("steps", "rounds"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} is {getattr(arguments, name)}, expected 1 or more")
-    for path in (arguments.base_model, arguments.ja_tokenizer):
-        if not path.exists():
-            parser.error(f"{path} not found")
-    if shutil.which(arguments.llamafactory) is None:
-        parser.error(f"--llamafactory {arguments.llamafactory} is no program")
+    peer.check_arguments(parser, arguments, [arguments.base_model, arguments.ja_tokenizer])
     return arguments
 
 
@@ -170,59 +127,6 @@ def blocks_dir(arguments: argparse.Namespace) -> Path:
     return Path(arguments.work_dir, f"llamafactory_{arguments.steps * BLOCKS_PER_STEP}_blocks")
 
 
-# Programs
-
-
-def environment(work_dir: Path) -> dict[str, str]:
-    """The same for all: all cores, no GPU, no network, no caches of earlier runs elsewhere."""
-    return os.environ | {
-        "CHATGLM_JA_PROFILE": "demo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HOME": str(work_dir / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(CORES),
-        "MKL_NUM_THREADS": str(CORES),
-    }
-
-
-def run_program(command: list[str], work_dir: Path, name: str) -> float:
-    """Run a program to its end, what it says going to `name`.log; its peak resident memory in GB.
-
-    Raises DataError with the end of the log if it fails.
-    """
-    log = work_dir / f"{name}.log"
-    with open(log, "w", encoding="utf-8") as file:
-        child = subprocess.Popen(
-            command, env=environment(work_dir), stdout=file, stderr=subprocess.STDOUT
-        )
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise DataError(
-            f"{name} ended with status {child.returncode}; {log} ends:\n" + "\n".join(tail)
-        )
-    return usage.ru_maxrss * 1024 / 1e9
-
-
-def our_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-
-
-def their_versions(arguments: argparse.Namespace) -> dict[str, str]:
-    packages = ("llamafactory", "torch", "transformers", "peft")
-    code = f"import importlib.metadata as m; print(*map(m.version, {packages}))"
-    done = subprocess.run(
-        [arguments.llamafactory, "-c", code], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        reason = (done.stderr.splitlines() or ["it fails"])[-1]
-        raise DataError(
-            f"{arguments.llamafactory} has no LLaMA-Factory ({reason}): see --help to install it"
-        )
-    return dict(zip(packages, done.stdout.split(), strict=True))
-
-
 # Preparing
 
 
@@ -237,10 +141,12 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     tasks: dict[str, list[str]] = {}
     if not base.exists():
         tasks["base"] = [sys.executable, *again, "base"]
-    tasks["step2"] = step("step2_merge_tokenizer", tokenizer, base_model=base)
+    tasks["step2"] = peer.step_command("step2_merge_tokenizer", tokenizer, base_model=base)
     tasks["step2"] += [f"--ja-tokenizer={arguments.ja_tokenizer}", "--policy=all"]
-    tasks["step3"] = step("step3_resize_model", model, base_model=base, tokenizer=tokenizer)
-    tasks["step4"] = step("step4_prepare_data", data, tokenizer=tokenizer)
+    tasks["step3"] = peer.step_command(
+        "step3_resize_model", model, base_model=base, tokenizer=tokenizer
+    )
+    tasks["step4"] = peer.step_command("step4_prepare_data", data, tokenizer=tokenizer)
     tasks["step4"] += [
         f"--total-tokens={arguments.steps * BLOCKS_PER_STEP * BLOCK_SIZE}",
         f"--block-size={BLOCK_SIZE}",
@@ -252,14 +158,8 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     if not blocks.exists():
         tasks["blocks"] = [arguments.llamafactory, *again, "blocks"]
     for name, command in tqdm(tasks.items(), desc="preparing"):
-        run_program(command, work_dir, name)
+        peer.run_program(command, work_dir, name)
     return Prepared(model, data, blocks)
-
-
-def step(name: str, output: Path, **paths: Path) -> list[str]:
-    """The command line of one of the seven steps."""
-    inputs = [f"--{flag.replace('_', '-')}={path}" for flag, path in paths.items()]
-    return [sys.executable, str(PROJECT / f"{name}.py"), f"--output-dir={output}", *inputs]
 
 
 def write_random_base(source: Path, folder: Path) -> None:
@@ -274,9 +174,9 @@ def write_random_base(source: Path, folder: Path) -> None:
     from chatglm_ja.base_config import read_config
 
     config = read_config(source) | SMALL | {"torch_dtype": "float32"}
-    torch.manual_seed(SEED)
+    torch.manual_seed(peer.SEED)
     model = GlmForCausalLM(layout.glm_config(config, config["padded_vocab_size"], torch.float32))
-    unfinished = emptied(folder.with_suffix(".unfinished"))
+    unfinished = peer.emptied(folder.with_suffix(".unfinished"))
     tensors = layout.to_chatglm(model.state_dict())
     checkpoint.write_sharded(
         ((name, tensor.contiguous()) for name, tensor in tensors.items()), unfinished, 10**9
@@ -298,151 +198,72 @@ def write_blocks(data: Path, folder: Path) -> None:
     masks = [[1] * len(block) for block in blocks]
     # The labels are its collator's.
     saved = datasets.Dataset.from_dict({"input_ids": blocks, "attention_mask": masks})
-    unfinished = emptied(folder.with_suffix(".unfinished"))
+    unfinished = peer.emptied(folder.with_suffix(".unfinished"))
     datasets.DatasetDict({"train": saved}).save_to_disk(str(unfinished))
     unfinished.rename(folder)
-
-
-def emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
 
 
 # Measuring
 
 
-def step5_command(
-    arguments: argparse.Namespace, prepared: Prepared, output: Path, micro_batch: int, *flags: str
-) -> list[str]:
-    command = step("step5_train_pt", output, model=prepared.model, data=prepared.data)
-    command += [
-        f"--max-steps={arguments.steps}",
-        f"--learning-rate={LEARNING_RATE}",
-        f"--embedding-learning-rate={LEARNING_RATE}",
-        f"--warmup-ratio={WARMUP_RATIO}",
-        f"--lora-rank={LORA_RANK}",
-        f"--lora-alpha={LORA_ALPHA}",
-        "--precision=fp32",
-        "--logging-steps=1",
-        f"--save-steps={arguments.steps}",  # after the last step it saves no checkpoint
-        f"--seed={SEED}",
-        f"--micro-batch-size={micro_batch}",
-    ]
-    return [*command, *STEP5_FLAGS, *flags]
+def ways_to_train(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, Way]:
+    one_pass = Recipe(
+        steps=arguments.steps,
+        rows=BLOCKS_PER_STEP,
+        micro_batch=BLOCKS_PER_STEP,
+        block_size=BLOCK_SIZE,
+        learning_rate=LEARNING_RATE,
+        lora_rank=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+    )
+    accumulated = replace(one_pass, micro_batch=1)
+    tokens = arguments.steps * BLOCKS_PER_STEP * BLOCK_SIZE
 
+    def theirs(recipe: Recipe) -> Way:
+        return peer.llamafactory_way(
+            arguments.llamafactory,
+            recipe,
+            tokens,
+            stage="pt",
+            model_name_or_path=str(prepared.model),
+            tokenized_path=str(prepared.blocks),
+            additional_target="embed_tokens,lm_head",
+        )
 
-def llamafactory_command(
-    arguments: argparse.Namespace, prepared: Prepared, output: Path, micro_batch: int
-) -> list[str]:
-    """Its command line; the recipe goes into a file beside `output`."""
-    recipe = {
-        "stage": "pt",
-        "do_train": True,
-        "model_name_or_path": str(prepared.model),
-        "template": "empty",
-        "dataset": "blocks",  # it wants a name, and loads tokenized_path
-        "tokenized_path": str(prepared.blocks),
-        "cutoff_len": BLOCK_SIZE,
-        "finetuning_type": "lora",
-        "lora_rank": LORA_RANK,
-        "lora_alpha": LORA_ALPHA,
-        "lora_dropout": 0.0,
-        "lora_target": LORA_TARGETS,
-        "additional_target": "embed_tokens,lm_head",
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": BLOCKS_PER_STEP // micro_batch,
-        "max_steps": arguments.steps,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(arguments.steps * WARMUP_RATIO),
-        "adam_beta2": BETA_2,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "disable_gradient_checkpointing": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": SEED,
-        "output_dir": str(output),
+    def ours(recipe: Recipe, *flags: str) -> Way:
+        flags = (f"--embedding-learning-rate={LEARNING_RATE}", *flags)
+        return peer.step_way(
+            "step5_train_pt", recipe, tokens, *flags, model=prepared.model, data=prepared.data
+        )
+
+    return {
+        USUAL: theirs(accumulated),
+        ONE_PASS: theirs(one_pass),
+        OURS: ours(one_pass),
+        OURS_ACCUMULATED: ours(accumulated),
+        OURS_NO_MASK: ours(one_pass, "--no-document-mask"),
     }
-    path = output.with_suffix(".yaml")  # it cannot read .json; JSON is YAML
-    path.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    return [arguments.llamafactory, "-m", "llamafactory.cli", "train", str(path)]
 
 
-def measure(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, list[Run]]:
-    """All ways in turn, as many times as asked."""
-    builds: dict[str, Build] = {
-        USUAL: lambda output: llamafactory_command(arguments, prepared, output, 1),
-        ONE_PASS: lambda output: llamafactory_command(arguments, prepared, output, BLOCKS_PER_STEP),
-        OURS: lambda output: step5_command(arguments, prepared, output, BLOCKS_PER_STEP),
-        OURS_ACCUMULATED: lambda output: step5_command(arguments, prepared, output, 1),
-        OURS_NO_MASK: lambda output: step5_command(
-            arguments, prepared, output, BLOCKS_PER_STEP, "--no-document-mask"
-        ),
-    }
-    runs: dict[str, list[Run]] = {way: [] for way in builds}
-    with tqdm(total=arguments.rounds * len(builds), desc="training", unit=" runs") as bar:
-        for _ in range(arguments.rounds):
-            for way, build in builds.items():
-                bar.set_postfix_str(way)
-                runs[way].append(run_way(arguments, way, build))
-                bar.update()
-    return runs
-
-
-def run_way(arguments: argparse.Namespace, way: str, build: Build) -> Run:
-    output = arguments.work_dir / "output"
-    shutil.rmtree(output, ignore_errors=True)
-    name = "".join(c if c.isalnum() else "_" for c in way)
-    peak = run_program(build(output), arguments.work_dir, name)
-    losses, seconds = read_history(output)
-    shutil.rmtree(output)
-    if len(losses) != arguments.steps:
-        raise DataError(f"{way} logged {len(losses)} losses, expected {arguments.steps}")
-    return Run(arguments.steps * BLOCKS_PER_STEP * BLOCK_SIZE / seconds, peak, losses)
-
-
-def read_history(output: Path) -> tuple[list[float], float]:
-    """The loss of every step, and the seconds that Trainer.train() took, of either program.
-
-    LLaMA-Factory's Trainer divides a block's loss by its 1024 tokens, of which nothing predicts the
-    first: here its losses too are means over the 1023 others.
-    """
-    ours, theirs = output / "history.json", output / "trainer_state.json"
-    scale = 1.0
-    if ours.exists():
-        history = json.loads(ours.read_text(encoding="utf-8"))
-    else:
-        history = json.loads(theirs.read_text(encoding="utf-8"))["log_history"]
-        scale = BLOCK_SIZE / (BLOCK_SIZE - 1)
-    losses = [scale * entry["loss"] for entry in history if "loss" in entry]
-    return losses, next(e["train_runtime"] for e in history if "train_runtime" in e)
+def over_predicted(run: Run) -> Run:
+    """LLaMA-Factory's Trainer divides a block's loss by its 1024 tokens, of which nothing predicts
+    the first: here its losses too are means over the 1023 others."""
+    return replace(run, losses=[loss * BLOCK_SIZE / (BLOCK_SIZE - 1) for loss in run.losses])
 
 
 # Showing
 
 
-def median(runs: list[Run], field: str) -> float:
-    return statistics.median(getattr(run, field) for run in runs)
-
-
-def ratios(runs: dict[str, list[Run]], field: str, against: str) -> dict[str, float]:
-    """The median of every way, divided by that of one of them."""
-    return {way: median(runs[way], field) / median(runs[against], field) for way in runs}
-
-
 def print_table(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> None:
-    speed, memory = (ratios(runs, field, USUAL) for field in FIELDS)
-    print(f"{arguments.steps} steps, {CORES} cores, medians of {arguments.rounds} runs;")
+    speed, memory = (peer.ratios(runs, field, USUAL) for field in peer.FIELDS)
+    print(f"{arguments.steps} steps, {peer.CORES} cores, medians of {arguments.rounds} runs;")
     print(f"in brackets: to {USUAL}\n")
     print("| way | tokens/s | peak memory, GB | first loss | last loss |")
     print("|---|---:|---:|---:|---:|")
     for way, of_way in runs.items():
         print(
-            f"| {way} | {median(of_way, 'tokens_per_second'):,.0f} ({speed[way]:.2f}) "
-            f"| {median(of_way, 'peak_gb'):.2f} ({memory[way]:.2f}) "
+            f"| {way} | {peer.median(of_way, 'tokens_per_second'):,.0f} ({speed[way]:.2f}) "
+            f"| {peer.median(of_way, 'peak_gb'):.2f} ({memory[way]:.2f}) "
             f"| {of_way[0].losses[0]:.4f} | {of_way[0].losses[-1]:.4f} |"
         )
 
@@ -453,20 +274,7 @@ def summary(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> dict[s
         "steps": arguments.steps,
         "blocks_per_step": BLOCKS_PER_STEP,
         "block_size": BLOCK_SIZE,
-        "cores": CORES,
-        "medians": {
-            way: {field: round(median(of_way, field), 3) for field in FIELDS}
-            for way, of_way in runs.items()
-        },
-        "ratios": {
-            against: {
-                way: {field: round(ratios(runs, field, against)[way], 3) for field in FIELDS}
-                for way in (OURS, OURS_ACCUMULATED, OURS_NO_MASK)
-            }
-            for against in (USUAL, ONE_PASS)
-        },
-        "runs": {way: [asdict(run) for run in of_way] for way, of_way in runs.items()},
-    }
+    } | peer.figures(runs, (OURS, OURS_ACCUMULATED, OURS_NO_MASK), (USUAL, ONE_PASS))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,305 @@
+"""What the comparisons with LLaMA-Factory 0.9.5 share: training.py and sft.py import it.
+
+A way to train is a step of this project or `llamafactory-cli train`, and each is told the same
+Recipe in its own words: LoRA on all projections, AdamW, a cosine with the same warm-up, float32 on
+the CPU, nothing scored and nothing saved in between, no gradient checkpointing.
+
+Every run is a process of its own with all cores, and the ways take turns. Tokens per second are
+those of the Trainer's own `train_runtime`, so neither imports nor loading and saving count; peak
+memory is that of the process from its start to its end, the saving or merging included.
+
+A child's peak memory is at least that of its parent, and LLaMA-Factory's interpreter imports this
+file too: torch, and what needs it, must not be imported here, nor by what measures.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from chatglm_ja.errors import DataError  # noqa: E402
+
+CORES = len(os.sched_getaffinity(0))
+WARMUP_RATIO = 0.03
+LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_up_proj,down_proj"
+BETA_2 = 0.95
+SEED = 42
+
+FIELDS = ("tokens_per_second", "peak_gb")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a way is told."""
+
+    steps: int
+    rows: int  # of a step
+    micro_batch: int  # rows of a pass
+    block_size: int  # tokens of the longest row
+    learning_rate: float
+    lora_rank: int
+    lora_alpha: int
+
+    def flags(self) -> list[str]:
+        """For steps 5 and 6."""
+        return [
+            f"--max-steps={self.steps}",
+            f"--global-batch-size={self.rows}",
+            f"--micro-batch-size={self.micro_batch}",
+            f"--block-size={self.block_size}",
+            f"--learning-rate={self.learning_rate}",
+            f"--warmup-ratio={WARMUP_RATIO}",
+            f"--lora-rank={self.lora_rank}",
+            f"--lora-alpha={self.lora_alpha}",
+            "--precision=fp32",
+            "--logging-steps=1",
+            f"--save-steps={self.steps}",  # after the last step they save no checkpoint
+            "--evaluations=0",
+            "--tracker=none",
+            f"--seed={SEED}",
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """For LLaMA-Factory."""
+        return {
+            "do_train": True,
+            "template": "empty",
+            "dataset": "rows",  # it wants a name, and loads tokenized_path
+            "cutoff_len": self.block_size,
+            "finetuning_type": "lora",
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": 0.0,
+            "lora_target": LORA_TARGETS,
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": self.rows // self.micro_batch,
+            "max_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": math.ceil(self.steps * WARMUP_RATIO),
+            "adam_beta2": BETA_2,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "disable_gradient_checkpointing": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "seed": SEED,
+        }
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train."""
+
+    command: Callable[[Path], list[str]]  # its command line, given its output folder
+    steps: int
+    tokens: int  # that a run learns from
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a way gave."""
+
+    tokens_per_second: float
+    peak_gb: float
+    losses: list[float]
+
+
+# Command lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--llamafactory", required=True, help="interpreter of an environment that has it"
+    )
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder that is kept")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each way (default: 2)")
+
+
+def check_arguments(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, paths: Sequence[Path]
+) -> None:
+    """End with a word about what is wrong; `paths` must exist."""
+    for name in ("steps", "rounds"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}, expected 1 or more")
+    for path in paths:
+        if not path.exists():
+            parser.error(f"{path} not found")
+    if shutil.which(arguments.llamafactory) is None:
+        parser.error(f"--llamafactory {arguments.llamafactory} is no program")
+
+
+def step_command(name: str, output: Path, **paths: Path) -> list[str]:
+    """The command line of one of the seven steps."""
+    inputs = [f"--{flag.replace('_', '-')}={path}" for flag, path in paths.items()]
+    return [sys.executable, str(PROJECT / f"{name}.py"), f"--output-dir={output}", *inputs]
+
+
+def step_way(name: str, recipe: Recipe, tokens: int, *flags: str, **paths: Path) -> Way:
+    """Step 5 or 6, with what is special to a comparison as `flags`."""
+
+    def command(output: Path) -> list[str]:
+        return [*step_command(name, output, **paths), *recipe.flags(), *flags]
+
+    return Way(command, recipe.steps, tokens)
+
+
+def llamafactory_way(interpreter: str, recipe: Recipe, tokens: int, **settings: str) -> Way:
+    """LLaMA-Factory, with what is special to a comparison as `settings`; its recipe goes into a
+    file beside the output."""
+
+    def command(output: Path) -> list[str]:
+        text = json.dumps(settings | recipe.settings() | {"output_dir": str(output)}, indent=1)
+        path = output.with_suffix(".yaml")  # it cannot read .json; JSON is YAML
+        path.write_text(text + "\n", encoding="utf-8")
+        return [interpreter, "-m", "llamafactory.cli", "train", str(path)]
+
+    return Way(command, recipe.steps, tokens)
+
+
+# Programs
+
+
+def environment(work_dir: Path) -> dict[str, str]:
+    """The same for all: all cores, no GPU, no network, no caches of earlier runs elsewhere."""
+    return os.environ | {
+        "CHATGLM_JA_PROFILE": "demo",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(work_dir / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(CORES),
+        "MKL_NUM_THREADS": str(CORES),
+    }
+
+
+def run_program(command: list[str], work_dir: Path, name: str) -> float:
+    """Run a program to its end, what it says going to `name`.log; its peak resident memory in GB.
+
+    Raises DataError with the end of the log if it fails.
+    """
+    log = work_dir / f"{name}.log"
+    with open(log, "w", encoding="utf-8") as file:
+        child = subprocess.Popen(
+            command, env=environment(work_dir), stdout=file, stderr=subprocess.STDOUT
+        )
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        raise DataError(
+            f"{name} ended with status {child.returncode}; {log} ends:\n" + "\n".join(tail)
+        )
+    return usage.ru_maxrss * 1024 / 1e9
+
+
+def versions(step: str, interpreter: str) -> dict[str, dict[str, str]]:
+    """The packages behind the figures. Raises DataError if LLaMA-Factory is not installed."""
+    packages = ("torch", "transformers", "peft")
+    theirs = ("llamafactory", *packages)
+    code = f"import importlib.metadata as m; print(*map(m.version, {theirs}))"
+    done = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.splitlines() or ["it fails"])[-1]
+        raise DataError(
+            f"{interpreter} has no LLaMA-Factory ({reason}): benchmarks/llamafactory_data.py says "
+            "how to install it"
+        )
+    return {
+        step: {name: importlib.metadata.version(name) for name in packages},
+        "LLaMA-Factory": dict(zip(theirs, done.stdout.split(), strict=True)),
+    }
+
+
+def emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+# Measuring
+
+
+def take_turns(ways: Mapping[str, Way], rounds: int, work_dir: Path) -> dict[str, list[Run]]:
+    """The runs of all ways, one way after the other, as many times as asked."""
+    runs: dict[str, list[Run]] = {title: [] for title in ways}
+    with tqdm(total=rounds * len(ways), desc="training", unit=" runs") as bar:
+        for _ in range(rounds):
+            for title, way in ways.items():
+                bar.set_postfix_str(title)
+                runs[title].append(run_way(title, way, work_dir))
+                bar.update()
+    return runs
+
+
+def run_way(title: str, way: Way, work_dir: Path) -> Run:
+    output = work_dir / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    name = "".join(c if c.isalnum() else "_" for c in title)
+    peak = run_program(way.command(output), work_dir, name)
+    losses, seconds = read_history(output)
+    shutil.rmtree(output)
+    if len(losses) != way.steps:
+        raise DataError(f"{title} logged {len(losses)} losses, expected {way.steps}")
+    return Run(way.tokens / seconds, peak, losses)
+
+
+def read_history(output: Path) -> tuple[list[float], float]:
+    """The loss of every step as it was logged, and the seconds that Trainer.train() took, of either
+    program."""
+    ours, theirs = output / "history.json", output / "trainer_state.json"
+    if ours.exists():
+        history = json.loads(ours.read_text(encoding="utf-8"))
+    else:
+        history = json.loads(theirs.read_text(encoding="utf-8"))["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return losses, next(e["train_runtime"] for e in history if "train_runtime" in e)
+
+
+# Showing
+
+
+def median(runs: Sequence[Run], field: str) -> float:
+    return statistics.median(getattr(run, field) for run in runs)
+
+
+def ratios(runs: Mapping[str, list[Run]], field: str, against: str) -> dict[str, float]:
+    """The median of every way, divided by that of one of them."""
+    return {way: median(runs[way], field) / median(runs[against], field) for way in runs}
+
+
+def figures(
+    runs: Mapping[str, list[Run]], ways: Sequence[str], against: Sequence[str]
+) -> dict[str, Any]:
+    """For the line of JSON: all runs, their medians, and the ratios of some ways to others."""
+    return {
+        "cores": CORES,
+        "medians": {
+            way: {field: round(median(of_way, field), 3) for field in FIELDS}
+            for way, of_way in runs.items()
+        },
+        "ratios": {
+            other: {
+                way: {field: round(ratios(runs, field, other)[way], 3) for field in FIELDS}
+                for way in ways
+            }
+            for other in against
+        },
+        "runs": {way: [asdict(run) for run in of_way] for way, of_way in runs.items()},
+    }
