@@ -80,11 +80,20 @@ if PROFILE == "demo":
     SFT: Settings = {
         **TRAINING,
         "block_size": DATA["max_length"],
-        "learning_rate": 2e-3,
-        "embedding_learning_rate": 5e-4,
-        "epochs": 2.0,
+        "learning_rate": 4e-3,
+        "embedding_learning_rate": 1e-3,
+        "epochs": 4.0,
+        "max_new_tokens": 160,
     }
-    EVALUATION: Settings = {"window": 256, "max_chars": 40_000, "max_new_tokens": 64}
+    EVALUATION: Settings = {
+        "window": 256,
+        "max_chars": 40_000,
+        "max_new_tokens": 160,
+        "conversations": tuple(
+            Source(kind, f"{DATA_DIR}/heldout_sft.jsonl.gz", where=("kind", kind))
+            for kind in ("ja", "zh", "en", "code")
+        ),
+    }
 else:
     _folder = os.environ.get("CHATGLM3_6B_DIR")
     BASE_MODEL_DIR = Path(_folder) if _folder else None
@@ -132,6 +141,7 @@ else:
         "lora_rank": 64,
         "lora_alpha": 128,
         "gradient_checkpointing": True,
+        "compile": True,
         # On four GPUs one pass of four blocks each: ZeRO-2 sends the gradients once per step.
         "global_batch_size": 16,
         "micro_batch_size": 4,
@@ -139,7 +149,6 @@ else:
     PRETRAINING = {
         **TRAINING,
         "block_size": DATA["block_size"],
-        "compile": True,
         "learning_rate": 2e-4,
         "embedding_learning_rate": 5e-5,
     }

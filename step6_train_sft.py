@@ -1,7 +1,9 @@
 """Step 6: fine-tune on conversations; the loss counts the assistant's tokens only.
 
 Reads   <artifacts>/step5_pt/, <artifacts>/step4_data/
-Writes  <artifacts>/step6_sft/  the merged model, its tokenizer, adapter/, history.json
+Writes  <artifacts>/step6_sft/  the merged model, its tokenizer, adapter/, history.json,
+                                sources.json
+Prints  answers to questions that were kept from training
 Run     python step6_train_sft.py                     one GPU or the CPU; breakpoints work
         bash step6_train_sft_multi_gpu.sh             all GPUs, DeepSpeed ZeRO-2
 """
@@ -11,12 +13,12 @@ from pathlib import Path
 import constants
 from chatglm_ja.artifacts import Output, open_artifact
 from chatglm_ja.cli import run
-from chatglm_ja.config import TrainingConfig
+from chatglm_ja.config import SftConfig
 from chatglm_ja.settings import parse
 
 
 def main() -> None:
-    config = parse(TrainingConfig, __doc__, constants.STEP6)
+    config = parse(SftConfig, __doc__, constants.STEP6)
     if config.estimate is not None:
         from chatglm_ja import costs
 
@@ -32,9 +34,10 @@ def main() -> None:
     if output.is_settled(config.overwrite, config.check):
         return
 
-    from chatglm_ja import training
+    from chatglm_ja import samples, training
 
     training.train_and_publish(config, output, "sft")
+    samples.show(config)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def main() -> None:
     inputs = [
         *open_base_model(config.base_model),
         open_sources("held_out", config.sources),
+        open_sources("held_out_conversations", config.conversations),
         open_file_input("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
         open_artifact(config.resized, "step3_resize_model.py"),
@@ -65,6 +66,7 @@ def main() -> None:
         language: corpus.take_characters(all_texts, config.max_chars)
         for language, all_texts in corpus.texts_by_language(config.sources).items()
     }
+    held_out = evaluation.read_held_out(config.conversations)
 
     def evaluate(name: str, candidate: Any, encoder: Any) -> dict[str, Any]:
         stage = evaluation.evaluate(
@@ -90,11 +92,18 @@ def main() -> None:
         ("pretrained", config.pretrained),
         ("sft", config.sft),
     ):
-        stages.append(evaluate(name, evaluation.load_model(folder), after))
+        candidate = evaluation.load_model(folder)
+        stages.append(evaluate(name, candidate, after))
+        if folder == config.sft:
+            held_out_answers = evaluation.answer_held_out(
+                candidate, after, held_out, config.max_new_tokens
+            )
+        del candidate  # before the next one is loaded
 
     sentence = corpus.sample_sentence(texts[next(iter(texts))])
     results = {
         "stages": stages,
+        "held_out_answers": held_out_answers,
         "segmentation": {
             language: segmentation.compare(before, after, documents, "all").row()
             for language, documents in texts.items()

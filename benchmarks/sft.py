@@ -190,6 +190,7 @@ def ways_to_train(arguments: argparse.Namespace, rows: Rows) -> dict[str, WayWit
             recipe,
             tokens_learned(recipe, lengths),
             "--no-train-embeddings",
+            "--samples=0",
             *flags,
             model=arguments.model,
             data=arguments.data,

@@ -1,4 +1,4 @@
-"""Speed and memory of step 5 at the size of ChatGLM3-6B, on one GPU, without its weights.
+"""Speed and memory of steps 5 and 6 at the size of ChatGLM3-6B, on one GPU, without its weights.
 
 A model of ChatGLM3-6B's shape (28 layers of width 4096, 78,592 embedding rows) gets random weights,
 blocks of 1024 random tokens are written as step 4 would write them, and training.train, which is
@@ -8,6 +8,8 @@ what step 5 calls, runs on them in a process of its own for each scenario:
                  than 24 GiB of memory
     share of 4   the same without checkpointing, in all of the GPU's memory
     one GPU      a single process without DeepSpeed
+    SFT          conversations of --conversations, a folder of step 4 with bins of 1024 tokens: LoRA
+                 only, a single process; packed, or padded with as many conversations a step
     ...          and what --compile and other settings make of them
 
 For a share, the process is number 0 of four in a process group that does nothing ("fake", torch's
@@ -19,8 +21,12 @@ speed of the card, which is that of the GPU at hand.
     python benchmarks/train_6b.py --work-dir /dev/shm/6b            # 13 GB, made once
     python benchmarks/train_6b.py --work-dir DIR --scenarios "4090 x 4" "one GPU"
 
-New rows need --tokenizer, the output folder of step 2, to know which are new. Prints a table: the
-estimate of --estimate, the peak that was measured, tokens/s and MFU (medians over the last steps).
+    python step4_prepare_data.py --max-length 1024 --output-dir DATA     # of the demo's profile
+    python benchmarks/train_6b.py --work-dir DIR --conversations DATA --scenarios "SFT, packed" ...
+
+New rows and conversations need --tokenizer, the output folder of step 2. Prints a table: the
+estimate of --estimate, the peak that was measured, tokens/s (of conversations: without padding) and
+MFU (medians over the last steps).
 `--layers 2 --hidden 256` tries the script itself on a CPU.
 """
 
@@ -43,11 +49,14 @@ LOGGING_STEPS = 4
 WARM_UP = 1  # lines of the log whose speed does not count
 GIB = 2**30
 
-# Settings by the names of TrainingConfig; `ranks` and `gib` are this script's own.
+# Settings by the names of TrainingConfig; `ranks`, `gib` and `name` (of the data set) are this
+# script's own.
 SHARE: dict[str, Any] = {"ranks": 4, "micro_batch_size": 4, "deepspeed": PROJECT / "ds_zero2.json"}
 ONE: dict[str, Any] = {"ranks": 1, "micro_batch_size": 4}
 RTX_4090: dict[str, Any] = {**SHARE, "gib": 24, "gradient_checkpointing": True}
 COMPILED: dict[str, Any] = {"compile": True}
+SFT: dict[str, Any] = {**ONE, "name": "sft", "train_embeddings": False}
+PADDED: dict[str, Any] = {"packing": False}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "4090 x 4": RTX_4090,
     "4090 x 4, compiled": RTX_4090 | COMPILED,
@@ -60,6 +69,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "one GPU": ONE,
     "one GPU, compiled": ONE | COMPILED,
     "one GPU, compiled, 8 blocks": ONE | COMPILED | {"micro_batch_size": 8},
+    "SFT, packed": SFT,
+    "SFT, packed, compiled": SFT | COMPILED,
+    "SFT, packed, with embeddings": SFT | {"train_embeddings": True},
+    "SFT, padded, 8 a pass": SFT | PADDED | {"micro_batch_size": 8},
+    "SFT, padded, 24 a pass": SFT | PADDED | {"micro_batch_size": 24},
+    "SFT, padded, 72 a pass": SFT | PADDED | {"micro_batch_size": 72},
 }
 
 
@@ -68,12 +83,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work-dir", type=Path, required=True, help="model and data: 13 GB")
-    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, help="default: all")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=78_592)
-    parser.add_argument("--tokenizer", type=Path, help="of new rows: output folder of step 2")
+    parser.add_argument("--tokenizer", type=Path, help="output folder of step 2")
+    parser.add_argument("--conversations", type=Path, help="output folder of step 4")
     parser.add_argument("--measure", choices=SCENARIOS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps < 2 * LOGGING_STEPS:
@@ -81,6 +97,11 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return
+    wanting = [name for name in options.scenarios or SCENARIOS if "name" in SCENARIOS[name]]
+    if options.conversations is None and options.scenarios and wanting:
+        parser.error(f"{wanting[0]} needs --conversations")
+    left_out = wanting if options.conversations is None else []
+    options.scenarios = [n for n in options.scenarios or SCENARIOS if n not in left_out]
     make_model(options)
     make_data(options)
     import torch
@@ -111,6 +132,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train in this process, number 0 of `ranks`; tokens/s are those of one GPU."""
     settings = dict(SCENARIOS[name])
     ranks, gib = settings.pop("ranks"), settings.pop("gib", None)
+    data_set = settings.pop("name", "pretrain")
     import torch
 
     if ranks > 1:
@@ -118,13 +140,20 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if gib is not None and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * GIB / whole)
-    from chatglm_ja import costs, training
+    from chatglm_ja import costs, dataset, training
     from chatglm_ja.config import TrainingConfig
 
-    blocks = settings["micro_batch_size"] * ranks
+    data, blocks = options.work_dir / "data", settings["micro_batch_size"] * ranks
+    if data_set == "sft":
+        data = options.conversations
+        if not settings.get("packing", True):
+            # As many conversations as a packed step has, in whole passes.
+            bins = dataset.read(data, data_set, "train")
+            wanted = ONE["micro_batch_size"] * len(dataset.unpacked(bins)) / len(bins)
+            blocks *= max(1, round(wanted / blocks))
     config = TrainingConfig(
         model=options.work_dir / "model",
-        data=options.work_dir / "data",
+        data=data,
         output_dir=options.work_dir / "output",
         block_size=BLOCK_SIZE,
         global_batch_size=blocks,
@@ -137,10 +166,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     shape = costs.read_shape(config.model)
     items = costs.memory(shape, costs.trained_parameters(shape, config), config, ranks)
     started = time.monotonic()
-    history = training.train(config, "pretrain", None)["history"]
+    result = training.train(config, data_set, None)
+    history = result["history"]
     lines = [entry for entry in history if "tokens_per_second" in entry]
     steady = lines[WARM_UP:]
-    tokens = LOGGING_STEPS * blocks * BLOCK_SIZE
+    tokens = LOGGING_STEPS * result["tokens_per_step"]
     seconds = [tokens / line["tokens_per_second"] for line in lines]
     return {
         "estimate_gb": sum(size for _, size in items),

@@ -88,6 +88,13 @@ def drop_reasons(
     return reasons
 
 
+def in_language(texts: Sequence[str], language: str) -> list[bool] | None:
+    """Whether each text is written as ja, zh or en is; None for another language's name."""
+    if language not in _RULES:
+        return None
+    return [bool(fits) for fits in _in_language(texts, code_points(texts), language)]
+
+
 def _letter_classes() -> np.ndarray:
     table = np.zeros(0x110000, dtype=np.uint8)
     for kind, ranges in _RANGES.items():

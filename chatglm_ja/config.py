@@ -416,6 +416,22 @@ class TrainingConfig(StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingConfig):
+    """Step 6."""
+
+    samples: int = setting(
+        "answers to validation questions of each kind that are shown at the end, greedy and "
+        "sampled (0: none)",
+        5,
+        low=0,
+        affects_result=False,
+    )
+    max_new_tokens: int = setting(
+        "longest of these answers in tokens", 256, low=1, affects_result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(StepConfig):
     """Step 7."""
 
@@ -425,6 +441,11 @@ class EvalConfig(StepConfig):
     pretrained: Path = setting("output folder of step 5")
     sft: Path = setting("output folder of step 6")
     sources: tuple[Source, ...] = setting("held-out texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
+    conversations: tuple[Source, ...] = setting(
+        "held-out conversations whose questions are asked: KIND=PATH_OR_DATASET[#COLUMNS], the "
+        "kind being the language of the answers, or code",
+        (),
+    )
     max_chars: int = setting("characters scored per language", 200_000, low=1)
     window: int = setting("longest context in tokens when scoring long texts", 1024, low=8)
     prompts: Path = setting("YAML file of questions to answer: language -> list")

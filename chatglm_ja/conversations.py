@@ -22,8 +22,10 @@ from chatglm_ja.records import (
     Reject,
     check_characters,
     check_text,
+    chunks,
     record_id,
     records,
+    rejected,
 )
 from chatglm_ja.sources import Source
 
@@ -86,6 +88,19 @@ def conversations(chunk: Chunk, source: Source) -> Iterator[Conversation | tuple
             yield number, messages
             continue
         yield Conversation(number, messages, record_id(record, source))
+
+
+def read_conversations(source: Source) -> Iterator[list[Message]]:
+    """The messages of a source's conversations that end with an answer, in order.
+
+    Raises DataError, with the file and the record's number, for the first one that is bad.
+    """
+    for chunk in chunks(source):
+        for conversation in conversations(chunk, source):
+            if not isinstance(conversation, Conversation):
+                raise rejected(chunk.file, *conversation)
+            if conversation.messages[-1]["role"] == "assistant":
+                yield conversation.messages
 
 
 def read_messages(record: Record, columns: str | None) -> list[Message] | Reject:

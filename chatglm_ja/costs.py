@@ -53,6 +53,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     rows: int  # of each of the two embedding matrices
+    positions: int  # tokens of the longest text that the model was made for
 
     @property
     def projections(self) -> tuple[tuple[int, int], ...]:
@@ -100,11 +101,15 @@ def read_shape(folder: Path) -> Shape:
         raise DataError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict) or config.get("model_type") != "glm":
         config = base_config.read_config(folder)
-        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-                 "multi_query_group_num", "kv_channels", "padded_vocab_size")  # fmt: skip
+        names = (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+            "multi_query_group_num", "kv_channels", "padded_vocab_size", "seq_length",
+        )  # fmt: skip
     else:
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
+        names = (
+            "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+        )  # fmt: skip
     return Shape(*(int(config[name]) for name in names))
 
 

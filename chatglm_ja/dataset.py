@@ -14,6 +14,7 @@ import pyarrow.compute
 import torch
 
 from chatglm_ja import chat
+from chatglm_ja.costs import Shape
 from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import UNK_ID
 
@@ -52,23 +53,39 @@ def _unpacked_batch(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     return pyarrow.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
-def check(rows: datasets.Dataset, block_size: int, vocab_size: int) -> None:
-    """Raises DataError when training rows do not fit: longer ones than `block_size`, or ids beyond
-    the embeddings. No Python list is made."""
+def check(rows: datasets.Dataset, block_size: int, shape: Shape) -> None:
+    """Raises DataError when rows do not fit: longer ones than `block_size` or than the model can
+    read, or ids beyond its embeddings. No Python list of tokens is made."""
     column = rows.data.table["input_ids"]
-    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py() or 0
+    sizes = pyarrow.compute.list_value_length(column).to_numpy()
+    longest = int(sizes.max(initial=0))
     if longest > block_size:
         raise DataError(
             f"the data's longest row has {longest} tokens, but --block-size is {block_size}: "
             "prepare the data with that size, or set it to the data's"
         )
+    if longest > shape.positions:
+        row = int(sizes.argmax())
+        sources = ", ".join(map(str, sorted(set(rows[row]["sources"]))))
+        raise DataError(
+            f"the data's longest row has {longest} tokens (row {row + 1}, of the sources with "
+            f"number {sources}), but the model reads at most {shape.positions} "
+            "(max_position_embeddings): prepare the data with shorter rows"
+        )
     largest = (pyarrow.compute.max(pyarrow.compute.list_flatten(c)).as_py() for c in column.chunks)
     found = max((value for value in largest if value is not None), default=0)
-    if found >= vocab_size:
+    if found >= shape.rows:
         raise DataError(
-            f"the data holds token id {found}, but the model has {vocab_size} embedding rows: "
+            f"the data holds token id {found}, but the model has {shape.rows} embedding rows: "
             "prepare the data and resize the model with the same tokenizer"
         )
+
+
+def tokens(rows: datasets.Dataset) -> int:
+    """The tokens of all rows."""
+    return pyarrow.compute.sum(
+        pyarrow.compute.list_value_length(rows.data.table["input_ids"])
+    ).as_py()
 
 
 def scored_share(rows: datasets.Dataset, sample: int) -> float:
@@ -79,13 +96,10 @@ def scored_share(rows: datasets.Dataset, sample: int) -> float:
     return sum(label != chat.IGNORE for label in labels) / max(len(labels), 1)
 
 
-def count_characters(rows: datasets.Dataset, encoder: Any) -> int:
-    """The characters of the texts in blocks; special tokens have none."""
-    return sum(len(encoder.decode(row["input_ids"])) for row in rows)
-
-
 class Collator:
     """Rows to a batch of tensors [rows, longest row], int64: input_ids, labels, position_ids.
+
+    The second dimension is at least `length`: compiled layers want batches of one shape.
 
     With `document_mask` positions restart at every document and the first token of each, which
     nothing before it can predict, is not trained. transformers keeps attention inside documents
@@ -93,11 +107,12 @@ class Collator:
     a row is one text. Padding is a document of its own and never trained.
     """
 
-    def __init__(self, document_mask: bool) -> None:
+    def __init__(self, document_mask: bool, length: int = 0) -> None:
         self.document_mask = document_mask
+        self.length = length
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
+        longest = max(self.length, *(len(row["input_ids"]) for row in rows))
         shape = (len(rows), longest)
         batch = {
             "input_ids": torch.full(shape, UNK_ID),

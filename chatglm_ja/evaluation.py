@@ -1,4 +1,4 @@
-"""Measures that do not depend on the vocabulary, and answers to look at.
+"""Measures that do not depend on the vocabulary, and answers: how they are, and to look at.
 
 Bits per character compares models with different tokenizers: the sum of the cross entropies of
 a text's tokens, in bits, over the number of its characters. What it costs to say where the text
@@ -16,10 +16,11 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from chatglm_ja import chat
+from chatglm_ja import chat, cleaning, conversations, generation
 from chatglm_ja.checkpoint import load_glm
 from chatglm_ja.errors import DataError
 from chatglm_ja.model import compute_dtype, token_losses_sum
+from chatglm_ja.sources import Source
 from chatglm_ja.tokenizer import UNK_ID
 
 
@@ -93,36 +94,6 @@ def _batched(items: Sequence[Window], size: int) -> list[Sequence[Window]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer; `stopped` says that it ended by itself, before the limit."""
-
-    text: str
-    tokens: int
-    stopped: bool
-
-
-@torch.inference_mode()
-def answer(model: Any, encoder: Any, question: str, max_new_tokens: int) -> Answer:
-    """Greedy answer to one question in ChatGLM3's conversation format."""
-    prompt = chat.build_prompt_ids(encoder, [{"role": "user", "content": question}])
-    input_ids = torch.tensor([prompt], device=model.device)
-    stops = chat.stop_ids(encoder)
-    output = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stops,
-        pad_token_id=UNK_ID,
-        # Rows without an id in the tokenizer: padding of the embeddings.
-        suppress_tokens=list(range(encoder.get_piece_size(), model.config.vocab_size)) or None,
-    )
-    ids = output[0, len(prompt) :].tolist()
-    stopped = bool(ids) and ids[-1] in stops
-    return Answer(encoder.decode(ids[:-1] if stopped else ids).strip(), len(ids), stopped)
-
-
 def evaluate(
     name: str,
     model: Any,
@@ -134,7 +105,7 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """One stage of the report: the scores of every language and the answers to all questions."""
+    """One stage of the report: the scores of every language and greedy answers to all questions."""
     languages = {}
     for language, documents in texts.items():
         score = score_texts(model, encoder, documents, window, batch_size)
@@ -144,11 +115,62 @@ def evaluate(
             "tokens_per_char": score.tokens_per_char,
         }
     asked = [(language, question) for language in prompts for question in prompts[language]]
-    answers = []
-    for language, question in tqdm(asked, desc=f"{name}: answers", leave=False):
-        given = answer(model, encoder, question, max_new_tokens)
-        answers.append({"language": language, "question": question, **dataclasses.asdict(given)})
+    given = generation.answer(
+        model,
+        encoder,
+        [
+            chat.build_prompt_ids(encoder, [{"role": "user", "content": question}])
+            for _, question in asked
+        ],
+        max_new_tokens,
+        title=f"{name}: answers",
+    )
+    answers = [
+        {"language": language, "question": question, **dataclasses.asdict(answer)}
+        for (language, question), answer in zip(asked, given, strict=True)
+    ]
     return {"name": name, "languages": languages, "answers": answers}
+
+
+def answer_held_out(
+    model: Any,
+    encoder: Any,
+    held_out: Mapping[str, Sequence[Sequence[chat.Message]]],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """How the last questions of conversations are answered, by kind, greedy and sampled: the
+    shares of answers in the language that the kind is, None where that cannot be told (of code),
+    and of those that ended by themselves."""
+    rows = []
+    for kind, talks in held_out.items():
+        prompts = [chat.build_prompt_ids(encoder, talk[:-1]) for talk in talks]
+        for way in ("greedy", "sampled"):
+            answers = generation.answer(
+                model, encoder, prompts, max_new_tokens, sampled=way == "sampled",
+                title=f"{kind}, {way}",
+            )  # fmt: skip
+            fits = cleaning.in_language([answer.text for answer in answers], kind)
+            rows.append(
+                {
+                    "kind": kind,
+                    "way": way,
+                    "questions": len(answers),
+                    "in_language": None if fits is None else sum(fits) / len(fits),
+                    "ended": sum(answer.stopped for answer in answers) / len(answers),
+                }
+            )
+    return rows
+
+
+def read_held_out(sources: Iterable[Source]) -> dict[str, list[list[conversations.Message]]]:
+    """The conversations of every kind. DataError for a source without any, or with a bad one."""
+    held_out: dict[str, list[list[conversations.Message]]] = {}
+    for source in sources:
+        found = list(conversations.read_conversations(source))
+        if not found:
+            raise DataError(f"source {source.title} holds no conversation that ends with an answer")
+        held_out.setdefault(source.language, []).extend(found)
+    return held_out
 
 
 def read_prompts(path: Path) -> dict[str, list[str]]:

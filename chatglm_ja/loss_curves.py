@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja import page
+from chatglm_ja.validation import language_losses
 
 FILE = "loss.png"
 # The warm-up and the first steps after it, where the loss falls from its start, are left out.
@@ -65,13 +66,16 @@ def write(
     figure, axes = page.figure(10, 3.6, ncols=2)
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
         axis.plot(tokens, losses, color="#1d2330", label="training")
-        names = sorted({name for entry in history for name in entry if _is_validation(name)})
-        for name in names:
-            scored = [(e["step"] * tokens_per_step, e[name]) for e in history if name in e]
+        for language in sorted({name for entry in history for name in language_losses(entry)}):
+            scored = [
+                (entry["step"] * tokens_per_step, language_losses(entry)[language])
+                for entry in history
+                if language in language_losses(entry)
+            ]
             if scale == "log":
                 scored = [(step, loss) for step, loss in scored if step]
             if scored:
-                label = f"validation {name.removeprefix('eval_').removesuffix('_loss')}"
+                label = f"validation {language}"
                 axis.plot(*zip(*scored, strict=True), "o--", markersize=4, linewidth=1, label=label)
         if law is not None:
             ahead = np.geomspace(SKIPPED_SHARE * law.tokens, 10 * law.tokens, 50)
@@ -83,7 +87,3 @@ def write(
     axes[0].legend(frameon=False, fontsize=8)
     page.save_png(figure, folder / FILE)
     return law
-
-
-def _is_validation(name: str) -> bool:
-    return name.startswith("eval_") and name.endswith("_loss")

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,21 @@ def token_losses_sum(
     predicts label t + 1. Positions whose label is IGNORE are left out before the product with
     `weight`, so they cost nothing.
     """
+    return _losses(hidden, weight, labels, "sum").sum()
+
+
+def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross entropies one by one, float32 [trained positions], in the order of labels[:, 1:].
+
+    The arguments are those of `token_losses_sum`, which needs one product less backwards.
+    """
+    return _losses(hidden, weight, labels, "none")
+
+
+def _losses(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str
+) -> torch.Tensor:
+    """Cross entropies in float32; with the reduction "sum" they may be summed already."""
     targets = labels[:, 1:]
     trained = targets != IGNORE
     rows = hidden[:, :-1][trained]
@@ -39,7 +54,7 @@ def token_losses_sum(
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
     if not hasattr(F, "linear_cross_entropy"):
         _say_that_the_loss_is_plain()
-        return _plain_losses_sum(rows, weight.to(rows.dtype), targets[trained])
+        return _plain_losses(rows, weight.to(rows.dtype), targets[trained])
     # A sum taken inside is kept in the dtype of the rows: in bfloat16 it was off by 4% for 12,000
     # tokens, in float16 it overflowed. So in half precision the tokens' losses come out one by
     # one, for one more product with `weight` in the backward pass.
@@ -47,27 +62,25 @@ def token_losses_sum(
         rows,
         weight.to(rows.dtype),
         targets[trained],
-        reduction="sum" if rows.dtype == torch.float32 else "none",
+        reduction=reduction if rows.dtype == torch.float32 else "none",
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_loss_rows(rows)),
     )
-    return losses.float().sum()
+    return losses.float()
 
 
-def _plain_losses_sum(
-    rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """The same from functions that every torch has: the logits of a chunk are computed again for
-    the backward pass instead of being kept."""
+def _plain_losses(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The same one by one from functions that every torch has: the logits of a chunk are computed
+    again for the backward pass instead of being kept."""
 
-    def chunk_sum(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="sum")
+    def of_chunk(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="none")
 
     size = _loss_rows(rows)
-    total = rows.new_zeros((), dtype=torch.float32)
-    for chunk in zip(rows.split(size), targets.split(size), strict=True):
-        part: Any = checkpoint(chunk_sum, chunk[0], weight, chunk[1], use_reentrant=False)
-        total = total + part
-    return total
+    parts: list[Any] = [
+        checkpoint(of_chunk, chunk, weight, aims, use_reentrant=False)
+        for chunk, aims in zip(rows.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _loss_rows(rows: torch.Tensor) -> int:
@@ -106,10 +119,12 @@ class GlmForTraining(GlmForCausalLM):
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        reduction: Literal["mean", "none"] = "mean",
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids, position_ids, labels: int64 [batch, length]. The loss is the sum over the
-        trained tokens divided by `num_items_in_batch`, by default their number in this batch."""
+        trained tokens divided by `num_items_in_batch`, by default their number in this batch; or,
+        with the reduction "none", those of the tokens as `token_losses` has them."""
         if labels is None:
             return super().forward(input_ids, position_ids=position_ids, **kwargs)
         # Autocast leaves what is looked up in float32 embeddings, and all that is added to it, in
@@ -120,6 +135,8 @@ class GlmForTraining(GlmForCausalLM):
         hidden = self.model(
             inputs_embeds=embedded, position_ids=position_ids, use_cache=False
         ).last_hidden_state
+        if reduction == "none":
+            return CausalLMOutputWithPast(loss=token_losses(hidden, self.lm_head.weight, labels))
         total = token_losses_sum(hidden, self.lm_head.weight, labels)
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORE).sum()

@@ -3,6 +3,7 @@
 results = {
     "stages": [{"name", "languages": {language: {"bits_per_char", "tokens_per_char", ...}},
                 "answers": [{"language", "question", "text", "tokens", "stopped"}]}],
+    "held_out_answers": [{"kind", "way", "questions", "in_language", "ended"}],
     "segmentation": {language: Segmentation.row()},
     "sample": {"text", "before": [piece], "after": [piece]},
     "curves": {name: history of the Trainer},
@@ -15,8 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatglm_ja import page, segmentation
+from chatglm_ja.validation import language_losses
 
 Results = Mapping[str, Any]
+
+HELD_OUT = "Answers of the fine-tuned model to held-out questions"
 
 
 def stage_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -35,6 +39,17 @@ def stage_table(results: Results) -> tuple[list[str], list[list[str]]]:
             suffix = "" if stage is stages[0] else f" ({change:+.1f}%)"
             row.append(f"{score['bits_per_char']:.3f}{suffix}")
         rows.append([*row, *(f"{score['tokens_per_char']:.3f}" for score in scores)])
+    return head, rows
+
+
+def held_out_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: how the fine-tuned model answers the held-out questions of each kind."""
+    head = ["kind", "way", "questions", "in the language", "ended by itself"]
+    rows = []
+    for row in results["held_out_answers"]:
+        language = "" if row["in_language"] is None else f"{row['in_language']:.0%}"
+        ended = f"{row['ended']:.0%}"
+        rows.append([row["kind"], row["way"], str(row["questions"]), language, ended])
     return head, rows
 
 
@@ -62,8 +77,15 @@ def markdown(results: Results) -> str:
             "",
             *_markdown_table(*segmentation.table(results["segmentation"])),
             "",
+            *_held_out_lines(results),
         ]
     )
+
+
+def _held_out_lines(results: Results) -> list[str]:
+    if not results["held_out_answers"]:
+        return []
+    return [HELD_OUT, "", *_markdown_table(*held_out_table(results)), ""]
 
 
 def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -98,6 +120,11 @@ def html_page(results: Results) -> str:
         "<h2>Loss</h2>",
         *(_curve(name, log) for name, log in results["curves"].items()),
         "<h2>Answers</h2>",
+        *(
+            [f"<p>{HELD_OUT}</p>", page.table(*held_out_table(results))]
+            if results["held_out_answers"]
+            else []
+        ),
         "<p>Greedy. <small>■ ended by itself, … ran into the limit</small></p>",
         *_answers(results["stages"]),
         "<h2>Made from</h2>",
@@ -132,12 +159,11 @@ def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = page.figure(7, 3.2)
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     axes.plot(*zip(*points, strict=True), label="training", color="#1d2330")
-    names = sorted({key for entry in history for key in entry if key.endswith("_loss")})
-    for key in names:
-        values = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if key.startswith("eval_"):
-            label = f"validation {key.removeprefix('eval_').removesuffix('_loss')}"
-            axes.plot(*zip(*values, strict=True), "o--", label=label, markersize=4, linewidth=1)
+    for language in sorted({name for entry in history for name in language_losses(entry)}):
+        scored = [(entry["step"], language_losses(entry).get(language)) for entry in history]
+        values = [pair for pair in scored if pair[1] is not None]
+        label = f"validation {language}"
+        axes.plot(*zip(*values, strict=True), "o--", label=label, markersize=4, linewidth=1)
     axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -162,11 +162,33 @@ def _draw(
             lacking.append(
                 f"{kind} has {len(order):,} usable conversations for a share of {need:,}"
             )
-        validation.append(order[: kept_back[kind]])
-        train.append(order[kept_back[kind] : need])
+            continue
+        is_kept = _keep_back(index.source[order], kept_back[kind])
+        validation.append(order[is_kept])
+        train.append(order[~is_kept][: wanted[kind]])
     if lacking:
         raise DataError(f"{'; '.join(lacking)}: lower --sft-examples or add sources")
     return np.concatenate(train), np.concatenate(validation)
+
+
+def _keep_back(sources: np.ndarray, count: int) -> np.ndarray:
+    """Which conversations of a kind are for validation, the first of each source; bool.
+
+    Every source that has more than one gives one at least, if that is possible, and of the rest
+    in proportion to what it has: so the loss of each can be measured.
+    """
+    kept = np.zeros(len(sources), dtype=bool)
+    numbers, available = np.unique(sources, return_counts=True)
+    first = np.minimum(available - 1, 1)
+    if count < first.sum():
+        first[:] = 0
+    rest = count - int(first.sum())
+    if rest:
+        left = {str(n): int(size) for n, size in enumerate(available - first)}
+        first += np.array(list(mixture.apportion(rest, left).values()))
+    for number, size in zip(numbers, first, strict=True):
+        kept[np.flatnonzero(sources == number)[:size]] = True
+    return kept
 
 
 def _by_language(

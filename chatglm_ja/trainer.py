@@ -1,7 +1,7 @@
 """The Trainer of steps 5 and 6: transformers' own, with what they need beside.
 
 * a learning rate of its own for the embeddings
-* validation losses that are exact means per token, one for each language
+* validation losses that are exact means per token (validation.py)
 * a step whose loss is no number, or jumps, changes no weight on any process
 * checkpoints that a run can be resumed from by another number of processes
 * SIGTERM and Ctrl-C end the run after a checkpoint
@@ -10,9 +10,7 @@
 import logging
 import math
 import resource
-import shutil
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +20,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from chatglm_ja import costs, dataset, training_state
 from chatglm_ja.chat import IGNORE
@@ -33,6 +29,7 @@ from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import DataError
 from chatglm_ja.merge import PREFIX
+from chatglm_ja.validation import ALL_LOSS, SOURCE, Validation, token_sources
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +38,6 @@ EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_h
 # Steps whose mean loss a step is compared with.
 RECENT_STEPS = 20
 SAME_SIGNAL_SECONDS = 3.0
-# Of all validation sets together, in the log.
-ALL_LOSS = "validation_loss"
 
 
 def stored_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -64,21 +59,15 @@ class ResumableTrainer(Trainer):
         self,
         config: TrainingConfig,
         model: Any,
-        validation: dict[str, Any],
-        sources: dict[str, Any],
+        validation: Validation | None,
         checkpoints: Checkpoints | None,
-        characters: Mapping[str, int],
         tokens_per_step: int,
         flops_per_token: float,
         **kwargs: Any,
     ) -> None:
-        """`sources` are validation sets that are scored before and after training only;
-        `characters` are those of the texts of the validation sets that are whole texts."""
         self.config = config
         self.validation = validation
-        self.sources = sources
         self.checkpoints = checkpoints
-        self.characters = characters
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak_tflops: float | None = None
@@ -86,14 +75,20 @@ class ResumableTrainer(Trainer):
             self.peak_tflops = costs.peak_tflops(torch.cuda.get_device_name())
         self.paused = 0.0  # seconds since the start that did not go into training
         self.last_logged = (time.monotonic(), 0)  # when, by a clock without pauses; step
-        self.collate = dataset.Collator(config.document_mask)
+        fixed = config.block_size if config.compile and config.packing else 0
+        self.collate = dataset.Collator(config.document_mask, fixed)
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.skipped = 0  # steps in a row
         self.bad_step = -1  # the last of them
         self.signal_seen = False  # by this process; `should_stop` is what all agree on
         self.should_stop = False
         # The Trainer wants an eval_dataset if it is to call `evaluate`.
-        super().__init__(model, data_collator=self.collate, eval_dataset=validation, **kwargs)
+        super().__init__(
+            model,
+            data_collator=self.collate,
+            eval_dataset=None if validation is None else validation.rows,
+            **kwargs,
+        )
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -224,27 +219,17 @@ class ResumableTrainer(Trainer):
         return self.optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss per trained token of every validation set, and bits per character of its text,
-        which models of different vocabularies can be compared by.
+        """Scores the validation set; the sources are logged before and after training only.
 
         The Trainer's own loop averages the means of batches, which depend on the batch size and
         on the rows that it repeats to give every process as many.
         """
-        metrics: dict[str, float] = {}
+        if self.validation is None:
+            return {}
         with self.pause(), torch.no_grad():
-            scores = self._score(self.validation)
-            is_first_or_last = self.state.global_step in (0, self.state.max_steps)
-            by_source = self._score(self.sources) if is_first_or_last else {}
-        for label, (total, count) in scores.items():
-            metrics[f"eval_{label}_loss"] = total / count
-            if label in self.characters:
-                bits = total / math.log(2) / self.characters[label]
-                metrics[f"eval_{label}_bits_per_char"] = bits
-        for label, (total, count) in by_source.items():
-            metrics |= {f"source_{label}_loss": total / count, f"source_{label}_tokens": count}
-        if scores:
-            totals, counts = (sum(column) for column in zip(*scores.values(), strict=True))
-            metrics[ALL_LOSS] = totals / counts
+            metrics = self._score(self.validation)
+        if self.state.global_step not in (0, self.state.max_steps):
+            metrics = {k: v for k, v in metrics.items() if not k.startswith(SOURCE)}
         self.log(metrics)
         _warn_of_a_rise(self.state.log_history)
         self.control = self.callback_handler.on_evaluate(
@@ -252,28 +237,24 @@ class ResumableTrainer(Trainer):
         )
         return metrics
 
-    def _score(self, groups: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-        """The sum of the losses of every group of rows, and its trained tokens, where it has any.
-
-        All processes share the rows."""
+    def _score(self, validation: Validation) -> dict[str, float]:
+        """All processes share the rows."""
         model: Any = self.model
         model.eval()
+        # Of every source the sum of its tokens' losses, and their number.
+        sums = torch.zeros(2, len(validation.titles), dtype=torch.float64, device=self.args.device)
+        rows = validation.rows
         size = self.args.per_device_eval_batch_size
         stride = size * self.args.world_size
-        scores = {}
-        for label, rows in groups.items():
-            # Sum of the losses, and number of tokens.
-            sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            for start in range(size * self.args.process_index, len(rows), stride):
-                chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
-                batch = self._prepare_inputs(self.collate(chunk))
-                loss = model(**batch, num_items_in_batch=1).loss
-                count = (batch["labels"][:, 1:] != IGNORE).sum()
-                sums += torch.stack([loss.double(), count.double()])
-            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-            if count:
-                scores[label] = total, count
-        return scores
+        for start in range(size * self.args.process_index, len(rows), stride):
+            chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            batch = self._prepare_inputs(self.collate(chunk))
+            losses = model(**batch, reduction="none").loss.double()
+            trained = batch["labels"][:, 1:] != IGNORE
+            sources = token_sources(chunk, batch["labels"].shape[1])[:, 1:].to(trained.device)
+            sums.index_add_(1, sources[trained], torch.stack([losses, torch.ones_like(losses)]))
+        nats, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return validation.metrics(nats, tokens)
 
 
 def _warn_of_a_rise(history: Sequence[Mapping[str, Any]]) -> None:
@@ -298,102 +279,6 @@ class _GoOn(TrainerCallback):
         self.trainer._tr_loss += self.progress["loss_sum"]
         self.trainer._globalstep_last_logged = self.progress["last_logged"]
         self.trainer.recent.extend(self.progress["recent_losses"])
-
-
-class Progress(TrainerCallback):
-    """A progress bar, a line per logging step and evaluation, checkpoints, the end on a signal,
-    and an evaluation at the end."""
-
-    def __init__(self, trainer: ResumableTrainer) -> None:
-        self.trainer = trainer
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit=" steps"
-            )
-        self.started, self.first_step = time.monotonic(), state.global_step
-        self.trainer.last_logged = self.started - self.trainer.paused, state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-        is_last = state.global_step == state.max_steps
-        if is_last and args.eval_strategy != "no":
-            control.should_evaluate = True
-        if trainer.checkpoints is not None:
-            is_due = state.global_step % trainer.config.save_steps == 0
-            # After the last step there is nothing to go on with.
-            control.should_save = (is_due or trainer.should_stop) and not is_last
-        control.should_training_stop |= trainer.should_stop
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.bar is None:
-            return
-        parts = [f"step {state.global_step}/{state.max_steps}"]
-        if "loss" in logs:
-            done = state.global_step - self.first_step
-            seconds = time.monotonic() - self.started
-            left = seconds / max(done, 1) * (state.max_steps - state.global_step)
-            parts += [
-                f"{state.global_step / state.max_steps:.0%}",
-                f"loss {logs['loss']:.4f}",
-                f"lr {logs['learning_rate']:.2e}",
-                f"grad norm {logs.get('grad_norm', math.nan):.2f}",
-                f"{logs['tokens_per_second']:,.0f} tokens/s",
-                *([f"{logs['mfu']:.1%} MFU"] if "mfu" in logs else []),
-                f"{logs['memory_gb']:.2f} GB",
-                f"{tqdm.format_interval(left)} left",
-            ]
-        losses = [name.removesuffix("_loss") for name in logs if name.startswith("eval_")]
-        losses = [name for name in losses if f"{name}_loss" in logs]
-        if losses:
-            parts.append("validation loss")
-        for name in losses:
-            bits = logs.get(f"{name}_bits_per_char")
-            more = "" if bits is None else f" ({bits:.3f} bits/char)"
-            parts.append(f"{name.removeprefix('eval_')} {logs[f'{name}_loss']:.4f}{more}")
-        for line in _source_lines(state.log_history, logs):
-            self.bar.write(line, file=sys.stderr)
-        if len(parts) > 1:
-            self.bar.write(" | ".join(parts), file=sys.stderr)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _source_lines(history: Sequence[Mapping[str, Any]], logs: Mapping[str, Any]) -> list[str]:
-    """A table of the losses by source, beside those before training."""
-    names = [name for name in logs if name.startswith("source_") and name.endswith("_loss")]
-    if not names:
-        return []
-    first = next((entry for entry in history if names[0] in entry), logs)
-    titles = [name.removeprefix("source_").removesuffix("_loss") for name in names]
-    width = max(map(len, titles))
-    lines = [
-        f"{'validation loss by source':<{max(width, 25)}}{'tokens':>10}{'before':>9}{'now':>9}"
-    ]
-    for name, title in zip(names, titles, strict=True):
-        count = logs[f"source_{title}_tokens"]
-        before = first.get(name, math.nan)
-        lines.append(f"{title:<{max(width, 25)}}{count:>10,.0f}{before:>9.4f}{logs[name]:>9.4f}")
-    return lines
-
-
-def tensorboard(folder: Path, resumed_after: int | None) -> TrainerCallback:
-    """Curves for TensorBoard in `folder`; those of a run that is resumed go on after that step."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    if resumed_after is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return TensorBoardCallback(SummaryWriter(str(folder)))
-    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=resumed_after + 1))
 
 
 @contextmanager

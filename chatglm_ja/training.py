@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from chatglm_ja import (
     loss_curves,
     merge,
     new_rows,
+    sft_sources,
     tokenizer,
     training_state,
 )
-from chatglm_ja.artifacts import Output, read_manifest
+from chatglm_ja.artifacts import Output
 from chatglm_ja.checkpoint import load_glm, read_tensor
 from chatglm_ja.checkpoints import Checkpoints, step_of
 from chatglm_ja.cli import is_main_process
@@ -44,20 +45,20 @@ from chatglm_ja.config import VERIFIED_BYTES, TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
 from chatglm_ja.merge import ADAPTER
 from chatglm_ja.model import GlmForTraining, compute_dtype
+from chatglm_ja.progress import Progress, tensorboard
 from chatglm_ja.trainer import (
     EMBEDDINGS,
-    Progress,
     ResumableTrainer,
     stopping_on_signals,
     stored_embeddings,
-    tensorboard,
 )
+from chatglm_ja.validation import Validation
 
 log = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 HISTORY_FILE = "history.json"
-# Rows from which the tokens of a step, and of a document, are estimated.
+# Rows from which the lengths of documents, and the share of trained tokens, are estimated.
 SAMPLED_ROWS = 256
 
 
@@ -124,13 +125,16 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
     _check_space(config, folder)
     with output.write() as working:
         result = train(config, name, working, checkpoints)
-        history = result.pop("history")
+        history, sources = result.pop("history"), result.pop("sources")
         text = json.dumps(history, indent=1)
         (working / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
+        if sources:
+            sft_sources.write(sources, history, working)
         fit = loss_curves.write(history, result["tokens_per_step"], working)
         if fit is not None:
             log.info("%s", fit.describe())
         gc.collect()  # the trainer and its callbacks hold each other, and all that was trained
+        torch.cuda.empty_cache()
         log.info("merging the adapter")
         merge.write_merged(config.model, working)
         if config.verify or (config.verify is None and _weights_size(config) <= VERIFIED_BYTES):
@@ -171,10 +175,10 @@ def train(
     model = load_for_training(config, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sample = train_set.select(range(min(SAMPLED_ROWS, len(train_set))))["lengths"]
-    tokens_per_step = config.global_batch_size * sum(map(sum, sample)) // len(sample)
+    tokens_per_step = config.global_batch_size * dataset.tokens(train_set) // len(train_set)
     context = costs.mean_context(sample if config.document_mask else [[sum(r)] for r in sample])
-    scored = dataset.scored_share(train_set, SAMPLED_ROWS)
-    flops = costs.flops_per_token(shape, costs.trained_parameters(shape, config), context, scored)
+    share = dataset.scored_share(train_set, SAMPLED_ROWS)
+    flops = costs.flops_per_token(shape, costs.trained_parameters(shape, config), context, share)
     log.info(
         "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
         trained / 1e6,
@@ -192,29 +196,22 @@ def train(
         )
     if left_over := len(train_set) % config.global_batch_size:
         log.info("every epoch leaves out %d rows, which fill no step", left_over)
-    languages: dict[str, Any] = {}
-    sources: dict[str, Any] = {}
+    scored, sources = None, []
     if config.evaluations:
-        languages, sources = _validation_groups(validation, config.data, name)
-    encoder = tokenizer.load(config.model) if languages else None
+        scored = Validation.of(validation, config.data, name, tokenizer.load(config.model))
+        if name == "sft":
+            sources = sft_sources.count(train_set, scored.titles)
     trainer = ResumableTrainer(
         config,
         model,
-        languages,
-        sources,
+        scored,
         checkpoints,
-        # Of conversations only the answers are scored, of texts everything.
-        {
-            language: dataset.count_characters(rows, encoder)
-            for language, rows in languages.items()
-            if "labels" not in rows.column_names
-        },
         tokens_per_step,
         flops,
         args=arguments,
         train_dataset=train_set,
     )
-    progress = Progress(trainer)
+    progress = Progress(trainer, sources)
     trainer.add_callback(progress)
     if config.tracker == "tensorboard" and output_dir is not None:
         folder = config.output_dir.with_name(config.output_dir.name + ".tensorboard")
@@ -231,6 +228,7 @@ def train(
     if output_dir is not None:
         _save_adapter(config, trainer.accelerator.unwrap_model(trainer.model_wrapped), weights,
                       output_dir / ADAPTER)  # fmt: skip
+    trainer.accelerator.free_memory()  # DeepSpeed's engine is held by others too
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return {
@@ -239,6 +237,7 @@ def train(
         "tokens_per_step": tokens_per_step,
         "world_size": world_size,
         "history": trainer.state.log_history,
+        "sources": sources,
     }
 
 
@@ -257,14 +256,17 @@ def _save_adapter(
 def _read_data(config: TrainingConfig, name: str, shape: costs.Shape) -> tuple[Any, Any]:
     """The rows to train on and to score; raises DataError when they do not fit."""
     train_set = dataset.read(config.data, name, "train")
-    dataset.check(train_set, config.block_size, shape.rows)
     validation = dataset.read(config.data, name, "validation")
+    for split, rows in (("train", train_set), ("validation", validation)):
+        dataset.check(rows, config.block_size, shape)
+        if name == "sft":
+            sft_sources.check(rows, config.data, split, tokenizer.load(config.model))
     if config.evaluations and not len(validation):
         raise DataError(
             f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
         )
     if not config.packing:
-        train_set = dataset.unpacked(train_set)
+        train_set, validation = dataset.unpacked(train_set), dataset.unpacked(validation)
     if len(train_set) < config.global_batch_size:
         raise DataError(
             f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "
@@ -328,35 +330,6 @@ def _newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
     if found[1] is not None:
         raise found[1]
     return found[0]
-
-
-def _validation_groups(
-    validation: Any, data: Path, name: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The validation rows by language, or by kind of conversation, and conversations by source.
-
-    Blocks of texts are of one language each; bins hold conversations of several sources, which
-    step 4's manifest names KIND/SOURCE.
-    """
-    if "language" in validation.column_names:
-        labels = validation["language"]
-        return {label: _where(validation, labels, label) for label in dict.fromkeys(labels)}, {}
-    manifest = read_manifest(data)
-    apart = dataset.unpacked(validation)
-    numbers = [row[0] for row in apart["sources"]]
-    titles = [str(number) for number in numbers]
-    if manifest is not None:
-        named = [source["name"] for source in manifest["counts"][name]["sources"]]
-        titles = [named[number] for number in numbers]
-    kinds = [title.split("/")[0] for title in titles]
-    return (
-        {kind: _where(apart, kinds, kind) for kind in dict.fromkeys(kinds)},
-        {title: _where(apart, titles, title) for title in sorted(set(titles))},
-    )
-
-
-def _where(rows: Any, labels: Sequence[str], label: str) -> Any:
-    return rows.select([i for i, other in enumerate(labels) if other == label])
 
 
 def _weights_size(config: TrainingConfig) -> int:

@@ -32,6 +32,7 @@ MAX_CHARS = {"ja": 1_100_000, "zh": 1_050_000, "en": 1_300_000}
 HELD_OUT_PERCENT = 5
 # The article's SFT mix, 52 : 22 : 9 : 17, of 1,800 conversations.
 CONVERSATIONS = {"ja": 936, "zh": 396, "en": 162, "code": 306}
+HELD_OUT_CONVERSATIONS = 25  # of each kind, or as many as there are
 PASSAGE_CHARS = {"ja": (12, 90), "zh": (10, 70), "en": (25, 200)}
 ANSWER_CHARS = {"ja": 160, "zh": 120, "en": 300, "code": 400}
 
@@ -208,7 +209,7 @@ def main() -> None:
                         seen.add(text)
                         by_kind[str(record["kind"])].append(record)
         for kind, records in by_kind.items():
-            wanted = 12 if is_test else CONVERSATIONS[kind]
+            wanted = HELD_OUT_CONVERSATIONS if is_test else CONVERSATIONS[kind]
             if len(records) < wanted and not is_test:
                 raise SystemExit(f"only {len(records)} conversations of kind {kind}, not {wanted}")
             random.Random(kind).shuffle(records)

@@ -1,6 +1,7 @@
 """Small real things to test on: ChatGLM3's own layout in miniature, and the demo's texts."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja import chat, corpus, export, pretrain_data, sft_data, tokenizer, vocabulary
+from chatglm_ja import (
+    artifacts,
+    chat,
+    corpus,
+    export,
+    pretrain_data,
+    sft_data,
+    tokenizer,
+    vocabulary,
+)
 from chatglm_ja.config import PrepareDataConfig, TrainTokenizerConfig, parse_shares
 from chatglm_ja.sources import Source
 
@@ -149,8 +159,9 @@ def data_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         sft_examples=8,
         sft_validation_examples=2,
     )
-    write_pretraining(folder, config)
-    write_sft(folder, config)
+    counts = {"pretrain": write_pretraining(folder, config), "sft": write_sft(folder, config)}
+    manifest: dict[str, Any] = dict.fromkeys(artifacts.MANIFEST_KEYS) | {"counts": counts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 

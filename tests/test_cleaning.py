@@ -79,3 +79,20 @@ def test_filters_have_names_and_an_order() -> None:
     ]  # fmt: skip
     assert cleaning.drop_reasons(texts, codes, None, 1) == ["empty", None, None, None, None]
     assert cleaning.drop_reasons([], cleaning.code_points([]), "ja", 10) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "languages"),
+    [
+        ("グラフの種類を選択します。", {"ja"}),
+        ("選択「書式」", {"zh"}),  # nothing says that this is Japanese
+        ("选择「格式」选项卡。", {"zh"}),
+        ("Choose Format - Page.", {"en"}),
+        ("100000", set()),
+        ("", set()),
+    ],
+)
+def test_an_answers_language_is_told_by_its_script(text: str, languages: set[str]) -> None:
+    found = {name for name in ("ja", "zh", "en") if cleaning.in_language([text], name) == [True]}
+    assert found == languages
+    assert cleaning.in_language([text], "code") is None

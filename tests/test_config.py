@@ -11,6 +11,7 @@ from chatglm_ja.config import (
     MergeTokenizerConfig,
     PrepareDataConfig,
     ResizeModelConfig,
+    SftConfig,
     TrainingConfig,
     TrainTokenizerConfig,
     parse_shares,
@@ -144,7 +145,7 @@ def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPa
     constants = runpy.run_path(str(PROJECT / "constants.py"))
     steps: dict[str, type[StepConfig]] = {
         "STEP1": TrainTokenizerConfig, "STEP2": MergeTokenizerConfig, "STEP3": ResizeModelConfig,
-        "STEP4": PrepareDataConfig, "STEP5": TrainingConfig, "STEP6": TrainingConfig,
+        "STEP4": PrepareDataConfig, "STEP5": TrainingConfig, "STEP6": SftConfig,
         "STEP7": EvalConfig,
     }  # fmt: skip
     for name, config in steps.items():

@@ -16,7 +16,14 @@ from tests.conftest import PROJECT
 from tests.test_training import config_for
 
 CHATGLM3_6B = costs.Shape(
-    layers=28, hidden=4096, ffn=13_696, heads=32, kv_heads=2, head_dim=128, rows=65_024
+    layers=28,
+    hidden=4096,
+    ffn=13_696,
+    heads=32,
+    kv_heads=2,
+    head_dim=128,
+    rows=65_024,
+    positions=8192,
 )
 
 

@@ -1,12 +1,13 @@
 """Step 4's data sets as training reads them: mapped, and what a batch trains on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
 
-from chatglm_ja import chat, dataset, shards
+from chatglm_ja import chat, costs, dataset, shards
 from chatglm_ja.errors import DataError
 from tests.conftest import DATA, Source, prepare_config, write_pretraining
 
@@ -45,14 +46,24 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
     assert plain["input_ids"].dtype == torch.int64
 
 
-def test_rows_that_do_not_fit_are_refused(data_dir: Path) -> None:
+def test_rows_are_padded_to_a_length(data_dir: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3], "lengths": [3]}]
+    batch = dataset.Collator(document_mask=True, length=5)(rows)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[chat.IGNORE, 2, 3, chat.IGNORE, chat.IGNORE]]
+
+
+def test_rows_that_do_not_fit_are_refused(data_dir: Path, resized_dir: Path) -> None:
     rows = dataset.read(data_dir, "pretrain", "train")
     largest = max(max(ids) for ids in rows["input_ids"])
-    dataset.check(rows, 64, largest + 1)
+    shape = replace(costs.read_shape(resized_dir), rows=largest + 1, positions=64)
+    dataset.check(rows, 64, shape)
     with pytest.raises(DataError, match=f"token id {largest}, but the model has {largest} embed"):
-        dataset.check(rows, 64, largest)
+        dataset.check(rows, 64, replace(shape, rows=largest))
     with pytest.raises(DataError, match="longest row has 64 tokens, but --block-size is 63"):
-        dataset.check(rows, 63, largest + 1)
+        dataset.check(rows, 63, shape)
+    with pytest.raises(DataError, match=r"64 tokens \(row 1, .* but the model reads at most 63"):
+        dataset.check(rows, 64, replace(shape, positions=63))
 
 
 @pytest.mark.parametrize(("name", "split"), [("pretrain", "validation"), ("sft", "train")])
@@ -84,3 +95,9 @@ def test_only_answers_are_scored_in_conversations(data_dir: Path) -> None:
     bins = dataset.read(data_dir, "sft", "train")
     labels = torch.tensor([label for row in bins[:2]["labels"] for label in row])
     assert dataset.scored_share(bins, 2) == pytest.approx((labels != chat.IGNORE).float().mean())
+
+
+def test_tokens_are_counted_without_reading_rows(data_dir: Path) -> None:
+    for name in ("pretrain", "sft"):
+        rows = dataset.read(data_dir, name, "train")
+        assert dataset.tokens(rows) == sum(map(len, rows["input_ids"]))

@@ -1,5 +1,6 @@
 """Bits per character against a direct computation, and independence of window and batch size."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chatglm_ja import chat, evaluation
+from chatglm_ja import chat, evaluation, generation
 from chatglm_ja.errors import DataError
+from chatglm_ja.sources import Source
 from tests.conftest import demo_texts
 
 
@@ -58,21 +60,50 @@ def test_windows_score_every_token_once(length: int) -> None:
     assert scored == ids[2:]
 
 
-def test_answers_stop_at_the_stop_ids(model: Any, encoder: Any) -> None:
-    given = evaluation.answer(model, encoder, "あなたは誰ですか", 5)
-    assert given.tokens == 5
-    assert not given.stopped
-    rows = model.get_output_embeddings().weight
-    kept = rows[2].clone()
-    with torch.no_grad():
-        # </s> wins at the end of this prompt: the answer is empty and ended by itself.
-        ids = torch.tensor([chat.build_prompt_ids(encoder, [{"role": "user", "content": "x"}])])
-        hidden = model.model(ids).last_hidden_state[0, -1]
-        rows[2] = 1000 * hidden
-    given = evaluation.answer(model, encoder, "x", 5)
-    with torch.no_grad():
-        rows[2] = kept
-    assert (given.text, given.tokens, given.stopped) == ("", 1, True)
+def test_held_out_questions_are_asked_greedy_and_sampled(
+    model: Any, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        [{"role": "user", "content": "r"}, {"role": "assistant", "content": "a"}],
+    ]
+    asked = []
+
+    def answer(*arguments: Any, sampled: bool, **_: Any) -> list[generation.Answer]:
+        asked.append((arguments[2], sampled))
+        first = generation.Answer("はい、そうです。" if sampled else "是", 5, True)
+        return [first, generation.Answer("Yes, it is.", 9, sampled)]
+
+    monkeypatch.setattr(generation, "answer", answer)
+    held_out = {"ja": talks, "zh": talks, "code": talks}
+    rows = evaluation.answer_held_out(model, encoder, held_out, 9)
+    prompts = [chat.build_prompt_ids(encoder, talk[:1]) for talk in talks]
+    assert asked == [(prompts, False), (prompts, True)] * 3
+    keys = ("kind", "way", "questions", "in_language", "ended")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("ja", "greedy", 2, 0.0, 0.5),
+        ("ja", "sampled", 2, 0.5, 1.0),
+        ("zh", "greedy", 2, 0.5, 0.5),
+        ("zh", "sampled", 2, 0.0, 1.0),
+        ("code", "greedy", 2, None, 0.5),
+        ("code", "sampled", 2, None, 1.0),
+    ]
+
+
+def test_held_out_conversations_are_read_by_kind(tmp_path: Path) -> None:
+    path = tmp_path / "talks.jsonl"
+    good = {"prompt": "q", "response": "a"}
+    path.write_text(json.dumps(good) + "\n" + json.dumps({"messages": [{"role": "user",
+                    "content": "open"}]}) + "\n")  # fmt: skip
+    source = Source("ja", str(path))
+    found = evaluation.read_held_out([source, source])
+    assert [[message["content"] for message in talk] for talk in found["ja"]] == [["q", "a"]] * 2
+    path.write_text(json.dumps(good | {"response": ""}) + "\n")
+    with pytest.raises(DataError, match=r"talks.jsonl record 1: empty answer"):
+        evaluation.read_held_out([source])
+    path.write_text("")
+    with pytest.raises(DataError, match="ja/talks holds no conversation that ends with an answer"):
+        evaluation.read_held_out([source])
 
 
 def test_nothing_to_score_is_an_error(model: Any, encoder: Any) -> None:

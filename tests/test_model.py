@@ -142,6 +142,76 @@ def test_packed_documents_train_as_separate_ones(
     assert torch.allclose(packed_grad, separate_grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows_a_pass", [1, 5])
+def test_packed_conversations_train_as_padded_ones(
+    model: Any, data_dir: Path, rows_a_pass: int
+) -> None:
+    """Loss and gradient of a step, packed into bins, and one a row in several padded passes."""
+    bins = dataset.read(data_dir, "sft", "train")
+    collate = dataset.Collator(document_mask=True)
+    trained = sum(label != chat.IGNORE for row in bins["labels"] for label in row)
+
+    def step(rows: Any, size: int) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        total = 0.0
+        for start in range(0, len(rows), size):
+            chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            loss = model(**collate(chunk), num_items_in_batch=trained).loss
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    loss, gradient = step(bins, len(bins))
+    apart = dataset.unpacked(bins)
+    assert len(apart) > 2 * len(bins)
+    padded_loss, padded_gradient = step(apart, rows_a_pass)
+    assert padded_loss == pytest.approx(loss, rel=1e-5)
+    assert (padded_gradient - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_logits_in_a_bin_are_those_of_the_conversation_alone(model: Any, data_dir: Path) -> None:
+    """By transformers' own forward pass, and to 1e-5 of the largest logit."""
+    plain = GlmForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
+    bins = dataset.read(data_dir, "sft", "train")
+    batch = dataset.Collator(document_mask=True, length=256)([bins[i] for i in range(len(bins))])
+    model.eval()
+    with torch.inference_mode():
+        hidden = model.model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).last_hidden_state
+        for row, found in zip(bins, model.lm_head(hidden), strict=True):
+            start = 0
+            for length in row["lengths"]:
+                ids = torch.tensor([row["input_ids"][start : start + length]])
+                expected = plain(ids).logits[0]
+                difference = (found[start : start + length] - expected).abs().max()
+                assert difference < 1e-5 * expected.abs().max()
+                start += length
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_single_losses_are_those_of_the_tokens(
+    model: Any, documents: list[list[int]], has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the labels, those that are not trained left out; in several chunks."""
+    if not has_it:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.setattr("chatglm_ja.model.CPU_LOSS_ROWS", 10)
+    batch = dataset.Collator(document_mask=True)(
+        [{"input_ids": document, "lengths": [len(document)]} for document in documents]
+    )
+    with torch.inference_mode():
+        losses = model(**batch, reduction="none").loss
+        logits = GlmForCausalLM.forward(model, batch["input_ids"]).logits
+    expected = [
+        -logits[row, place - 1].double().log_softmax(-1)[label].item()
+        for row, labels in enumerate(batch["labels"].tolist())
+        for place, label in enumerate(labels)
+        if label != chat.IGNORE
+    ]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_without_the_document_mask_attention_crosses_documents(
     model: Any, documents: list[list[int]]
 ) -> None:

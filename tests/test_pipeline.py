@@ -30,7 +30,7 @@ SMALL = {
         "--sft-validation-examples 10"
     ),
     "step5_train_pt.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --block-size 128",
-    "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4",
+    "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --max-new-tokens 4",
     "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
 }
 
@@ -41,6 +41,7 @@ class Runner:
     def __init__(self, artifacts: Path) -> None:
         self.root = artifacts
         self.folder = artifacts / "demo"
+        self.said: dict[str, str] = {}  # what the steps of the finished pipeline printed
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")},
             "CHATGLM_JA_ARTIFACTS": str(artifacts),
@@ -93,6 +94,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     for script in SMALL:
         result = runner.small(script)
         assert result.returncode == 0, f"{script}\n{result.stderr}"
+        runner.said[script] = result.stdout
     return runner
 
 
@@ -121,8 +123,26 @@ def test_the_report_has_every_stage_and_language(pipeline: Runner) -> None:
         # The new rows take a little probability; nothing else changed.
         assert 1.0 <= resized[language]["bits_per_char"] / base[language]["bits_per_char"] < 1.1
     assert resized["ja"]["tokens"] < 0.8 * base["ja"]["tokens"]
+    asked = {(row["kind"], row["way"]): row["questions"] for row in results["held_out_answers"]}
+    assert asked == {
+        (kind, way): 25 for kind in ("ja", "zh", "en", "code") for way in ("greedy", "sampled")
+    }
     page = (pipeline.folder / "step7_eval" / "report.html").read_text(encoding="utf-8")
     assert "pretrained" in page and "<svg" in page
+
+
+def test_fine_tuning_ends_with_losses_by_source_and_samples(pipeline: Runner) -> None:
+    folder = pipeline.folder / "step6_sft"
+    sources = json.loads((folder / "sources.json").read_text())
+    assert [row["source"] for row in sources] == [
+        "ja/help-ja", "zh/help-zh", "en/help-en", "code/help-code",
+    ]  # fmt: skip
+    assert sum(row["examples"] for row in sources) == 60
+    assert all(row["loss"] < row["loss_before"] for row in sources)
+    said = pipeline.said["step6_train_sft.py"]
+    assert "of 10 greedy" in said  # all that is kept for validation
+    for kind in ("ja", "zh", "en", "code"):
+        assert re.search(rf"^{kind} +\S.*\n +expected +\S", said, re.MULTILINE)
 
 
 def test_the_folders_load_with_plain_transformers(pipeline: Runner) -> None:

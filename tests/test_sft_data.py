@@ -62,6 +62,43 @@ def test_kinds_have_their_shares(tmp_path: Path, merged_dir: Path) -> None:
     assert [sources.count(number) for number in range(4)] == [104, 44, 18, 34]
 
 
+def test_every_source_gives_conversations_for_validation(tmp_path: Path, merged_dir: Path) -> None:
+    """In proportion, and one at least but if it has only one; the rest is for training."""
+    sources = []
+    for name, count in (("large", 90), ("small", 4), ("tiny", 1)):
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name, [dialogue(f"{name}{i}", f"答え{i}") for i in range(count)])
+        sources.append(Source("ja", path.path, name=name))
+    config = prepare_config(
+        merged_dir, UNUSED, sft_sources=sources, sft_examples=80, sft_validation_examples=12
+    )
+    write_sft(tmp_path, config)
+    found = {}
+    for split in ("train", "validation"):
+        rows = dataset.read(tmp_path, "sft", split)
+        numbers = [number for row in rows for number in row["sources"]]
+        found[split] = [numbers.count(number) for number in range(3)]
+    assert found["validation"] == [11, 1, 0]
+    assert sum(found["train"]) == 80
+
+
+@pytest.mark.parametrize(
+    ("sources", "count", "expected"),
+    [
+        ([0, 0, 1, 0, 1, 1], 2, [True, False, True, False, False, False]),
+        ([0, 0, 1, 0, 1, 1], 1, [True, False, False, False, False, False]),
+        ([0, 1], 2, [True, True]),
+        ([0, 1], 0, [False, False]),
+        ([3, 3, 3], 2, [True, True, False]),
+        ([0, 1, 1], 1, [False, True, False]),
+    ],
+)
+def test_the_first_of_each_source_are_kept_back(
+    sources: list[int], count: int, expected: list[bool]
+) -> None:
+    assert sft_data._keep_back(np.array(sources), count).tolist() == expected
+
+
 def test_bins_hold_whole_conversations(data_dir: Path) -> None:
     rows = dataset.read(data_dir, "sft", "train")
     assert sum(len(lengths) for lengths in rows["lengths"]) == 8
@@ -122,9 +159,9 @@ def test_what_is_the_same_after_cutting_is_taken_once(tmp_path: Path, merged_dir
 def test_too_few_conversations_are_said(tmp_path: Path, merged_dir: Path) -> None:
     source = write(tmp_path, [dialogue("q", "a")] * 2)
     config = prepare_config(
-        merged_dir, UNUSED, sft_sources=[source], sft_examples=1, sft_validation_examples=1
+        merged_dir, UNUSED, sft_sources=[source], sft_examples=1, sft_validation_examples=3
     )
-    with pytest.raises(DataError, match="ja has 1 usable conversations for a share of 2: lower"):
+    with pytest.raises(DataError, match="ja has 1 usable conversations for a share of 4: lower"):
         write_sft(tmp_path, config)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets.arrow_writer import ArrowWriter
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,6 +29,7 @@ from chatglm_ja import (
     export,
     layout,
     merge,
+    progress,
     tokenizer,
     trainer,
     training,
@@ -185,7 +187,32 @@ def test_conversations_are_scored_by_kind_and_by_source(
     assert [entry.get("source_ja/help_tokens") for entry in scored] == [tokens, None, None, tokens]
     said = capsys.readouterr().err
     before, after = (scored[i]["source_ja/help_loss"] for i in (0, 3))
-    assert f"{tokens:.0f}   {before:.4f}   {after:.4f}\n" in said
+    rows = dataset.read(data, "sft", "train")
+    counted = f"{sum(map(len, rows['lengths'])):,}", f"{sum(map(sum, rows['lengths'])):,}"
+    table = [line.split() for line in said.splitlines() if line.startswith("ja/help")]
+    assert table[0] == ["ja/help", "ja", *counted, f"{before:.4f}"]
+    assert table[1] == [*table[0], f"{after:.4f}"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_bad_conversation_is_refused_before_the_model_is_loaded(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, copy_of: Any, split: str
+) -> None:
+    data = copy_of(data_dir, tmp_path / "data")
+    rows = dataset.read(data_dir, "sft", split)[:]
+    rows["labels"][-1] = [chat.IGNORE] * len(rows["labels"][-1])
+    (path,) = data.glob(f"sft_{split}-*.arrow")
+    path.unlink()
+    features = dataset.read(data_dir, "sft", split).features
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for row in zip(*rows.values(), strict=True):
+            writer.write(dict(zip(rows, row, strict=True)))
+        writer.finalize()
+    config = config_for(tmp_path, data, tmp_path / "out", block_size=256, global_batch_size=1)
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copyfile(resized_dir / name, tmp_path / name)
+    with pytest.raises(DataError, match=f"{split} conversation .* has no token that is trained"):
+        training.train(config, "sft", None)
 
 
 def test_a_rising_validation_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,7 +229,8 @@ def test_a_rising_validation_loss_is_said(caplog: pytest.LogCaptureFixture) -> N
 def test_packed_conversations_train_as_padded_ones(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    """The same conversations in a step give the same losses and the same weights."""
+    """The same conversations in a step give the same losses and the same weights; the gradients
+    themselves are compared in tests/test_model.py."""
     bins = dataset.read(data_dir, "sft", "train")
     conversations = sum(map(len, bins["lengths"]))
     assert conversations > 2 * len(bins)
@@ -281,7 +309,8 @@ def test_the_speed_is_that_of_training_alone(
 ) -> None:
     """By a clock that a step puts on by 2 seconds, and scoring by 100."""
     now = [0.0]
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (trainer, progress):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for name, seconds in (("training_step", 2.0), ("_score", 100.0)):
 
         def slow(self: Any, *given: Any, whole: Any = None, seconds: float = 0.0) -> Any:

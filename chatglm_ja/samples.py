@@ -1,0 +1,105 @@
+"""A fine-tuned model's answers to validation questions, to look at when the training has ended.
+
+The prompts are the beginnings of conversations that were kept from training, as step 4 prepared
+them, up to their first answer; so they need no file of questions, and each comes with the answer
+that was expected. Figures over many questions are step 7's.
+
+    ja  次の文を日本語に翻訳してください。⏎Click to open the Fields dialog.
+        expected  クリックするとフィールドダイアログが開きます。
+        greedy    クリックするとフィールドダイアログを開きます。 ■
+        sampled   フィールドダイアログを開きます。 ■           ■ ended by itself, … cut at the limit
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from chatglm_ja import chat, dataset, evaluation, generation, tokenizer, validation
+from chatglm_ja.cli import is_main_process
+from chatglm_ja.config import SftConfig
+
+log = logging.getLogger(__name__)
+
+Sample = dict[str, Any]
+
+
+def show(config: SftConfig) -> None:
+    """Let the merged model answer `config.samples` questions of every kind, and print the answers.
+
+    The model is published already: whatever happens here costs the samples only.
+    """
+    if not is_main_process():
+        return
+    rows = dataset.unpacked(dataset.read(config.data, "sft", "validation"))
+    titles = validation.titles(config.data, "sft")
+    asked: list[tuple[str, Any]] = []
+    for kind in dict.fromkeys(map(validation.language_of, titles)):
+        numbers = [n for n, title in enumerate(titles) if validation.language_of(title) == kind]
+        of_kind = [place for place, (n,) in enumerate(rows["sources"]) if n in numbers]
+        asked += [(kind, rows[place]) for place in of_kind[: config.samples]]
+    if not asked:
+        return
+    try:
+        print(describe(_answered(config, asked)))
+    except torch.OutOfMemoryError as error:
+        log.warning("no sample answers, the GPU's memory is full: %s", str(error).split(". ")[0])
+
+
+def _answered(config: SftConfig, asked: Sequence[tuple[str, Any]]) -> list[Sample]:
+    encoder = tokenizer.load(config.output_dir)
+    splits = [_split(row["labels"]) for _, row in asked]
+    prompts = [row["input_ids"][:start] for (_, row), (start, _) in zip(asked, splits, strict=True)]
+    model = evaluation.load_model(config.output_dir)
+    answers = {
+        name: generation.answer(
+            model, encoder, prompts, config.max_new_tokens, sampled=name == "sampled",
+            seed=config.seed, title=f"{name} answers",
+        )
+        for name in ("greedy", "sampled")
+    }  # fmt: skip
+    return [
+        {
+            "kind": kind,
+            "question": _text(encoder, row["input_ids"][:start]),
+            "expected": _text(encoder, row["input_ids"][start:end]),
+            **{name: dataclasses.asdict(of_way[index]) for name, of_way in answers.items()},
+        }
+        for index, ((kind, row), (start, end)) in enumerate(zip(asked, splits, strict=True))
+    ]
+
+
+def describe(samples: Sequence[Sample]) -> str:
+    """The samples as lines, and how many answers ended by themselves."""
+    lines = ["answers to questions that were kept from training; ■ ended by itself, … cut"]
+    for sample in samples:
+        lines.append(f"{sample['kind']:<4}  {_line(sample['question'])}")
+        lines.append(f"      expected  {_line(sample['expected'])}")
+        for name in ("greedy", "sampled"):
+            end = "■" if sample[name]["stopped"] else "…"
+            lines.append(f"      {name:<8}  {_line(sample[name]['text'])} {end}")
+    ended = ", ".join(
+        f"{sum(sample[name]['stopped'] for sample in samples)} of {len(samples)} {name}"
+        for name in ("greedy", "sampled")
+    )
+    return "\n".join([*lines, f"ended by themselves: {ended}"])
+
+
+def _split(labels: Sequence[int]) -> tuple[int, int]:
+    """Where a conversation's first answer begins, and what ends it stands."""
+    start = next(place for place, label in enumerate(labels) if label != chat.IGNORE)
+    rest = range(start, len(labels))
+    end = next((place for place in rest if labels[place] == chat.IGNORE), len(labels))
+    return start, end - 1
+
+
+def _text(encoder: Any, ids: list[int]) -> str:
+    """Special tokens have no text."""
+    return encoder.decode(ids).strip()
+
+
+def _line(text: str, width: int = 160) -> str:
+    text = text.replace("\n", "⏎")
+    return text if len(text) <= width else text[: width - 1] + "…"

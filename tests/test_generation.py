@@ -1,0 +1,104 @@
+"""Answers: where they end, and that a batch changes none of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from chatglm_ja import chat, generation
+
+QUESTIONS = (
+    "あなたは誰ですか",
+    "x",
+    "Please explain the function of the toolbar.",
+    "请说明“保存”。",
+)
+
+
+@pytest.fixture(scope="module")
+def model(resized_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def prompts(encoder: Any) -> list[list[int]]:
+    return [chat.build_prompt_ids(encoder, [{"role": "user", "content": q}]) for q in QUESTIONS]
+
+
+@pytest.fixture
+def stopping(model: Any, encoder: Any, prompts: list[list[int]]) -> Iterator[None]:
+    """Makes <|user|> the likeliest token at the end of the second prompt, and of no other."""
+    rows = model.get_output_embeddings().weight
+    stop = chat.special_id(encoder, "<|user|>")
+    kept = rows[stop].clone()
+    with torch.no_grad():
+        ends = [model.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts]
+        logits = torch.tensor([-1000.0, 1000.0, -1000.0, -1000.0])
+        rows[stop] = torch.linalg.lstsq(torch.stack(ends), logits).solution
+    yield
+    with torch.no_grad():
+        rows[stop] = kept
+
+
+def test_answers_end_at_the_limit(model: Any, encoder: Any, prompts: list[list[int]]) -> None:
+    (given,) = generation.answer(model, encoder, prompts[:1], 5)
+    assert given.tokens == 5
+    assert not given.stopped
+
+
+@pytest.mark.usefixtures("stopping")
+def test_answers_end_at_a_stop_token(model: Any, encoder: Any, prompts: list[list[int]]) -> None:
+    """Alone, and beside others that go on and pad what it is given."""
+    (alone,) = generation.answer(model, encoder, prompts[1:2], 5)
+    beside = generation.answer(model, encoder, prompts, 5)
+    assert (alone.text, alone.tokens, alone.stopped) == ("", 1, True)
+    assert beside[1] == alone
+    assert all(answer.tokens > 1 for answer in beside if answer is not beside[1])
+    # As other tools find it, from the folder's own generation_config.json.
+    ids = torch.tensor([prompts[1]])
+    assert model.generate(ids, max_new_tokens=5).shape[1] == len(prompts[1]) + 1
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_a_batch_changes_no_answer(
+    model: Any, encoder: Any, prompts: list[list[int]], batch_size: int
+) -> None:
+    alone = [generation.answer(model, encoder, [prompt], 12)[0] for prompt in prompts]
+    assert len({answer.text for answer in alone}) > 1
+    together = generation.answer(model, encoder, prompts, 12, batch_size=batch_size)
+    assert together == alone
+    # Against the greedy choice, a token at a time without cache or padding.
+    ids = list(prompts[2])
+    for _ in range(12):
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0, -1, : encoder.get_piece_size()]
+        ids.append(int(logits.argmax()))
+    assert together[2].text == encoder.decode(ids[len(prompts[2]) :]).strip()
+
+
+def test_samples_are_those_of_the_seed(model: Any, encoder: Any, prompts: list[list[int]]) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, again, other = (
+        generation.answer(model, encoder, prompts, 12, sampled=True, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert first != generation.answer(model, encoder, prompts, 12)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_padding_rows_are_never_answered(
+    model: Any, encoder: Any, prompts: list[list[int]]
+) -> None:
+    rows = model.get_output_embeddings().weight
+    assert len(rows) > encoder.get_piece_size()
+    with torch.no_grad():
+        rows[-1] = 1000 * model.model(torch.tensor([prompts[0]])).last_hidden_state[0, -1]
+    (given,) = generation.answer(model, encoder, prompts[:1], 3)
+    with torch.no_grad():
+        rows[-1] = 0
+    assert given == generation.answer(model, encoder, prompts[:1], 3)[0]
