@@ -17,6 +17,7 @@ from chatglm_ja import chat
 from chatglm_ja.costs import Shape
 from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import UNK_ID
+from chatglm_ja.validation import titles
 
 
 def read(folder: Path, name: str, split: str) -> datasets.Dataset:
@@ -53,9 +54,12 @@ def _unpacked_batch(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     return pyarrow.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
-def check(rows: datasets.Dataset, block_size: int, shape: Shape) -> None:
+def check(rows: datasets.Dataset, block_size: int, shape: Shape, data: Path, name: str) -> None:
     """Raises DataError when rows do not fit: longer ones than `block_size` or than the model can
-    read, or ids beyond its embeddings. No Python list of tokens is made."""
+    read, or ids beyond its embeddings. No Python list of tokens is made.
+
+    `data` and `name` are what the rows were read from.
+    """
     column = rows.data.table["input_ids"]
     sizes = pyarrow.compute.list_value_length(column).to_numpy()
     longest = int(sizes.max(initial=0))
@@ -66,11 +70,12 @@ def check(rows: datasets.Dataset, block_size: int, shape: Shape) -> None:
         )
     if longest > shape.positions:
         row = int(sizes.argmax())
-        sources = ", ".join(map(str, sorted(set(rows[row]["sources"]))))
+        named = titles(data, name)
+        sources = ", ".join(named[number] for number in sorted(set(rows[row]["sources"])))
         raise DataError(
-            f"the data's longest row has {longest} tokens (row {row + 1}, of the sources with "
-            f"number {sources}), but the model reads at most {shape.positions} "
-            "(max_position_embeddings): prepare the data with shorter rows"
+            f"the data's longest row has {longest} tokens (row {row + 1}, of {sources}), but the "
+            f"model reads at most {shape.positions} (max_position_embeddings): prepare the data "
+            "with shorter rows"
         )
     largest = (pyarrow.compute.max(pyarrow.compute.list_flatten(c)).as_py() for c in column.chunks)
     found = max((value for value in largest if value is not None), default=0)

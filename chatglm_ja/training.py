@@ -258,7 +258,7 @@ def _read_data(config: TrainingConfig, name: str, shape: costs.Shape) -> tuple[A
     train_set = dataset.read(config.data, name, "train")
     validation = dataset.read(config.data, name, "validation")
     for split, rows in (("train", train_set), ("validation", validation)):
-        dataset.check(rows, config.block_size, shape)
+        dataset.check(rows, config.block_size, shape, config.data, name)
         if name == "sft":
             sft_sources.check(rows, config.data, split, tokenizer.load(config.model))
     if config.evaluations and not len(validation):

@@ -57,13 +57,15 @@ def test_rows_that_do_not_fit_are_refused(data_dir: Path, resized_dir: Path) -> 
     rows = dataset.read(data_dir, "pretrain", "train")
     largest = max(max(ids) for ids in rows["input_ids"])
     shape = replace(costs.read_shape(resized_dir), rows=largest + 1, positions=64)
-    dataset.check(rows, 64, shape)
+    dataset.check(rows, 64, shape, data_dir, "pretrain")
     with pytest.raises(DataError, match=f"token id {largest}, but the model has {largest} embed"):
-        dataset.check(rows, 64, replace(shape, rows=largest))
+        dataset.check(rows, 64, replace(shape, rows=largest), data_dir, "pretrain")
     with pytest.raises(DataError, match="longest row has 64 tokens, but --block-size is 63"):
-        dataset.check(rows, 63, shape)
-    with pytest.raises(DataError, match=r"64 tokens \(row 1, .* but the model reads at most 63"):
-        dataset.check(rows, 64, replace(shape, positions=63))
+        dataset.check(rows, 63, shape, data_dir, "pretrain")
+    with pytest.raises(
+        DataError, match=r"64 tokens \(row 1, of ../train_..\), but the model reads at most 63"
+    ):
+        dataset.check(rows, 64, replace(shape, positions=63), data_dir, "pretrain")
 
 
 @pytest.mark.parametrize(("name", "split"), [("pretrain", "validation"), ("sft", "train")])
