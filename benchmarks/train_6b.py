@@ -97,11 +97,13 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return
-    wanting = [name for name in options.scenarios or SCENARIOS if "name" in SCENARIOS[name]]
-    if options.conversations is None and options.scenarios and wanting:
-        parser.error(f"{wanting[0]} needs --conversations")
-    left_out = wanting if options.conversations is None else []
-    options.scenarios = [n for n in options.scenarios or SCENARIOS if n not in left_out]
+    chosen = options.scenarios or list(SCENARIOS)
+    if options.conversations is None:
+        wanting = [name for name in chosen if "name" in SCENARIOS[name]]
+        if options.scenarios and wanting:
+            parser.error(f"{wanting[0]} needs --conversations")
+        chosen = [name for name in chosen if name not in wanting]
+    options.scenarios = chosen
     make_model(options)
     make_data(options)
     import torch

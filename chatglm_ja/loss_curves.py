@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja import page
-from chatglm_ja.validation import language_losses
+from chatglm_ja.validation import curves
 
 FILE = "loss.png"
 # The warm-up and the first steps after it, where the loss falls from its start, are left out.
@@ -66,12 +66,8 @@ def write(
     figure, axes = page.figure(10, 3.6, ncols=2)
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
         axis.plot(tokens, losses, color="#1d2330", label="training")
-        for language in sorted({name for entry in history for name in language_losses(entry)}):
-            scored = [
-                (entry["step"] * tokens_per_step, language_losses(entry)[language])
-                for entry in history
-                if language in language_losses(entry)
-            ]
+        for language, curve in curves(history).items():
+            scored = [(step * tokens_per_step, loss) for step, loss in curve]
             if scale == "log":
                 scored = [(step, loss) for step, loss in scored if step]
             if scored:

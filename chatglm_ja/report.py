@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatglm_ja import page, segmentation
-from chatglm_ja.validation import language_losses
+from chatglm_ja.validation import curves
 
 Results = Mapping[str, Any]
 
@@ -159,11 +159,9 @@ def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = page.figure(7, 3.2)
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     axes.plot(*zip(*points, strict=True), label="training", color="#1d2330")
-    for language in sorted({name for entry in history for name in language_losses(entry)}):
-        scored = [(entry["step"], language_losses(entry).get(language)) for entry in history]
-        values = [pair for pair in scored if pair[1] is not None]
+    for language, curve in curves(history).items():
         label = f"validation {language}"
-        axes.plot(*zip(*values, strict=True), "o--", label=label, markersize=4, linewidth=1)
+        axes.plot(*zip(*curve, strict=True), "o--", label=label, markersize=4, linewidth=1)
     axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

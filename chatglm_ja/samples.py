@@ -34,12 +34,15 @@ def show(config: SftConfig) -> None:
     if not is_main_process():
         return
     rows = dataset.unpacked(dataset.read(config.data, "sft", "validation"))
-    titles = validation.titles(config.data, "sft")
-    asked: list[tuple[str, Any]] = []
-    for kind in dict.fromkeys(map(validation.language_of, titles)):
-        numbers = [n for n, title in enumerate(titles) if validation.language_of(title) == kind]
-        of_kind = [place for place, (n,) in enumerate(rows["sources"]) if n in numbers]
-        asked += [(kind, rows[place]) for place in of_kind[: config.samples]]
+    kinds = [validation.language_of(title) for title in validation.titles(config.data, "sft")]
+    places: dict[str, list[int]] = {kind: [] for kind in kinds}
+    for place, (number,) in enumerate(rows["sources"]):
+        places[kinds[number]].append(place)
+    asked = [
+        (kind, rows[place])
+        for kind, of_kind in places.items()
+        for place in of_kind[: config.samples]
+    ]
     if not asked:
         return
     try:

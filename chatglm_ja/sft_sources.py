@@ -9,7 +9,7 @@ article does, and those after it what was learned of each:
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,11 @@ def count(rows: Any, named: Sequence[str]) -> list[Counted]:
         numbers, lengths = (batch[name].flatten().to_numpy() for name in ("sources", "lengths"))
         examples += np.bincount(numbers, minlength=len(named))
         tokens += np.bincount(numbers, lengths, len(named)).astype(np.int64)
-    found: dict[str, Counted] = {}
-    for number in np.flatnonzero(examples).tolist():
-        title = named[number]
-        before = found.get(title, Counted(title, language_of(title), 0, 0))
-        found[title] = replace(
-            before,
-            examples=before.examples + int(examples[number]),
-            tokens=before.tokens + int(tokens[number]),
-        )
-    return list(found.values())
+    found: dict[str, np.ndarray] = {}
+    for title, *pair in zip(named, examples, tokens, strict=True):
+        if pair[0]:
+            found[title] = found.get(title, np.zeros(2, dtype=np.int64)) + pair
+    return [Counted(title, language_of(title), *pair.tolist()) for title, pair in found.items()]
 
 
 def check(rows: Any, data: Path, split: str, encoder: Any) -> None:

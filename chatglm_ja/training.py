@@ -257,10 +257,11 @@ def _read_data(config: TrainingConfig, name: str, shape: costs.Shape) -> tuple[A
     """The rows to train on and to score; raises DataError when they do not fit."""
     train_set = dataset.read(config.data, name, "train")
     validation = dataset.read(config.data, name, "validation")
+    encoder = tokenizer.load(config.model) if name == "sft" else None
     for split, rows in (("train", train_set), ("validation", validation)):
         dataset.check(rows, config.block_size, shape, config.data, name)
-        if name == "sft":
-            sft_sources.check(rows, config.data, split, tokenizer.load(config.model))
+        if encoder is not None:
+            sft_sources.check(rows, config.data, split, encoder)
     if config.evaluations and not len(validation):
         raise DataError(
             f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"

@@ -79,6 +79,15 @@ def language_losses(logs: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The validation losses of every language over the steps, from the Trainer's log."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for language, loss in language_losses(entry).items():
+            points.setdefault(language, []).append((entry["step"], loss))
+    return dict(sorted(points.items()))
+
+
 def titles(data: Path, name: str) -> list[str]:
     """The sources of a data set of step 4's folder, pretrain or sft, by number: LANGUAGE/NAME."""
     manifest = read_manifest(data)
