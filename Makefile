@@ -1,6 +1,7 @@
 # make demo     everything from an empty folder: environment, base model, steps 1 to 7
 # make test     the tests (builds the environment first)
 # make check    ruff, mypy, and the tests
+# make extras   the optional packages too: chat page, lm-evaluation-harness, serving
 # make clean    remove the results, keep the environment
 
 SHELL := bash
@@ -13,7 +14,15 @@ PYTHON3 ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: demo test check clean
+.PHONY: demo test check extras clean
+
+# Install a requirements file; shown are the downloads, and the last lines of what goes wrong.
+define install
+	@$(VENV)/bin/pip install -r $(1) 2>$(VENV)/install.log \
+	| sed -un 's/^ *Downloading \([^ ]*\).* (\(.*\))$$/  \1 (\2)/p' \
+	|| { tail -5 $(VENV)/install.log >&2; exit 1; }
+	@touch $@
+endef
 
 demo: $(VENV)/ready
 	$(PYTHON) demo/build_base_model.py
@@ -25,14 +34,16 @@ demo: $(VENV)/ready
 	$(PYTHON) step6_train_sft.py
 	$(PYTHON) step7_eval.py
 
-test: $(VENV)/ready
+test: $(VENV)/extras
 	$(PYTHON) -m pytest
 
-check: $(VENV)/ready
+check: $(VENV)/extras
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .
 	$(PYTHON) -m pytest
+
+extras: $(VENV)/extras
 
 clean:
 	rm -rf artifacts
@@ -41,7 +52,8 @@ $(VENV)/ready: requirements.txt
 	@test -n "$(PYTHON3)" || { echo "error: Python 3.11 or 3.12 not found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }
 	@echo "setting up $(VENV): a minute, or as long as the downloads below take"
 	@rm -rf $(VENV) && $(PYTHON3) -m venv $(VENV)
-	@$(VENV)/bin/pip install -r requirements.txt 2>$(VENV)/install.log \
-	| sed -un 's/^ *Downloading \([^ ]*\).* (\(.*\))$$/  \1 (\2)/p' \
-	|| { tail -5 $(VENV)/install.log >&2; exit 1; }
-	@touch $@
+	$(call install,requirements.txt)
+
+$(VENV)/extras: $(VENV)/ready requirements-extras.txt
+	@echo "setting up the optional packages"
+	$(call install,requirements-extras.txt)

@@ -87,8 +87,12 @@ if PROFILE == "demo":
     }
     EVALUATION: Settings = {
         "window": 256,
-        "max_chars": 40_000,
-        "max_new_tokens": 160,
+        "max_chars": 25_000,
+        "max_new_tokens": 128,
+        "choices": tuple(
+            Source(language, f"{DATA_DIR}/heldout_choice.jsonl.gz", where=("language", language))
+            for language in LANGUAGES
+        ),
         "conversations": tuple(
             Source(kind, f"{DATA_DIR}/heldout_sft.jsonl.gz", where=("kind", kind))
             for kind in ("ja", "zh", "en", "code")

@@ -1,24 +1,20 @@
 """Step 7: what the model gained and what it cost, from the base through every stage.
 
 Reads   <base model>/, <artifacts>/step2_tokenizer/, step3_model/, step5_pt/, step6_sft/
-Writes  <artifacts>/step7_eval/  results.json, results.md, report.html
+Writes  <artifacts>/step7_eval/  results.json, results.md, report.html, model_card.md;
+        the card also as README.md into step6_sft/
 Run     python step7_eval.py
+        python step7_eval.py --chat      talk to the latest model in the terminal
+        python step7_eval.py --web       ... on a page in the browser, or to two side by side
 """
 
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import constants
-from chatglm_ja import corpus
-from chatglm_ja.artifacts import (
-    Output,
-    open_artifact,
-    open_base_model,
-    open_file_input,
-    open_sources,
-)
+from chatglm_ja import stages
+from chatglm_ja.artifacts import Output, history, open_artifact, open_file_input, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.config import EvalConfig
 from chatglm_ja.settings import parse
@@ -30,95 +26,43 @@ RESULTS_TABLE = "results.md"
 
 def main() -> None:
     config = parse(EvalConfig, __doc__, constants.STEP7)
-    pretrained = open_artifact(config.pretrained, "step5_train_pt.py")
-    sft = open_artifact(config.sft, "step6_train_sft.py")
+    if config.chat or config.web:
+        talk(config)
+        return
+    compared = stages.of_config(config)
     inputs = [
-        *open_base_model(config.base_model),
         open_sources("held_out", config.sources),
         open_sources("held_out_conversations", config.conversations),
+        open_sources("choices", config.choices),
         open_file_input("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
-        open_artifact(config.resized, "step3_resize_model.py"),
-        pretrained,
-        sft,
+        *(opened for stage in compared for opened in stage.open()),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
     if output.is_settled(config.overwrite, config.check):
-        if (config.output_dir / RESULTS_TABLE).exists():
+        if not config.check:
             print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))
         return
 
-    from chatglm_ja import (
-        checkpoint,
-        evaluation,
-        model,
-        report,
-        segmentation,
-        tokenizer,
-        training,
-    )
+    from chatglm_ja import evaluation, model_card, report, segmentation, tokenizer, training
 
-    base_tokenizer = tokenizer.with_special_tokens(tokenizer.read_base(config.base_model))
-    before = tokenizer.processor(base_tokenizer)
+    material = evaluation.read(config)
+    evaluated = evaluation.Evaluation(config, material)
+    measured = [evaluated.of_stage(s, is_last=s is compared[-1]) for s in compared]
+    before = tokenizer.processor(compared[0].tokenizer_model())
     after = tokenizer.load(config.tokenizer)
-    prompts = evaluation.read_prompts(config.prompts)
-    texts = {
-        language: corpus.take_characters(all_texts, config.max_chars)
-        for language, all_texts in corpus.texts_by_language(config.sources).items()
-    }
-    held_out = evaluation.read_held_out(config.conversations)
-
-    def evaluate(name: str, candidate: Any, encoder: Any) -> dict[str, Any]:
-        stage = evaluation.evaluate(
-            name,
-            candidate,
-            encoder,
-            texts,
-            prompts,
-            window=config.window,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-        )
-        scores = stage["languages"].items()
-        bits = ", ".join(f"{language} {row['bits_per_char']:.3f}" for language, row in scores)
-        log.info("%s: bits per character %s", name, bits)
-        return stage
-
-    base = checkpoint.load_base(config.base_model, model.compute_dtype())
-    stages = [evaluate("base", base.to(evaluation.device()), before)]
-    del base
-    for name, folder in (
-        ("resized", config.resized),
-        ("pretrained", config.pretrained),
-        ("sft", config.sft),
-    ):
-        candidate = evaluation.load_model(folder)
-        stages.append(evaluate(name, candidate, after))
-        if folder == config.sft:
-            held_out_answers = evaluation.answer_held_out(
-                candidate, after, held_out, config.max_new_tokens
-            )
-        del candidate  # before the next one is loaded
-
-    sentence = corpus.sample_sentence(texts[next(iter(texts))])
     results = {
-        "stages": stages,
-        "held_out_answers": held_out_answers,
+        "stages": measured,
         "segmentation": {
             language: segmentation.compare(before, after, documents, "all").row()
-            for language, documents in texts.items()
+            for language, documents in material.texts.items()
         },
-        "sample": {
-            "text": sentence,
-            "before": before.encode(sentence, out_type=str),
-            "after": after.encode(sentence, out_type=str),
-        },
+        "samples": segmentation.samples(before, after, material.texts),
         "curves": {
             "Step 5, continued pretraining": training.read_history(config.pretrained),
             "Step 6, instructions": training.read_history(config.sft),
         },
-        "lineage": output.lineage,
-        "versions": sft.manifest["versions"],
+        "steps": {**history(config.sft), output.step: output.describe()},
     }
     table = report.markdown(results)
     with output.write() as folder:
@@ -126,8 +70,29 @@ def main() -> None:
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
         (folder / RESULTS_TABLE).write_text(table, encoding="utf-8")
         (folder / "report.html").write_text(report.html_page(results), encoding="utf-8")
+        card = model_card.render(results, config.base_model)
+        (folder / model_card.FILE).write_text(card, encoding="utf-8")
+    model_card.place(config.output_dir, config.sft, config.base_model)
     print(table)
     log.info("report: %s", config.output_dir / "report.html")
+
+
+def talk(config: EvalConfig) -> None:
+    """Answer in the terminal, or serve the page, until the user ends it."""
+    there = stages.finished(config)
+    chosen = stages.named(there, config.stage)
+    if config.web:
+        from chatglm_ja import web
+
+        web.check(config.port)
+        web.serve(there, chosen, config)
+        return
+    chosen.open()
+    from chatglm_ja import generation, terminal
+
+    log.info("talking to %s, %s", chosen.name, chosen.folder)
+    sampling = generation.Sampling(config.temperature, config.top_p)
+    terminal.talk(*chosen.load(), config.max_new_tokens, sampling)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
 
             def work() -> int:
                 starts = range(0, len(texts), 100)
-                batches = (fast.encode_batch(texts[start : start + 100]) for start in starts)
+                batches = (
+                    fast.encode_batch(texts[start : start + 100], add_special_tokens=False)
+                    for start in starts
+                )
                 return sum(len(encoding) for batch in batches for encoding in batch)
 
     start = time.perf_counter()

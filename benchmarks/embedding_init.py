@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import constants  # noqa: E402
-from chatglm_ja import corpus, evaluation, tokenizer  # noqa: E402
+from chatglm_ja import corpus, likelihood, stages, tokenizer  # noqa: E402
 from chatglm_ja.cli import run  # noqa: E402
 
 WAYS = [
@@ -33,10 +33,10 @@ WAYS = [
 
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
     """Bits per character of a model folder, a text for each language."""
-    model, encoder = evaluation.load_model(folder), tokenizer.load(folder)
+    model, encoder = stages.load_model(folder), tokenizer.load(folder)
     window, batch_size = constants.EVALUATION["window"], 16
     return [
-        f"{evaluation.score_texts(model, encoder, group, window, batch_size).bits_per_char:.3f}"
+        f"{likelihood.score_texts(model, encoder, group, window, batch_size).bits_per_char:.3f}"
         for group in texts.values()
     ]
 

@@ -278,13 +278,10 @@ class Output:
             finally:
                 path.unlink(missing_ok=True)
 
-    def _publish(self, working: Path) -> None:
-        files: dict[str, dict[str, Any]] = {}
-        for file in sorted(p for p in working.rglob("*") if p.is_file()):
-            files[file.relative_to(working).as_posix()] = record_file(file)
-        manifest = {
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says besides the files."""
+        return {
             "step": self.step,
-            "fingerprint": _fingerprint({name: entry["sha256"] for name, entry in files.items()}),
             "arguments": self.arguments,
             "counts": self.counts,
             "inputs": {
@@ -295,9 +292,15 @@ class Output:
                 for source in self.inputs
             },
             "lineage": dict(self.lineage),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "files": files,
+            "versions": versions(),
         }
+
+    def _publish(self, working: Path) -> None:
+        files: dict[str, dict[str, Any]] = {}
+        for file in sorted(p for p in working.rglob("*") if p.is_file()):
+            files[file.relative_to(working).as_posix()] = record_file(file)
+        fingerprint = _fingerprint({name: entry["sha256"] for name, entry in files.items()})
+        manifest = {**self.describe(), "fingerprint": fingerprint, "files": files}
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (working / MANIFEST).write_text(text + "\n", encoding="utf-8")
         sync(working / MANIFEST)
@@ -337,6 +340,23 @@ def merge_lineage(inputs: list[Input]) -> dict[str, str]:
                 f"steps after {role} again with --overwrite"
             )
     return {role: fingerprint for role, (_, fingerprint) in merged.items()}
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that results depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def history(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifests of an artifact folder and of all that it was made from, by step, in order."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return {}
+    manifests: dict[str, dict[str, Any]] = {}
+    for entry in manifest["inputs"].values():
+        if entry["path"] is not None:
+            manifests |= history(Path(os.path.normpath(path / entry["path"])))
+    return dict(sorted((manifests | {manifest["step"]: manifest}).items()))
 
 
 def short(fingerprint: str | None) -> str:

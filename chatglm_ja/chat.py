@@ -15,6 +15,7 @@ from typing import Any
 from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import EOS_ID, SPECIAL_TOKENS, STOP_TOKENS
 
+PREFIX = ("[gMASK]", "sop")  # what every ChatGLM3 input starts with
 ROLES = ("system", "user", "assistant", "observation")
 IGNORE = -100  # the label of a token that is not trained
 
@@ -52,8 +53,8 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
-    """[gMASK] sop: what every ChatGLM3 input starts with."""
-    return [special_id(tokenizer, "[gMASK]"), special_id(tokenizer, "sop")]
+    """The ids of PREFIX."""
+    return [special_id(tokenizer, token) for token in PREFIX]
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

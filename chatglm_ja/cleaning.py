@@ -138,3 +138,4 @@ def _is_english(counts: np.ndarray) -> np.ndarray:
 
 
 _RULES = {"ja": _is_japanese, "zh": _is_chinese, "en": _is_english}
+LANGUAGES = tuple(_RULES)  # those that can be told by their letters

@@ -1,201 +1,174 @@
-"""Measures that do not depend on the vocabulary, and answers: how they are, and to look at.
+"""What every stage of the model is measured on, and the measures of one.
 
-Bits per character compares models with different tokenizers: the sum of the cross entropies of
-a text's tokens, in bits, over the number of its characters. What it costs to say where the text
-ends is not counted.
+languages      bits per character and byte, tokens per character, characters per second
+kept           against the base, over the base's ids: do the logits differ, how far did the
+               distribution of the next token move
+answers        to the questions of the prompts file, greedy and sampled; and how they are
+choices        multiple choice, by language
+held_out       how held-out questions are answered, by kind: of the last stage only
+harness        tasks of lm-evaluation-harness
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from tqdm.auto import tqdm
 
-from chatglm_ja import chat, cleaning, conversations, generation
-from chatglm_ja.checkpoint import load_glm
-from chatglm_ja.errors import DataError
-from chatglm_ja.model import compute_dtype, token_losses_sum
-from chatglm_ja.sources import Source
-from chatglm_ja.tokenizer import UNK_ID
+from chatglm_ja import answers, chat, corpus, generation, likelihood, multiple_choice
+from chatglm_ja.config import EvalConfig
+from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.harness import Tasks
+from chatglm_ja.stages import Stage
+
+log = logging.getLogger(__name__)
+
+# The beginnings of texts whose logits are compared with the base's, which are kept meanwhile.
+COMPARED_TEXTS = 2
+COMPARED_TOKENS = 128
+
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a model made of some texts."""
+class Material:
+    """What the stages are measured on."""
 
-    characters: int
-    tokens: int
-    nats: float
-
-    @property
-    def bits_per_char(self) -> float:
-        return self.nats / math.log(2) / self.characters
-
-    @property
-    def tokens_per_char(self) -> float:
-        return self.tokens / self.characters
+    texts: Mapping[str, Sequence[str]]
+    questions: Sequence[tuple[str, str]]  # (language or code, question)
+    conversations: Mapping[str, Sequence[answers.Talk]]
+    choices: Mapping[str, Sequence[multiple_choice.Question]]
 
 
-Window = tuple[list[int], int]  # input_ids, how many at their start are context only
-
-
-def windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]:
-    """Cut a text into windows of at most `size` tokens, in which every token is scored once.
-
-    The first `context` ids (the prefix) are not scored. Later windows repeat half a window of
-    tokens as context.
-    """
-    start, scored = 0, context
-    while scored < len(ids):
-        end = min(start + size, len(ids))
-        yield list(ids[start:end]), scored - start
-        start, scored = end - size // 2, end
-
-
-@torch.inference_mode()
-def score_texts(
-    model: Any, encoder: Any, texts: Iterable[str], window: int, batch_size: int
-) -> Score:
-    """Score texts with a GlmForCausalLM and the sentencepiece processor of its tokenizer."""
-    prefix = chat.prefix_ids(encoder)
-    characters = tokens = 0
-    cuts: list[Window] = []
-    for text in texts:
-        ids = encoder.encode(text)
-        characters += len(text)
-        tokens += len(ids)
-        cuts += windows([*prefix, *ids], len(prefix), window)
-    if not characters:
-        raise DataError("there is no text to score: the held-out file is empty")
-    # Windows of like length together: little padding. Padding comes after the text, where a
-    # causal model's predictions cannot see it.
-    cuts.sort(key=lambda cut: len(cut[0]))
-    nats = 0.0
-    for batch in tqdm(_batched(cuts, batch_size), desc="scoring", leave=False):
-        longest = len(batch[-1][0])
-        input_ids = torch.full((len(batch), longest), UNK_ID)
-        labels = torch.full((len(batch), longest), chat.IGNORE)
-        for row, (ids, context) in enumerate(batch):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, context : len(ids)] = torch.tensor(ids[context:])
-        hidden = model.model(input_ids=input_ids.to(model.device), use_cache=False)
-        nats += token_losses_sum(
-            hidden.last_hidden_state, model.lm_head.weight, labels.to(model.device)
-        ).item()
-    return Score(characters, tokens, nats)
-
-
-def _batched(items: Sequence[Window], size: int) -> list[Sequence[Window]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def evaluate(
-    name: str,
-    model: Any,
-    encoder: Any,
-    texts: Mapping[str, Sequence[str]],
-    prompts: Mapping[str, Sequence[str]],
-    *,
-    window: int,
-    batch_size: int,
-    max_new_tokens: int,
-) -> dict[str, Any]:
-    """One stage of the report: the scores of every language and greedy answers to all questions."""
-    languages = {}
-    for language, documents in texts.items():
-        score = score_texts(model, encoder, documents, window, batch_size)
-        languages[language] = {
-            **dataclasses.asdict(score),
-            "bits_per_char": score.bits_per_char,
-            "tokens_per_char": score.tokens_per_char,
-        }
-    asked = [(language, question) for language in prompts for question in prompts[language]]
-    given = generation.answer(
-        model,
-        encoder,
-        [
-            chat.build_prompt_ids(encoder, [{"role": "user", "content": question}])
-            for _, question in asked
-        ],
-        max_new_tokens,
-        title=f"{name}: answers",
+def read(config: EvalConfig) -> Material:
+    """Read all of it, before any model is loaded. DataError for what is empty or bad."""
+    texts = {
+        language: corpus.take_characters(all_texts, config.max_chars)
+        for language, all_texts in corpus.texts_by_language(config.sources).items()
+    }
+    for language, of_language in texts.items():
+        if not any(of_language):
+            raise DataError(f"--sources hold no {language} text: there is nothing to score")
+    prompts = answers.read_prompts(config.prompts, list(texts))
+    return Material(
+        texts,
+        [(language, question) for language in prompts for question in prompts[language]],
+        answers.read_held_out(config.conversations),
+        multiple_choice.read(config.choices),
     )
-    answers = [
-        {"language": language, "question": question, **dataclasses.asdict(answer)}
-        for (language, question), answer in zip(asked, given, strict=True)
-    ]
-    return {"name": name, "languages": languages, "answers": answers}
 
 
-def answer_held_out(
-    model: Any,
-    encoder: Any,
-    held_out: Mapping[str, Sequence[Sequence[chat.Message]]],
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
-    """How the last questions of conversations are answered, by kind, greedy and sampled: the
-    shares of answers in the language that the kind is, None where that cannot be told (of code),
-    and of those that ended by themselves."""
-    rows = []
-    for kind, talks in held_out.items():
-        prompts = [chat.build_prompt_ids(encoder, talk[:-1]) for talk in talks]
-        for way in ("greedy", "sampled"):
-            answers = generation.answer(
-                model, encoder, prompts, max_new_tokens, sampled=way == "sampled",
-                title=f"{kind}, {way}",
-            )  # fmt: skip
-            fits = cleaning.in_language([answer.text for answer in answers], kind)
-            rows.append(
-                {
-                    "kind": kind,
-                    "way": way,
-                    "questions": len(answers),
-                    "in_language": None if fits is None else sum(fits) / len(fits),
-                    "ended": sum(answer.stopped for answer in answers) / len(answers),
-                }
+class Evaluation:
+    """Measures the stages one after the other, the base first: the others are compared with it."""
+
+    def __init__(self, config: EvalConfig, material: Material) -> None:
+        self.config = config
+        self.material = material
+        self.sampling = generation.Sampling(config.temperature, config.top_p)
+        self.tasks = Tasks(config.harness_tasks, config.harness_folder, config.harness_limit)
+        self.task_manager = self.tasks.open() if config.harness_tasks else None
+        self._ids: dict[str, list[list[int]]] = {}  # of the base, of the texts that are compared
+        self._base_logits: dict[str, list[torch.Tensor]] = {}
+
+    def of_stage(self, stage: Stage, *, is_last: bool) -> Results:
+        """The measures of a stage."""
+        config, material = self.config, self.material
+        model, encoder = stage.load()
+        if config.window > model.config.max_position_embeddings:
+            raise ConfigError(
+                f"--window {config.window} is more than the {model.config.max_position_embeddings} "
+                f"positions of {stage.folder}"
             )
-    return rows
+        kinds = [kind for kind, _ in material.questions]
+        talks: list[answers.Talk] = [
+            [{"role": "user", "content": question}] for _, question in material.questions
+        ]
+        held_out = material.conversations if is_last else {}
+        held_out_kinds = [kind for kind, of_kind in held_out.items() for _ in of_kind]
+        talks += [talk[:-1] for of_kind in held_out.values() for talk in of_kind]
+        speed = generation.tokens_per_second(model, encoder, chat.build_prompt_ids(encoder, []))
+        languages = self._languages(model, encoder, speed)
+        log.info(
+            "%s: bits per character %s",
+            stage.name,
+            ", ".join(f"{name} {row['bits_per_char']:.3f}" for name, row in languages.items()),
+        )
+        given = answers.ask(
+            model,
+            encoder,
+            [chat.build_prompt_ids(encoder, talk) for talk in talks],
+            config.max_new_tokens,
+            self.sampling,
+            title=f"{stage.name}: answers",
+        )
+        own = {way: of_way[: len(kinds)] for way, of_way in given.items()}
+        rest = {way: of_way[len(kinds) :] for way, of_way in given.items()}
+        return {
+            "name": stage.name,
+            "languages": languages,
+            "kept": self._kept(model, encoder),
+            "answers": answers.by_question(material.questions, own),
+            "answering": {way: answers.measure(of_way, kinds) for way, of_way in own.items()},
+            "held_out": answers.by_kind(held_out_kinds, rest),
+            "choices": multiple_choice.evaluate(
+                model, encoder, material.choices, config.window, config.batch_size
+            ),
+            "harness": self._harness(stage, model),
+        }
 
+    def _languages(self, model: Any, encoder: Any, speed: float) -> Results:
+        rows = {}
+        for language, texts in self.material.texts.items():
+            score = likelihood.score_texts(
+                model, encoder, texts, self.config.window, self.config.batch_size
+            )
+            rows[language] = {
+                **dataclasses.asdict(score),
+                "bits_per_char": score.bits_per_char,
+                "bits_per_byte": score.bits_per_byte,
+                "tokens_per_char": score.tokens_per_char,
+                "chars_per_second": speed / score.tokens_per_char,
+            }
+        return rows
 
-def read_held_out(sources: Iterable[Source]) -> dict[str, list[list[conversations.Message]]]:
-    """The conversations of every kind. DataError for a source without any, or with a bad one."""
-    held_out: dict[str, list[list[conversations.Message]]] = {}
-    for source in sources:
-        found = list(conversations.read_conversations(source))
-        if not found:
-            raise DataError(f"source {source.title} holds no conversation that ends with an answer")
-        held_out.setdefault(source.language, []).extend(found)
-    return held_out
+    def _kept(self, model: Any, encoder: Any) -> Results:
+        """How far the logits are from the base's on the same ids; empty for the base itself."""
+        if not self._ids:
+            prefix = chat.prefix_ids(encoder)
+            self._ids = {
+                language: [
+                    [*prefix, *encoder.encode(text)[:COMPARED_TOKENS]]
+                    for text in texts[:COMPARED_TEXTS]
+                ]
+                for language, texts in self.material.texts.items()
+            }
+            rows = encoder.get_piece_size()
+            self._base_logits = {
+                language: likelihood.logits(model, ids, rows) for language, ids in self._ids.items()
+            }
+            return {}
+        kept = {}
+        for language, base_logits in self._base_logits.items():
+            rows = base_logits[0].shape[1]
+            old = torch.cat(base_logits).float()
+            new = torch.cat(likelihood.logits(model, self._ids[language], rows)).float()
+            moved = likelihood.divergence(old, new)
+            kept[language] = {
+                "tokens": len(old),
+                "largest_difference": (old - new).abs().max().item(),
+                "divergence_bits": moved.mean().item(),
+            }
+        return kept
 
-
-def read_prompts(path: Path) -> dict[str, list[str]]:
-    """A YAML file that maps a language to a list of questions."""
-    try:
-        prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} not found: expected a YAML file of questions") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(prompts, dict) or not prompts:
-        raise DataError(f"{path} must map languages to lists of questions, as `ja: [...]`")
-    for language, questions in prompts.items():
-        if not isinstance(questions, list) or not all(isinstance(q, str) for q in questions):
-            raise DataError(f"{path}: {language} must be a list of questions")
-    return prompts
-
-
-def load_model(folder: Path) -> Any:
-    """A model folder of steps 3, 5 or 6, for evaluation."""
-    from transformers import GlmForCausalLM
-
-    model: Any = load_glm(folder, GlmForCausalLM, compute_dtype())
-    return model.to(device()).eval()
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    def _harness(self, stage: Stage, model: Any) -> list[dict[str, Any]]:
+        if self.task_manager is None:
+            return []
+        return self.tasks.run(
+            self.task_manager,
+            model,
+            stage.auto_tokenizer(),
+            self.config.window,
+            self.config.batch_size,
+        )

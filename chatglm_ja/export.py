@@ -7,6 +7,10 @@
 Where the two differ is in a text that spells a special token. sentencepiece always reads it as
 text. In the transformers world it becomes the token unless `split_special_tokens=True` is passed;
 the chat template therefore breaks such a spelling inside a message with a space.
+
+As ChatGLM3's own tokenizer does, the transformers one puts [gMASK] sop before a text, unless
+`add_special_tokens=False` is passed; so tools that know nothing of ChatGLM3 show the model a text
+as it was trained to see one.
 """
 
 import json
@@ -15,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chat import ROLES
+from chatglm_ja.chat import PREFIX, ROLES
 from chatglm_ja.tokenizer import MODEL_FILE, SPACE, SPECIAL_TOKENS
 
 FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
@@ -62,24 +66,34 @@ CHAT_TEMPLATE = (
 )
 
 
+# What transformers' tokenizer is told besides tokenizer.json.
+SETTINGS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+    "additional_special_tokens": list(SPECIAL_TOKENS),
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+    "chat_template": CHAT_TEMPLATE,
+}
+
+
 def save(proto: Any, folder: Path) -> None:
     """Write a merged model (ModelProto) as the three files."""
     (folder / MODEL_FILE).write_bytes(proto.SerializeToString())
     fast_tokenizer(proto).save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<unk>",
-        "additional_special_tokens": list(SPECIAL_TOKENS),
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "chat_template": CHAT_TEMPLATE,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **SETTINGS}
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def transformers_tokenizer(proto: Any) -> Any:
+    """The same in memory: what AutoTokenizer loads from the files of `save`."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=fast_tokenizer(proto), **SETTINGS)
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str] = FILES) -> None:
@@ -94,7 +108,8 @@ def line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:
     tokenizer.encode_special_tokens = True
 
     def encode(lines: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(lines)]
+        encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     return encode
 
@@ -105,7 +120,7 @@ def fast_tokenizer(proto: Any) -> Any:
     sentencepiece merges any adjacent pair whose concatenation is a piece, best score first. The
     merge list therefore holds every split of every piece into two pieces, ordered by score.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     mergeable = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
@@ -141,5 +156,9 @@ def fast_tokenizer(proto: Any) -> Any:
             AddedToken(name, normalized=False, single_word=name in WORD_TOKENS)
             for name in ("<unk>", "<s>", "</s>", *SPECIAL_TOKENS)
         ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{' '.join(PREFIX)} $A",
+        special_tokens=[(token, vocab[token]) for token in PREFIX],
     )
     return tokenizer

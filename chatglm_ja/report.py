@@ -1,56 +1,143 @@
-"""Step 7's results as a table for the terminal and as one self-contained HTML page.
+"""Step 7's results as tables for the terminal and as one self-contained HTML page.
 
 results = {
-    "stages": [{"name", "languages": {language: {"bits_per_char", "tokens_per_char", ...}},
-                "answers": [{"language", "question", "text", "tokens", "stopped"}]}],
-    "held_out_answers": [{"kind", "way", "questions", "in_language", "ended"}],
+    "stages": [what evaluation.Evaluation.of_stage returns],
     "segmentation": {language: Segmentation.row()},
-    "sample": {"text", "before": [piece], "after": [piece]},
+    "samples": segmentation.samples(...),
     "curves": {name: history of the Trainer},
-    "lineage": {role: fingerprint}, "versions": {package: version},
+    "steps": {step: its manifest},
 }
 """
 
 import html
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from chatglm_ja import page, segmentation
+from chatglm_ja.answers import WAYS
 from chatglm_ja.validation import curves
 
 Results = Mapping[str, Any]
+Table = tuple[list[str], list[list[str]]]  # head and rows
 
-HELD_OUT = "Answers of the fine-tuned model to held-out questions"
+CHOICE_WAYS = {
+    "acc": "likeliest",
+    "acc_norm": "per character",
+    "acc_gain": "most by the question",
+}
 
 
-def stage_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: bits and tokens per character of every stage and language."""
+def stage_table(results: Results) -> Table:
+    """Bits per character of every stage and language, with the change against the base."""
+    return _by_language(results, "bits_per_char", "bits/char", change=True)
+
+
+def byte_table(results: Results) -> Table:
+    """The same per byte."""
+    return _by_language(results, "bits_per_byte", "bits/byte", change=True)
+
+
+def speed_table(results: Results) -> Table:
+    """Tokens per character, and characters per second of one answer alone."""
+    head, rows = _by_language(results, "tokens_per_char", "tokens/char")
+    more_head, more = _by_language(results, "chars_per_second", "chars/s", digits=0)
+    return [*head, *more_head[1:]], [[*a, *b[1:]] for a, b in zip(rows, more, strict=True)]
+
+
+def _by_language(
+    results: Results, key: str, unit: str, *, digits: int = 3, change: bool = False
+) -> Table:
     stages = results["stages"]
     languages = list(stages[0]["languages"])
-    head = ["stage", *(f"{language} bits/char" for language in languages)]
-    head += [f"{language} tokens/char" for language in languages]
     rows = []
     for stage in stages:
-        scores = [stage["languages"][language] for language in languages]
         row = [stage["name"]]
-        for language, score in zip(languages, scores, strict=True):
-            base = stages[0]["languages"][language]["bits_per_char"]
-            change = 100 * (score["bits_per_char"] / base - 1)
-            suffix = "" if stage is stages[0] else f" ({change:+.1f}%)"
-            row.append(f"{score['bits_per_char']:.3f}{suffix}")
-        rows.append([*row, *(f"{score['tokens_per_char']:.3f}" for score in scores)])
-    return head, rows
+        for language in languages:
+            value, base = (s["languages"][language][key] for s in (stage, stages[0]))
+            suffix = f" ({100 * (value / base - 1):+.1f}%)" if change and stage != stages[0] else ""
+            row.append(f"{value:,.{digits}f}{suffix}")
+        rows.append(row)
+    return ["stage", *(f"{language} {unit}" for language in languages)], rows
 
 
-def held_out_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: how the fine-tuned model answers the held-out questions of each kind."""
-    head = ["kind", "way", "questions", "in the language", "ended by itself"]
+def kept_table(results: Results) -> Table:
+    """How far each stage is from the base on the ids that both have."""
     rows = []
-    for row in results["held_out_answers"]:
-        language = "" if row["in_language"] is None else f"{row['in_language']:.0%}"
-        ended = f"{row['ended']:.0%}"
-        rows.append([row["kind"], row["way"], str(row["questions"]), language, ended])
-    return head, rows
+    for stage in results["stages"]:
+        for language, row in stage["kept"].items():
+            worst = row["largest_difference"]
+            rows.append(
+                [
+                    stage["name"],
+                    language,
+                    f"{row['tokens']:,}",
+                    "identical" if worst == 0 else f"{worst:.3g}",
+                    f"{row['divergence_bits']:.3f}",
+                ]
+            )
+    return ["stage", "language", "tokens", "largest difference of logits", "divergence, bits"], rows
+
+
+def answering_table(results: Results) -> Table:
+    """How every stage answers the questions, greedy and sampled."""
+    rows = [
+        [stage["name"], way, *_measures(stage["answering"][way])]
+        for stage in results["stages"]
+        for way in WAYS
+    ]
+    return ["stage", "way", *MEASURES], rows
+
+
+def held_out_table(results: Results) -> Table:
+    """How the last stage answers the held-out questions of each kind."""
+    rows = [[row["kind"], row["way"], *_measures(row)] for row in results["stages"][-1]["held_out"]]
+    return ["kind", "way", *MEASURES], rows
+
+
+MEASURES = (
+    "questions", "in the language", "ended by itself", "repeated 4-grams", "longest loop"
+)  # fmt: skip
+
+
+def _measures(row: Mapping[str, Any]) -> list[str]:
+    return [
+        str(row["questions"]),
+        "" if row["in_language"] is None else f"{row['in_language']:.0%}",
+        f"{row['ended']:.0%}",
+        f"{row['repeated']:.0%}",
+        str(row["longest_loop"]),
+    ]
+
+
+def choice_table(results: Results) -> Table:
+    """Multiple choice: the share of right answers, in three ways to compare the choices."""
+    rows = [
+        [
+            stage["name"],
+            language,
+            str(row["questions"]),
+            f"{row['chance']:.0%}",
+            *(f"{row[way]:.0%}" for way in CHOICE_WAYS),
+        ]
+        for stage in results["stages"]
+        for language, row in stage["choices"].items()
+    ]
+    return ["stage", "language", "questions", "chance", *CHOICE_WAYS.values()], rows
+
+
+def harness_table(results: Results) -> Table:
+    """lm-evaluation-harness: a task and metric in a row, with its standard error."""
+    stages = results["stages"]
+    rows = []
+    for index, first in enumerate(stages[0]["harness"]):
+        row = [first["task"], first["metric"]]
+        for stage in stages:
+            measured = stage["harness"][index]
+            error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.3f}"
+            row.append(f"{measured['value']:.3f}{error}")
+        rows.append(row)
+    return ["task", "metric", *(stage["name"] for stage in stages)], rows
 
 
 def learning(results: Results) -> str:
@@ -63,95 +150,142 @@ def learning(results: Results) -> str:
     return "Continued pretraining, bits per character: " + ", ".join(changes)
 
 
+def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
+    """Title, explanation and table of everything that was measured."""
+    yield (
+        "Bits per character",
+        "Held-out text: lower is better, and comparable between vocabularies. In brackets: the "
+        "change against the base.",
+        stage_table(results),
+    )
+    yield "Bits per byte", "The same text, over its bytes in UTF-8.", byte_table(results)
+    yield (
+        "Tokens and speed",
+        "Characters per second: of one answer alone, its tokens per second over the tokens per "
+        "character of the held-out text.",
+        speed_table(results),
+    )
+    yield (
+        "Segmentation",
+        "Held-out lines that the merged tokenizer cuts as the base does.",
+        segmentation.table(results["segmentation"]),
+    )
+    yield (
+        "Distance from the base",
+        "The beginnings of held-out texts as the base's ids, read by the base and by each stage: "
+        "the logits of the base's ids, and the divergence of the next token's distribution (KL).",
+        kept_table(results),
+    )
+    yield (
+        "Answers",
+        "To the questions below. Repeated 4-grams: the share of four words in a row (of Japanese "
+        "and Chinese, four characters) that the answer had already, mean over the answers. Longest "
+        "loop: the most words in a stretch that says the same three times or more in a row.",
+        answering_table(results),
+    )
+    if results["stages"][-1]["held_out"]:
+        yield (
+            "Answers to held-out questions",
+            "Of the fine-tuned model, by the kind of the question.",
+            held_out_table(results),
+        )
+    if results["stages"][0]["choices"]:
+        yield (
+            "Multiple choice",
+            "The share of questions whose right choice is the likeliest, the likeliest per "
+            "character, or the one that the question makes likelier by most.",
+            choice_table(results),
+        )
+    if results["stages"][0]["harness"]:
+        yield "lm-evaluation-harness", "With standard errors.", harness_table(results)
+
+
 def markdown(results: Results) -> str:
     """The tables, aligned so that they read well in a terminal too."""
-    return "\n".join(
-        [
-            "Bits per character (change against the base) and tokens per character, held-out text",
-            "",
-            *_markdown_table(*stage_table(results)),
-            "",
-            learning(results),
-            "",
-            "Lines that the merged tokenizer segments as the base does, held-out text",
-            "",
-            *_markdown_table(*segmentation.table(results["segmentation"])),
-            "",
-            *_held_out_lines(results),
-        ]
-    )
+    lines = [learning(results), ""]
+    for title, explanation, (head, rows) in sections(results):
+        lines += [f"{title}. {explanation}", "", *markdown_table(head, rows), ""]
+    return "\n".join(lines)
 
 
-def _held_out_lines(results: Results) -> list[str]:
-    if not results["held_out_answers"]:
-        return []
-    return [HELD_OUT, "", *_markdown_table(*held_out_table(results)), ""]
-
-
-def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table: its first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * (widths[0]), *("-" * (width - 1) + ":" for width in widths[1:])], *rows]
+    rule = ["-" * (widths[0]), *("-" * (width - 1) + ":" for width in widths[1:])]
     return [
         "| " + " | ".join(
             cell.ljust(width) if index == 0 else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ) + " |"
-        for line in lines
+        for line in [head, rule, *rows]
     ]  # fmt: skip
 
 
 def html_page(results: Results) -> str:
     """The whole report as one HTML document."""
-    sample = results["sample"]
-    sections = [
+    parts = [
         "<h1>ChatGLM3 learns Japanese: what it gained, what it cost</h1>",
-        "<h2>Stages</h2>",
-        "<p>Bits per character on held-out text: lower is better, and comparable between "
-        "vocabularies. In brackets: the change against the base model.</p>",
-        page.table(*stage_table(results)),
         f"<p>{html.escape(learning(results))}</p>",
-        "<h2>Vocabulary</h2>",
-        page.table(*segmentation.table(results["segmentation"])),
-        f"<p>{html.escape(sample['text'])}</p>",
-        f"<p>Before: {len(sample['before'])} tokens</p>",
-        page.pieces(sample["before"]),
-        f"<p>After: {len(sample['after'])} tokens</p>",
-        page.pieces(sample["after"]),
+    ]
+    for title, explanation, table in sections(results):
+        parts += [f"<h2>{title}</h2>", f"<p>{html.escape(explanation)}</p>", page.table(*table)]
+        if title == "Segmentation":
+            parts += map(_sample, results["samples"])
+    parts += [
         "<h2>Loss</h2>",
         *(_curve(name, log) for name, log in results["curves"].items()),
-        "<h2>Answers</h2>",
-        *(
-            [f"<p>{HELD_OUT}</p>", page.table(*held_out_table(results))]
-            if results["held_out_answers"]
-            else []
-        ),
-        "<p>Greedy. <small>■ ended by itself, … ran into the limit</small></p>",
+        "<h2>The answers</h2>",
+        "<p><small>■ ended by itself, … ran into the limit</small></p>",
         *_answers(results["stages"]),
-        "<h2>Made from</h2>",
-        page.table(["input", "fingerprint"], [[k, v[:12]] for k, v in results["lineage"].items()]),
-        "<p><small>"
-        + html.escape(", ".join(f"{name} {v}" for name, v in results["versions"].items()))
-        + "</small></p>",
+        "<h2>How it was made</h2>",
+        *_steps(results["steps"]),
     ]
-    return page.document("ChatGLM3 Japanese: report", sections)
+    return page.document("ChatGLM3 Japanese: report", parts)
 
 
-def _answers(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    blocks = []
+def _sample(sample: Mapping[str, Any]) -> str:
+    before, after, new = sample["before"], sample["after"], sample["new"]
+    text = f'<p class="example">{html.escape(sample["text"])}</p>'
+    if before == after:
+        return f"{text}<p>Before and after: {len(after)} tokens</p>{page.pieces(after)}"
+    return (
+        f"{text}<p>Before: {len(before)} tokens</p>{page.pieces(before)}"
+        f"<p>After: {len(after)} tokens, {sum(new)} of them new pieces</p>{page.pieces(after, new)}"
+    )
+
+
+def _answers(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Every question, and below it the answers of all stages side by side."""
     for index, asked in enumerate(stages[0]["answers"]):
         cells = []
         for stage in stages:
-            given = stage["answers"][index]
-            end = "■" if given["stopped"] else "…"
-            cells.append(
-                f"<div><small>{html.escape(stage['name'])}</small>"
-                f"<p>{html.escape(given['text'])} {end}</p></div>"
-            )
+            cell = [f"<strong>{html.escape(stage['name'])}</strong>"]
+            for way in WAYS:
+                given = stage["answers"][index][way]
+                end = "■" if given["stopped"] else "…"
+                cell.append(f"<small>{way} {end}</small><p>{html.escape(given['text'])}</p>")
+            cells.append(f"<div>{''.join(cell)}</div>")
         question = html.escape(f"{asked['language']}: {asked['question']}")
-        blocks.append(
-            f'<p class="question">{question}</p><div class="answers">{"".join(cells)}</div>'
-        )
-    return blocks
+        yield f'<p class="question">{question}</p><div class="answers">{"".join(cells)}</div>'
+
+
+def _steps(steps: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of every step, to be opened; then hashes and versions."""
+    for step, manifest in steps.items():
+        rows = [
+            [name, json.dumps(value, ensure_ascii=False)]
+            for name, value in manifest["arguments"].items()
+        ]
+        if "fingerprint" in manifest:  # step 7 has none before it is published
+            rows.append(["fingerprint of the result", manifest["fingerprint"]])
+        yield f"<details><summary>{html.escape(step)}</summary>"
+        yield page.table(["setting", "value"], rows) + "</details>"
+    last = list(steps.values())[-1]
+    yield "<details><summary>SHA-256 of everything that was read</summary>"
+    yield page.table(["input", "fingerprint"], [list(e) for e in last["lineage"].items()])
+    yield "</details>"
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    yield f"<p><small>{html.escape(versions)}</small></p>"
 
 
 def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:

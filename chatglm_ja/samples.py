@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from chatglm_ja import chat, dataset, evaluation, generation, tokenizer, validation
+from chatglm_ja import answers, chat, dataset, generation, stages, tokenizer, validation
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.config import SftConfig
 
@@ -55,20 +55,22 @@ def _answered(config: SftConfig, asked: Sequence[tuple[str, Any]]) -> list[Sampl
     encoder = tokenizer.load(config.output_dir)
     splits = [_split(row["labels"]) for _, row in asked]
     prompts = [row["input_ids"][:start] for (_, row), (start, _) in zip(asked, splits, strict=True)]
-    model = evaluation.load_model(config.output_dir)
-    answers = {
-        name: generation.answer(
-            model, encoder, prompts, config.max_new_tokens, sampled=name == "sampled",
-            seed=config.seed, title=f"{name} answers",
-        )
-        for name in ("greedy", "sampled")
-    }  # fmt: skip
+    model = stages.load_model(config.output_dir)
+    given = answers.ask(
+        model,
+        encoder,
+        prompts,
+        config.max_new_tokens,
+        generation.Sampling(),
+        "answers",
+        config.seed,
+    )
     return [
         {
             "kind": kind,
             "question": _text(encoder, row["input_ids"][:start]),
             "expected": _text(encoder, row["input_ids"][start:end]),
-            **{name: dataclasses.asdict(of_way[index]) for name, of_way in answers.items()},
+            **{name: dataclasses.asdict(of_way[index]) for name, of_way in given.items()},
         }
         for index, ((kind, row), (start, end)) in enumerate(zip(asked, splits, strict=True))
     ]
@@ -80,12 +82,12 @@ def describe(samples: Sequence[Sample]) -> str:
     for sample in samples:
         lines.append(f"{sample['kind']:<4}  {_line(sample['question'])}")
         lines.append(f"      expected  {_line(sample['expected'])}")
-        for name in ("greedy", "sampled"):
+        for name in answers.WAYS:
             end = "■" if sample[name]["stopped"] else "…"
             lines.append(f"      {name:<8}  {_line(sample[name]['text'])} {end}")
     ended = ", ".join(
         f"{sum(sample[name]['stopped'] for sample in samples)} of {len(samples)} {name}"
-        for name in ("greedy", "sampled")
+        for name in answers.WAYS
     )
     return "\n".join([*lines, f"ended by themselves: {ended}"])
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from chatglm_ja import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import admits
 
@@ -80,6 +81,24 @@ def compare(
             pairs = zip(lines, encoded, rust(lines), strict=True)
             result.rust_differs += [line for line, ids, other in pairs if ids != other]
     return result
+
+
+def samples(before: Any, after: Any, texts: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """A sentence of every language as both cut it; `new` tells which pieces after are new ones."""
+    first_new_id = before.get_piece_size()
+    shown = []
+    for language, documents in texts.items():
+        text = corpus.sample_sentence(documents)
+        shown.append(
+            {
+                "language": language,
+                "text": text,
+                "before": before.encode(text, out_type=str),
+                "after": after.encode(text, out_type=str),
+                "new": [index >= first_new_id for index in after.encode(text)],
+            }
+        )
+    return shown
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:

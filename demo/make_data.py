@@ -10,7 +10,9 @@ What it does, per page:
     language, to the held-out files, which no step trains on, without the sentences that also
     stand on a training page (help pages repeat each other);
   * builds single-turn conversations of four kinds: `ja`, `zh`, `en` (explain a title, translate
-    a passage, by the language of the answer) and `code` (a Basic example from the page).
+    a passage, by the language of the answer) and `code` (a Basic example from the page);
+  * builds multiple-choice questions from held-out pages: which of four lines, three of them from
+    other pages, comes next?
 
     python demo/make_data.py --help-corpus DIR
 """
@@ -33,6 +35,9 @@ HELD_OUT_PERCENT = 5
 # The article's SFT mix, 52 : 22 : 9 : 17, of 1,800 conversations.
 CONVERSATIONS = {"ja": 936, "zh": 396, "en": 162, "code": 306}
 HELD_OUT_CONVERSATIONS = 25  # of each kind, or as many as there are
+CHOICES = 4
+CHOICE_QUESTIONS = 25  # in each language, at most two of a page
+CONTEXT_CHARS = 200
 PASSAGE_CHARS = {"ja": (12, 90), "zh": (10, 70), "en": (25, 200)}
 ANSWER_CHARS = {"ja": 160, "zh": 120, "en": 300, "code": 400}
 
@@ -158,6 +163,42 @@ def code_examples(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, obj
                 break
 
 
+def next_lines(pages: Sequence[Page], language: str) -> list[dict[str, object]]:
+    """Questions which of four lines comes next; the wrong ones follow in other held-out pages."""
+    low, high = PASSAGE_CHARS[language]
+    found: list[tuple[str, str, str]] = []
+    for page in pages:
+        lines = page["text"].split("\n")
+        ends = [
+            number
+            for number, line in enumerate(lines)
+            if number
+            and low <= len(line) <= high
+            and line[-1] in "。.：:"
+            and line not in lines[:number]
+        ]
+        for number in ends[:: max(1, len(ends) // 2)][:2]:
+            context = "\n".join(lines[:number])[-CONTEXT_CHARS:] + "\n"
+            found.append((page["id"], context, lines[number]))
+    random.Random(language).shuffle(found)
+    questions: list[dict[str, object]] = []
+    for page_id, context, answer in found[:CHOICE_QUESTIONS]:
+        draw = random.Random(f"{page_id} {answer}")
+        others = sorted({line for key, _, line in found if key != page_id} - {answer})
+        choices = [answer, *draw.sample(others, CHOICES - 1)]
+        draw.shuffle(choices)
+        questions.append(
+            {
+                "id": page_id,
+                "language": language,
+                "question": context,
+                "choices": choices,
+                "answer": choices.index(answer),
+            }
+        )
+    return questions
+
+
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     # mtime=0: the same records give the same bytes.
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as out:
@@ -174,6 +215,7 @@ def main() -> None:
     random.Random(0).shuffle(pages)
     OUTPUT_DIR.mkdir(exist_ok=True)
 
+    questions: list[dict[str, object]] = []
     for language in LANGUAGES:
         texts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
         total = 0
@@ -187,11 +229,13 @@ def main() -> None:
             texts[is_held_out(page_id)].append({"id": page_id, "text": text})
         trained = {line for page in texts[False] for line in page["text"].split("\n")}
         held_out = [new_lines(page, trained) for page in texts[True]]
+        questions += next_lines(held_out, language)
         write_jsonl(OUTPUT_DIR / f"train_{language}.jsonl.gz", texts[False])
         write_jsonl(
             OUTPUT_DIR / f"heldout_{language}.jsonl.gz",
             [page for page in held_out if len(page["text"]) >= MIN_PAGE_CHARS],
         )
+    write_jsonl(OUTPUT_DIR / "heldout_choice.jsonl.gz", questions)
 
     chosen: dict[bool, list[dict[str, object]]] = {True: [], False: []}
     trained_answers: set[str] = set()

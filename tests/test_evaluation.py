@@ -1,7 +1,6 @@
-"""Bits per character against a direct computation, and independence of window and batch size."""
+"""The measures of a stage, on the tiny base and what step 3 makes of it."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,114 +8,170 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chatglm_ja import chat, evaluation, generation
-from chatglm_ja.errors import DataError
+from chatglm_ja import chat, evaluation, generation, tokenizer
+from chatglm_ja.config import EvalConfig
+from chatglm_ja.errors import ArtifactError, ConfigError, DataError
 from chatglm_ja.sources import Source
-from tests.conftest import demo_texts
+from chatglm_ja.stages import Stage, finished, named
+from tests.conftest import DATA, PROJECT
 
 
 @pytest.fixture(scope="module")
-def model(resized_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).eval()
+def config(base_dir: Path, resized_dir: Path) -> EvalConfig:
+    unused = Path("unused")
+    return EvalConfig(
+        output_dir=unused,
+        base_model=base_dir,
+        tokenizer=unused,
+        resized=resized_dir,
+        pretrained=unused,
+        sft=unused,
+        sources=tuple(
+            Source(name, str(DATA / f"heldout_{name}.jsonl.gz")) for name in ("ja", "zh")
+        ),
+        max_chars=400,
+        window=64,
+        prompts=PROJECT / "prompts" / "demo.yaml",
+        conversations=(
+            Source("ja", str(DATA / "heldout_sft.jsonl.gz"), where=("kind", "ja"), name="t"),
+        ),
+        choices=(Source("zh", str(DATA / "heldout_choice.jsonl.gz"), where=("language", "zh")),),
+        max_new_tokens=5,
+    )
+
+
+def changed(config: EvalConfig, **changes: Any) -> EvalConfig:
+    return EvalConfig(**{**vars(config), **changes})
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[str]:
-    return [text[:150] for language in ("ja", "zh") for text in demo_texts(language, 5)]
+def stages(base_dir: Path, resized_dir: Path) -> list[Stage]:
+    return [Stage("base", base_dir), Stage("resized", resized_dir)]
 
 
-def test_bits_per_character_are_those_of_the_definition(
-    model: Any, encoder: Any, texts: list[str]
+@pytest.fixture(scope="module")
+def measured(
+    config: EvalConfig, stages: list[Stage], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    prompts = tmp_path_factory.mktemp("prompts") / "p.yaml"
+    prompts.write_text("ja: [あなたは誰ですか]\ncode: [Write a Basic example.]\n")
+    config = changed(config, prompts=prompts)
+    run = evaluation.Evaluation(config, evaluation.read(config))
+    return [run.of_stage(stage, is_last=stage is stages[-1]) for stage in stages]
+
+
+def test_the_resized_model_is_the_base_on_its_ids(measured: list[dict[str, Any]]) -> None:
+    base, resized = measured
+    assert base["kept"] == {}
+    assert set(resized["kept"]) == {"ja", "zh"}
+    for row in resized["kept"].values():
+        assert row["largest_difference"] == row["divergence_bits"] == 0
+        assert row["tokens"] > 100
+
+
+def test_another_model_is_not_the_base(
+    config: EvalConfig, stages: list[Stage], resized_dir: Path, tmp_path: Path
 ) -> None:
-    bits = 0.0
-    for text in texts:
-        prefix, ids = chat.prefix_ids(encoder), encoder.encode(text)
+    """One weight of the last layer norm differs: so do the logits, by a direct computation."""
+    model = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 0.5
+    other = tmp_path / "other"
+    model.save_pretrained(other)
+    encoder = tokenizer.load(resized_dir)
+    (other / "tokenizer.model").write_bytes((resized_dir / "tokenizer.model").read_bytes())
+    material = evaluation.read(config)
+    run = evaluation.Evaluation(config, material)
+    run.of_stage(stages[0], is_last=False)
+    row = run.of_stage(Stage("resized", other), is_last=False)["kept"]["zh"]
+    base = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
+    rows = encoder.piece_to_id("<|observation|>") + 1
+    old, new = [], []
+    for text in material.texts["zh"][: evaluation.COMPARED_TEXTS]:
+        # The base's ids, which the merged tokenizer gives Chinese too.
+        ids = [*chat.prefix_ids(encoder), *encoder.encode(text)[: evaluation.COMPARED_TOKENS]]
         with torch.inference_mode():
-            logits = model(torch.tensor([prefix + ids])).logits[0].double()
-        for position, token in enumerate(ids, start=len(prefix)):
-            bits -= logits[position - 1].log_softmax(dim=-1)[token].item() / math.log(2)
-    score = evaluation.score_texts(model, encoder, texts, window=1024, batch_size=3)
-    assert score.characters == sum(map(len, texts))
-    assert score.tokens == sum(map(len, encoder.encode(texts)))
-    assert score.bits_per_char == pytest.approx(bits / score.characters, rel=1e-6)
+            old.append(base(torch.tensor([ids])).logits[0, :, :rows])
+            new.append(model(torch.tensor([ids])).logits[0, :, :rows])
+    before, after = torch.cat(old), torch.cat(new)
+    worst = (before - after).abs().max().item()
+    assert row["largest_difference"] == pytest.approx(worst, rel=1e-4)
+    p, q = before.softmax(-1), after.softmax(-1)
+    bits = (p * (p / q).log2()).sum(-1).mean().item()
+    assert row["divergence_bits"] == pytest.approx(bits, rel=1e-3)
+    assert bits > 0.001
 
 
-def test_batch_size_changes_nothing(model: Any, encoder: Any, texts: list[str]) -> None:
-    scores = [
-        evaluation.score_texts(model, encoder, texts, window=64, batch_size=size).bits_per_char
-        for size in (1, 4, 32)
-    ]
-    assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
+def test_speed_is_in_characters(measured: list[dict[str, Any]]) -> None:
+    for stage in measured:
+        speeds = [
+            row["chars_per_second"] * row["tokens_per_char"] for row in stage["languages"].values()
+        ]
+        assert speeds[0] == pytest.approx(speeds[1])
+        assert speeds[0] > 1
 
 
-@pytest.mark.parametrize("length", [3, 10, 11, 16, 17, 100])
-def test_windows_score_every_token_once(length: int) -> None:
-    ids = list(range(length))
-    scored = []
-    for window, context in evaluation.windows(ids, 2, 10):
-        assert len(window) <= 10
-        assert 0 < context < len(window)
-        scored += window[context:]
-    assert scored == ids[2:]
-
-
-def test_held_out_questions_are_asked_greedy_and_sampled(
-    model: Any, encoder: Any, monkeypatch: pytest.MonkeyPatch
+def test_questions_are_asked_of_all_and_held_out_ones_of_the_last(
+    measured: list[dict[str, Any]], stages: list[Stage]
 ) -> None:
-    talks = [
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
-        [{"role": "user", "content": "r"}, {"role": "assistant", "content": "a"}],
+    base, resized = measured
+    assert base["held_out"] == []
+    assert [(row["kind"], row["way"], row["questions"]) for row in resized["held_out"]] == [
+        ("ja", "greedy", 25),
+        ("ja", "sampled", 25),
     ]
-    asked = []
-
-    def answer(*arguments: Any, sampled: bool, **_: Any) -> list[generation.Answer]:
-        asked.append((arguments[2], sampled))
-        first = generation.Answer("はい、そうです。" if sampled else "是", 5, True)
-        return [first, generation.Answer("Yes, it is.", 9, sampled)]
-
-    monkeypatch.setattr(generation, "answer", answer)
-    held_out = {"ja": talks, "zh": talks, "code": talks}
-    rows = evaluation.answer_held_out(model, encoder, held_out, 9)
-    prompts = [chat.build_prompt_ids(encoder, talk[:1]) for talk in talks]
-    assert asked == [(prompts, False), (prompts, True)] * 3
-    keys = ("kind", "way", "questions", "in_language", "ended")
-    assert [tuple(row[key] for key in keys) for row in rows] == [
-        ("ja", "greedy", 2, 0.0, 0.5),
-        ("ja", "sampled", 2, 0.5, 1.0),
-        ("zh", "greedy", 2, 0.5, 0.5),
-        ("zh", "sampled", 2, 0.0, 1.0),
-        ("code", "greedy", 2, None, 0.5),
-        ("code", "sampled", 2, None, 1.0),
-    ]
+    for stage, results in zip(stages, measured, strict=True):
+        questions = [row["question"] for row in results["answers"]]
+        assert questions == ["あなたは誰ですか", "Write a Basic example."]
+        assert results["answering"]["greedy"]["questions"] == 2
+        model, encoder = stage.load()
+        prompt = chat.build_prompt_ids(encoder, [{"role": "user", "content": questions[0]}])
+        (given,) = generation.answer(model, encoder, [prompt], 5)
+        assert results["answers"][0]["greedy"]["text"] == given.text
+        assert results["choices"]["zh"]["questions"] == 25
+        assert results["harness"] == []
 
 
-def test_held_out_conversations_are_read_by_kind(tmp_path: Path) -> None:
-    path = tmp_path / "talks.jsonl"
-    good = {"prompt": "q", "response": "a"}
-    path.write_text(json.dumps(good) + "\n" + json.dumps({"messages": [{"role": "user",
-                    "content": "open"}]}) + "\n")  # fmt: skip
-    source = Source("ja", str(path))
-    found = evaluation.read_held_out([source, source])
-    assert [[message["content"] for message in talk] for talk in found["ja"]] == [["q", "a"]] * 2
-    path.write_text(json.dumps(good | {"response": ""}) + "\n")
-    with pytest.raises(DataError, match=r"talks.jsonl record 1: empty answer"):
-        evaluation.read_held_out([source])
-    path.write_text("")
-    with pytest.raises(DataError, match="ja/talks holds no conversation that ends with an answer"):
-        evaluation.read_held_out([source])
+def test_a_model_smaller_than_its_tokenizer_is_one_line(
+    resized_dir: Path, merged_dir: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(resized_dir)
+    model.resize_token_embeddings(4100)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes((merged_dir / "tokenizer.model").read_bytes())
+    with pytest.raises(DataError, match=r"4,100 embedding rows, but its tokenizer .* ids"):
+        Stage("sft", tmp_path).load()
 
 
-def test_nothing_to_score_is_an_error(model: Any, encoder: Any) -> None:
-    with pytest.raises(DataError, match="the held-out file is empty"):
-        evaluation.score_texts(model, encoder, [], 64, 4)
+def test_a_window_beyond_the_model_is_one_line(config: EvalConfig, stages: list[Stage]) -> None:
+    config = changed(config, window=300)
+    run = evaluation.Evaluation(config, evaluation.read(config))
+    with pytest.raises(ConfigError, match="--window 300 is more than the 256 positions of"):
+        run.of_stage(stages[0], is_last=False)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("- a\n", "must map"), ("ja: hello\n", "ja must be a list"), ("a: [", "is not YAML")],
-)
-def test_bad_prompt_files(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "prompts.yaml"
+@pytest.mark.parametrize("content", ["", json.dumps({"text": ""}) + "\n"])
+def test_empty_held_out_text_is_one_line(config: EvalConfig, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "empty.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        evaluation.read_prompts(path)
+    sources = (*config.sources, Source("en", str(path)))
+    with pytest.raises(DataError, match="--sources hold no en text: there is nothing to score"):
+        evaluation.read(changed(config, sources=sources))
+
+
+def test_the_latest_model_is_the_last_that_is_there(
+    config: EvalConfig, base_dir: Path, tmp_path: Path
+) -> None:
+    config = changed(config, resized=tmp_path / "a", pretrained=tmp_path / "b")
+    there = finished(config)
+    assert there == [Stage("base", base_dir)]
+    assert named(there, "latest") == named(there, "base") == there[0]
+    with pytest.raises(ArtifactError, match="no model of the stage sft yet: expected one of base"):
+        named(there, "sft")
+    with pytest.raises(ArtifactError, match="no model to talk to"):
+        finished(changed(config, base_model=tmp_path))
+
+
+def test_ways_to_talk_exclude_each_other(config: EvalConfig) -> None:
+    with pytest.raises(ConfigError, match="--chat and --web are two ways to talk"):
+        changed(config, chat=True, web=True)

@@ -1,5 +1,7 @@
-"""Answers: where they end, and that a batch changes none of them."""
+"""Answers: where they end, that a batch changes none of them, and as they are written."""
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chatglm_ja import chat, generation
+from chatglm_ja.generation import GREEDY, Sampling
 
 QUESTIONS = (
     "あなたは誰ですか",
@@ -83,7 +86,7 @@ def test_samples_are_those_of_the_seed(model: Any, encoder: Any, prompts: list[l
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first, again, other = (
-        generation.answer(model, encoder, prompts, 12, sampled=True, seed=seed)
+        generation.answer(model, encoder, prompts, 12, sampling=Sampling(), seed=seed)
         for seed in (1, 1, 2)
     )
     assert first == again != other
@@ -102,3 +105,76 @@ def test_padding_rows_are_never_answered(
     with torch.no_grad():
         rows[-1] = 0
     assert given == generation.answer(model, encoder, prompts[:1], 3)[0]
+
+
+def test_a_streamed_answer_is_the_answer(
+    model: Any, encoder: Any, prompts: list[list[int]]
+) -> None:
+    """Random tokens: bytes of characters among them, whole and not."""
+    whole_characters = 0
+    for prompt in prompts:
+        for sampling in (GREEDY, Sampling(temperature=2.0, top_p=1.0, top_k=0)):
+            torch.manual_seed(3)
+            pieces = list(generation.stream(model, encoder, prompt, 40, sampling=sampling))
+            torch.manual_seed(3)
+            ids = generation._generate(
+                model, encoder, torch.tensor([prompt]), torch.ones(1, len(prompt)), 40, sampling
+            )[0, len(prompt) :].tolist()
+            assert "".join(pieces) == generation._answer(encoder, ids).text
+            assert len(pieces) > 5
+            whole_characters += sum(not piece.startswith("\ufffd") for piece in pieces)
+    assert whole_characters > 100
+
+
+def test_a_character_in_bytes_is_shown_when_it_is_whole(encoder: Any) -> None:
+    shown: list[str] = []
+    pieces = generation._Pieces(encoder, shown.append)
+    pieces.put(torch.tensor([1, 2, 3]))  # the prompt
+    spelled = [encoder.piece_to_id(f"<0x{byte:02X}>") for byte in "🦊".encode()]
+    tokens = [*encoder.encode("狐"), *spelled, *encoder.encode("だ"), chat.stop_ids(encoder)[0]]
+    for token in tokens:
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    assert "".join(shown) == encoder.decode(tokens[:-1]).strip()
+    assert "🦊" in shown
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_bytes_that_are_no_character_are_shown_at_the_end(encoder: Any) -> None:
+    shown: list[str] = []
+    pieces = generation._Pieces(encoder, shown.append)
+    pieces.put(torch.tensor([1]))
+    for token in (*encoder.encode("a"), encoder.piece_to_id("<0xF0>")):
+        pieces.put(torch.tensor([token]))
+    assert shown == ["a"]
+    pieces.end()
+    assert shown == ["a", "\ufffd"]
+
+
+def test_closing_a_stream_stops_the_writer(
+    model: Any, encoder: Any, prompts: list[list[int]]
+) -> None:
+    stream = generation.stream(model, encoder, prompts[0], 1500, sampling=GREEDY)
+    next(stream)
+    assert threading.active_count() > 1
+    before = threading.active_count()
+    stream.close()
+    assert threading.active_count() == before - 1
+
+
+def test_a_stream_ends_in_time(model: Any, encoder: Any, prompts: list[list[int]]) -> None:
+    start = time.monotonic()
+    list(generation.stream(model, encoder, prompts[0], 1900, sampling=GREEDY, seconds=0.3))
+    assert time.monotonic() - start < 5
+
+
+def test_what_goes_wrong_in_a_stream_is_raised(model: Any, encoder: Any) -> None:
+    with pytest.raises(IndexError):
+        list(generation.stream(model, encoder, [10**6], 5, sampling=GREEDY))
+
+
+def test_speed_is_of_the_tokens_after_the_first(model: Any, encoder: Any) -> None:
+    prompt = chat.build_prompt_ids(encoder, [])
+    start = time.perf_counter()
+    speed = generation.tokens_per_second(model, encoder, prompt)
+    assert generation.TIMED_TOKENS / (time.perf_counter() - start) / 3 < speed < 10_000

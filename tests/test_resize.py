@@ -178,7 +178,7 @@ def test_a_tokenizer_of_another_base_is_refused(
     with pytest.raises(DataError, match="was merged with another base"):
         resized(base_dir, tmp_path / "tokenizer", tmp_path / "model")
     (tmp_path / "bare").mkdir()
-    export.save(base_proto, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.model").write_bytes(base_proto.SerializeToString())
     with pytest.raises(DataError, match="was merged with another base"):
         resized(base_dir, tmp_path / "bare", tmp_path / "model2")
 

@@ -1,0 +1,95 @@
+"""Any task of lm-evaluation-harness, on the models at hand.
+
+The harness (EleutherAI, package lm_eval) is optional: requirements-extras.txt. It knows its own
+tasks by name, and those in a folder of YAML files besides; most load their data by name, which
+needs a network the first time. Every text is read with [gMASK] sop before it, as ChatGLM3 was
+trained to read one.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatglm_ja.errors import ConfigError
+
+ROUNDS = 1000  # bootstrap rounds for the errors of metrics that are not means
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks to run, by name; `folder` has more of them, `limit` is documents of each, or 0."""
+
+    names: Sequence[str]
+    folder: Path | None
+    limit: int
+
+    def open(self) -> Any:
+        """The harness's task manager. Raises ConfigError for a name that it does not know."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError(
+                "--harness-tasks needs lm-evaluation-harness: run "
+                "`pip install -r requirements-extras.txt`"
+            )
+        if self.folder is not None and not self.folder.is_dir():
+            raise ConfigError(f"--harness-folder {self.folder} is no folder")
+        from lm_eval.tasks import TaskManager
+
+        _be_quiet()
+        manager = TaskManager(include_path=self.folder and str(self.folder))
+        unknown = [name for name in self.names if not manager.match_tasks([name])]
+        if unknown:
+            raise ConfigError(
+                f"lm-evaluation-harness knows no task {', '.join(unknown)}: `lm_eval ls tasks` "
+                "lists them, and --harness-folder adds a folder of your own"
+            )
+        return manager
+
+    def run(
+        self, manager: Any, model: Any, tokenizer: Any, window: int, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """The metrics of every task: `task`, `metric`, `value`, and `stderr` or None."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        candidate = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            max_length=window,
+            batch_size=batch_size,
+            add_bos_token=True,
+        )
+        output = simple_evaluate(
+            model=candidate,
+            tasks=list(self.names),
+            task_manager=manager,
+            limit=self.limit or None,
+            bootstrap_iters=ROUNDS,
+            log_samples=False,
+        )
+        _be_quiet()
+        assert output is not None  # only ranks other than 0 get nothing
+        rows = []
+        for task, metrics in output["results"].items():
+            for key, value in metrics.items():
+                metric, _, kind = key.partition(",")
+                if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
+                stderr = metrics.get(f"{metric}_stderr,{kind}")
+                rows.append(
+                    {
+                        "task": task,
+                        "metric": metric if kind == "none" else f"{metric} ({kind})",
+                        "value": float(value),
+                        "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+                    }
+                )
+        return rows
+
+
+def _be_quiet() -> None:
+    """What the harness tells about its progress and its choices, on every run."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,0 +1,160 @@
+"""How likely a model finds texts, in units that do not depend on its vocabulary.
+
+Bits per character compares models with different tokenizers: the sum of the cross entropies of
+a text's tokens, in bits, over the number of its characters. Bits per byte is the same over its
+bytes in UTF-8, in which languages of different scripts are closer. What it costs to say where the
+text ends is not counted.
+
+A text is read with the prefix of every ChatGLM3 input, [gMASK] sop, and one that is longer than
+the window with a sliding one:
+
+    ids      p p a b c d e f g h      window = 6, p = prefix
+    windows  p p a b c d              a to d are scored
+                   b c d e f g        e to g are scored, b to d are their context
+                         e f g h      h is scored
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from chatglm_ja import chat
+from chatglm_ja.errors import DataError
+from chatglm_ja.model import token_losses
+from chatglm_ja.tokenizer import UNK_ID
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model made of some texts."""
+
+    characters: int
+    bytes: int
+    tokens: int
+    nats: float
+
+    @property
+    def bits_per_char(self) -> float:
+        return self.nats / math.log(2) / self.characters
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def tokens_per_char(self) -> float:
+        return self.tokens / self.characters
+
+
+Window = tuple[list[int], int]  # input_ids, how many at their start are context only
+
+
+def windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]:
+    """Cut a text into windows of at most `size` tokens, in which every token is scored once.
+
+    The first `context` ids (the prefix) are not scored. Later windows repeat half a window of
+    tokens as context.
+    """
+    start, scored = 0, context
+    while scored < len(ids):
+        end = min(start + size, len(ids))
+        yield list(ids[start:end]), scored - start
+        start, scored = end - size // 2, end
+
+
+def score_texts(
+    model: Any, encoder: Any, texts: Iterable[str], window: int, batch_size: int
+) -> Score:
+    """Score texts with a GlmForCausalLM and the sentencepiece processor of its tokenizer."""
+    prefix = chat.prefix_ids(encoder)
+    characters = size = tokens = 0
+    cuts: list[Window] = []
+    for text in texts:
+        ids = chat.encode_text(encoder, text)
+        characters += len(text)
+        size += len(text.encode())
+        tokens += len(ids)
+        cuts += windows([*prefix, *ids], len(prefix), window)
+    if not characters:
+        raise DataError("there is no text to score: the held-out file is empty")
+    nats = sum(_nats(model, cuts, batch_size, "scoring"))
+    return Score(characters, size, tokens, nats)
+
+
+def score_continuations(
+    model: Any, encoder: Any, pairs: Sequence[tuple[str, str]], window: int, batch_size: int
+) -> list[float]:
+    """How many nats each continuation costs after its text, of (text, continuation) pairs.
+
+    Text and continuation are encoded as one, so that pieces may lie across their border; scored
+    is what follows the beginning that the text's own ids have in common with that. Of a text that
+    is too long for the window, the end is read. DataError if the continuation itself is too long.
+    """
+    prefix = chat.prefix_ids(encoder)
+    room = window - len(prefix)
+    cuts = []
+    for text, continuation in pairs:
+        alone, ids = chat.encode_text(encoder, text), chat.encode_text(encoder, text + continuation)
+        shared = next(
+            (place for place, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b),
+            min(len(alone), len(ids)),
+        )
+        if len(ids) - shared >= room:
+            raise DataError(
+                f"the answer {continuation[:40]!r} has {len(ids) - shared} tokens, too many for "
+                f"--window {window}"
+            )
+        dropped = max(0, len(ids) - room)
+        cuts.append(([*prefix, *ids[dropped:]], len(prefix) + shared - dropped))
+    return _nats(model, cuts, batch_size, "choices")
+
+
+@torch.inference_mode()
+def _nats(model: Any, cuts: Sequence[Window], batch_size: int, title: str) -> list[float]:
+    """The nats of the scored tokens of every window, in their order."""
+    # Windows of like length together: little padding. Padding comes after the text, where a
+    # causal model's predictions cannot see it.
+    order = sorted(range(len(cuts)), key=lambda index: len(cuts[index][0]))
+    nats = [0.0] * len(cuts)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for batch in tqdm(batches, desc=title, leave=False):
+        longest = len(cuts[batch[-1]][0])
+        input_ids = torch.full((len(batch), longest), UNK_ID)
+        labels = torch.full((len(batch), longest), chat.IGNORE)
+        for row, index in enumerate(batch):
+            ids, context = cuts[index]
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            labels[row, context : len(ids)] = torch.tensor(ids[context:])
+        hidden = model.model(input_ids=input_ids.to(model.device), use_cache=False)
+        losses = token_losses(
+            hidden.last_hidden_state, model.lm_head.weight, labels.to(model.device)
+        ).double()
+        counts = [len(cuts[index][0]) - cuts[index][1] for index in batch]
+        for index, part in zip(batch, losses.split(counts), strict=True):
+            nats[index] = part.sum().item()
+    return nats
+
+
+@torch.inference_mode()
+def logits(model: Any, prompts: Sequence[Sequence[int]], rows: int) -> list[torch.Tensor]:
+    """The logits of the first `rows` ids after every token of each prompt: [length, rows] each.
+
+    The output matrix is cut to them, since a matrix of another size may be multiplied in another
+    order: two models that agree on those rows agree on every bit.
+    """
+    weight = model.lm_head.weight[:rows]
+    return [
+        (model.model(input_ids=ids, use_cache=False).last_hidden_state[0] @ weight.T).cpu()
+        for ids in (torch.tensor([prompt], device=model.device) for prompt in prompts)
+    ]
+
+
+def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The Kullback-Leibler divergence of the next token's distribution `after` from that `before`,
+    in bits, position by position: [length, rows] twice to [length]."""
+    old, new = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
+    return (old.exp() * (old - new)).sum(dim=-1) / math.log(2)

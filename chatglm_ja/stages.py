@@ -1,0 +1,126 @@
+"""The stages of the model that are compared and talked to: base, resized, pretrained, sft.
+
+A stage is a folder: the base's is in ChatGLM3's layout, the others are what steps 3, 5 and 6
+published. Each is loaded with the tokenizer that lies in its own folder. The large libraries are
+imported when one is loaded: what is there is looked at before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatglm_ja.artifacts import Input, open_artifact, open_base_model, read_manifest
+from chatglm_ja.config import LATEST, STAGES, EvalConfig
+from chatglm_ja.errors import ArtifactError, DataError
+
+MADE_BY = {
+    "resized": "step3_resize_model.py",
+    "pretrained": "step5_train_pt.py",
+    "sft": "step6_train_sft.py",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A name of STAGES and the folder with its model."""
+
+    name: str
+    folder: Path
+
+    def open(self) -> list[Input]:
+        """Check that the folder is whole. Raises ArtifactError, naming the step to run."""
+        if self.name == "base":
+            return open_base_model(self.folder)
+        return [open_artifact(self.folder, MADE_BY[self.name])]
+
+    def exists(self) -> bool:
+        if self.name == "base":
+            return (self.folder / "config.json").is_file()
+        return read_manifest(self.folder) is not None
+
+    def load(self) -> tuple[Any, Any]:
+        """The model, on the GPU if there is one, and the sentencepiece processor of its tokenizer.
+
+        Raises DataError if the model has fewer rows than the tokenizer has ids.
+        """
+        from chatglm_ja import checkpoint, tokenizer
+        from chatglm_ja.model import compute_dtype
+
+        encoder = tokenizer.processor(self.tokenizer_model())
+        if self.name == "base":
+            model = checkpoint.load_base(self.folder, compute_dtype()).to(device())
+        else:
+            model = load_model(self.folder)
+        rows, ids = model.config.vocab_size, encoder.get_piece_size()
+        if rows < ids:
+            raise DataError(
+                f"{self.folder}: the model has {rows:,} embedding rows, but its tokenizer "
+                f"{ids:,} ids: they do not belong together, run the step that makes it again"
+            )
+        return model, encoder
+
+    def auto_tokenizer(self) -> Any:
+        """The tokenizer as transformers' own, for tools that want one."""
+        from transformers import AutoTokenizer
+
+        from chatglm_ja import export
+
+        if self.name == "base":
+            return export.transformers_tokenizer(self.tokenizer_model())
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def tokenizer_model(self) -> Any:
+        """The sentencepiece model (ModelProto), with the special tokens among its pieces."""
+        from chatglm_ja import tokenizer
+
+        if self.name == "base":
+            return tokenizer.with_special_tokens(tokenizer.read_base(self.folder))
+        return tokenizer.read_model(self.folder / tokenizer.MODEL_FILE)
+
+
+def of_config(config: EvalConfig) -> list[Stage]:
+    """All stages, in the order in which they come about."""
+    folders = (config.base_model, config.resized, config.pretrained, config.sft)
+    return [Stage(name, folder) for name, folder in zip(STAGES, folders, strict=True)]
+
+
+def finished(config: EvalConfig) -> list[Stage]:
+    """The stages that are there. Raises ArtifactError if none is."""
+    found = [stage for stage in of_config(config) if stage.exists()]
+    if not found:
+        raise ArtifactError(
+            f"no model to talk to, neither {config.base_model} nor a later one: run the steps first"
+        )
+    return found
+
+
+def named(stages: Sequence[Stage], name: str) -> Stage:
+    """One of the stages that are there; LATEST is the last. Raises ArtifactError if missing."""
+    if name == LATEST:
+        return stages[-1]
+    for stage in stages:
+        if stage.name == name:
+            return stage
+    raise ArtifactError(
+        f"there is no model of the stage {name} yet: expected one of "
+        f"{', '.join(stage.name for stage in stages)}"
+    )
+
+
+def load_model(folder: Path) -> Any:
+    """A model folder of steps 3, 5 or 6, to score or answer with."""
+    from transformers import GlmForCausalLM
+
+    from chatglm_ja import checkpoint
+    from chatglm_ja.model import compute_dtype
+
+    model: Any = checkpoint.load_glm(folder, GlmForCausalLM, compute_dtype())
+    return model.to(device()).eval()
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
