@@ -36,7 +36,7 @@ def test_the_oldest_exchanges_are_left_out(encoder: Any) -> None:
     system: list[dialogue.Message] = [{"role": "system", "content": "s"}]
     kept = chat.build_prompt_ids(encoder, [*system, *messages[4:]])
     assert dialogue.fitting_prompt(encoder, [*system, *messages], len(kept)) == kept
-    with pytest.raises(DataError, match="the message has .* tokens, and there is room for"):
+    with pytest.raises(DataError, match=r"the message has .* tokens, and there is room for"):
         dialogue.fitting_prompt(encoder, messages, len(last) - 1)
 
 

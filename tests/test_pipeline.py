@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -123,12 +124,59 @@ def test_the_report_has_every_stage_and_language(pipeline: Runner) -> None:
         # The new rows take a little probability; nothing else changed.
         assert 1.0 <= resized[language]["bits_per_char"] / base[language]["bits_per_char"] < 1.1
     assert resized["ja"]["tokens"] < 0.8 * base["ja"]["tokens"]
-    asked = {(row["kind"], row["way"]): row["questions"] for row in results["held_out_answers"]}
+    last = results["stages"][-1]
+    asked = {(row["kind"], row["way"]): row["questions"] for row in last["held_out"]}
     assert asked == {
         (kind, way): 25 for kind in ("ja", "zh", "en", "code") for way in ("greedy", "sampled")
     }
+    for stage in results["stages"]:
+        assert {row["questions"] for row in stage["choices"].values()} == {25}
+        assert len(stage["answers"]) == 8
+    assert all(row["largest_difference"] == 0 for row in results["stages"][1]["kept"].values())
+    assert all(row["largest_difference"] > 0 for row in last["kept"].values())
+    assert list(results["steps"]) == [name.removesuffix(".py") for name in STEPS]
     page = (pipeline.folder / "step7_eval" / "report.html").read_text(encoding="utf-8")
     assert "pretrained" in page and "<svg" in page
+    assert results["steps"]["step5_train_pt"]["fingerprint"] in page
+
+
+def test_the_card_lies_beside_the_weights(pipeline: Runner) -> None:
+    card = (pipeline.folder / "step6_sft" / "README.md").read_text(encoding="utf-8")
+    assert card == (pipeline.folder / "step7_eval" / "model_card.md").read_text(encoding="utf-8")
+    assert "| ja/train_ja" in card  # the data
+    assert "`max_steps`" in card  # the settings
+    assert "| pretrained |" in card  # the results
+    # The step that made the folder still takes it for its own.
+    assert pipeline.small("step6_train_sft.py").returncode == 0
+
+
+def test_the_latest_model_is_talked_to(pipeline: Runner) -> None:
+    result = subprocess.run(
+        pipeline.command("step7_eval.py", "--chat", "--max-new-tokens", "5"),
+        env=pipeline.environment,
+        input="こんにちは\n/exit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "talking to sft" in result.stderr
+    assert result.stdout.count("you> ") == 2
+    said = pipeline.run("step7_eval.py", "--chat", "--stage", "sft", "--sft", "nowhere")
+    assert "no model of the stage sft yet: expected one of base, resized, pretrained" in error_of(
+        said
+    )
+
+
+def test_a_port_in_use_is_one_line(pipeline: Runner) -> None:
+    pytest.importorskip("gradio", reason="needs requirements-extras.txt")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        result = pipeline.run("step7_eval.py", "--web", "--port", port)
+    assert f"--port {port} of this machine cannot be used" in error_of(result)
 
 
 def test_fine_tuning_ends_with_losses_by_source_and_samples(pipeline: Runner) -> None:

@@ -1,4 +1,4 @@
-"""What the steps write is usable by others: transformers' own server and chat, with its commands."""
+"""What the steps write is usable by others: transformers' own server and chat."""
 
 import json
 import os

@@ -1,0 +1,82 @@
+"""What step 7 takes at the size of ChatGLM3-6B, on one GPU, without its weights.
+
+A model of the shape that DIR/config.json gives has random weights, and what step 7 does with one is
+timed: one answer alone, a batch of answers, and the scoring of the demo's held-out Chinese, with
+the number of rows before and after the vocabulary was extended. The tokenizer is the base's.
+
+    python benchmarks/eval_6b.py --base-model DIR          # config.json and tokenizer.model
+    python benchmarks/eval_6b.py --base-model DIR --layers 2 --answers 2      # on a CPU
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import constants
+from chatglm_ja import chat, corpus, generation, layout, likelihood, stages, tokenizer
+from chatglm_ja.base_config import read_config
+from chatglm_ja.cli import run
+from chatglm_ja.model import compute_dtype
+
+NEW_ROWS = 78_592
+MAX_NEW_TOKENS = 256
+WINDOW = 1024
+BATCH_SIZE = 16
+
+
+def random_model(config: dict[str, Any], rows: int) -> Any:
+    from transformers import GlmForCausalLM
+
+    dtype = compute_dtype()
+    with torch.device(stages.device()):
+        torch.set_default_dtype(dtype)
+        model: Any = GlmForCausalLM(layout.glm_config(config, rows, dtype))
+        torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base-model", type=Path, required=True, help="config and tokenizer")
+    parser.add_argument("--layers", type=int, help="default: those of config.json")
+    parser.add_argument("--answers", type=int, default=128, help="answers at once")
+    options = parser.parse_args()
+    config = dict(read_config(options.base_model))
+    config["num_layers"] = options.layers or config["num_layers"]
+    base = tokenizer.with_special_tokens(tokenizer.read_base(options.base_model))
+    encoder = tokenizer.processor(base)
+    source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
+    texts = corpus.take_characters(corpus.read_texts(source), 25_000)
+    prompt = chat.build_prompt_ids(encoder, [{"role": "user", "content": "你好"}])
+    on_gpu = stages.device() == "cuda"
+    print(torch.cuda.get_device_name() if on_gpu else "CPU", compute_dtype())
+    for rows in (config["padded_vocab_size"], NEW_ROWS):
+        model = random_model(config, rows)
+        alone = generation.tokens_per_second(model, encoder, prompt)
+        start = time.perf_counter()
+        answers = generation.answer(
+            model, encoder, [prompt] * options.answers, MAX_NEW_TOKENS, batch_size=options.answers
+        )
+        answering = time.perf_counter() - start
+        start = time.perf_counter()
+        score = likelihood.score_texts(model, encoder, texts, WINDOW, BATCH_SIZE)
+        scoring = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
+        print(
+            f"{rows:,} rows: one answer alone {alone:.1f} tokens/s; {options.answers} answers of "
+            f"{max(answer.tokens for answer in answers)} tokens in {answering:.1f} s; "
+            f"{score.tokens:,} tokens scored in {scoring:.1f} s; peak {peak:.1f} GiB"
+        )
+        del model
+
+
+if __name__ == "__main__":
+    run(main)
