@@ -31,6 +31,9 @@ WAYS = [
 ]
 
 
+MAX_CHARS = 40_000  # of each language
+
+
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
     """Bits per character of a model folder, a text for each language."""
     model, encoder = stages.load_model(folder), tokenizer.load(folder)
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=100, help="of step 5 (default: 100)")
     steps = parser.parse_args().max_steps
     texts = {
-        language: corpus.take_characters(documents, constants.EVALUATION["max_chars"])
+        language: corpus.take_characters(documents, MAX_CHARS)
         for language, documents in corpus.texts_by_language(constants.HELD_OUT_SOURCES).items()
     }
     columns = [f"{name}, {when}" for when in ("step 0", f"step {steps}") for name in texts]

@@ -143,5 +143,6 @@ def place(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
             partial = target.with_name(f".{target.name}.writing")
             shutil.copyfile(source, partial)
             partial.replace(target)
+        log.info("model card: %s", model_dir / README)
     except OSError as error:
         log.warning("no model card in %s: %s", model_dir, error.strerror)

@@ -83,13 +83,17 @@ def evaluate(
     """For every language: how many `questions`, the share that `chance` gets right, and the share
     that the model does, in each of WAYS."""
     asked = [question for of_language in questions.values() for question in of_language]
-    pairs = [(text, choice) for q in asked for choice in q.choices for text in (q.text, q.text[-1])]
-    nats = iter(likelihood.score_continuations(model, encoder, pairs, window, batch_size))
+    # A choice stands in several questions, and what it costs without any is asked once.
+    texts = [(text, question) for question in asked for text in (question.text, question.text[-1])]
+    pairs = list(dict.fromkeys((text, choice) for text, q in texts for choice in q.choices))
+    scores = likelihood.score_continuations(model, encoder, pairs, window, batch_size)
+    nats = dict(zip(pairs, scores, strict=True))
     rows = {}
     for language, of_language in questions.items():
         right = dict.fromkeys(WAYS, 0)
         for question in of_language:
-            given, alone = zip(*((next(nats), next(nats)) for _ in question.choices), strict=True)
+            given = [nats[question.text, choice] for choice in question.choices]
+            alone = [nats[question.text[-1], choice] for choice in question.choices]
             costs = {
                 "acc": given,
                 "acc_norm": [c / len(t) for c, t in zip(given, question.choices, strict=True)],

@@ -178,9 +178,9 @@ def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
     )
     yield (
         "Answers",
-        "To the questions below. Repeated 4-grams: the share of four words in a row (of Japanese "
-        "and Chinese, four characters) that the answer had already, mean over the answers. Longest "
-        "loop: the most words in a stretch that says the same three times or more in a row.",
+        "To the questions of --prompts. Repeated 4-grams: the share of four words in a row (of "
+        "Japanese and Chinese, four characters) that the answer had already, mean over the answers. "
+        "Longest loop: the most words in a stretch that says the same three times or more in a row.",
         answering_table(results),
     )
     if results["stages"][-1]["held_out"]:
@@ -204,7 +204,7 @@ def markdown(results: Results) -> str:
     """The tables, aligned so that they read well in a terminal too."""
     lines = [learning(results), ""]
     for title, explanation, (head, rows) in sections(results):
-        lines += [f"{title}. {explanation}", "", *markdown_table(head, rows), ""]
+        lines += [f"### {title}", "", explanation, "", *markdown_table(head, rows), ""]
     return "\n".join(lines)
 
 

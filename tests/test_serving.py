@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja import chat, generation, stages, tokenizer
+from chatglm_ja import chat, generation, model_card, stages, tokenizer
 
 for package in ("fastapi", "uvicorn", "openai", "rich"):
     pytest.importorskip(package, reason="needs requirements-extras.txt")
@@ -62,6 +63,13 @@ def expected(resized_dir: Path) -> str:
     prompt = chat.build_prompt_ids(encoder, [message])
     model = stages.load_model(resized_dir).float()
     return generation.answer(model, encoder, [prompt], 12)[0].text
+
+
+def test_the_lines_on_the_card_run(resized_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", model_card.USE, flags=re.DOTALL)
+    code = code.replace("max_new_tokens=256", "max_new_tokens=4")
+    exec(compile(code.replace("FOLDER", str(resized_dir)), "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_server_answers_as_we_do(server: str, resized_dir: Path, expected: str) -> None:
