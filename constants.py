@@ -89,6 +89,7 @@ if PROFILE == "demo":
         "window": 256,
         "max_chars": 25_000,
         "max_new_tokens": 128,
+        "answer_batch_size": 128,
         "choices": tuple(
             Source(language, f"{DATA_DIR}/heldout_choice.jsonl.gz", where=("language", language))
             for language in LANGUAGES

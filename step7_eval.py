@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja import stages
+from chatglm_ja import model_card, stages
 from chatglm_ja.artifacts import Output, history, open_artifact, open_file_input, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.config import EvalConfig
@@ -39,12 +39,17 @@ def main() -> None:
         *(opened for stage in compared for opened in stage.open()),
     ]
     output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
+    if config.check:
+        from chatglm_ja import evaluation
+
+        evaluation.Evaluation(config, evaluation.read(config))
     if output.is_settled(config.overwrite, config.check):
         if not config.check:
+            model_card.place(config.output_dir, config.sft, config.base_model)
             print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))
         return
 
-    from chatglm_ja import evaluation, model_card, report, segmentation, tokenizer, training
+    from chatglm_ja import evaluation, report, segmentation, tokenizer, training
 
     material = evaluation.read(config)
     evaluated = evaluation.Evaluation(config, material)
@@ -70,7 +75,7 @@ def main() -> None:
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
         (folder / RESULTS_TABLE).write_text(table, encoding="utf-8")
         (folder / "report.html").write_text(report.html_page(results), encoding="utf-8")
-        card = model_card.render(results, config.base_model)
+        card = model_card.render(results, table, config.base_model)
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
     model_card.place(config.output_dir, config.sft, config.base_model)
     print(table)

@@ -14,6 +14,7 @@ import yaml
 from chatglm_ja import chat, cleaning, conversations, generation, repetition
 from chatglm_ja.errors import DataError
 from chatglm_ja.generation import GREEDY, Answer, Sampling
+from chatglm_ja.records import check_characters
 from chatglm_ja.sources import Source
 
 WAYS = ("greedy", "sampled")
@@ -39,10 +40,17 @@ def read_prompts(path: Path, languages: Collection[str]) -> dict[str, list[str]]
     for language, questions in prompts.items():
         if language not in known:
             raise DataError(f"{path}: unknown language {language!r}: expected {', '.join(known)}")
-        if not isinstance(questions, list) or not all(
-            isinstance(question, str) and question.strip() for question in questions
+        if (
+            not isinstance(questions, list)
+            or not questions
+            or not all(isinstance(question, str) and question.strip() for question in questions)
         ):
             raise DataError(f"{path}: {language} must be a list of questions, each a text")
+        for number, question in enumerate(questions, start=1):
+            if reject := check_characters(question):
+                raise DataError(
+                    f"{path}: {language}, question {number}: {reject.reason} ({reject.detail})"
+                )
     return prompts
 
 
@@ -65,12 +73,14 @@ def ask(
     sampling: Sampling,
     title: str,
     seed: int = 0,
+    batch_size: int = 32,
 ) -> dict[str, list[Answer]]:
     """The answers to all prompts (token ids), by way."""
     return {
         way: generation.answer(
             model, encoder, prompts, max_new_tokens,
-            sampling=GREEDY if way == "greedy" else sampling, seed=seed, title=f"{title}, {way}",
+            sampling=GREEDY if way == "greedy" else sampling, seed=seed, batch_size=batch_size,
+            title=f"{title}, {way}",
         )
         for way in WAYS
     }  # fmt: skip

@@ -473,6 +473,9 @@ class EvalConfig(StepConfig):
     harness_folder: Path | None = setting("folder with YAML files of further tasks", None)
     harness_limit: int = setting("documents of each task (0: all)", 0, low=0)
     batch_size: int = setting("windows scored at once", 16, low=1, affects_result=False)
+    answer_batch_size: int = setting(
+        "answers written at once; what is drawn for sampled ones depends on it", 32, low=1
+    )
     chat: bool = setting("talk to a model in the terminal", False, affects_result=False)
     web: bool = setting(
         "talk to models on a page in the browser; needs requirements-extras.txt",

@@ -26,7 +26,7 @@ from chatglm_ja.stages import Stage
 log = logging.getLogger(__name__)
 
 # The beginnings of texts whose logits are compared with the base's, which are kept meanwhile.
-COMPARED_TEXTS = 2
+COMPARED_TEXTS = 4
 COMPARED_TOKENS = 128
 
 Results = dict[str, Any]
@@ -70,7 +70,9 @@ class Evaluation:
         self.tasks = Tasks(config.harness_tasks, config.harness_folder, config.harness_limit)
         self.task_manager = self.tasks.open() if config.harness_tasks else None
         self._ids: dict[str, list[list[int]]] = {}  # of the base, of the texts that are compared
-        self._base_logits: dict[str, list[torch.Tensor]] = {}
+        self._base_logits: dict[str, likelihood.Logits] = {}
+        self._base_rows = 0
+        self._speeds: dict[int, float] = {}  # tokens per second, by the rows of the embeddings
 
     def of_stage(self, stage: Stage, *, is_last: bool) -> Results:
         """The measures of a stage."""
@@ -88,8 +90,7 @@ class Evaluation:
         held_out = material.conversations if is_last else {}
         held_out_kinds = [kind for kind, of_kind in held_out.items() for _ in of_kind]
         talks += [talk[:-1] for of_kind in held_out.values() for talk in of_kind]
-        speed = generation.tokens_per_second(model, encoder, chat.build_prompt_ids(encoder, []))
-        languages = self._languages(model, encoder, speed)
+        languages = self._languages(model, encoder)
         log.info(
             "%s: bits per character %s",
             stage.name,
@@ -101,6 +102,7 @@ class Evaluation:
             [chat.build_prompt_ids(encoder, talk) for talk in talks],
             config.max_new_tokens,
             self.sampling,
+            batch_size=config.answer_batch_size,
             title=f"{stage.name}: answers",
         )
         own = {way: of_way[: len(kinds)] for way, of_way in given.items()}
@@ -115,10 +117,14 @@ class Evaluation:
             "choices": multiple_choice.evaluate(
                 model, encoder, material.choices, config.window, config.batch_size
             ),
-            "harness": self._harness(stage, model),
+            "harness": self._harness(stage, model, encoder),
         }
 
-    def _languages(self, model: Any, encoder: Any, speed: float) -> Results:
+    def _languages(self, model: Any, encoder: Any) -> Results:
+        size = model.config.vocab_size
+        if size not in self._speeds:  # stages of one size compute the same
+            prompt = chat.build_prompt_ids(encoder, [])
+            self._speeds[size] = generation.tokens_per_second(model, encoder, prompt)
         rows = {}
         for language, texts in self.material.texts.items():
             score = likelihood.score_texts(
@@ -129,14 +135,15 @@ class Evaluation:
                 "bits_per_char": score.bits_per_char,
                 "bits_per_byte": score.bits_per_byte,
                 "tokens_per_char": score.tokens_per_char,
-                "chars_per_second": speed / score.tokens_per_char,
+                "chars_per_second": self._speeds[size] / score.tokens_per_char,
             }
         return rows
 
     def _kept(self, model: Any, encoder: Any) -> Results:
         """How far the logits are from the base's on the same ids; empty for the base itself."""
-        if not self._ids:
-            prefix = chat.prefix_ids(encoder)
+        prefix = chat.prefix_ids(encoder)
+        is_base = not self._ids
+        if is_base:
             self._ids = {
                 language: [
                     [*prefix, *encoder.encode(text)[:COMPARED_TOKENS]]
@@ -144,30 +151,33 @@ class Evaluation:
                 ]
                 for language, texts in self.material.texts.items()
             }
-            rows = encoder.get_piece_size()
-            self._base_logits = {
-                language: likelihood.logits(model, ids, rows) for language, ids in self._ids.items()
-            }
-            return {}
+            self._base_rows = encoder.get_piece_size()
         kept = {}
-        for language, base_logits in self._base_logits.items():
-            rows = base_logits[0].shape[1]
-            old = torch.cat(base_logits).float()
-            new = torch.cat(likelihood.logits(model, self._ids[language], rows)).float()
-            moved = likelihood.divergence(old, new)
+        for language, ids in self._ids.items():
+            # From where the first token of the text is predicted.
+            parts = [
+                (values[len(prefix) - 1 :], total[len(prefix) - 1 :])
+                for values, total in likelihood.logits(model, ids, self._base_rows)
+            ]
+            found = (torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
+            if is_base:
+                self._base_logits[language] = found
+                continue
+            old = self._base_logits[language]
             kept[language] = {
-                "tokens": len(old),
-                "largest_difference": (old - new).abs().max().item(),
-                "divergence_bits": moved.mean().item(),
+                "tokens": len(found[0]),
+                "largest_difference": (old[0].float() - found[0].float()).abs().max().item(),
+                "divergence_bits": likelihood.divergence(old, found).mean().item(),
             }
         return kept
 
-    def _harness(self, stage: Stage, model: Any) -> list[dict[str, Any]]:
+    def _harness(self, stage: Stage, model: Any, encoder: Any) -> list[dict[str, Any]]:
         if self.task_manager is None:
             return []
         return self.tasks.run(
             self.task_manager,
             model,
+            encoder,
             stage.auto_tokenizer(),
             self.config.window,
             self.config.batch_size,

@@ -159,6 +159,7 @@ def fast_tokenizer(proto: Any) -> Any:
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{' '.join(PREFIX)} $A",
+        pair=f"{' '.join(PREFIX)} $A $B",
         special_tokens=[(token, vocab[token]) for token in PREFIX],
     )
     return tokenizer

@@ -20,15 +20,18 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ja import chat
+from chatglm_ja.errors import DataError
 from chatglm_ja.tokenizer import UNK_ID
 
 TIMED_TOKENS = 64
+TIMED_ROUNDS = 3
+MIN_TEMPERATURE = 0.01  # below it the logits' quotients leave the range of floats
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn; the defaults are those of ChatGLM3's own chat, whose top_k was
-    transformers' default then. Temperature 0 is greedy: always the likeliest."""
+    transformers' default then. A temperature below 0.01 is greedy: always the likeliest."""
 
     temperature: float = 0.8
     top_p: float = 0.8
@@ -36,7 +39,7 @@ class Sampling:
 
     def arguments(self) -> dict[str, Any]:
         """What `generate` calls it."""
-        if self.temperature == 0:
+        if self.temperature < MIN_TEMPERATURE:
             return {"do_sample": False}
         return {
             "do_sample": True,
@@ -65,7 +68,7 @@ def answer(
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
-    batch_size: int = 128,
+    batch_size: int = 32,
     seed: int = 0,
     title: str = "answers",
 ) -> list[Answer]:
@@ -125,6 +128,9 @@ def stream(
                 model, encoder, ids, torch.ones_like(ids), max_new_tokens, sampling,
                 streamer=streamer, stopping_criteria=StoppingCriteriaList([_Ended(has_ended)]),
             )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            pieces.put(DataError(f"the GPU's memory is full: ask for shorter answers ({reason})"))
         except BaseException as error:
             pieces.put(error)
         else:
@@ -144,10 +150,10 @@ def stream(
 
 def tokens_per_second(model: Any, encoder: Any, prompt: Sequence[int]) -> float:
     """How fast one answer alone is written, after its first token: by the median of 64 tokens, in
-    the better of two rounds: on a GPU it is the host that limits it, and is busy at times."""
+    the best of three rounds: on a GPU it is the host that limits it, and is busy at times."""
     ids = torch.tensor([list(prompt)])
     speeds = []
-    for _ in range(2):
+    for _ in range(TIMED_ROUNDS):
         clock = _Clock()
         _generate(
             model, encoder, ids, torch.ones_like(ids), TIMED_TOKENS, GREEDY,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chatglm_ja import likelihood
 from chatglm_ja.errors import ConfigError
 
 ROUNDS = 1000  # bootstrap rounds for the errors of metrics that are not means
@@ -27,7 +28,10 @@ class Tasks:
     limit: int
 
     def open(self) -> Any:
-        """The harness's task manager. Raises ConfigError for a name that it does not know."""
+        """The harness's task manager, when all tasks and their data are there.
+
+        Raises ConfigError for a name that it does not know, and for data that it cannot load.
+        """
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError(
                 "--harness-tasks needs lm-evaluation-harness: run "
@@ -45,16 +49,37 @@ class Tasks:
                 f"lm-evaluation-harness knows no task {', '.join(unknown)}: `lm_eval ls tasks` "
                 "lists them, and --harness-folder adds a folder of your own"
             )
+        for name in manager.match_tasks(list(self.names)):
+            try:
+                manager.load([name])
+            except Exception as error:  # whatever a task and its data set raise
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise ConfigError(
+                    f"lm-evaluation-harness cannot load the task {name}: {reason} (tasks that are "
+                    "not in --harness-folder load their data from a network)"
+                ) from error
         return manager
 
     def run(
-        self, manager: Any, model: Any, tokenizer: Any, window: int, batch_size: int
+        self, manager: Any, model: Any, encoder: Any, tokenizer: Any, window: int, batch_size: int
     ) -> list[dict[str, Any]]:
         """The metrics of every task: `task`, `metric`, `value`, and `stderr` or None."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        candidate = HFLM(
+        class Candidate(HFLM):
+            """Scores whole texts as bits per character are: the prefix is read, not scored."""
+
+            def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+                texts = [request.args[0] for request in requests]
+                return [
+                    -likelihood.score_texts(model, encoder, [text], window, batch_size).nats
+                    for text in texts
+                ]
+
+        # What a text spells stays text.
+        tokenizer.split_special_tokens = True
+        candidate = Candidate(
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
@@ -64,7 +89,7 @@ class Tasks:
         )
         output = simple_evaluate(
             model=candidate,
-            tasks=list(self.names),
+            tasks=manager.match_tasks(list(self.names)),
             task_manager=manager,
             limit=self.limit or None,
             bootstrap_iters=ROUNDS,

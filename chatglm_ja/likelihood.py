@@ -86,31 +86,42 @@ def score_texts(
 
 
 def score_continuations(
-    model: Any, encoder: Any, pairs: Sequence[tuple[str, str]], window: int, batch_size: int
-) -> list[float]:
-    """How many nats each continuation costs after its text, of (text, continuation) pairs.
+    model: Any,
+    encoder: Any,
+    asked: Sequence[tuple[str, Sequence[str]]],
+    window: int,
+    batch_size: int,
+) -> list[list[float]]:
+    """How many nats each continuation costs after its text, of (text, continuations).
 
-    Text and continuation are encoded as one, so that pieces may lie across their border; scored
-    is what follows the beginning that the text's own ids have in common with that. Of a text that
-    is too long for the window, the end is read. DataError if the continuation itself is too long.
+    Text and continuation are encoded as one, so that a piece may lie across their border. Scored
+    is what follows the beginning that the ids of the text have in common with those of all its
+    continuations: they are compared over the same stretch, whatever the vocabulary. Of what is too
+    long for the window, the end is read. DataError if a continuation itself is too long.
     """
     prefix = chat.prefix_ids(encoder)
     room = window - len(prefix)
     cuts = []
-    for text, continuation in pairs:
-        alone, ids = chat.encode_text(encoder, text), chat.encode_text(encoder, text + continuation)
-        shared = next(
-            (place for place, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b),
-            min(len(alone), len(ids)),
-        )
-        if len(ids) - shared >= room:
-            raise DataError(
-                f"the answer {continuation[:40]!r} has {len(ids) - shared} tokens, too many for "
-                f"--window {window}"
-            )
-        dropped = max(0, len(ids) - room)
-        cuts.append(([*prefix, *ids[dropped:]], len(prefix) + shared - dropped))
-    return _nats(model, cuts, batch_size, "choices")
+    for text, continuations in asked:
+        alone = chat.encode_text(encoder, text)
+        joined = [chat.encode_text(encoder, text + continuation) for continuation in continuations]
+        shared = min(_shared(alone, ids) for ids in joined)
+        for ids in joined:
+            if len(ids) - shared >= room:
+                raise DataError(
+                    f"an answer to {text[-40:]!r} has {len(ids) - shared} tokens, too many for "
+                    f"--window {window}"
+                )
+            dropped = max(0, len(ids) - room)
+            cuts.append(([*prefix, *ids[dropped:]], len(prefix) + shared - dropped))
+    nats = iter(_nats(model, cuts, batch_size, "choices"))
+    return [[next(nats) for _ in continuations] for _, continuations in asked]
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two lists have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 @torch.inference_mode()
@@ -120,6 +131,8 @@ def _nats(model: Any, cuts: Sequence[Window], batch_size: int, title: str) -> li
     # causal model's predictions cannot see it.
     order = sorted(range(len(cuts)), key=lambda index: len(cuts[index][0]))
     nats = [0.0] * len(cuts)
+    # A loss in bfloat16 has three digits: too few to compare choices of a token or two.
+    weight = model.lm_head.weight.float()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in tqdm(batches, desc=title, leave=False):
         longest = len(cuts[batch[-1]][0])
@@ -130,31 +143,37 @@ def _nats(model: Any, cuts: Sequence[Window], batch_size: int, title: str) -> li
             input_ids[row, : len(ids)] = torch.tensor(ids)
             labels[row, context : len(ids)] = torch.tensor(ids[context:])
         hidden = model.model(input_ids=input_ids.to(model.device), use_cache=False)
-        losses = token_losses(
-            hidden.last_hidden_state, model.lm_head.weight, labels.to(model.device)
-        ).double()
+        states = hidden.last_hidden_state.float()
+        losses = token_losses(states, weight, labels.to(model.device)).double()
         counts = [len(cuts[index][0]) - cuts[index][1] for index in batch]
         for index, part in zip(batch, losses.split(counts), strict=True):
             nats[index] = part.sum().item()
     return nats
 
 
+Logits = tuple[torch.Tensor, torch.Tensor]
+
+
 @torch.inference_mode()
-def logits(model: Any, prompts: Sequence[Sequence[int]], rows: int) -> list[torch.Tensor]:
-    """The logits of the first `rows` ids after every token of each prompt: [length, rows] each.
+def logits(model: Any, prompts: Sequence[Sequence[int]], rows: int) -> list[Logits]:
+    """For each prompt the logits of the first `rows` ids after every token, [length, rows], and the
+    logarithm of the sum over all ids' exponentials, [length].
 
-    The output matrix is cut to them, since a matrix of another size may be multiplied in another
-    order: two models that agree on those rows agree on every bit.
+    For the former the output matrix is cut, since a matrix of another size may be multiplied in
+    another order: two models that agree on those rows agree on every bit.
     """
-    weight = model.lm_head.weight[:rows]
-    return [
-        (model.model(input_ids=ids, use_cache=False).last_hidden_state[0] @ weight.T).cpu()
-        for ids in (torch.tensor([prompt], device=model.device) for prompt in prompts)
-    ]
+    weight = model.lm_head.weight
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        state = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        total = (state @ weight.T).float().logsumexp(dim=-1)
+        found.append(((state @ weight[:rows].T).cpu(), total.cpu()))
+    return found
 
 
-def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+def divergence(before: Logits, after: Logits) -> torch.Tensor:
     """The Kullback-Leibler divergence of the next token's distribution `after` from that `before`,
-    in bits, position by position: [length, rows] twice to [length]."""
-    old, new = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
+    in bits, position by position: [length]. What `after` gives to other ids is lost."""
+    old, new = (logits.float() - total[:, None] for logits, total in (before, after))
     return (old.exp() * (old - new)).sum(dim=-1) / math.log(2)

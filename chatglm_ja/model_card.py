@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja import report
+from chatglm_ja import page
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ output = model.generate(**inputs, max_new_tokens=256, do_sample=True, temperatur
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))
 ```
 
+The tokenizer puts `[gMASK] sop` before a text, and the chat template holds it already: a prompt
+that was made as text (`tokenize=False`) is encoded with `add_special_tokens=False`.
+
 As a server with OpenAI's interface, and a chat in the terminal:
 
 ```bash
@@ -59,8 +62,9 @@ sets above have licences of their own.
 """
 
 
-def render(results: Results, base_dir: Path) -> str:
-    """The card as Markdown; it names the base's licence if that lies in the base's folder."""
+def render(results: Results, tables: str, base_dir: Path) -> str:
+    """The card as Markdown, with the results as `tables`; it names the base's licence if that lies
+    in the base's folder."""
     licensed = (base_dir / LICENCE).is_file()
     languages = ", ".join(results["stages"][0]["languages"])
     licence = ["license: other"]
@@ -82,7 +86,7 @@ def render(results: Results, base_dir: Path) -> str:
         "",
         "## Results",
         "",
-        report.markdown(results).rstrip(),
+        tables.rstrip(),
         "",
         "## Data",
         "",
@@ -114,7 +118,7 @@ def _data(steps: Mapping[str, Any]) -> Iterator[str]:
             ]
             head = ["source", *(column.removeprefix("train_") for column in columns)]
             head[1] = "read"
-            yield from (f"{title}, by source:", "", *report.markdown_table(head, rows), "")
+            yield from (f"{title}, by source:", "", *page.markdown_table(head, rows), "")
 
 
 def _count(value: Any) -> str:
@@ -126,7 +130,7 @@ def _settings(steps: Mapping[str, Any]) -> Iterator[str]:
         if step in steps:
             arguments, counts = steps[step]["arguments"], steps[step]["counts"]
             rows = [[f"`{name}`", str(value)] for name, value in {**arguments, **counts}.items()]
-            yield from (f"{title}:", "", *report.markdown_table(["setting", "value"], rows), "")
+            yield from (f"{title}:", "", *page.markdown_table(["setting", "value"], rows), "")
 
 
 def place(results_dir: Path, model_dir: Path, base_dir: Path) -> None:

@@ -6,7 +6,7 @@ break between them belongs to one of the two.
     {"question": "日本の首都は", "choices": ["東京です。", "大阪です。"], "answer": 0}
 
 A long choice is less likely than a short one, and a common one likelier than a rare one. So the
-choices are compared in three ways, the first two of them as lm-evaluation-harness does:
+choices are compared in three ways, the first two of which lm-evaluation-harness has too:
 
     acc         log P(choice | question)
     acc_norm    the same per character of the choice
@@ -82,18 +82,18 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """For every language: how many `questions`, the share that `chance` gets right, and the share
     that the model does, in each of WAYS."""
-    asked = [question for of_language in questions.values() for question in of_language]
-    # A choice stands in several questions, and what it costs without any is asked once.
-    texts = [(text, question) for question in asked for text in (question.text, question.text[-1])]
-    pairs = list(dict.fromkeys((text, choice) for text, q in texts for choice in q.choices))
-    scores = likelihood.score_continuations(model, encoder, pairs, window, batch_size)
-    nats = dict(zip(pairs, scores, strict=True))
+    asked = [
+        (text, question.choices)
+        for of_language in questions.values()
+        for question in of_language
+        for text in (question.text, question.text[-1])
+    ]
+    nats = iter(likelihood.score_continuations(model, encoder, asked, window, batch_size))
     rows = {}
     for language, of_language in questions.items():
         right = dict.fromkeys(WAYS, 0)
         for question in of_language:
-            given = [nats[question.text, choice] for choice in question.choices]
-            alone = [nats[question.text[-1], choice] for choice in question.choices]
+            given, alone = next(nats), next(nats)
             costs = {
                 "acc": given,
                 "acc_norm": [c / len(t) for c, t in zip(given, question.choices, strict=True)],

@@ -1,4 +1,4 @@
-"""Building blocks of the HTML pages that the steps write.
+"""Building blocks of the HTML pages that the steps write, and of tables in Markdown.
 
 A page is one file that loads nothing from anywhere: pictures are inline SVG, all text is escaped.
 """
@@ -14,7 +14,12 @@ STYLE = """
 body { font: 16px/1.6 system-ui, "Noto Sans CJK JP", sans-serif; max-width: 60rem; color: #1d2330;
        margin: 0 auto; padding: 1rem; background: #fff; }
 h1 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
-.scroll { overflow-x: auto; }
+/* A table that is too wide casts a shadow where it goes on. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, #fff 40%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, #fff 40%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, #0004, transparent) left / .6rem 100% no-repeat scroll,
+  linear-gradient(to left, #0004, transparent) right / .6rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #d8dce5; }
 th { white-space: nowrap; }
@@ -59,6 +64,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     body = "".join(line(row, "td") for row in rows)
     return f'<div class="scroll"><table>{line(head, "th")}{body}</table></div>'
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table: its first column is aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * (widths[0]), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [
+        "| " + " | ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ) + " |"
+        for line in [head, rule, *rows]
+    ]  # fmt: skip
 
 
 def pieces(tokens: Sequence[str], new: Sequence[bool] = ()) -> str:

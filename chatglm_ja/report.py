@@ -11,6 +11,7 @@ results = {
 
 import html
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ Table = tuple[list[str], list[list[str]]]  # head and rows
 CHOICE_WAYS = {
     "acc": "likeliest",
     "acc_norm": "per character",
-    "acc_gain": "most by the question",
+    "acc_gain": "gains most by the question",
 }
 
 
@@ -118,12 +119,17 @@ def choice_table(results: Results) -> Table:
             language,
             str(row["questions"]),
             f"{row['chance']:.0%}",
-            *(f"{row[way]:.0%}" for way in CHOICE_WAYS),
+            *(_share(row[way], row["questions"]) for way in CHOICE_WAYS),
         ]
         for stage in results["stages"]
         for language, row in stage["choices"].items()
     ]
     return ["stage", "language", "questions", "chance", *CHOICE_WAYS.values()], rows
+
+
+def _share(share: float, count: int) -> str:
+    """A share of some questions, with its standard error in percentage points."""
+    return f"{share:.0%} ± {100 * math.sqrt(share * (1 - share) / count):.0f}"
 
 
 def harness_table(results: Results) -> Table:
@@ -147,7 +153,8 @@ def learning(results: Results) -> str:
     for language, before in stages["resized"].items():
         old, new = before["bits_per_char"], stages["pretrained"][language]["bits_per_char"]
         changes.append(f"{language} {old:.3f} -> {new:.3f} ({100 * (new / old - 1):+.1f}%)")
-    return "Continued pretraining, bits per character: " + ", ".join(changes)
+    changed = ", ".join(changes)
+    return f"Continued pretraining, against the resized model, bits per character: {changed}"
 
 
 def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
@@ -155,14 +162,15 @@ def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
     yield (
         "Bits per character",
         "Held-out text: lower is better, and comparable between vocabularies. In brackets: the "
-        "change against the base.",
+        "change against the base. The resized model has the new pieces, and learned nothing yet.",
         stage_table(results),
     )
     yield "Bits per byte", "The same text, over its bytes in UTF-8.", byte_table(results)
     yield (
         "Tokens and speed",
         "Characters per second: of one answer alone, its tokens per second over the tokens per "
-        "character of the held-out text.",
+        "character of the held-out text; timed once for each size of the vocabulary, on this "
+        "machine as busy as it was.",
         speed_table(results),
     )
     yield (
@@ -173,14 +181,16 @@ def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
     yield (
         "Distance from the base",
         "The beginnings of held-out texts as the base's ids, read by the base and by each stage: "
-        "the logits of the base's ids, and the divergence of the next token's distribution (KL).",
+        "the logits of these ids, and how far the next token's distribution is from the base's "
+        "(Kullback-Leibler; what goes to new pieces counts as lost).",
         kept_table(results),
     )
     yield (
         "Answers",
-        "To the questions of --prompts. Repeated 4-grams: the share of four words in a row (of "
-        "Japanese and Chinese, four characters) that the answer had already, mean over the answers. "
-        "Longest loop: the most words in a stretch that says the same three times or more in a row.",
+        "To the questions of --prompts. Repeated 4-grams: the share of four words in a row (four "
+        "characters of Japanese and Chinese) that the answer had already, mean over all. "
+        "Longest loop: the most words in a stretch that says the same three times or more. In the "
+        "language: of the answers whose language can be told, which that of code cannot.",
         answering_table(results),
     )
     if results["stages"][-1]["held_out"]:
@@ -193,7 +203,7 @@ def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
         yield (
             "Multiple choice",
             "The share of questions whose right choice is the likeliest, the likeliest per "
-            "character, or the one that the question makes likelier by most.",
+            "character, or the one that the question makes likelier by most; with standard errors.",
             choice_table(results),
         )
     if results["stages"][0]["harness"]:
@@ -204,21 +214,8 @@ def markdown(results: Results) -> str:
     """The tables, aligned so that they read well in a terminal too."""
     lines = [learning(results), ""]
     for title, explanation, (head, rows) in sections(results):
-        lines += [f"### {title}", "", explanation, "", *markdown_table(head, rows), ""]
+        lines += [f"### {title}", "", explanation, "", *page.markdown_table(head, rows), ""]
     return "\n".join(lines)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table: its first column is aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * (widths[0]), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return [
-        "| " + " | ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ) + " |"
-        for line in [head, rule, *rows]
-    ]  # fmt: skip
 
 
 def html_page(results: Results) -> str:

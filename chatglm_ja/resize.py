@@ -229,7 +229,7 @@ def verify_logits(base_dir: Path, folder: Path, output_layout: Layout, old_ids: 
     else:
         resized = checkpoint.load_glm(folder, GlmForCausalLM, torch.float32).eval()
     after = likelihood.logits(resized, prompts, old_ids)
-    for text, old, new in zip(VERIFIED_TEXTS, before, after, strict=True):
+    for text, (old, _), (new, _) in zip(VERIFIED_TEXTS, before, after, strict=True):
         if not torch.equal(old, new):
             worst = (old - new).abs().max().item()
             raise DataError(

@@ -62,14 +62,9 @@ class Stage:
 
     def auto_tokenizer(self) -> Any:
         """The tokenizer as transformers' own, for tools that want one."""
-        from transformers import AutoTokenizer
-
         from chatglm_ja import export
 
-        if self.name == "base":
-            return export.transformers_tokenizer(self.tokenizer_model())
-
-        return AutoTokenizer.from_pretrained(self.folder)
+        return export.transformers_tokenizer(self.tokenizer_model())
 
     def tokenizer_model(self) -> Any:
         """The sentencepiece model (ModelProto), with the special tokens among its pieces."""

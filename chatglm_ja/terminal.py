@@ -1,18 +1,27 @@
 """Talking to a model in the terminal: answers appear as they are written, turn after turn."""
 
+import io
+import readline  # noqa: F401  input() with editing and history
 import sys
 from contextlib import closing
 from typing import Any
 
 from chatglm_ja import dialogue
-from chatglm_ja.errors import DataError
+from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.generation import Sampling
 
 CLEAR, EXIT = "/clear", "/exit"
 
 
 def talk(model: Any, encoder: Any, max_new_tokens: int, sampling: Sampling) -> None:
-    """Until the end of the input, or /exit. Ctrl-C ends the answer at hand, or the talk."""
+    """Until the end of the input, or /exit. Ctrl-C ends the answer at hand, or the talk.
+
+    Raises ConfigError without an input.
+    """
+    if sys.stdin is None:
+        raise ConfigError("--chat reads what you type, and standard input is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack letters of the answer
+        sys.stdout.reconfigure(errors="replace")
     messages: list[dialogue.Message] = []
     print(f"{CLEAR} forgets what was said, {EXIT} or Ctrl-D ends, Ctrl-C stops an answer")
     while True:

@@ -20,7 +20,7 @@ from typing import Any
 
 from chatglm_ja import dialogue
 from chatglm_ja.config import EvalConfig
-from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.generation import Sampling
 from chatglm_ja.stages import Stage
 
@@ -77,12 +77,16 @@ def launch(page: Any, port: int) -> None:
     """Begin to serve a page, to this machine only; returns at once."""
     from gradio.themes import Default
 
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it is up
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST, "localhost")))
+
     page.launch(
         server_name=HOST,
         server_port=port,
         prevent_thread_lock=True,
         share=False,
         quiet=True,
+        max_file_size=1,  # bytes: nothing is uploaded
         footer_links=[],
         css=CSS,
         # Fonts that are there: the theme's own would come from the network.
@@ -111,19 +115,36 @@ class Models:
         return self._loaded[name]
 
 
-class Stops:
-    """Which sessions of the page asked to stop the answer at hand."""
+class Question:
+    """A question that was sent: whether its answer shall stop, and whether all was forgotten."""
 
     def __init__(self) -> None:
-        self._events: dict[str, threading.Event] = {}
+        self.stopped = threading.Event()
+        self.forgotten = threading.Event()
 
-    def start(self, session: str) -> threading.Event:
-        self._events[session] = threading.Event()
-        return self._events[session]
+
+class Sessions:
+    """The question at hand of every open page."""
+
+    def __init__(self) -> None:
+        self._questions: dict[str, Question] = {}
+
+    def begin(self, session: str) -> None:
+        self._questions[session] = Question()
+
+    def get(self, session: str) -> Question:
+        return self._questions.setdefault(session, Question())
 
     def stop(self, session: str) -> None:
-        if session in self._events:
-            self._events[session].set()
+        self.get(session).stopped.set()
+
+    def forget(self, session: str) -> None:
+        self.get(session).forgotten.set()
+        self.stop(session)
+
+    def end(self, session: str) -> None:
+        self.stop(session)
+        del self._questions[session]
 
 
 def answers(
@@ -138,8 +159,14 @@ def answers(
 ) -> Iterator[Talks]:
     """The talks of both sides as the answers to a question grow, in turn piece by piece.
 
-    Raises DataError for a message that is empty or too long, for the page or for a model.
+    Raises DataError for a message that is empty or too long, for the page or for a model, and for
+    a model that is not there.
     """
+    for name in names:
+        if name not in [NOBODY, *models.stages]:
+            raise DataError(
+                f"there is no model {name!r}: expected one of {', '.join(models.stages)}"
+            )
     text = text.strip()
     if not text:
         raise DataError("there is no question yet")
@@ -194,8 +221,13 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
-    stops = Stops()
+    sessions = Sessions()
     nothing_said: Talks = {side: [] for side in SIDES}
+
+    def begin(text: str, request: gradio.Request) -> tuple[str, str]:
+        """At once, while other questions may wait: the box is free, and Stop is for this one."""
+        sessions.begin(str(request.session_hash))
+        return "", text
 
     def ask(
         text: str,
@@ -207,25 +239,38 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
         max_new_tokens: float,
         request: gradio.Request,
     ) -> Iterator[tuple[Any, ...]]:
+        question = sessions.get(str(request.session_hash))
+        unchanged = (gradio.skip(),) * 4
+        if question.stopped.is_set():  # while it waited
+            yield text, *unchanged[1:]
+            return
         try:
             for said in answers(
                 models,
                 (left, right),
                 talks,
-                text,
+                str(text),
                 min(int(max_new_tokens), MAX_TOKENS),
-                Sampling(temperature, top_p),
+                Sampling(float(temperature), float(top_p)),
                 config.answer_seconds,
-                stops.start(str(request.session_hash)),
+                question.stopped,
             ):
-                yield "", said, *(_shown(said[side]) for side in SIDES)
-        except DataError as error:
+                if question.forgotten.is_set():
+                    yield unchanged
+                    return
+                yield gradio.skip(), said, *(_shown(said[side]) for side in SIDES)
+        except (UserError, TypeError, ValueError) as error:  # the latter for odd values, by the API
+            yield text, *unchanged[1:]  # to be mended
             raise gradio.Error(str(error), print_exception=False) from None
 
     def stop(request: gradio.Request) -> None:
-        stops.stop(str(request.session_hash))
+        sessions.stop(str(request.session_hash))
 
-    def forget() -> tuple[Talks, list[Any], list[Any]]:
+    def leave(request: gradio.Request) -> None:
+        sessions.end(str(request.session_hash))
+
+    def forget(request: gradio.Request) -> tuple[Talks, list[Any], list[Any]]:
+        sessions.forget(str(request.session_hash))
         return nothing_said, [], []
 
     def show_right(name: str) -> Any:
@@ -233,10 +278,16 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
 
     with gradio.Blocks(title="ChatGLM3 Japanese", analytics_enabled=False) as page:
         talks = gradio.State(nothing_said)
+        sent = gradio.State("")
         names = list(models.stages)
         with gradio.Row():
-            left = gradio.Dropdown(names, value=first, label="Model")
-            right = gradio.Dropdown([NOBODY, *names], value=NOBODY, label="Compare with")
+            left = gradio.Dropdown(
+                names, value=first, label="Model", info="Another one goes on with what was said"
+            )
+            right = gradio.Dropdown(
+                [NOBODY, *names], value=NOBODY, label="Compare with",
+                info="Joins with the next question",
+            )  # fmt: skip
         boxes = []
         with gradio.Row():
             for side in SIDES:
@@ -247,6 +298,7 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
                             show_label=False,
                             height=440,
                             render_markdown=False,
+                            latex_delimiters=[],
                             buttons=[],
                             feedback_options=None,
                             elem_id=side,
@@ -276,16 +328,15 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
                 label="Longest answer, in tokens",
             )  # fmt: skip
         right.change(show_right, right, column, show_progress="hidden")
-        gradio.on(
-            [send.click, text.submit],
+        gradio.on([send.click, text.submit], begin, text, [text, sent], queue=False).then(
             ask,
-            [text, talks, left, right, temperature, top_p, tokens],
+            [sent, talks, left, right, temperature, top_p, tokens],
             [text, talks, *boxes],
             concurrency_limit=1,
             show_progress="minimal",
         )
         halt.click(stop, queue=False)
-        page.unload(stop)
-        clear.click(stop, queue=False).then(forget, None, [talks, *boxes])
+        page.unload(leave)
+        clear.click(forget, None, [talks, *boxes], queue=False)
     page.queue(max_size=MAX_WAITING)
     return page

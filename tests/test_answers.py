@@ -92,6 +92,8 @@ def test_the_profiles_questions(profile: str) -> None:
         ("ja: hello\n", "ja must be a list"),
         ("ja: [1, 2]\n", "ja must be a list"),
         ("ja: ['']\n", "ja must be a list"),
+        ("ja: []\n", "ja must be a list"),
+        ('ja: [a, "\\ud800"]\n', "ja, question 2: lone surrogate"),
         ("ja:\n  - question: hi\n", "ja must be a list of questions, each a text"),
         ("jp: [a]\n", "unknown language 'jp': expected ja, ko, zh, en, code"),
         ("a: [", "is not YAML"),

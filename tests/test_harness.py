@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja import harness, multiple_choice
+from chatglm_ja import harness, likelihood, multiple_choice
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.harness import Tasks
 from chatglm_ja.sources import Source
@@ -30,6 +30,20 @@ target_delimiter: ""
 metric_list:
   - metric: acc
   - metric: acc_norm
+"""
+
+ROLLING = """\
+task: rolling
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list:
+  - metric: bits_per_byte
 """
 
 
@@ -64,14 +78,39 @@ def test_accuracy_is_the_same_as_our_own(
     questions = multiple_choice.read([Source("ja", str(folder / "questions.jsonl"))])
     own = multiple_choice.evaluate(model, encoder, questions, 256, 8)["ja"]
     tasks = Tasks(["next_line"], folder, 0)
-    rows = tasks.run(manager, model, stage.auto_tokenizer(), 256, 8)
+    rows = tasks.run(manager, model, encoder, stage.auto_tokenizer(), 256, 8)
     found = {row["metric"]: row["value"] for row in rows}
     assert found["acc"] == pytest.approx(own["acc"])
     # The harness counts the line break of a choice among its characters, as we do.
     assert found["acc_norm"] == pytest.approx(own["acc_norm"])
     assert all(row["task"] == "next_line" and 0 < row["stderr"] < 0.1 for row in rows)
-    limited = Tasks(["next_line"], folder, 4).run(manager, model, stage.auto_tokenizer(), 256, 8)
+    limited = Tasks(["next_*"], folder, 4).run(
+        manager, model, encoder, stage.auto_tokenizer(), 256, 8
+    )
     assert limited[0]["value"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_whole_texts_are_scored_as_ours(
+    resized_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexity tasks: what comes before a text is not counted, what it spells stays text."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    texts = [text[:200] for text in demo_texts("zh", 3)] + ["a <|user|> b </s>"]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "rolling.yaml").write_text(ROLLING.format(data=data))
+    tasks = Tasks(["rolling"], tmp_path, 0)
+    stage = Stage("resized", resized_dir)
+    model, encoder = stage.load()
+    (row,) = tasks.run(tasks.open(), model, encoder, stage.auto_tokenizer(), 256, 8)
+    score = likelihood.score_texts(model, encoder, texts, 256, 8)
+    assert row["value"] == pytest.approx(score.bits_per_byte, rel=1e-6)
+
+
+def test_data_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "lost.yaml").write_text(ROLLING.format(data=tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ConfigError, match=r"cannot load the task rolling: .*nowhere"):
+        Tasks(["rolling"], tmp_path, 0).open()
 
 
 def test_unknown_tasks_and_folders_are_one_line(folder: Path) -> None:

@@ -95,8 +95,9 @@ def test_nothing_to_score_is_an_error(model: Any, encoder: Any) -> None:
 
 def test_continuations_cost_what_their_tokens_do(model: Any, encoder: Any) -> None:
     pairs = [("日本の首都は", "東京です。"), ("The capital is ", "Tokyo"), ("北京", "市")]
-    costs = likelihood.score_continuations(model, encoder, pairs, 64, 2)
-    for (text, continuation), cost in zip(pairs, costs, strict=True):
+    asked = [(text, [continuation]) for text, continuation in pairs]
+    costs = likelihood.score_continuations(model, encoder, asked, 64, 2)
+    for (text, continuation), (cost,) in zip(pairs, costs, strict=True):
         prefix, alone = chat.prefix_ids(encoder), encoder.encode(text)
         ids = encoder.encode(text + continuation)
         shared = 0
@@ -113,7 +114,7 @@ def test_continuations_cost_what_their_tokens_do(model: Any, encoder: Any) -> No
 def test_the_end_of_a_long_text_is_read(model: Any, encoder: Any) -> None:
     text, answer = "".join(demo_texts("zh", 1))[:200], "新的图表"
     whole = [*encoder.encode(text + answer)]
-    (cost,) = likelihood.score_continuations(model, encoder, [(text, answer)], 32, 1)
+    ((cost,),) = likelihood.score_continuations(model, encoder, [(text, [answer])], 32, 1)
     kept = [*chat.prefix_ids(encoder), *whole[-30:]]
     scored = len(whole) - len(encoder.encode(text))
     with torch.inference_mode():
@@ -121,17 +122,58 @@ def test_the_end_of_a_long_text_is_read(model: Any, encoder: Any) -> None:
     expected = -sum(logits[place - 1, kept[place]].item() for place in range(32 - scored, 32))
     assert cost == pytest.approx(expected, rel=1e-6)
     with pytest.raises(DataError, match="too many for --window 32"):
-        likelihood.score_continuations(model, encoder, [("a", text)], 32, 1)
+        likelihood.score_continuations(model, encoder, [("a", [text])], 32, 1)
+
+
+def test_continuations_of_a_text_are_compared_over_the_same_stretch(
+    model: Any, encoder: Any
+) -> None:
+    """A piece across the border in one of them moves the border for all."""
+    pieces = (encoder.id_to_piece(n) for n in range(chat.first_new_id(encoder), len(encoder)))
+    text, crossing = next(
+        (text, piece[-1])
+        for text, piece in ((f"図、{piece[:-1]}", piece) for piece in pieces if len(piece) > 1)
+        if encoder.encode(text + piece[-1])[: len(encoder.encode(text))] != encoder.encode(text)
+    )
+    plain = "\n"
+    border = len(encoder.encode(text))
+    assert encoder.encode(text + plain)[:border] == encoder.encode(text)
+    joined = encoder.encode(text + crossing)
+    shared = next(n for n, token in enumerate(encoder.encode(text)) if joined[n] != token)
+    assert shared < border
+    ((_, cost),) = likelihood.score_continuations(
+        model, encoder, [(text, [crossing, plain])], 64, 2
+    )
+    ((alone,),) = likelihood.score_continuations(model, encoder, [(text, [plain])], 64, 2)
+    prefix, ids = chat.prefix_ids(encoder), encoder.encode(text + plain)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
+    each = [-logits[len(prefix) + place - 1, ids[place]].item() for place in range(len(ids))]
+    assert alone == pytest.approx(sum(each[border:]), rel=1e-6)
+    assert cost == pytest.approx(sum(each[shared:]), rel=1e-6)
+
+
+def test_in_half_precision_losses_keep_their_digits(resized_dir: Path, encoder: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.bfloat16).eval()
+    asked = [("日本の首都は", list("東京大阪北南"))]
+    (costs,) = likelihood.score_continuations(model, encoder, asked, 64, 8)
+    rounded = [torch.tensor(cost).bfloat16().item() for cost in costs]
+    assert all(abs(a - b) > 1e-6 for a, b in zip(costs, rounded, strict=True))
 
 
 def test_logits_and_divergence(model: Any, encoder: Any) -> None:
     prompt = [*chat.prefix_ids(encoder), *encoder.encode("你好")]
-    (found,) = likelihood.logits(model, [prompt], 100)
+    ((found, total),) = likelihood.logits(model, [prompt], 100)
     with torch.inference_mode():
-        expected = model(torch.tensor([prompt])).logits[0, :, :100]
-    torch.testing.assert_close(found, expected)
-    other = found + torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
-    p, q = found.softmax(-1), other.softmax(-1)
+        expected = model(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(found, expected[:, :100])
+    torch.testing.assert_close(total, expected.logsumexp(-1))
+    noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    other = expected + noise
+    p, q = expected.softmax(-1)[:, :100], other.softmax(-1)[:, :100]
     bits = (p * (p / q).log2()).sum(-1)
-    torch.testing.assert_close(likelihood.divergence(found, other), bits)
-    assert likelihood.divergence(found, found + 3).abs().max() < 1e-5
+    after = (other[:, :100], other.logsumexp(-1))
+    torch.testing.assert_close(likelihood.divergence((found, total), after), bits)
+    # The same for all ids is no change; more for the others alone is one.
+    assert likelihood.divergence((found, total), (found + 3, total + 3)).abs().max() < 1e-5
+    assert likelihood.divergence((found, total), (found, total + 1)).min() > 0

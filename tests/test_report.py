@@ -103,7 +103,7 @@ def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
             {"task": "t", "metric": "bleu", "value": 12.0, "stderr": None},
         ]
     lines = cells(report.markdown(results))
-    assert ["base", "ja", "4", "25%", "50%", "75%", "100%"] in lines
+    assert ["base", "ja", "4", "25%", "50% ± 25", "75% ± 22", "100% ± 0"] in lines
     assert ["t", "acc", *["0.500 ± 0.010"] * 3] in lines
     assert ["t", "bleu", *["12.000"] * 3] in lines
     results["stages"][-1]["held_out"] = []
@@ -128,7 +128,7 @@ def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> Non
 def test_the_card_has_results_settings_and_the_licence(
     results: dict[str, Any], tmp_path: Path
 ) -> None:
-    card = model_card.render(results, tmp_path)
+    card = model_card.render(results, report.markdown(results), tmp_path)
     assert card.startswith("---\nlanguage: [ja]\n")
     assert "license_link" not in card
     assert report.markdown(results).rstrip() in card
@@ -136,7 +136,7 @@ def test_the_card_has_results_settings_and_the_licence(
     assert ["`steps`", "7"] in cells(card)
     assert "inherit its licence" in card
     (tmp_path / "MODEL_LICENSE").write_text("terms")
-    card = model_card.render(results, tmp_path)
+    card = model_card.render(results, report.markdown(results), tmp_path)
     assert "license_name: chatglm3-6b\nlicense_link: MODEL_LICENSE\n---" in card
     assert "(MODEL_LICENSE in this folder)" in card
 
@@ -146,7 +146,7 @@ def test_the_card_lists_the_data(results: dict[str, Any], tmp_path: Path) -> Non
                 "train_tokens": 56789, "repeats": 1.5}]  # fmt: skip
     counts = {"pretrain": {"sources": sources}, "sft": {"sources": []}}
     results["steps"]["step4_prepare_data"] = {"counts": counts}
-    card = model_card.render(results, tmp_path)
+    card = model_card.render(results, report.markdown(results), tmp_path)
     assert ["ja/wiki", "1,234", "1,000", "56,789", "1.5"] in cells(card)
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chatglm_ja import chat, generation, web
+from chatglm_ja import chat, dialogue, generation, web
 from chatglm_ja.config import EvalConfig
-from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.errors import ArtifactError, ConfigError, DataError
 from chatglm_ja.generation import GREEDY
 
 pytest.importorskip("gradio", reason="needs requirements-extras.txt")
@@ -110,6 +110,12 @@ def test_messages_are_limited(models: web.Models) -> None:
         answers(models, "x" * 4001, ("sft", web.NOBODY))
 
 
+def test_odd_names_are_refused(models: web.Models) -> None:
+    for name in ("nobody", None, ["sft"]):
+        with pytest.raises(DataError, match=r"there is no model .*: expected one of base, pretr"):
+            answers(models, "日本", (name, web.NOBODY))  # type: ignore[arg-type]
+
+
 def test_a_stop_leaves_what_was_said(models: web.Models) -> None:
     stopped = threading.Event()
     stopped.set()
@@ -192,6 +198,68 @@ def test_a_question_is_typed_and_its_answer_read_as_it_grows(page: Any, models: 
     assert bubbles(page, "right")[0] == bubbles(page, "left")[2] == "もう一つ"
     page.click("#clear")
     wait_until(page, lambda: bubbles(page, "left") == bubbles(page, "right") == [])
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that take ten seconds."""
+
+    def reply(*_: Any, **__: Any) -> Iterator[str]:
+        for number in range(40):
+            time.sleep(0.25)
+            yield f"{number} "
+
+    monkeypatch.setattr(dialogue, "reply", reply)
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_is_typed_meanwhile_stays_and_what_is_forgotten_is_gone(page: Any) -> None:
+    page.fill("#question textarea", "一")
+    page.click("#send")
+    wait_until(page, lambda: len(bubbles(page, "left")) == 2 and "1" in bubbles(page, "left")[1])
+    page.fill("#question textarea", "")
+    page.locator("#question textarea").press_sequentially("次の質問", delay=150)
+    assert page.input_value("#question textarea") == "次の質問"
+    page.click("#clear")
+    wait_until(page, lambda: bubbles(page, "left") == [])
+    page.wait_for_timeout(1500)
+    assert bubbles(page, "left") == []
+    page.click("#send")
+    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
+    assert bubbles(page, "left")[0] == "次の質問"  # and nothing before it
+    page.click("#stop")
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_question_that_waits_can_be_stopped(page: Any) -> None:
+    """Two pages: the second one's question waits for the first one's answer."""
+    other = page.context.browser.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("#question textarea")
+    for one in (page, other):
+        one.fill("#question textarea", "一")
+        one.click("#send")
+    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
+    other.click("#stop")
+    other.wait_for_timeout(300)
+    page.click("#stop")
+    wait_until(other, lambda: other.input_value("#question textarea") == "一")
+    assert bubbles(other, "left") == []
+
+
+def test_a_damaged_model_is_said_on_the_page(
+    page: Any, models: web.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged() -> None:
+        raise ArtifactError("the folder is damaged")
+
+    monkeypatch.setattr(models.stages["base"], "open", damaged)
+    page.get_by_label("Compare with").click()
+    page.get_by_role("option", name="base").click()
+    page.fill("#question textarea", "一")
+    page.click("#send")
+    wait_until(page, lambda: "the folder is damaged" in page.inner_text("body"))
+    assert page.input_value("#question textarea") == "一"
 
 
 def test_a_wrong_message_is_said_on_the_page(page: Any) -> None:
