@@ -35,10 +35,22 @@ STEP7_DIR = ARTIFACTS_DIR / "step7_eval"
 SHARES = ("ja=76", "zh=12", "en=12")
 SFT_SHARES = ("ja=52", "zh=22", "en=9", "code=17")
 
-# Pages that neither profile trains on: steps 2 and 7 measure on them.
+# What neither profile trains on: steps 2 and 7 measure on the pages, step 7 asks the questions.
 LANGUAGES = ("ja", "zh", "en")
 HELD_OUT_SOURCES = tuple(
     Source(language, f"{PROJECT_DIR}/demo/data/heldout_{language}.jsonl.gz")
+    for language in LANGUAGES
+)
+HELD_OUT_CONVERSATIONS = tuple(
+    Source(kind, f"{PROJECT_DIR}/demo/data/heldout_sft.jsonl.gz", where=("kind", kind))
+    for kind in (*LANGUAGES, "code")
+)
+HELD_OUT_CHOICES = tuple(
+    Source(
+        language,
+        f"{PROJECT_DIR}/demo/data/heldout_choice.jsonl.gz",
+        where=("language", language),
+    )
     for language in LANGUAGES
 )
 
@@ -90,14 +102,6 @@ if PROFILE == "demo":
         "max_chars": 25_000,
         "max_new_tokens": 128,
         "answer_batch_size": 128,
-        "choices": tuple(
-            Source(language, f"{DATA_DIR}/heldout_choice.jsonl.gz", where=("language", language))
-            for language in LANGUAGES
-        ),
-        "conversations": tuple(
-            Source(kind, f"{DATA_DIR}/heldout_sft.jsonl.gz", where=("kind", kind))
-            for kind in ("ja", "zh", "en", "code")
-        ),
     }
 else:
     _folder = os.environ.get("CHATGLM3_6B_DIR")
@@ -213,6 +217,8 @@ STEP7: Settings = {
     "pretrained": STEP5_DIR,
     "sft": STEP6_DIR,
     "sources": HELD_OUT_SOURCES,
+    "conversations": HELD_OUT_CONVERSATIONS,
+    "choices": HELD_OUT_CHOICES,
     "prompts": PROJECT_DIR / "prompts" / f"{PROFILE}.yaml",
     "output_dir": STEP7_DIR,
     **EVALUATION,

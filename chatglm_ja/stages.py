@@ -42,16 +42,25 @@ class Stage:
     def load(self) -> tuple[Any, Any]:
         """The model, on the GPU if there is one, and the sentencepiece processor of its tokenizer.
 
-        Raises DataError if the model has fewer rows than the tokenizer has ids.
+        Raises DataError if the model has fewer rows than the tokenizer has ids, or does not fit
+        the GPU's memory.
         """
+        import torch
+
         from chatglm_ja import checkpoint, tokenizer
         from chatglm_ja.model import compute_dtype
 
         encoder = tokenizer.processor(self.tokenizer_model())
-        if self.name == "base":
-            model = checkpoint.load_base(self.folder, compute_dtype()).to(device())
-        else:
-            model = load_model(self.folder)
+        try:
+            if self.name == "base":
+                model = checkpoint.load_base(self.folder, compute_dtype()).to(device())
+            else:
+                model = load_model(self.folder)
+        except torch.OutOfMemoryError:
+            raise DataError(
+                f"{self.folder} does not fit what is free of the GPU's memory: end what else uses "
+                "it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            ) from None
         rows, ids = model.config.vocab_size, encoder.get_piece_size()
         if rows < ids:
             raise DataError(
