@@ -50,7 +50,7 @@ class Score:
         return self.tokens / self.characters
 
 
-Window = tuple[list[int], int]  # input_ids, how many at their start are context only
+Window = tuple[tuple[int, ...], int]  # input_ids, how many at their start are context only
 
 
 def windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]:
@@ -62,7 +62,7 @@ def windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]:
     start, scored = 0, context
     while scored < len(ids):
         end = min(start + size, len(ids))
-        yield list(ids[start:end]), scored - start
+        yield tuple(ids[start:end]), scored - start
         start, scored = end - size // 2, end
 
 
@@ -113,9 +113,12 @@ def score_continuations(
                     f"--window {window}"
                 )
             dropped = max(0, len(ids) - room)
-            cuts.append(([*prefix, *ids[dropped:]], len(prefix) + shared - dropped))
-    nats = iter(_nats(model, cuts, batch_size, "choices"))
-    return [[next(nats) for _ in continuations] for _, continuations in asked]
+            cuts.append(((*prefix, *ids[dropped:]), len(prefix) + shared - dropped))
+    # A continuation may stand after the same text more than once.
+    distinct = list(dict.fromkeys(cuts))
+    nats = dict(zip(distinct, _nats(model, distinct, batch_size, "choices"), strict=True))
+    scores = iter(nats[cut] for cut in cuts)
+    return [[next(scores) for _ in continuations] for _, continuations in asked]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -37,7 +37,7 @@ CONVERSATIONS = {"ja": 936, "zh": 396, "en": 162, "code": 306}
 HELD_OUT_CONVERSATIONS = 25  # of each kind, or as many as there are
 CHOICES = 4
 CHOICE_QUESTIONS = 25  # in each language, at most two of a page
-CONTEXT_CHARS = 200
+CONTEXT_CHARS = {"ja": 100, "zh": 100, "en": 250}
 PASSAGE_CHARS = {"ja": (12, 90), "zh": (10, 70), "en": (25, 200)}
 ANSWER_CHARS = {"ja": 160, "zh": 120, "en": 300, "code": 400}
 
@@ -178,7 +178,7 @@ def next_lines(pages: Sequence[Page], language: str) -> list[dict[str, object]]:
             and line not in lines[:number]
         ]
         for number in ends[:: max(1, len(ends) // 2)][:2]:
-            context = "\n".join(lines[:number])[-CONTEXT_CHARS:] + "\n"
+            context = "\n".join(lines[:number])[-CONTEXT_CHARS[language] :] + "\n"
             found.append((page["id"], context, lines[number]))
     random.Random(language).shuffle(found)
     questions: list[dict[str, object]] = []

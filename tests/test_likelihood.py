@@ -80,7 +80,7 @@ def test_long_texts_are_scored_with_a_sliding_window(model: Any, encoder: Any) -
 @pytest.mark.parametrize("length", [3, 10, 11, 16, 17, 100])
 def test_windows_score_every_token_once(length: int) -> None:
     ids = list(range(length))
-    scored = []
+    scored: list[int] = []
     for window, context in likelihood.windows(ids, 2, 10):
         assert len(window) <= 10
         assert 0 < context < len(window)
