@@ -42,9 +42,12 @@ class Tasks:
         from lm_eval.tasks import TaskManager
 
         _be_quiet()
-        manager = TaskManager(include_path=self.folder and str(self.folder))
-        unknown = [name for name in self.names if not manager.match_tasks([name])]
-        if unknown:
+        path = self.folder and str(self.folder)
+        # Reading the harness's own thousands of task files takes half a minute.
+        manager = TaskManager(include_path=path, include_defaults=self.folder is None)
+        if self._unknown(manager) and self.folder is not None:
+            manager = TaskManager(include_path=path)
+        if unknown := self._unknown(manager):
             raise ConfigError(
                 f"lm-evaluation-harness knows no task {', '.join(unknown)}: `lm_eval ls tasks` "
                 "lists them, and --harness-folder adds a folder of your own"
@@ -59,6 +62,9 @@ class Tasks:
                     "not in --harness-folder load their data from a network)"
                 ) from error
         return manager
+
+    def _unknown(self, manager: Any) -> list[str]:
+        return [name for name in self.names if not manager.match_tasks([name])]
 
     def run(
         self, manager: Any, model: Any, encoder: Any, tokenizer: Any, window: int, batch_size: int
