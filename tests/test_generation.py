@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from chatglm_ja import chat, generation
 from chatglm_ja.generation import GREEDY, Sampling
@@ -92,6 +97,40 @@ def test_samples_are_those_of_the_seed(model: Any, encoder: Any, prompts: list[l
     assert first == again != other
     assert first != generation.answer(model, encoder, prompts, 12)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.3, 0.5, 7),
+        Sampling(1.5, 1.0, 0),
+        Sampling(1.0, 0.01),
+        Sampling(2, 0.9),
+    ],
+)
+def test_tokens_are_drawn_from_what_transformers_would(sampling: Sampling) -> None:
+    scores = 3 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(40, 1, dtype=torch.long)
+    expected = TemperatureLogitsWarper(float(sampling.temperature))(ids, scores)
+    if sampling.top_k:
+        expected = TopKLogitsWarper(sampling.top_k)(ids, expected)
+    if sampling.top_p < 1:
+        expected = TopPLogitsWarper(sampling.top_p)(ids, expected)
+    shares, candidates = generation._Draw(sampling).candidates(scores)
+    found = torch.zeros_like(scores).scatter(-1, candidates, shares)
+    torch.testing.assert_close(found, expected.softmax(dim=-1))
+
+
+def test_the_token_is_drawn_by_its_probability() -> None:
+    scores = torch.tensor([2.0, 1.0, 0.0, -9.0]).expand(20_000, 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        left = generation._Draw(Sampling(1.0, 1.0, 3))(torch.zeros(1), scores)
+    assert (left.isfinite().sum(dim=-1) == 1).all()
+    counts = torch.bincount(left.argmax(dim=-1), minlength=4) / len(scores)
+    expected = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).softmax(dim=-1)
+    torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)
 
 
 def test_padding_rows_are_never_answered(
