@@ -99,7 +99,7 @@ if PROFILE == "demo":
     }
     EVALUATION: Settings = {
         "window": 256,
-        "max_chars": 15_000,
+        "max_chars": 20_000,
         "max_new_tokens": 128,
         "answer_batch_size": 128,
     }
