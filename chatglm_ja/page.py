@@ -11,7 +11,7 @@ from typing import Any
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.6 system-ui, "Noto Sans CJK JP", sans-serif; max-width: 60rem; color: #1d2330;
+body { font: 16px/1.6 system-ui, "Noto Sans CJK JP", sans-serif; max-width: 64rem; color: #1d2330;
        margin: 0 auto; padding: 1rem; background: #fff; }
 h1 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
 /* A table that is too wide casts a shadow where it goes on. */

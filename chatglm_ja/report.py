@@ -232,7 +232,7 @@ def html_page(results: Results) -> str:
         "<h2>Loss</h2>",
         *(_curve(name, log) for name, log in results["curves"].items()),
         "<h2>The answers</h2>",
-        "<p><small>■ ended by itself, … ran into the limit</small></p>",
+        "<p><small>■ ended by itself, … ran into the limit; longer answers scroll</small></p>",
         *_answers(results["stages"]),
         "<h2>How it was made</h2>",
         *_steps(results["steps"]),
