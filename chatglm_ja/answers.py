@@ -9,13 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from chatglm_ja import chat, cleaning, conversations, generation, repetition
 from chatglm_ja.errors import DataError
 from chatglm_ja.generation import GREEDY, Answer, Sampling
 from chatglm_ja.records import check_characters
-from chatglm_ja.sources import Source
+from chatglm_ja.sources import Source, load_yaml
 
 WAYS = ("greedy", "sampled")
 
@@ -29,12 +27,9 @@ def read_prompts(path: Path, languages: Collection[str]) -> dict[str, list[str]]
     nor one that can be told by its letters.
     """
     known = list(dict.fromkeys([*languages, *cleaning.LANGUAGES, "code"]))
-    try:
-        prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} not found: expected a YAML file of questions") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not YAML ({str(error).splitlines()[0]})") from None
+    if not path.exists():
+        raise DataError(f"{path} not found: expected a YAML file of questions")
+    prompts = load_yaml(path, DataError)
     if not isinstance(prompts, dict) or not prompts:
         raise DataError(f"{path} must map languages to lists of questions, as `ja: [...]`")
     for language, questions in prompts.items():

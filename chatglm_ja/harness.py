@@ -78,10 +78,8 @@ class Tasks:
 
             def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
                 texts = [request.args[0] for request in requests]
-                return [
-                    -likelihood.score_texts(model, encoder, [text], window, batch_size).nats
-                    for text in texts
-                ]
+                scores = likelihood.score_each(model, encoder, texts, window, batch_size)
+                return [-score.nats for score in scores]
 
         # What a text spells stays text.
         tokenizer.split_special_tokens = True

@@ -14,6 +14,7 @@ the window with a sliding one:
                          e f g h      h is scored
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,19 +71,29 @@ def score_texts(
     model: Any, encoder: Any, texts: Iterable[str], window: int, batch_size: int
 ) -> Score:
     """Score texts with a GlmForCausalLM and the sentencepiece processor of its tokenizer."""
-    prefix = chat.prefix_ids(encoder)
-    characters = size = tokens = 0
-    cuts: list[Window] = []
-    for text in texts:
-        ids = chat.encode_text(encoder, text)
-        characters += len(text)
-        size += len(text.encode())
-        tokens += len(ids)
-        cuts += windows([*prefix, *ids], len(prefix), window)
-    if not characters:
+    scores = score_each(model, encoder, texts, window, batch_size)
+    if not any(score.characters for score in scores):
         raise DataError("there is no text to score: the held-out file is empty")
-    nats = sum(_nats(model, cuts, batch_size, "scoring"))
-    return Score(characters, size, tokens, nats)
+    return Score(
+        characters=sum(score.characters for score in scores),
+        bytes=sum(score.bytes for score in scores),
+        tokens=sum(score.tokens for score in scores),
+        nats=sum(score.nats for score in scores),
+    )
+
+
+def score_each(
+    model: Any, encoder: Any, texts: Iterable[str], window: int, batch_size: int
+) -> list[Score]:
+    """The score of every text by itself; windows of different ones are batched together."""
+    prefix = chat.prefix_ids(encoder)
+    encoded = [(text, chat.encode_text(encoder, text)) for text in texts]
+    cuts = [list(windows([*prefix, *ids], len(prefix), window)) for _, ids in encoded]
+    nats = iter(_nats(model, list(itertools.chain(*cuts)), batch_size, "scoring"))
+    return [
+        Score(len(text), len(text.encode()), len(ids), sum(itertools.islice(nats, len(of_text))))
+        for (text, ids), of_text in zip(encoded, cuts, strict=True)
+    ]
 
 
 def score_continuations(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.errors import ConfigError, DataError, UserError
 
 FORM = "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS]"
 # The formats that are read, by the ending of the name; the text formats also with .gz.
@@ -153,18 +153,23 @@ def read_argument(argument: str) -> list[Source]:
 
 def read_yaml(path: Path) -> list[Source]:
     """The sources of a YAML file: a list of mappings with the fields of `Source`."""
-    import yaml
-
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} could not be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of UTF-8, a date, brackets
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML ({reason})") from None
+    entries = load_yaml(path, ConfigError)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path} holds no sources: expected a list of mappings")
     return [_from_mapping(entry, f"{path} source {i}") for i, entry in enumerate(entries, 1)]
+
+
+def load_yaml(path: Path, failure: type[UserError]) -> Any:
+    """What a YAML file holds, whatever that is; a `failure` if it cannot be read."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise failure(f"{path} could not be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of UTF-8, a date, brackets
+        reason = " ".join(str(error).split())
+        raise failure(f"{path} is not YAML ({reason})") from None
 
 
 def _from_mapping(entry: Any, origin: str) -> Source:

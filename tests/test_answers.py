@@ -97,6 +97,7 @@ def test_the_profiles_questions(profile: str) -> None:
         ("ja:\n  - question: hi\n", "ja must be a list of questions, each a text"),
         ("jp: [a]\n", "unknown language 'jp': expected ja, ko, zh, en, code"),
         ("a: [", "is not YAML"),
+        ("ja: [2026-13-45]\n", "is not YAML"),
     ],
 )
 def test_bad_prompt_files(tmp_path: Path, content: str, message: str) -> None:
