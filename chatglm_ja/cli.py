@@ -5,10 +5,12 @@ Log lines and progress bars go to standard error, and only rank 0 of a torchrun 
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chatglm_ja.errors import StoppedError, UserError
 
@@ -38,6 +40,7 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     # Libraries warning each other of changes to come.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.unraisablehook = _interrupt_later
     try:
         main()
     except UserError as error:
@@ -57,6 +60,20 @@ def run(main: Callable[[], None]) -> None:
         _end(f"error: {reason}")
     except KeyboardInterrupt:
         _end("interrupted: nothing was published", status=130)
+    finally:
+        # What is left is the interpreter's own end, which Ctrl-C would fill with tracebacks.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt_later(lost: Any) -> None:
+    """Ctrl-C that meets a destructor is dropped by Python: say it again when that is over."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        main_thread = threading.main_thread().ident
+        again = threading.Timer(0.02, signal.pthread_kill, (main_thread, signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _end(message: str, status: int = 1) -> NoReturn:
