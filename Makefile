@@ -1,6 +1,8 @@
 # make demo     everything from an empty folder: environment, base model, steps 1 to 7
 # make test     the tests (builds the environment first)
 # make check    ruff, mypy, and the tests
+# make faults   kills, full disks, damaged files, lost processes; rewrites docs/reliability.md
+# make audit    known vulnerabilities of the pinned packages; needs the network
 # make extras   the optional packages too: chat page, lm-evaluation-harness, serving
 # make clean    remove the results, keep the environment
 
@@ -14,7 +16,7 @@ PYTHON3 ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: demo test check extras clean
+.PHONY: demo test check faults audit extras clean
 
 # Install a requirements file; shown are the downloads, and the last lines of what goes wrong.
 define install
@@ -42,6 +44,14 @@ check: $(VENV)/extras
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .
 	$(PYTHON) -m pytest
+
+faults: $(VENV)/extras
+	$(PYTHON) -m pytest tests/faults --thorough --reliability docs/reliability.md
+
+audit: $(VENV)/ready
+	@$(VENV)/bin/pip install -q pip-audit==2.10.1
+	$(VENV)/bin/pip-audit --disable-pip --no-deps -r requirements.txt
+	$(VENV)/bin/pip-audit --disable-pip --no-deps -r requirements-extras.txt
 
 extras: $(VENV)/extras
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import constants
-from chatglm_ja import corpus
+from chatglm_ja import corpus, space
 from chatglm_ja.artifacts import Output, open_base_tokenizer, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.config import TrainTokenizerConfig
@@ -28,8 +28,8 @@ def main() -> None:
     base_model = config.base_model if config.method == "continue" else None
     if base_model:
         inputs.append(open_base_tokenizer(base_model))
-    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_settled(config.overwrite, config.check):
+    output = Output(config, Path(__file__).stem, inputs)
+    if output.is_settled(space.of_learned(config.vocab_size)):
         return
 
     # Large libraries load after the settings are known to be good: --help answers at once.

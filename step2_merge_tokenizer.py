@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja import corpus
+from chatglm_ja import corpus, space
 from chatglm_ja.artifacts import (
     Output,
     open_artifact_or_file,
@@ -35,12 +35,12 @@ def main() -> None:
     inputs = [
         open_base_tokenizer(config.base_model),
         open_sources("check_texts", config.check_sources),
-        open_artifact_or_file(config.ja_tokenizer, "step1_train_tokenizer.py"),
+        open_artifact_or_file(config.ja_tokenizer, "step1_train_tokenizer.py", config.verify),
     ]
     if ranking:
         inputs.append(open_sources("ranking_texts", ranking))
-    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_settled(config.overwrite, config.check):
+    output = Output(config, Path(__file__).stem, inputs)
+    if output.is_settled(space.of_merged(config.base_model, config.ja_tokenizer)):
         return
 
     from tqdm.auto import tqdm

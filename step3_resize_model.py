@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 
 import constants
+from chatglm_ja import space
 from chatglm_ja.artifacts import Output, open_artifact, open_base_model
 from chatglm_ja.cli import run
 from chatglm_ja.config import VERIFIED_BYTES, ResizeModelConfig
@@ -22,12 +23,11 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     config = parse(ResizeModelConfig, __doc__, constants.STEP3)
-    inputs = [
-        *open_base_model(config.base_model),
-        open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
-    ]
-    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_settled(config.overwrite, config.check):
+    merged = open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify)
+    vocabulary = merged.manifest["counts"]["vocabulary"]
+    inputs = [*open_base_model(config.base_model), merged]
+    output = Output(config, Path(__file__).stem, inputs)
+    if output.is_settled(space.of_resized(config.base_model, vocabulary)):
         return
 
     from chatglm_ja import checkpoint, resize

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 import constants
+from chatglm_ja import space
 from chatglm_ja.artifacts import Output, open_artifact, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.config import PrepareDataConfig, parse_shares
@@ -25,12 +26,12 @@ def main() -> None:
     inputs = [
         open_sources("texts", config.sources),
         open_sources("conversations", config.sft_sources),
-        open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
+        open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
     ]
     if config.decontaminate:
         inputs.append(open_sources("evaluation_texts", config.decontaminate))
-    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_settled(config.overwrite, config.check):
+    output = Output(config, Path(__file__).stem, inputs, unfinished="work")
+    if output.is_settled(space.of_data(config)):
         return
 
     from chatglm_ja import data_report, pretrain_data, records, sft_data, workspace
@@ -38,14 +39,13 @@ def main() -> None:
     for source in (*config.sft_sources, *config.sources):
         if not source.is_local():  # a wrong name is found now, not after hours
             records.fetch(source)
-    root = config.output_dir.with_name(config.output_dir.name + ".work")
     report = config.output_dir.with_name(config.output_dir.name + ".rejects.jsonl")
     contents = {
         "conversations": sft_data.contents(config, inputs),
         "texts": pretrain_data.contents(config, inputs),
         "shards": [{"inputs": output.lineage, **output.arguments}],
     }
-    with output.write() as folder, workspace.open_folders(root, **contents) as work:
+    with output.write() as folder, workspace.open_folders(output.unfinished, **contents) as work:
         (shards,) = work["shards"]
         rejects = workspace.Rejects(shards / "rejects.jsonl", report, config.max_rejects)
         # The conversations first: they take minutes, the texts hours, and either can lack data.
@@ -58,7 +58,6 @@ def main() -> None:
         output.counts.update(pretrain=pretrain, sft=sft)
         data_report.write(shards, output.counts, config, texts, conversations, examples)
         workspace.link_files(shards, folder)
-    workspace.remove(root)
     for line in data_report.summary(output.counts):
         log.info("%s", line)
     log.info("training data: %s; data_report.html shows what is in it", config.output_dir)

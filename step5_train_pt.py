@@ -9,6 +9,7 @@ Run     python step5_train_pt.py                      one GPU or the CPU; breakp
 from pathlib import Path
 
 import constants
+from chatglm_ja import space
 from chatglm_ja.artifacts import Output, open_artifact
 from chatglm_ja.cli import run
 from chatglm_ja.config import TrainingConfig
@@ -22,15 +23,17 @@ def main() -> None:
 
         print(costs.describe(config))
         return
-    data = open_artifact(config.data, "step4_prepare_data.py")
+    data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
     config.check_rows(data.manifest["arguments"]["block_size"])
     inputs = [
         # What this step made before can be trained further.
-        open_artifact(config.model, "step3_resize_model.py", "step5_train_pt.py"),
+        open_artifact(
+            config.model, "step3_resize_model.py", "step5_train_pt.py", every_byte=config.verify
+        ),
         data,
     ]
-    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_settled(config.overwrite, config.check):
+    output = Output(config, Path(__file__).stem, inputs, unfinished="checkpoints")
+    if output.is_settled(space.of_training(config)):
         return
 
     from chatglm_ja import training

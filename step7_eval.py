@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja import model_card, stages
+from chatglm_ja import model_card, space, stages
 from chatglm_ja.artifacts import Output, history, open_artifact, open_file_input, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.config import EvalConfig
@@ -35,15 +35,15 @@ def main() -> None:
         open_sources("held_out_conversations", config.conversations),
         open_sources("choices", config.choices),
         open_file_input("prompts", config.prompts),
-        open_artifact(config.tokenizer, "step2_merge_tokenizer.py"),
-        *(opened for stage in compared for opened in stage.open()),
+        open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
+        *(opened for stage in compared for opened in stage.open(config.verify)),
     ]
-    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
+    output = Output(config, Path(__file__).stem, inputs)
     if config.check:
         from chatglm_ja import evaluation
 
         evaluation.Evaluation(config, evaluation.read(config))
-    if output.is_settled(config.overwrite, config.check):
+    if output.is_settled(space.REPORTS_BYTES):
         if not config.check:
             model_card.place(config.output_dir, config.sft, config.base_model)
             print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))

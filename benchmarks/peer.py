@@ -263,13 +263,17 @@ def run_way(title: str, way: Way, work_dir: Path) -> Run:
 def read_history(output: Path) -> tuple[list[float], float]:
     """The loss of every step as it was logged, and the seconds that Trainer.train() took, of either
     program."""
-    ours, theirs = output / "history.json", output / "trainer_state.json"
-    if ours.exists():
-        history = json.loads(ours.read_text(encoding="utf-8"))
+
+    def read(name: str) -> Any:
+        return json.loads((output / name).read_text(encoding="utf-8"))
+
+    if (output / "history.json").exists():
+        history = read("history.json")
+        seconds = read("manifest.json")["counts"]["speed"]["seconds"]
     else:
-        history = json.loads(theirs.read_text(encoding="utf-8"))["log_history"]
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    return losses, next(e["train_runtime"] for e in history if "train_runtime" in e)
+        history = read("trainer_state.json")["log_history"]
+        seconds = next(e["train_runtime"] for e in history if "train_runtime" in e)
+    return [entry["loss"] for entry in history if "loss" in entry], seconds
 
 
 # Showing

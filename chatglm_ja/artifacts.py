@@ -2,8 +2,10 @@
 
 A step's output folder appears under its final name only when it is complete:
 
-    artifacts/demo/.step2_tokenizer.writing/     files are written and synced here
-    artifacts/demo/step2_tokenizer/              ... then renamed here, with manifest.json
+    artifacts/demo/.step4_data.lock              held while a process writes
+    artifacts/demo/.step4_data.writing/          files are written and synced here
+    artifacts/demo/step4_data/                   ... then renamed here, with manifest.json
+    artifacts/demo/step4_data.work/              what a run that is killed goes on with
 
 The manifest holds the step's arguments, counts and versions, the size and SHA-256 of every file,
 and the fingerprint of every input. A fingerprint depends on contents only, so a step that is
@@ -27,21 +29,19 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from chatglm_ja import files, space
 from chatglm_ja.errors import ArtifactError
+from chatglm_ja.files import MANIFEST
+from chatglm_ja.settings import StepConfig
 from chatglm_ja.sources import Source
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 MANIFEST_KEYS = {"step", "fingerprint", "arguments", "inputs", "lineage", "files"}
 PACKAGES = (
     "torch", "transformers", "tokenizers", "sentencepiece", "peft", "deepspeed", "datasets",
     "accelerate", "safetensors",
 )  # fmt: skip
-# Files up to this size are hashed whole; of larger ones, the size and three samples of 1 MiB
-# are hashed, so that opening a 12 GB model takes no minute.
-FULL_HASH_BYTES = 256 * 2**20
-SAMPLE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def open_file_input(role: str, *paths: Path) -> Input:
         if not path.is_file():
             found = "is a folder, expected a file" if path.is_dir() else "not found: check the path"
             raise ArtifactError(f"{role} {path} {found}")
-    fingerprint = _fingerprint({str(i): _sample_hash(path) for i, path in enumerate(paths)})
+    fingerprint = _fingerprint({str(i): files.sample_digest(path) for i, path in enumerate(paths)})
     return Input(role, fingerprint, lineage={role: fingerprint})
 
 
@@ -79,9 +79,9 @@ def open_sources(role: str, sources: Sequence[Source]) -> Input:
     """
     parts = []
     for source in sources:
-        files = source.files()
-        opened = open_file_input(role, *files)
-        formats = [path.name.removesuffix(".gz").rpartition(".")[2] for path in files]
+        paths = source.files()
+        opened = open_file_input(role, *paths)
+        formats = [path.name.removesuffix(".gz").rpartition(".")[2] for path in paths]
         parts.append(_fingerprint({"files": opened.fingerprint, "formats": " ".join(formats)}))
     fingerprint = _fingerprint({str(i): part for i, part in enumerate(parts)})
     return Input(role, fingerprint, lineage={role: fingerprint}, parts=tuple(parts))
@@ -106,11 +106,12 @@ def open_base_model(folder: Path) -> list[Input]:
     return [base_tokenizer, open_file_input("base_model", folder / "config.json", *weights)]
 
 
-def open_artifact(path: Path, made_by: str, *or_by: str) -> Input:
+def open_artifact(path: Path, made_by: str, *or_by: str, every_byte: bool | None = None) -> Input:
     """Open a folder that a step published; its role is the name of that step.
 
     Raises ArtifactError when it is missing (naming the step to run), damaged, or when one of
-    the inputs that it was made from has changed since.
+    the inputs that it was made from has changed since. Files of more than 1 GiB are compared by
+    size only, unless `every_byte` is asked for.
     """
     manifest = read_manifest(path)
     if manifest is None:
@@ -122,14 +123,13 @@ def open_artifact(path: Path, made_by: str, *or_by: str) -> Input:
         raise ArtifactError(
             f"{path} was made by {role}, expected the output of {' or '.join(expected)}"
         )
-    for name, recorded in manifest["files"].items():
-        _check_file(path / name, recorded, made_by)
+    _check_files(path, manifest, every_byte)
     _check_inputs_unchanged(path, manifest)
     lineage = {**manifest["lineage"], role: manifest["fingerprint"]}
     return Input(role, manifest["fingerprint"], path, lineage, manifest)
 
 
-def open_artifact_or_file(path: Path, made_by: str) -> Input:
+def open_artifact_or_file(path: Path, made_by: str, every_byte: bool | None = None) -> Input:
     """Open a folder that a step published, named by itself or by a file in it; or any other file.
 
     A file from elsewhere takes the role of the step that would have made it.
@@ -138,13 +138,13 @@ def open_artifact_or_file(path: Path, made_by: str) -> Input:
     if not path.is_file():
         if path.suffix and not path.exists():
             raise ArtifactError(f"{path} not found: expected a file, or the output of {made_by}")
-        return open_artifact(path, made_by)
+        return open_artifact(path, made_by, every_byte=every_byte)
     try:
         manifest = read_manifest(path.parent)
     except ArtifactError:
         manifest = None  # somebody else's manifest.json
     if manifest and manifest["step"] == role:
-        return open_artifact(path.parent, made_by)
+        return open_artifact(path.parent, made_by, every_byte=every_byte)
     return open_file_input(role, path)
 
 
@@ -156,44 +156,70 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
+    if not _is_manifest(manifest):
         raise ArtifactError(
             f"{path / MANIFEST} is damaged: remove {path} and run the step that makes it again"
         )
     return manifest
 
 
+def _is_manifest(value: Any) -> bool:
+    """Whether this is what `Output` writes, by type."""
+    if not isinstance(value, dict) or not value.keys() >= MANIFEST_KEYS:
+        return False
+    inputs, lineage = value["inputs"], value["lineage"]
+    return (
+        all(isinstance(value[name], str) for name in ("step", "fingerprint"))
+        and all(isinstance(value[name], dict) for name in ("arguments", "inputs", "lineage"))
+        and files.are_records(value["files"])
+        and all(isinstance(fingerprint, str) for fingerprint in lineage.values())
+        and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("path"), str | None)
+            and isinstance(entry.get("fingerprint"), str)
+            for entry in inputs.values()
+        )
+    )
+
+
 class Output:
     """A step's output folder: decides whether there is work to do, and publishes the result.
 
-    output = Output(config.output_dir, "step1_train_tokenizer", arguments, inputs)
-    if output.is_settled(config.overwrite, config.check):
+    output = Output(config, "step1_train_tokenizer", inputs)
+    if output.is_settled(needed=2**20):
         return
     with output.write() as folder:
         ...                          # an exception or a kill leaves no output folder
         output.counts["pieces"] = 20000
+
+    `unfinished` is the suffix of a folder beside, `output.unfinished`, in which a step keeps what
+    a run that was killed goes on with. It is removed when the result is published.
     """
 
     def __init__(
-        self, path: Path, step: str, arguments: Mapping[str, Any], inputs: list[Input]
+        self, config: StepConfig, step: str, inputs: list[Input], unfinished: str = "unfinished"
     ) -> None:
-        self.path = path
+        self.config = config
+        self.path = config.output_dir
         self.step = step
-        self.arguments = json.loads(json.dumps(arguments, default=str))
+        self.arguments = json.loads(json.dumps(config.arguments(), default=str))
         self.inputs = inputs
         self.lineage = merge_lineage(inputs)
         for source in inputs:
-            if source.path and source.path.resolve() in (path.resolve(), *path.resolve().parents):
-                raise ArtifactError(f"--output-dir {path} lies in the input {source.path}")
+            resolved = self.path.resolve()
+            if source.path and source.path.resolve() in (resolved, *resolved.parents):
+                raise ArtifactError(f"--output-dir {self.path} lies in the input {source.path}")
+        self.unfinished = self.path.with_name(f"{self.path.name}.{unfinished}")
         self.counts: dict[str, Any] = {}
         self._seen: str | None = None  # fingerprint of the result that `is_settled` found
 
-    def is_settled(self, overwrite: bool, check: bool = False) -> bool:
+    def is_settled(self, needed: int = 0) -> bool:
         """True when there is nothing to do: the folder holds this very result already, or only
-        a `check` of settings and inputs was asked for. Says which.
+        a check of settings and inputs was asked for. Says which.
 
-        Raises ArtifactError when the folder holds a result of other inputs or arguments and
-        `overwrite` is false: nothing that took hours is replaced unasked.
+        `needed` is about how many bytes the work will take on the disk. Raises ArtifactError when
+        it has less, and when the folder holds a result of other inputs or arguments and may not
+        be overwritten: nothing that took hours is replaced unasked.
         """
         self._restore_interrupted_swap()
         manifest = read_manifest(self.path)
@@ -210,13 +236,15 @@ class Output:
                 f"{self.path} is the output of {manifest['step']}, not {self.step}: choose "
                 "another --output-dir"
             )
-        elif not overwrite:
+        elif not self.config.overwrite:
             self._compare(manifest)
+            self._remove_unfinished()
             log.info("%s is finished already; --overwrite makes it again", self.path)
             return True
-        if check:
+        space.require(self.path, needed - space.total_bytes(self.unfinished))
+        if self.config.check:
             log.info("settings and inputs are good: %s can be made", self.path)
-        return check
+        return self.config.check
 
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         """Refuse a finished result that differs from what was asked for now."""
@@ -233,8 +261,7 @@ class Output:
             before, now = manifest["arguments"].get(name), self.arguments.get(name)
             if before != now:
                 raise ArtifactError(f"{self.path} was made with {name}={before}, not {now}: {cure}")
-        for name, entry in manifest["files"].items():
-            _check_file(self.path / name, entry, f"{self.step}.py")
+        _check_files(self.path, manifest, self.config.verify)
 
     @contextmanager
     def write(self) -> Iterator[Path]:
@@ -257,6 +284,7 @@ class Output:
                 raise ArtifactError(f"{self.path} could not be written: {error}") from error
             finally:
                 shutil.rmtree(working, ignore_errors=True)
+            self._remove_unfinished()
 
     @contextmanager
     def _only_writer(self) -> Iterator[None]:
@@ -296,20 +324,19 @@ class Output:
         }
 
     def _publish(self, working: Path) -> None:
-        files: dict[str, dict[str, Any]] = {}
-        for file in sorted(p for p in working.rglob("*") if p.is_file()):
-            files[file.relative_to(working).as_posix()] = record_file(file)
-        fingerprint = _fingerprint({name: entry["sha256"] for name, entry in files.items()})
-        manifest = {**self.describe(), "fingerprint": fingerprint, "files": files}
+        written = sorted(path for path in working.rglob("*") if path.is_file())
+        records = {path.relative_to(working).as_posix(): files.record(path) for path in written}
+        fingerprint = _fingerprint({name: entry["sha256"] for name, entry in records.items()})
+        manifest = {**self.describe(), "fingerprint": fingerprint, "files": records}
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (working / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        sync(working / MANIFEST)
+        files.sync(working / MANIFEST)
         old = self._beside("old")
         shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
             self.path.rename(old)
         working.rename(self.path)
-        sync(self.path.parent)
+        files.sync(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _restore_interrupted_swap(self) -> None:
@@ -317,6 +344,14 @@ class Output:
         old = self._beside("old")
         if old.exists() and not self.path.exists():
             old.rename(self.path)
+
+    def _remove_unfinished(self) -> None:
+        """Under another name: what is half removed when this is killed is not gone on with."""
+        removed = self._beside("removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        if self.unfinished.exists():
+            self.unfinished.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
     def _beside(self, state: str) -> Path:
         return self.path.parent / f".{self.path.name}.{state}"
@@ -381,47 +416,11 @@ def _check_inputs_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
         _check_inputs_unchanged(source, current)
 
 
-def _check_file(path: Path, recorded: Mapping[str, Any], made_by: str) -> None:
-    cure = f"run {made_by} --overwrite"
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: {cure}")
-    size = path.stat().st_size
-    if size != recorded["bytes"]:
-        raise ArtifactError(f"{path} has {size} bytes, expected {recorded['bytes']}: {cure}")
-    if size <= FULL_HASH_BYTES and hash_file(path) != recorded["sha256"]:
-        raise ArtifactError(f"{path} does not have the SHA-256 of its manifest: {cure}")
-
-
-def _sample_hash(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= FULL_HASH_BYTES:
-        return hash_file(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for offset in (0, size // 2, size - SAMPLE_BYTES):
-            file.seek(offset)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def record_file(path: Path) -> dict[str, Any]:
-    """Bring a file to the disk; returns what a manifest says of it."""
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_files(path: Path, manifest: Mapping[str, Any], every_byte: bool | None) -> None:
+    problem = files.problem(path, manifest["files"], bool(every_byte))
+    if problem:
+        raise ArtifactError(f"{path}: {problem}: run {manifest['step']}.py --overwrite")
 
 
 def _fingerprint(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from chatglm_ja import layout
 from chatglm_ja.base_config import read_config
 from chatglm_ja.errors import DataError
+from chatglm_ja.files import inside
 
 INDEX_FILE = "model.safetensors.index.json"
 # Index and single file, in the order of preference.
@@ -79,8 +80,6 @@ class Checkpoint:
         dtypes: dict[str, str] = {}  # each dtype, with the first tensor that has it
         for shard_name in sorted(set(self._shard_of.values())):
             path = self.folder / shard_name
-            if Path(shard_name).name != shard_name:
-                raise DataError(f"the index names {shard_name!r}, which is not a plain file")
             if not path.is_file():
                 raise DataError(f"{path} not found, but the index names it: download it again")
             shard = self._shard(path)
@@ -225,9 +224,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
         index, single = folder / index_name, folder / single_name
         if index.is_file():
             try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{index} is not an index of weights") from None
+            for name in set(shard_of.values()):
+                inside(folder, name)
+            return shard_of
         if single.is_file():
             return dict.fromkeys(_open_shard(single).names(), single_name)
     looked_for = ", ".join(name for pair in WEIGHT_FILES for name in pair)

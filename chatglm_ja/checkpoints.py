@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.artifacts import hash_file, record_file, sync
+from chatglm_ja import files, space
 from chatglm_ja.errors import ArtifactError
+from chatglm_ja.files import MANIFEST
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 PREFIX = "step-"
 
 
@@ -66,34 +66,53 @@ class Checkpoints:
         return None
 
     @contextmanager
-    def write(self, step: int) -> Iterator[Path]:
-        """Give a folder to write a checkpoint into; it is there when the block ends."""
+    def write(self, step: int, needed: int = 0) -> Iterator[Path | None]:
+        """Give a folder to write a checkpoint into; it is there when the block ends.
+
+        None where the disk has less than `needed` bytes: a run of days goes on, with a warning, and
+        the next checkpoint may find room.
+        """
         final = self.folder / f"{PREFIX}{step:06d}"
         working = self.folder / f".{final.name}.writing"
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(working, ignore_errors=True)
+        free = space.free_bytes(self.folder)
+        if free < needed:
+            log.warning(
+                "no checkpoint at step %d: %s takes %s, but its disk has %s free: free some",
+                step,
+                final,
+                space.text(needed),
+                space.text(free),
+            )
+            yield None
+            return
         working.mkdir()
         try:
             yield working
-            files = {path.name: record_file(path) for path in sorted(working.iterdir())}
-            manifest = json.dumps({"run": self.run, "step": step, "files": files}, indent=1)
+            records = {path.name: files.record(path) for path in sorted(working.iterdir())}
+            manifest = json.dumps({"run": self.run, "step": step, "files": records}, indent=1)
             (working / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-            sync(working / MANIFEST)
+            files.sync(working / MANIFEST)
             # A damaged one of this step was passed over when the run was resumed.
             shutil.rmtree(final, ignore_errors=True)
             working.rename(final)
-            sync(self.folder)
+            files.sync(self.folder)
         finally:
             shutil.rmtree(working, ignore_errors=True)
         for old in self._newest_first()[self.keep :]:
             shutil.rmtree(old)
 
-    def remove(self) -> None:
-        """Remove all of them: the run is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def how_to_go_on(self) -> str:
+        """What a run that ends now is told about the next one."""
+        for path in self._newest_first():
+            if (path / MANIFEST).is_file():
+                return f"the same command goes on from step {step_of(path)}"
+        return "no checkpoint is there to go on from: the same command starts anew"
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
+        found = [p for p in self.folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdecimal()]
+        return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -105,22 +124,20 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The manifest of a checkpoint, and what is wrong with it ("" for nothing)."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        run, files = manifest["run"], manifest["files"]
-        recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-        run.items()
     except FileNotFoundError:
         return None, "it has no manifest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError):
+        manifest = None
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(manifest.get("run"), dict)
+        or not files.are_records(manifest.get("files"))
+    ):
         return None, "its manifest is damaged"
-    for name, (size, digest) in recorded.items():
-        file = path / Path(name).name
-        if not file.is_file():
-            return manifest, f"{name} is missing"
-        if file.stat().st_size != size:
-            return manifest, f"{name} has {file.stat().st_size} bytes, expected {size}"
-        if hash_file(file) != digest:
-            return manifest, f"{name} does not have the SHA-256 of its manifest"
-    return manifest, ""
+    try:
+        return manifest, files.problem(path, manifest["files"], every_byte=True)
+    except ArtifactError as error:
+        return None, str(error)
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

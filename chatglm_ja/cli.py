@@ -76,12 +76,17 @@ def _interrupt_later(lost: Any) -> None:
         sys.__unraisablehook__(lost)
 
 
-def _end(message: str, status: int = 1) -> NoReturn:
-    """Say the last line of a program and exit; progress bars still open end above it."""
+def say_last(message: str) -> None:
+    """Say the last line of a program; progress bars still open end above it."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
-    print(message, file=sys.stderr)
+    start = "" if is_main_process() else "\n"  # the bar of rank 0 is open
+    print(start + message, file=sys.stderr, flush=True)
+
+
+def _end(message: str, status: int = 1) -> NoReturn:
+    say_last(message)
     sys.exit(status)

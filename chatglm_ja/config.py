@@ -170,12 +170,6 @@ class ResizeModelConfig(StepConfig):
         "for tools that know only those",
         "glm",
     )
-    verify: bool | None = setting(
-        "load both models and compare their logits over the old ids; by default of models up to "
-        "1 GB",
-        None,
-        affects_result=False,
-    )
     pad_to_multiple: int = setting("round the number of rows up to a multiple of this", 64, low=1)
     max_shard_gb: float = setting("size limit of an output file in GB", 2.0, low=0.001, high=1000)
     seed: int = setting("seed of --init random", 0, low=0)
@@ -376,14 +370,17 @@ class TrainingConfig(StepConfig):
         affects_result=False,
     )
     keep_checkpoints: int = setting("checkpoints to keep", 2, low=1, affects_result=False)
-    verify: bool | None = setting(
-        "load the merged model and model plus adapter and compare their logits; by default of "
-        "models up to 1 GB",
-        None,
+    stall_seconds: float = setting(
+        "with several processes: end the run when one has made no progress for so long, as it "
+        "waits for another; rank 0 writes a checkpoint in less",
+        600.0,
+        low=1,
         affects_result=False,
     )
     max_loss_jump: float = setting(
-        "skip a step whose loss is more than this many times the mean of the last 20", 3.0, low=1
+        "skip a step whose loss is more than this many times the lowest mean of 20 in a row",
+        3.0,
+        low=1,
     )
     max_skipped_steps: int = setting(
         "stop when so many steps in a row were skipped, for a jump or a loss that is no number",

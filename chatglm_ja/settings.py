@@ -45,6 +45,12 @@ class StepConfig:
     output_dir: Path = setting("folder to publish the result as")
     overwrite: bool = setting("make the result again if it exists", False, affects_result=False)
     check: bool = setting("check settings and inputs, then stop", False, affects_result=False)
+    verify: bool | None = setting(
+        "read every byte of the artifacts that go in, and compare the logits of a model that comes "
+        "out with what they should be; by default of files up to 1 GiB, and models up to 1 GB",
+        None,
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
         problems = [*self._limits(), *self.contradictions()]

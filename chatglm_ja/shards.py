@@ -19,7 +19,7 @@ import pyarrow
 from tqdm.auto import tqdm
 
 from chatglm_ja import parallel
-from chatglm_ja.artifacts import sync
+from chatglm_ja.files import sync
 from chatglm_ja.index import Index, read_tokens
 from chatglm_ja.packing import Plan
 

@@ -28,11 +28,11 @@ class Stage:
     name: str
     folder: Path
 
-    def open(self) -> list[Input]:
+    def open(self, every_byte: bool | None = None) -> list[Input]:
         """Check that the folder is whole. Raises ArtifactError, naming the step to run."""
         if self.name == "base":
             return open_base_model(self.folder)
-        return [open_artifact(self.folder, MADE_BY[self.name])]
+        return [open_artifact(self.folder, MADE_BY[self.name], every_byte=every_byte)]
 
     def exists(self) -> bool:
         if self.name == "base":

@@ -11,6 +11,7 @@ if ! command -v torchrun >/dev/null; then
   echo "error: torchrun not found: run \`source .venv/bin/activate\` first" >&2
   exit 1
 fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
   NPROC_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count())')"
   if [[ "$NPROC_PER_NODE" -eq 0 ]]; then
@@ -42,7 +43,7 @@ WORLD_SIZE=$((${NNODES:-1} * NPROC_PER_NODE)) \
 # An estimate was asked for, and has been given.
 [[ " $* " == *" --estimate"* ]] && exit 0
 
-exec torchrun \
+exec python -m chatglm_ja.launch \
   --nproc_per_node "$NPROC_PER_NODE" \
   --nnodes "${NNODES:-1}" \
   --node_rank "${NODE_RANK:-0}" \

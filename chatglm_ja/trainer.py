@@ -22,22 +22,25 @@ import torch
 from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback
 
-from chatglm_ja import costs, dataset, training_state
+from chatglm_ja import costs, dataset, space, training_state
 from chatglm_ja.chat import IGNORE
 from chatglm_ja.checkpoint import read_tensor
 from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import DataError
 from chatglm_ja.merge import PREFIX
+from chatglm_ja.ranks import Watch
 from chatglm_ja.validation import ALL_LOSS, SOURCE, Validation, token_sources
 
 log = logging.getLogger(__name__)
 
 # Names of the embeddings, whole or of their new rows only.
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_head.new")
-# Steps whose mean loss a step is compared with.
+# Passes whose mean loss a later one is compared with.
 RECENT_STEPS = 20
 SAME_SIGNAL_SECONDS = 3.0
+# What `log` adds to a line of training.
+MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 
 
 def stored_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,6 +64,7 @@ class ResumableTrainer(Trainer):
         model: Any,
         validation: Validation | None,
         checkpoints: Checkpoints | None,
+        watch: Watch,
         tokens_per_step: int,
         flops_per_token: float,
         **kwargs: Any,
@@ -68,6 +72,7 @@ class ResumableTrainer(Trainer):
         self.config = config
         self.validation = validation
         self.checkpoints = checkpoints
+        self.watch = watch
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak_tflops: float | None = None
@@ -78,6 +83,7 @@ class ResumableTrainer(Trainer):
         fixed = config.block_size if config.compile and config.packing else 0
         self.collate = dataset.Collator(config.document_mask, fixed)
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.lowest = math.inf  # mean of so many in a row
         self.skipped = 0  # steps in a row
         self.bad_step = -1  # the last of them
         self.signal_seen = False  # by this process; `should_stop` is what all agree on
@@ -95,6 +101,7 @@ class ResumableTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward, unless the loss is no number or a jump: then the step is skipped
         on all processes, and the weights stay as they are."""
+        self.watch.progress()
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
@@ -110,34 +117,61 @@ class ResumableTrainer(Trainer):
         if self.bad_step == self.state.global_step or not self._is_good(mean):
             self.bad_step = self.state.global_step
             model.zero_grad()
-            usual = sum(self.recent) / len(self.recent) / self.current_gradient_accumulation_steps
-            return torch.full_like(loss.detach(), usual)
+            return torch.full_like(
+                loss.detach(), self._usual_loss() / self.current_gradient_accumulation_steps
+            )
         self.recent.append(mean)
+        if len(self.recent) == RECENT_STEPS:
+            self.lowest = min(self.lowest, self._usual_loss())
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **options)
         return loss.detach()
 
+    def _usual_loss(self) -> float:
+        return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
     def _is_good(self, loss: float) -> bool:
         """Whether to learn from a batch of this mean loss; raises DataError when it is hopeless."""
-        usual = sum(self.recent) / len(self.recent) if self.recent else 0.0
-        full = len(self.recent) == RECENT_STEPS
-        if math.isfinite(loss) and not (full and loss > self.config.max_loss_jump * usual):
-            if loss == 0.0 and not self.recent:
-                raise DataError("the loss of the first step is 0: its rows train no token")
-            self.skipped = 0
+        if loss == 0.0 and not self.recent:
+            raise DataError("the loss of the first step is 0: its rows train no token")
+        # A run that diverges slowly takes the mean of its last steps along, but not the lowest.
+        before = min(self.lowest, max(self.recent, default=math.inf))
+        if math.isfinite(loss) and loss <= self.config.max_loss_jump * before:
             return True
+        self._skip(f"the training loss is {loss:.4g}")
+        return False
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called before the optimizer's step: gradients that are no numbers do not reach it.
+
+        In fp16 they are usual until the scale of the loss fits; then its scaler skips the step, as
+        DeepSpeed does by itself in any precision.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.bad_step == self.state.global_step:
+            return norm
+        if self.args.fp16 or norm is None or math.isfinite(norm):
+            self.skipped = 0
+        else:
+            self.bad_step = self.state.global_step
+            model.zero_grad()
+            self._skip(f"the norm of the gradients is {float(norm):.4g}")
+        return norm
+
+    def _skip(self, reason: str) -> None:
+        """Warn of a step that changes no weight; raises DataError after too many in a row."""
         step = self.state.global_step + 1
         self.skipped += 1
         cure = "lower --learning-rate and --embedding-learning-rate, or use --precision bf16"
         if not self.recent:
-            raise DataError(f"the training loss is {loss} at step {step}: {cure}")
+            raise DataError(f"{reason} at step {step}: {cure}")
+        before = f"after a loss of {self._usual_loss():.4g} before"
         if self.skipped > self.config.max_skipped_steps:
             raise DataError(
-                f"the training loss is {loss:.4g} at step {step}, after {usual:.4g} before, and "
-                f"{self.skipped - 1} steps in a row were skipped for that: {cure}"
+                f"{reason} at step {step}, {before}, and {self.skipped - 1} steps in a row were "
+                f"skipped for that: {cure}"
             )
-        log.warning("step %d is skipped: its loss is %.4g, after %.4g before", step, loss, usual)
-        return False
+        log.warning("step %d is skipped: %s, %s", step, reason, before)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the speed since the last line of training, MFU where the GPU is known, memory."""
@@ -192,10 +226,15 @@ class ResumableTrainer(Trainer):
             training_state.load_random_states(self, Path(checkpoint))
 
     def _save_checkpoint(self, *_: Any) -> None:
-        more = {"recent_losses": list(self.recent)}
+        lowest = self.lowest if math.isfinite(self.lowest) else None  # JSON has no infinity
+        more = {"recent_losses": list(self.recent), "lowest_loss": lowest}
+        self.watch.progress()
+        model: Any = self.model
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with self.pause():
             if self.checkpoints is not None and self.is_world_process_zero():
-                with self.checkpoints.write(self.state.global_step) as folder:
+                size = space.MOMENTS_BYTES * trained
+                with self.checkpoints.write(self.state.global_step, size) as folder:
                     training_state.save(self, folder, more)
             else:
                 training_state.save(self, None, more)
@@ -247,6 +286,7 @@ class ResumableTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         stride = size * self.args.world_size
         for start in range(size * self.args.process_index, len(rows), stride):
+            self.watch.progress()
             chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
             batch = self._prepare_inputs(self.collate(chunk))
             losses = model(**batch, reduction="none").loss.double()
@@ -279,6 +319,8 @@ class _GoOn(TrainerCallback):
         self.trainer._tr_loss += self.progress["loss_sum"]
         self.trainer._globalstep_last_logged = self.progress["last_logged"]
         self.trainer.recent.extend(self.progress["recent_losses"])
+        if self.progress["lowest_loss"] is not None:
+            self.trainer.lowest = self.progress["lowest_loss"]
 
 
 @contextmanager

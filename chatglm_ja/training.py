@@ -15,9 +15,9 @@ import gc
 import json
 import logging
 import os
-import shutil
+import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from chatglm_ja import (
     merge,
     new_rows,
     sft_sources,
+    space,
     tokenizer,
     training_state,
 )
@@ -46,8 +47,10 @@ from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
 from chatglm_ja.merge import ADAPTER
 from chatglm_ja.model import GlmForTraining, compute_dtype
 from chatglm_ja.progress import Progress, tensorboard
+from chatglm_ja.ranks import Watch
 from chatglm_ja.trainer import (
     EMBEDDINGS,
+    MEASURED,
     ResumableTrainer,
     stopping_on_signals,
     stored_embeddings,
@@ -58,6 +61,7 @@ log = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 HISTORY_FILE = "history.json"
+RUNTIME = "train_runtime"
 # Rows from which the lengths of documents, and the share of trained tokens, are estimated.
 SAMPLED_ROWS = 256
 
@@ -116,17 +120,16 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
 
     Every process of a torchrun job calls this; rank 0 writes and publishes.
     """
-    folder = config.output_dir.with_name(config.output_dir.name + ".checkpoints")
     run = output.arguments | output.lineage
-    checkpoints = Checkpoints(folder, run, config.keep_checkpoints)
+    checkpoints = Checkpoints(output.unfinished, run, config.keep_checkpoints)
     if not is_main_process():
         train(config, name, None, checkpoints)
         return
-    _check_space(config, folder)
     with output.write() as working:
         result = train(config, name, working, checkpoints)
         history, sources = result.pop("history"), result.pop("sources")
-        text = json.dumps(history, indent=1)
+        # Sorted, as the lines of a run that was resumed are.
+        text = json.dumps(_repeatable(history), indent=1, sort_keys=True)
         (working / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
         if sources:
             sft_sources.write(sources, history, working)
@@ -137,11 +140,13 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         torch.cuda.empty_cache()
         log.info("merging the adapter")
         merge.write_merged(config.model, working)
-        if config.verify or (config.verify is None and _weights_size(config) <= VERIFIED_BYTES):
+        verify = config.verify
+        if verify is None:
+            verify = space.weights_bytes(config.model) <= VERIFIED_BYTES
+        if verify:
             difference = merge.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
-        output.counts.update(result)
-    checkpoints.remove()
+        output.counts.update(result, speed=_speed(history))
     log.info("trained model: %s", config.output_dir)
 
 
@@ -154,9 +159,24 @@ def train(
     """Train and write `output_dir`/adapter, on the rank that is given an `output_dir`.
 
     With `checkpoints` the run goes on from the newest of them, and adds to them. Returns the loss
-    history and counts. Raises DataError when the data does not fit the model, and StoppedError
-    when a signal ended the run.
+    history and counts. Raises DataError when the data does not fit the model, StoppedError when a
+    signal ended the run, and LostError when another process of it ended.
     """
+
+    def advice() -> str:
+        return "start it again" if checkpoints is None else checkpoints.how_to_go_on()
+
+    with Watch(config.stall_seconds, advice) as watch:
+        return _train(config, name, output_dir, checkpoints, watch)
+
+
+def _train(
+    config: TrainingConfig,
+    name: str,
+    output_dir: Path | None,
+    checkpoints: Checkpoints | None,
+    watch: Watch,
+) -> dict[str, Any]:
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -206,6 +226,7 @@ def train(
         model,
         scored,
         checkpoints,
+        watch,
         tokens_per_step,
         flops,
         args=arguments,
@@ -221,8 +242,7 @@ def train(
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if trainer.should_stop and trainer.state.global_step < trainer.state.max_steps:
         raise StoppedError(
-            f"at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
-            "the same command goes on from it"
+            f"at step {trainer.state.global_step} of {trainer.state.max_steps}: {watch.advice()}"
         )
     weights = training_state.weights(trainer, output_dir is not None)
     if output_dir is not None:
@@ -333,26 +353,20 @@ def _newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
     return found[0]
 
 
-def _weights_size(config: TrainingConfig) -> int:
-    return sum(path.stat().st_size for path in config.model.glob("*.safetensors"))
+def _repeatable(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The log less what another run measures otherwise: the same weights have the same history."""
+    lines = [entry for entry in history if RUNTIME not in entry]
+    return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in lines]
 
 
-def _check_space(config: TrainingConfig, checkpoints: Path) -> None:
-    """Raises ConfigError when the disk cannot hold what the run will write."""
-    shape = costs.read_shape(config.model)
-    trained = costs.trained_parameters(shape, config).all
-    # Weights and two moments in float32; one checkpoint more than are kept, while it is written.
-    needed = 12 * trained * (config.keep_checkpoints + 1)
-    needed -= sum(path.stat().st_size for path in checkpoints.glob("*/*"))
-    needed = max(needed, 0) + _weights_size(config) + 4 * trained
-    existing = next(path for path in config.output_dir.absolute().parents if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ConfigError(
-            f"{existing} has {free / 1e9:.1f} GB free, but checkpoints and result take "
-            f"{needed / 1e9:.1f} GB: free some, lower --keep-checkpoints, or choose another "
-            "--output-dir"
-        )
+def _speed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds since this process began to train, and the medians of what its lines measured."""
+    speed = {"seconds": next(entry[RUNTIME] for entry in history if RUNTIME in entry)}
+    for name in MEASURED:
+        values = [entry[name] for entry in history if name in entry]
+        if values:
+            speed[name] = round(statistics.median(values), 4)
+    return speed
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -7,10 +7,12 @@ run that was killed goes on with the first unit that is missing:
     000017.labels     the same for the labels, conversations only
     000017.hashes     uint32 [128, documents]: MinHash signatures, a row for each hash
     000017.npz        record, length, digest, identity of each document
-    000017.json       how many records were read, rejected and dropped, and why
+    000017.json       how many records were read, rejected and dropped, and why; the other files'
+                      sizes and SHA-256, so that a damaged unit is made again
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +22,14 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from chatglm_ja import duplicates, parallel
-from chatglm_ja.artifacts import sync
+from chatglm_ja import duplicates, files, parallel
 from chatglm_ja.records import Chunk, Reject, chunks
 from chatglm_ja.sources import Source
 
+log = logging.getLogger(__name__)
+
 # Changes when the files of a unit come to mean something else.
-FORMAT = 1
+FORMAT = 2
 # A source of which this many records or more were read stops early when most of them are bad.
 EARLY_RECORDS = 20_000
 MAX_DETAIL = 200
@@ -62,17 +65,19 @@ class Unit:
             "digest": self.digest,
             "identity": self.identity,
         }
-        _write(stem.with_suffix(".tokens"), _flat(self.tokens))
+        columns = {".tokens": _flat(self.tokens)}
         if self.labels:
-            _write(stem.with_suffix(".labels"), _flat(self.labels))
+            columns[".labels"] = _flat(self.labels)
         if self.signatures:
-            _write(stem.with_suffix(".hashes"), np.concatenate(self.signatures).T)
+            columns[".hashes"] = np.concatenate(self.signatures).T
+        for suffix, array in columns.items():
+            stem.with_suffix(suffix).write_bytes(np.ascontiguousarray(array).data)
         typed = {
             name: np.array(arrays[name], dtype).reshape(-1, *shape)
             for name, (dtype, shape) in INDEX_COLUMNS.items()
         }
         np.savez(stem.with_suffix(".npz"), allow_pickle=False, **typed)
-        sync(stem.with_suffix(".npz"))
+        written = [stem.with_suffix(suffix) for suffix in (*columns, ".npz")]
         meta = {
             "file": self.file,
             "found": self.found,
@@ -82,21 +87,17 @@ class Unit:
                 for number, reject in self.rejects
             ],
             "counts": dict(self.counts),
+            "files": {path.name: files.record(path) for path in written},
         }
         part = stem.with_suffix(".part")
         part.write_text(json.dumps(meta), encoding="utf-8")
-        sync(part)
+        files.sync(part)
         part.rename(stem.with_suffix(".json"))
         return meta
 
 
 def _flat(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, "<i4"), *parts], dtype="<i4")
-
-
-def _write(path: Path, array: np.ndarray) -> None:
-    path.write_bytes(np.ascontiguousarray(array).data)
-    sync(path)
 
 
 NO_IDENTITY = (0, 0)
@@ -174,12 +175,22 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Once:
-    """Makes a task's unit unless an earlier run has finished it."""
+    """Makes a task's unit unless an earlier run has finished it, and it is still whole."""
 
     function: Callable[[Task], dict[str, Any]]
 
     def __call__(self, task: Task) -> dict[str, Any]:
         done = task.stem.with_suffix(".json")
         if done.exists():
-            return dict(json.loads(done.read_text(encoding="utf-8")))
+            try:
+                meta = json.loads(done.read_text(encoding="utf-8"))
+            except ValueError:
+                meta = None
+            if isinstance(meta, dict) and files.are_records(meta.get("files")):
+                problem = files.problem(done.parent, meta["files"], every_byte=True)
+            else:
+                problem = f"{done.name} is damaged"
+            if not problem:
+                return meta
+            log.warning("making %s again: %s", task.stem, problem)
         return self.function(task)

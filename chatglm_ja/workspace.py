@@ -81,11 +81,6 @@ def link_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def remove(root: Path) -> None:
-    """Remove the work: its result is published."""
-    _remove(root)
-
-
 class Rejects:
     """The file of all bad records, and the limit of their share.
 

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import constants
-from chatglm_ja import corpus
+from chatglm_ja import corpus, space
 from chatglm_ja.artifacts import Output, open_sources
 from chatglm_ja.cli import run
 from chatglm_ja.settings import StepConfig, parse, setting
@@ -63,8 +63,8 @@ def main() -> None:
         open_sources("base_texts", config.sources),
         open_sources("base_characters", config.character_sources),
     ]
-    output = Output(config.output_dir, Path(__file__).stem, config.arguments(), inputs)
-    if output.is_settled(config.overwrite, config.check):
+    output = Output(config, Path(__file__).stem, inputs)
+    if output.is_settled(space.REPORTS_BYTES):
         return
     texts = [text for source in config.sources for text in corpus.read_texts(source)]
     random.Random(config.seed).shuffle(texts)

@@ -3,7 +3,8 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from chatglm_ja import (
 )
 from chatglm_ja.config import PrepareDataConfig, TrainTokenizerConfig, parse_shares
 from chatglm_ja.sources import Source
+from tests.pipeline import PROJECT, SMALL, Runner
 
-PROJECT = Path(__file__).resolve().parents[1]
 FIXTURES = PROJECT / "tests" / "fixtures"
 DATA = PROJECT / "demo" / "data"
 SHARED = PROJECT.parent / "shared"
@@ -144,6 +145,13 @@ def write_sft(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
     return sft_data.write(index, config, parse_shares(config.sft_shares), folder)[0]
 
 
+def write_manifest(folder: Path, counts: dict[str, Any]) -> None:
+    """What a step would have said of what it made, as far as counts go."""
+    manifest: dict[str, Any] = {name: {} for name in artifacts.MANIFEST_KEYS}
+    manifest |= {"step": "step4_prepare_data", "fingerprint": "0" * 64, "counts": counts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.fixture(scope="session")
 def data_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pretraining blocks of 64 tokens and SFT bins of 256."""
@@ -160,8 +168,7 @@ def data_dir(merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         sft_validation_examples=2,
     )
     counts = {"pretrain": write_pretraining(folder, config), "sft": write_sft(folder, config)}
-    manifest: dict[str, Any] = dict.fromkeys(artifacts.MANIFEST_KEYS) | {"counts": counts}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, counts)
     return folder
 
 
@@ -185,3 +192,24 @@ def conversation() -> list[chat.Message]:
         {"role": "user", "content": "ありがとう"},
         {"role": "assistant", "content": "どういたしまして。"},
     ]
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """The finished pipeline: every step has run."""
+    runner = Runner(tmp_path_factory.mktemp("artifacts"))
+    for script in SMALL:
+        result = runner.small(script)
+        assert result.returncode == 0, f"{script}\n{result.stderr}"
+        runner.said[script] = result.stdout
+    return runner
+
+
+@pytest.fixture
+def unlocked(pipeline: Runner) -> Iterator[Runner]:
+    """The finished pipeline, put back as it was after the test."""
+    kept = pipeline.root / "kept"
+    subprocess.run(["cp", "-a", str(pipeline.folder), str(kept)], check=True)
+    yield pipeline
+    subprocess.run(["rm", "-rf", str(pipeline.folder)], check=True)
+    kept.rename(pipeline.folder)

@@ -1,14 +1,17 @@
 """Hand-off folders: whole or absent, refused when damaged or made from something else."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chatglm_ja import files, space
 from chatglm_ja.artifacts import (
     Input,
     Output,
@@ -19,7 +22,13 @@ from chatglm_ja.artifacts import (
     read_manifest,
 )
 from chatglm_ja.errors import ArtifactError
+from chatglm_ja.settings import StepConfig, setting
 from tests.conftest import PROJECT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StepConfig):
+    size: int = setting("something that shapes the result", 0)
 
 
 def make(
@@ -31,8 +40,8 @@ def make(
     **arguments: Any,
 ) -> bool:
     """Publish a small artifact; False when it was finished already."""
-    output = Output(path, step, arguments, inputs or [])
-    if output.is_settled(overwrite):
+    output = Output(Config(output_dir=path, overwrite=overwrite, **arguments), step, inputs or [])
+    if output.is_settled():
         return False
     with output.write() as folder:
         (folder / "data.txt").write_text(content)
@@ -149,7 +158,7 @@ def test_data_sets_by_name_have_no_files_to_fingerprint(tmp_path: Path) -> None:
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    output = Output(tmp_path / "a", "step1_x", {}, [])
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [])
     with pytest.raises(RuntimeError), output.write() as folder:
         (folder / "half.txt").write_text("half")
         raise RuntimeError
@@ -168,7 +177,7 @@ def test_overwrite_does_not_reach_beyond_the_step(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_the_same_artifact(tmp_path: Path) -> None:
-    first, second = (Output(tmp_path / "a", "step1_x", {}, []) for _ in range(2))
+    first, second = (Output(Config(output_dir=tmp_path / "a"), "step1_x", []) for _ in range(2))
     with first.write() as folder:
         (folder / "data.txt").write_text("first")
         with pytest.raises(ArtifactError, match="another process is writing"), second.write():
@@ -178,14 +187,14 @@ def test_two_processes_do_not_write_the_same_artifact(tmp_path: Path) -> None:
 
 
 def test_a_result_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    slow = Output(tmp_path / "a", "step1_x", {"policy": "slow"}, [])
-    assert not slow.is_settled(overwrite=False)
-    make(tmp_path / "a", policy="quick")
+    slow = Output(Config(output_dir=tmp_path / "a", size=1), "step1_x", [])
+    assert not slow.is_settled()
+    make(tmp_path / "a", size=2)
     with pytest.raises(ArtifactError, match="another process has published"), slow.write():
         pass
     manifest = read_manifest(tmp_path / "a")
-    assert manifest and manifest["arguments"] == {"policy": "quick"}
-    assert make(tmp_path / "a", overwrite=True, policy="slow")
+    assert manifest and manifest["arguments"] == {"size": 2}
+    assert make(tmp_path / "a", overwrite=True, size=1)
 
 
 def test_a_file_is_known_by_its_folder_if_a_step_made_it(tmp_path: Path) -> None:
@@ -198,6 +207,75 @@ def test_a_file_is_known_by_its_folder_if_a_step_made_it(tmp_path: Path) -> None
     assert (opened.role, opened.path) == ("step1_x", None)
     with pytest.raises(ArtifactError, match=r"none\.txt not found: expected a file, or the output"):
         open_artifact_or_file(tmp_path / "none.txt", "step1_x.py")
+
+
+def test_large_files_are_compared_by_size_unless_every_byte_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "a")
+    monkeypatch.setattr(files, "HASHED_BYTES", 6)
+    (tmp_path / "a" / "data.txt").write_text("contend")
+    open_artifact(tmp_path / "a", "step1_x.py")
+    assert Output(Config(output_dir=tmp_path / "a"), "step1_x", []).is_settled()
+    for refusing in (
+        lambda: open_artifact(tmp_path / "a", "step1_x.py", every_byte=True),
+        Output(Config(output_dir=tmp_path / "a", verify=True), "step1_x", []).is_settled,
+    ):
+        with pytest.raises(ArtifactError, match="SHA-256"):
+            refusing()
+
+
+def test_unfinished_work_is_kept_until_the_result_is_published(tmp_path: Path) -> None:
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [], unfinished="work")
+    assert output.unfinished == tmp_path / "a.work"
+    output.unfinished.mkdir()
+    with pytest.raises(RuntimeError), output.write():
+        raise RuntimeError
+    assert output.unfinished.exists()
+    with output.write():
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    # A kill between publishing and removing leaves it to the next run.
+    output.unfinished.mkdir()
+    assert output.is_settled()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_room_on_the_disk_is_asked_for_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there of an unfinished run need not be written again."""
+    monkeypatch.setattr(space, "free_bytes", lambda _: 3_000_000)
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [])
+    assert not output.is_settled(needed=3_000_000)
+    with pytest.raises(ArtifactError) as refused:
+        output.is_settled(needed=3_000_100)
+    assert str(refused.value) == (
+        f"{tmp_path}/a takes about 3.0 MB, but its disk has 3.0 MB free: free some, or choose "
+        "another --output-dir"
+    )
+    output.unfinished.mkdir()
+    (output.unfinished / "x").write_bytes(bytes(100))
+    assert not output.is_settled(needed=3_000_100)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"data.txt": 7}},
+        {"files": {"data.txt": {"bytes": "7", "sha256": ""}}},
+        {"inputs": []},
+        {"inputs": {"x": {"path": 5, "fingerprint": ""}}},
+        {"lineage": {"x": None}},
+        {"step": None},
+    ],
+)
+def test_a_manifest_of_other_types_is_damaged(tmp_path: Path, change: dict[str, Any]) -> None:
+    make(tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        open_artifact(tmp_path / "a", "step1_x.py")
 
 
 def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
@@ -214,9 +292,10 @@ def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from chatglm_ja import artifacts
+from chatglm_ja.artifacts import Output
+from chatglm_ja.settings import StepConfig
 path = Path(sys.argv[1])
-output = artifacts.Output(path, "step1_x", {}, [])
+output = Output(StepConfig(output_dir=path, overwrite=True), "step1_x", [])
 moment = sys.argv[2]
 rename = Path.rename
 def rename_and_die(self, target):
@@ -224,7 +303,7 @@ def rename_and_die(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
     rename(self, target)
     os.kill(os.getpid(), signal.SIGKILL)
-output.is_settled(True)
+output.is_settled()
 with output.write() as folder:
     (folder / "data.txt").write_text("new")
     if moment == "writing":

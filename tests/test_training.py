@@ -1,7 +1,6 @@
 """Training in one process: what learns, what is saved, and that the merged model is the adapter."""
 
 import functools
-import itertools
 import json
 import math
 import os
@@ -21,10 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
 from chatglm_ja import (
-    artifacts,
     chat,
     checkpoint,
-    costs,
     dataset,
     export,
     layout,
@@ -34,28 +31,16 @@ from chatglm_ja import (
     trainer,
     training,
 )
-from chatglm_ja.checkpoints import Checkpoints
-from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
 from chatglm_ja.trainer import ResumableTrainer
-
-
-def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) -> TrainingConfig:
-    settings: dict[str, Any] = {
-        "model": resized_dir,
-        "data": data_dir,
-        "output_dir": output,
-        "learning_rate": 1e-2,
-        "embedding_learning_rate": 1e-2,
-        "max_steps": 6,
-        "evaluations": 4,
-        "logging_steps": 1,
-        "global_batch_size": 8,
-        "micro_batch_size": 8,
-        "block_size": 64,
-        "tracker": "none",
-    }
-    return TrainingConfig(**settings | changes)
+from tests.conftest import write_manifest
+from tests.training_runs import (
+    adapter,
+    checkpoints_in,
+    config_for,
+    interrupt_after,
+    with_losses,
+)
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +148,7 @@ def test_conversations_are_scored_by_kind_and_by_source(
 ) -> None:  # fmt: skip
     """Against the plain model, a conversation at a time; before and after training by source."""
     data = copy_of(data_dir, tmp_path / "data")
-    counts = {"sft": {"sources": [{"name": "ja/help"}]}}
-    manifest: dict[str, Any] = {key: {} for key in artifacts.MANIFEST_KEYS} | {"counts": counts}
-    (data / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(data, {"sft": {"sources": [{"name": "ja/help"}]}})
     config = config_for(
         resized_dir, data, tmp_path / "out", block_size=256, global_batch_size=1, max_steps=3,
         evaluations=3,
@@ -357,26 +340,6 @@ def without_speed(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name not in measured}
 
 
-def checkpoints_in(folder: Path, **run: Any) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", run, keep=2)
-
-
-def adapter(folder: Path) -> bytes:
-    return (folder / merge.ADAPTER / "adapter_model.safetensors").read_bytes()
-
-
-def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process "dies" as soon as the checkpoint of a step is written."""
-    whole = ResumableTrainer._save_checkpoint
-
-    def dying(self: Any, *arguments: Any) -> None:
-        whole(self, *arguments)
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", dying)
-
-
 @pytest.mark.parametrize("name", ["pretrain", "sft"])
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
     resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -398,23 +361,6 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
     assert adapter(folders[0]) == adapter(folders[1])
     for entries in zip(*(result["history"] for result in results), strict=True):
         assert without_speed(entries[0]) == without_speed(entries[1])
-
-
-def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
-    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    config = config_for(resized_dir, data_dir, once, save_steps=2)
-    training.train(config, "pretrain", once, checkpoints_in(once))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(4, patch)
-        training.train(config, "pretrain", twice, checkpoints_in(twice))
-    weights = twice / "checkpoints" / "step-000004" / "weights.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-64:] = bytes(64)
-    weights.write_bytes(content)
-    training.train(config, "pretrain", twice, checkpoints_in(twice))
-    assert adapter(once) == adapter(twice)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -456,53 +402,6 @@ def test_a_second_signal_ends_the_run_at_once(
     with pytest.raises(KeyboardInterrupt):
         training.train(config, "pretrain", None, checkpoints_in(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
-
-
-def with_losses(monkeypatch: pytest.MonkeyPatch, **changed: float) -> list[dict[str, torch.Tensor]]:
-    """Change the loss at some steps; gives the trained weights before every step."""
-    whole = ResumableTrainer.compute_loss
-    weights: list[dict[str, torch.Tensor]] = []
-
-    def losses(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
-        trained = self.model.named_parameters()
-        weights.append({n: p.detach().clone() for n, p in trained if p.requires_grad})
-        loss: Any = whole(self, model, *arguments, **named)
-        return loss * changed.get(f"step{self.state.global_step + 1}", 1.0)
-
-    monkeypatch.setattr(ResumableTrainer, "compute_loss", losses)
-    return weights
-
-
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 50.0])
-def test_a_bad_step_changes_no_weight(
-    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture, factor: float,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(trainer, "RECENT_STEPS", 3)
-    weights = with_losses(monkeypatch, step5=factor)
-    config = config_for(resized_dir, data_dir, tmp_path, max_steps=7)
-    result = training.train(config, "pretrain", None)
-    assert "step 5 is skipped" in caplog.text
-    same = [
-        all(torch.equal(before[name], after[name]) for name in before)
-        for before, after in itertools.pairwise(weights)
-    ]
-    # At step 5 nothing changes; at step 1 the learning rate is 0.
-    assert same == [True, False, False, False, True, False]
-    assert all(
-        math.isfinite(e["loss"]) and e["loss"] < 10 for e in result["history"] if "loss" in e
-    )
-
-
-def test_many_bad_steps_stop_the_run_with_advice(
-    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    with_losses(monkeypatch, **{f"step{n}": math.nan for n in range(3, 99)})
-    config = config_for(resized_dir, data_dir, tmp_path, max_steps=50, max_skipped_steps=4)
-    with pytest.raises(
-        DataError, match=r"is nan at step 7, after .* and 4 steps in a row .* lower"
-    ):
-        training.train(config, "pretrain", None)
 
 
 def test_a_first_loss_of_zero_stops(
@@ -583,25 +482,6 @@ def test_curves_are_there_for_tensorboard(
         [entry["loss"] for entry in history if "loss" in entry]
     )
     assert {"eval/ja_bits_per_char", "train/tokens_per_second"} <= {*events.Tags()["scalars"]}
-
-
-def test_too_little_space_is_said_before_the_first_step(
-    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_for(resized_dir, data_dir, tmp_path / "out", keep_checkpoints=3)
-    checkpoints = tmp_path / "out.checkpoints"
-    shape = costs.read_shape(resized_dir)
-    trained = costs.trained_parameters(shape, config).all
-    model = sum(path.stat().st_size for path in resized_dir.glob("*.safetensors"))
-    needed = 12 * trained * 4 + 4 * trained + model
-    for free, fits in ((needed - 1, False), (needed, True)):
-        usage = shutil._ntuple_diskusage(2 * needed, needed, free)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
-        if fits:
-            training._check_space(config, checkpoints)
-        else:
-            with pytest.raises(ConfigError, match="free, but checkpoints and result take"):
-                training._check_space(config, checkpoints)
 
 
 def test_compiled_layers_compute_the_same(

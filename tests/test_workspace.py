@@ -64,8 +64,6 @@ def test_an_exception_keeps_the_work_and_says_so(
         raise KeyboardInterrupt
     assert [path.name for path in found["texts"][0].iterdir()] == ["done"]
     assert f"is kept in {root} for the next run" in caplog.text
-    workspace.remove(root)
-    assert not root.exists()
 
 
 def index_of(tmp_path: Path, *units: Unit) -> Index:

@@ -1,0 +1,54 @@
+"""A disk that is full: one line, the former result as it was, and the next run succeeds."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from chatglm_ja import files
+from tests.faults.forks import Forks
+from tests.faults.ledger import Ledger
+from tests.pipeline import PROJECT, SMALL, STEPS, Runner
+
+# A write beyond this many bytes of a file fails, in the place where a full disk's would.
+LIMIT = 16_384
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): files.digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("script", STEPS)
+def test_a_full_disk_loses_nothing(
+    pipeline: Runner, forks: Forks, ledger: Ledger, script: str
+) -> None:
+    (made,) = (p for p in pipeline.folder.glob(script[:5] + "_*") if not p.suffix)
+    root = pipeline.folder / f"full{script[4]}"
+    target = root / made.name
+    shutil.copytree(made, target)
+    # The inputs are where its manifest says.
+    for other in pipeline.folder.iterdir():
+        if other not in (made, root):
+            (root / other.name).symlink_to(other)
+    command = [str(PROJECT / script), *SMALL[script].split(), "--overwrite"]
+    command += ["--output-dir", str(target)]
+    before = contents(target)
+    with ledger.trial("disk", script.removesuffix(".py")) as row:
+        ended = forks.run(command, largest_file=LIMIT)
+        assert ended.status == 1, ended.said
+        assert "Traceback" not in ended.said
+        errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, ended.said
+        row.reads = errors[0]
+        assert contents(target) == before
+        for left in root.iterdir():
+            assert not left.name.startswith("."), left
+            assert not list(left.rglob("*.part"))
+        again = forks.run(command)
+        assert again.status == 0, again.said
+        card = {"README.md"}  # which step 7 lays into step 6's folder
+        assert contents(target).keys() == before.keys() - card

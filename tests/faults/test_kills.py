@@ -1,0 +1,54 @@
+"""SIGKILL at random moments: the next run ends with the bytes of an undisturbed one."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.forks import Forks
+from tests.faults.ledger import Ledger
+from tests.pipeline import PROJECT, SMALL, STEPS, Runner
+
+KILLS = 204  # of all six steps
+SHORT_KILLS = 12
+# A checkpoint after every step, so that a kill can fall into one.
+MORE = {5: ["--save-steps", "1"], 6: ["--save-steps", "1"], 4: ["--num-processes", "1"]}
+
+
+def files_of(folder: Path) -> Any:
+    """Size and SHA-256 of every file."""
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+
+
+@pytest.mark.parametrize("script", STEPS[:6])
+def test_a_killed_step_ends_with_the_same_bytes(
+    pipeline: Runner, forks: Forks, ledger: Ledger, thorough: bool, script: str
+) -> None:
+    number = STEPS.index(script) + 1
+    root = pipeline.folder / f"kills{number}"
+    command = [str(PROJECT / script), *SMALL[script].split(), *MORE.get(number, [])]
+    undisturbed = forks.run([*command, "--output-dir", str(root / "undisturbed")])
+    assert undisturbed.status == 0, undisturbed.said
+    target = root / "killed"
+    command += ["--output-dir", str(target)]
+    moments = random.Random(number)
+    kills = 0
+    while kills < (KILLS if thorough else SHORT_KILLS) // 6:
+        ended = forks.run(command, kill_after=moments.uniform(0, undisturbed.seconds))
+        if ended.status == 0:
+            shutil.rmtree(target)  # it was quicker than the undisturbed run
+            continue
+        assert ended.status == -9, ended.said
+        kills += 1
+        with ledger.trial("kills", script.removesuffix(".py")):
+            again = forks.run(command)
+            assert again.status == 0, again.said
+            assert files_of(target) == files_of(root / "undisturbed")
+            # Nothing else is left: no lock, no work, no checkpoint.
+            left = {path.name.removesuffix(".tensorboard") for path in root.iterdir()}
+            assert left == {"undisturbed", "killed"}
+        shutil.rmtree(target)
+    shutil.rmtree(root)

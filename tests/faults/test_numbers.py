@@ -1,0 +1,104 @@
+"""Numbers that go wrong in a run of one process: the step is skipped, or the run stopped."""
+
+import itertools
+import math
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from chatglm_ja import trainer, training
+from chatglm_ja.errors import DataError
+from tests.faults.forks import Forks
+from tests.faults.ledger import Ledger
+from tests.pipeline import PROJECT, SMALL
+from tests.training_runs import config_for, with_losses
+
+
+@pytest.mark.parametrize("clipping", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("fault", "factor", "reason"),
+    [
+        ("the loss of a step is NaN", math.nan, "the training loss is nan"),
+        ("the loss of a step is infinite", math.inf, "the training loss is inf"),
+        ("a corrupted batch: a loss 50 times the usual", 50.0, "the training loss is"),
+        ("the gradients of a step are NaN", math.nan, "the norm of the gradients is nan"),
+    ],
+)
+def test_a_bad_step_changes_no_weight(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, ledger: Ledger, thorough: bool, fault: str, factor: float,
+    reason: str, clipping: float,
+) -> None:  # fmt: skip
+    if not thorough and not clipping:
+        pytest.skip("--thorough tries without gradient clipping, too")
+    monkeypatch.setattr(trainer, "RECENT_STEPS", 3)
+    weights = with_losses(monkeypatch, of_gradients="gradients" in fault, step5=factor)
+    config = config_for(resized_dir, data_dir, tmp_path, max_steps=7, max_grad_norm=clipping)
+    with ledger.trial("numbers", fault) as row:
+        result = training.train(config, "pretrain", None)
+        (row.reads,) = (r.getMessage() for r in caplog.records if "is skipped" in r.getMessage())
+        assert row.reads.startswith(f"step 5 is skipped: {reason}")
+        same = [
+            all(torch.equal(before[name], after[name]) for name in before)
+            for before, after in itertools.pairwise(weights)
+        ]
+        # At step 5 nothing changes; at step 1 the learning rate is 0.
+        assert same == [True, False, False, False, True, False]
+        assert all(
+            math.isfinite(e["loss"]) and e["loss"] < 10 for e in result["history"] if "loss" in e
+        )
+
+
+def test_many_bad_steps_stop_the_run_with_advice(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    ledger: Ledger,
+) -> None:  # fmt: skip
+    nothing: dict[str, Any] = {f"step{n}": math.nan for n in range(3, 99)}
+    with_losses(monkeypatch, **nothing)
+    config = config_for(resized_dir, data_dir, tmp_path, max_steps=50, max_skipped_steps=4)
+    with ledger.trial("numbers", "the loss of every step from the third on is NaN") as row:
+        with pytest.raises(
+            DataError, match=r"is nan at step 7, after .* and 4 steps in a row .* lower"
+        ) as stopped:
+            training.train(config, "pretrain", None)
+        row.reads = f"error: {stopped.value}"
+
+
+def test_a_learning_rate_that_diverges_stops_the_run(
+    forks: Forks, ledger: Ledger, tmp_path: Path
+) -> None:
+    """A real one: nothing is patched."""
+    flags = (
+        "--learning-rate 1 --embedding-learning-rate 1 --max-steps 60 --epochs 50 --evaluations 0"
+    )
+    command = [*SMALL["step5_train_pt.py"].split(), *flags.split(), "--tracker", "none"]
+    with ledger.trial("numbers", "a learning rate of 1") as row:
+        ended = forks.run(
+            [str(PROJECT / "step5_train_pt.py"), *command, "--output-dir", str(tmp_path / "out")]
+        )
+        assert ended.status == 1, ended.said
+        (row.reads,) = (line for line in ended.said.splitlines() if line.startswith("error: "))
+        assert "steps in a row were skipped for that: lower --learning-rate" in row.reads
+
+
+def test_a_run_that_diverges_slowly_is_stopped(tmp_path: Path) -> None:
+    """A tenth more at every pass: against the mean of the last ones it would never be a jump."""
+    run = SimpleNamespace(
+        recent=deque(maxlen=trainer.RECENT_STEPS), lowest=math.inf, skipped=0, bad_step=-1,
+        state=SimpleNamespace(global_step=0), config=SimpleNamespace(max_loss_jump=3.0),
+        _skip=lambda reason: None,
+    )  # fmt: skip
+    passes = 0
+    loss = 4.0
+    while trainer.ResumableTrainer._is_good(run, loss):  # type: ignore[arg-type]
+        run.recent.append(loss)
+        if len(run.recent) == trainer.RECENT_STEPS:
+            run.lowest = min(run.lowest, sum(run.recent) / len(run.recent))
+        loss *= 1.1
+        passes += 1
+        assert passes < 100
+    assert loss > 3 * run.lowest

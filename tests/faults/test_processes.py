@@ -1,0 +1,113 @@
+"""Two processes of a run, of which one is lost or computes no number."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.ledger import Ledger
+from tests.faults.two_processes import BAD_STEP
+from tests.pipeline import PROJECT, SMALL, Runner
+
+STALL_SECONDS = 8
+FLAGS = [*SMALL["step5_train_pt.py"].split(), "--evaluations", "0", "--max-steps", "12",
+         "--save-steps", "2", "--stall-seconds", str(STALL_SECONDS)]  # fmt: skip
+LOST = {
+    "one is killed": (signal.SIGKILL, "another process of the run has ended"),
+    "one is stopped": (signal.SIGSTOP, "another process of the run stands still"),
+}
+
+
+def pid_of(rank: int, launcher: int) -> int:
+    """The process of a rank, among the children of torchrun."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            return int(child)
+    raise AssertionError(f"no process of rank {rank} among {children}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline: Runner) -> Iterator[list[float]]:
+    target = pipeline.root / "undisturbed12"
+    result = pipeline.run("step5_train_pt.py", *FLAGS, "--output-dir", str(target))
+    assert result.returncode == 0, result.stderr
+    yield pipeline.losses(target, "loss")
+
+
+@pytest.mark.parametrize("fault", LOST)
+@pytest.mark.parametrize("rank", [1, 0])
+def test_no_process_waits_for_a_lost_one(
+    pipeline: Runner,
+    ledger: Ledger,
+    thorough: bool,
+    undisturbed: list[float],
+    fault: str,
+    rank: int,
+) -> None:
+    if rank == 0 and not thorough:
+        pytest.skip("--thorough tries the other process, too")
+    number, message = LOST[fault]
+    target = pipeline.root / f"lost-{number}-{rank}"
+    process = subprocess.Popen(
+        pipeline.command("step5_train_pt_multi_gpu.sh", *FLAGS, "--output-dir", str(target)),
+        env=pipeline.environment | {"NPROC_PER_NODE": "2", "MASTER_PORT": "29535"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    with ledger.trial("processes", fault) as row:
+        # With rank 0 no line follows: it is the one that speaks.
+        for line in process.stderr:
+            if "step 4/12" in line:
+                break
+        lost = pid_of(rank, process.pid)
+        os.kill(lost, number)
+        started = time.monotonic()
+        for line in process.stderr:
+            if message in line:
+                break
+        waited = time.monotonic() - started
+        assert message in line
+        assert waited < STALL_SECONDS + 5
+        if number == signal.SIGSTOP:
+            os.kill(lost, signal.SIGKILL)  # as torchrun does after 30 seconds
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) != 0
+        assert "Traceback" not in line + rest
+        saved = re.search(r"the same command goes on from step (\d+)", line)
+        assert saved and int(saved[1]) >= 2
+        row.reads = line
+        again = pipeline.run("step5_train_pt.py", *FLAGS, "--output-dir", str(target))
+        assert again.returncode == 0, again.stderr
+        assert f"going on from {target}.checkpoints/step-0000" in again.stderr
+        assert pipeline.losses(target, "loss") == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_no_number_in_one_process_changes_no_weight_in_any(
+    pipeline: Runner, ledger: Ledger, tmp_path: Path
+) -> None:
+    flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0"]
+    result = subprocess.run(
+        [sys.executable, "-m", "chatglm_ja.launch", "--nproc_per_node", "2",
+         "--master_port", "29536", str(PROJECT / "tests/faults/two_processes.py"),
+         str(tmp_path / "notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
+         "--output-dir", str(tmp_path / "output")],
+        env=pipeline.environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    with ledger.trial("numbers", "NaN in the loss of one of two processes") as row:
+        assert result.returncode == 0, result.stderr
+        (row.reads,) = re.findall(rf"step {BAD_STEP} is skipped.*", result.stderr)
+        notes = [(tmp_path / f"notes-{rank}").read_text().split() for rank in (0, 1)]
+        assert notes[0] == notes[1]
+        # Before every step; the first step has a learning rate of 0.
+        same = [before == after for before, after in zip(notes[0], notes[0][1:], strict=False)]
+        assert same == [True, False, True, False]

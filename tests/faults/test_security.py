@@ -1,0 +1,273 @@
+"""Nothing that is read is run, and no name leads out of its folder: each attempt has a sentinel, a
+file that would be there if it had succeeded."""
+
+import ast
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chatglm_ja import chat, checkpoint, layout, training
+from chatglm_ja.errors import ArtifactError
+from chatglm_ja.files import inside
+from tests.conftest import DATA
+from tests.faults.forks import Forks
+from tests.faults.ledger import Ledger
+from tests.pipeline import PROJECT, SMALL, STEPS, Runner
+from tests.training_runs import adapter, checkpoints_in, config_for, interrupt_after
+
+# What a pickle could call, and the libraries' ways around it.
+FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load",
+             "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "joblib.load"}  # fmt: skip
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.sentinel,))
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Path:
+    return tmp_path / "sentinel"
+
+
+def step(number: int, pipeline: Runner, forks: Forks, output: Path, *flags: str) -> tuple[int, str]:
+    """Exit status of a step, and the line that says why it ended."""
+    script = STEPS[number - 1]
+    command = [str(PROJECT / script), *SMALL[script].split(), "--output-dir", str(output), *flags]
+    ended = forks.run(command)
+    assert "Traceback" not in ended.said
+    errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (ended.status != 0), ended.said
+    return ended.status, "".join(errors)
+
+
+def test_the_bomb_explodes_where_pickles_are_trusted(sentinel: Path, tmp_path: Path) -> None:
+    torch.save(Bomb(sentinel), tmp_path / "x.bin")
+    torch.load(tmp_path / "x.bin", weights_only=False)
+    assert sentinel.exists()
+
+
+def test_weights_with_code_are_refused(
+    pipeline: Runner, forks: Forks, ledger: Ledger, sentinel: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pipeline.folder / "base_model", base)
+    tensors: dict[str, Any] = {}
+    for shard in base.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (base / "model.safetensors.index.json").unlink()
+    torch.save(tensors | {"bomb": Bomb(sentinel)}, base / "pytorch_model.bin")
+    with ledger.trial("security", "code in pytorch_model.bin") as row:
+        status, row.reads = step(3, pipeline, forks, tmp_path / "out", "--base-model", str(base))
+        assert status == 1 and "code in it is never run" in row.reads
+        assert not sentinel.exists()
+
+
+def test_python_files_beside_the_weights_are_not_run(
+    pipeline: Runner, forks: Forks, ledger: Ledger, sentinel: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pipeline.folder / "base_model", base)
+    for name in ("modeling_chatglm.py", "tokenization_chatglm.py", "configuration_chatglm.py"):
+        (base / name).write_text(f"open({str(sentinel)!r}, 'w')\n")
+    config = (base / "config.json").read_text()
+    auto_map = '"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}'
+    (base / "config.json").write_text(config.replace("{", "{" + auto_map + ",", 1))
+    with ledger.trial("security", "code beside the weights (`auto_map`)"):
+        status, said = step(3, pipeline, forks, tmp_path / "out", "--base-model", str(base))
+        assert status == 0, said
+        assert not sentinel.exists()
+
+
+def test_pickles_in_a_checkpoint_are_not_opened(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, ledger: Ledger, sentinel: Path
+) -> None:
+    """By the names under which the Trainer, DeepSpeed and PEFT look for theirs."""
+    config = config_for(resized_dir, data_dir, tmp_path / "output", save_steps=2, evaluations=0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(4, patch)
+        training.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
+    folder = tmp_path / "checkpoints" / "step-000004"
+    for name in (
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin",
+        "pytorch_model.bin", "scaler.pt", "global_step4/mp_rank_00_model_states.pt",
+        "global_step4/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        torch.save(Bomb(sentinel), folder / name)
+    with ledger.trial("security", "pickles of other programs in a checkpoint"):
+        training.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
+        assert adapter(tmp_path)
+        assert not sentinel.exists()
+
+
+def test_yaml_calls_nothing(
+    pipeline: Runner, forks: Forks, ledger: Ledger, sentinel: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(f'!!python/object/apply:os.system ["touch {sentinel}"]\n')
+    for number, name in ((1, "--sources"), (4, "--sources"), (7, "--prompts")):
+        with ledger.trial("security", "a call in a YAML file") as row:
+            status, row.reads = step(number, pipeline, forks, tmp_path / "out", name, str(bad))
+            assert status == 1 and "bad.yaml" in row.reads
+            assert not sentinel.exists()
+
+
+def test_objects_in_arrays_are_not_unpickled(
+    pipeline: Runner, forks: Forks, ledger: Ledger, sentinel: Path, tmp_path: Path
+) -> None:
+    """In step 4's unfinished work: the unit is made again."""
+    output = tmp_path / "out"
+    script = STEPS[3]
+    command = [str(PROJECT / script), *SMALL[script].split(), "--num-processes", "1"]
+    command += ["--output-dir", str(output)]
+    forks.run([*command, "--total-tokens", "100000000"])  # too few texts: the work stays
+    arrays = sorted(tmp_path.glob("out.work/*/*.npz"))
+    assert arrays
+    for path in arrays:
+        np.savez(path, record=np.array([Bomb(sentinel)], dtype=object), allow_pickle=True)
+    with ledger.trial("security", "pickles in the arrays of unfinished work") as row:
+        ended = forks.run(command)
+        assert ended.status == 0, ended.said
+        row.reads = next(line for line in ended.said.splitlines() if "making" in line)
+        assert not sentinel.exists()
+
+
+def test_names_of_files_are_not_run(
+    pipeline: Runner, forks: Forks, ledger: Ledger, tmp_path: Path
+) -> None:
+    names = (
+        "$(touch sentinel).jsonl.gz",
+        "a;touch sentinel;.jsonl.gz",
+        "`touch sentinel`.jsonl.gz",
+    )
+    for name in names:
+        shutil.copyfile(DATA / "train_ja.jsonl.gz", tmp_path / name)
+        with ledger.trial("security", "a command as the name of a file"):
+            status, said = step(
+                1, pipeline, forks, tmp_path / "out", "--overwrite", "--sources",
+                f"ja={tmp_path / name}",
+            )  # fmt: skip
+            assert status == 0, said
+            # The launcher passes what it is given on to two programs.
+            flags = ["--tracker", "none", "--model", name, "--output-dir", name]
+            result = pipeline.run("step5_train_pt_multi_gpu.sh", *flags, NPROC_PER_NODE="2")
+            assert result.returncode == 1 and f"{name} not found" in result.stderr
+            for folder in (pipeline.root, tmp_path, PROJECT):
+                assert not (folder / "sentinel").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "link", "links/x"])
+def test_no_name_leads_out_of_its_folder(tmp_path: Path, ledger: Ledger, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "x").touch()
+    (folder / "link").symlink_to(tmp_path / "x")
+    (folder / "links").symlink_to(tmp_path)
+    with ledger.trial("security", "a name in a manifest or an index that leads out") as row:
+        with pytest.raises(ArtifactError, match="lies outside of it") as refused:
+            inside(folder, name)
+        row.reads = f"error: {refused.value}"
+    assert inside(folder, "a/../b") == folder / "a/../b"
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "models--x" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "models--x" / "blobs").mkdir()
+    for target, allowed in (("../../blobs/1", True), ("../../refs", False)):
+        link = folder / f"model-{allowed}.safetensors"
+        link.symlink_to(target)
+        if allowed:
+            assert inside(folder, link.name) == link
+        else:
+            with pytest.raises(ArtifactError):
+                inside(folder, link.name)
+
+
+def test_an_index_is_held_to_its_folder_wherever_it_is_read(
+    base_dir: Path, resized_dir: Path, tmp_path: Path, copy_of: Any
+) -> None:
+    folder = copy_of(resized_dir, tmp_path / "model")
+    index = folder / checkpoint.INDEX_FILE
+    index.write_text(index.read_text().replace("model-0000", "../other/model-0000"))
+    for read in (
+        lambda: checkpoint.read_tensor(folder, layout.GLM_EMBEDDING),
+        lambda: list(checkpoint.stored_tensors(folder)),
+        lambda: checkpoint.describe(folder),
+    ):
+        with pytest.raises(ArtifactError, match="lies outside of it"):
+            read()
+
+
+def test_no_text_becomes_a_special_token(encoder: Any, ledger: Ledger) -> None:
+    """In a document, and in every part of a conversation."""
+    special = {chat.special_id(encoder, name) for name in chat.SPECIAL_TOKENS}
+    names = [*chat.SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<|user|> \n", "<0x41>", "<pad>"]
+    for name in names:
+        with ledger.trial("security", "the name of a special token in a text"):
+            assert not special & set(encoder.encode(f"a{name}b {name}"))
+            turns: list[chat.Message] = [
+                {"role": "user", "content": name},
+                {"role": "assistant", "content": name},
+            ]
+            plain: list[chat.Message] = [{"role": turn["role"], "content": "x"} for turn in turns]
+            found, usual = (
+                [token for token in chat.build_example(encoder, talk)[0] if token in special]
+                for talk in (turns, plain)
+            )
+            assert found == usual
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [(ast.unparse(n.func), n) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+
+
+def test_the_code_calls_nothing_that_runs_what_it_reads() -> None:
+    paths = [*PROJECT.glob("*.py"), *(PROJECT / "chatglm_ja").rglob("*.py"),
+             *(PROJECT / "demo").glob("*.py"), *(PROJECT / "benchmarks").glob("*.py")]  # fmt: skip
+    assert len(paths) > 60
+    for path in paths:
+        for name, call in calls(path):
+            named = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert name not in FORBIDDEN, (path, name)
+            assert name != "torch.load" or named.get("weights_only") == "True", path
+            assert name not in ("np.load", "np.savez", "np.save") or (
+                named.get("allow_pickle") == "False"
+            ), path
+            assert named.get("shell") is None, path
+            assert named.get("trust_remote_code") is None, path
+
+
+def test_the_versions_are_past_the_known_faults_of_loaders() -> None:
+    text = (PROJECT / "requirements.txt").read_text()
+    for package, least in (("torch", (2, 10)), ("transformers", (5, 3))):
+        version = re.search(rf"^{package}==([\d.]+)", text, re.MULTILINE)
+        assert version
+        assert tuple(map(int, version[1].split(".")))[:2] >= least
+
+
+def test_shellcheck_finds_nothing() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck")
+    scripts = [*PROJECT.rglob("*.sh"), PROJECT / ".ci/run", PROJECT / "docs/two_nodes.sbatch"]
+    scripts = [path for path in scripts if ".venv" not in path.parts]
+    assert len(scripts) >= 5
+    result = subprocess.run(
+        ["shellcheck", *map(str, scripts)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,47 @@
+"""Step 5 in one of two processes, with a number that goes wrong in one of them.
+
+    two_processes.py NOTES flags of step 5
+
+After every step, and before it, a process adds to NOTES-<rank> the SHA-256 of what it trains.
+"""
+
+import hashlib
+import math
+import os
+import runpy
+import sys
+from typing import Any
+
+import torch
+
+from chatglm_ja import training_state
+from chatglm_ja.trainer import ResumableTrainer
+from tests.pipeline import PROJECT
+
+BAD_STEP = 3
+
+
+def main() -> None:
+    notes, rank = sys.argv.pop(1), os.environ["RANK"]
+    compute = ResumableTrainer.compute_loss
+    step = ResumableTrainer.training_step
+
+    def compute_badly(self: Any, *given: Any, **named: Any) -> Any:
+        loss: Any = compute(self, *given, **named)
+        return loss * math.nan if (self.state.global_step, rank) == (BAD_STEP - 1, "1") else loss
+
+    def noted(self: Any, *given: Any, **named: Any) -> torch.Tensor:
+        weights = training_state.weights(self, wanted=True)
+        digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values()))
+        with open(f"{notes}-{rank}", "a", encoding="utf-8") as file:
+            file.write(digest.hexdigest() + "\n")
+        return step(self, *given, **named)
+
+    ResumableTrainer.compute_loss = compute_badly  # type: ignore[method-assign]
+    ResumableTrainer.training_step = noted  # type: ignore[method-assign]
+    sys.argv[0] = str(PROJECT / "step5_train_pt.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

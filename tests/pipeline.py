@@ -1,0 +1,78 @@
+"""The steps as programs, on an artifact root of a test's own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+STEPS = sorted(path.name for path in PROJECT.glob("step[1-7]_*.py"))
+
+# A smaller demo: the flags that make every step take seconds.
+SMALL = {
+    "demo/build_base_model.py": "--vocab-size 3000 --hidden-size 64 --num-layers 2 --steps 8",
+    "step1_train_tokenizer.py": "--vocab-size 2500",
+    "step2_merge_tokenizer.py": "",
+    "step3_resize_model.py": "",
+    "step4_prepare_data.py": (
+        "--total-tokens 20000 --validation-tokens 3000 --block-size 128 --sft-examples 60 "
+        "--sft-validation-examples 10"
+    ),
+    "step5_train_pt.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --block-size 128",
+    "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --max-new-tokens 4",
+    "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
+}
+
+
+class Runner:
+    """Runs the project's programs on an artifact root of its own."""
+
+    def __init__(self, artifacts: Path) -> None:
+        self.root = artifacts
+        self.folder = artifacts / "demo"
+        self.said: dict[str, str] = {}  # what the steps of the finished pipeline printed
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")},
+            "CHATGLM_JA_ARTIFACTS": str(artifacts),
+            # The CPU is what is tested: on a GPU bf16 would change the fourth digit.
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+    def command(self, script: str, *flags: str) -> list[str]:
+        program = ["bash"] if script.endswith(".sh") else [sys.executable]
+        return [*program, str(PROJECT / script), *flags]
+
+    def run(self, script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(script, *flags),
+            env=self.environment | environment,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    def small(self, script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+        name = script.replace("_multi_gpu.sh", ".py")
+        return self.run(script, *SMALL[name].split(), *flags, **environment)
+
+    def losses(self, folder: Path, kind: str) -> list[float]:
+        """All training ("loss") or validation ("eval_") losses of a run, in order."""
+        history = json.loads((folder / "history.json").read_text())
+        return [
+            value
+            for entry in history
+            for name, value in sorted(entry.items())
+            if name == kind or (kind == "eval_" and name.startswith(kind))
+        ]
+
+
+def error_of(result: subprocess.CompletedProcess) -> str:
+    """The one line that a user sees when a step refuses."""
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
