@@ -4,11 +4,23 @@
 project and keeps its traceback.
 """
 
+import re
+
+# Line breaks of all kinds, and what moves a terminal's cursor or changes its colours.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+MAX_CHARACTERS = 2000
+
 
 class UserError(Exception):
     """Base of all errors that are shown as one line and end a step with exit status `status`."""
 
     status = 1
+
+    def __str__(self) -> str:
+        """One line, whatever a file says that is quoted in it; of a long one, both ends."""
+        line = _CONTROLS.sub(" ", super().__str__())
+        half = MAX_CHARACTERS // 2
+        return line if len(line) <= MAX_CHARACTERS else f"{line[:half]} ... {line[-half:]}"
 
 
 class ConfigError(UserError):
