@@ -22,6 +22,9 @@ SIZES = (
     "num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
     "multi_query_group_num", "layernorm_epsilon", "padded_vocab_size", "seq_length",
 )  # fmt: skip
+# More than any model has; the names alone of so many layers' tensors would fill a memory.
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31 - 1
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} not found: expected a ChatGLM3 checkpoint folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
@@ -43,7 +46,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
     if "rope_ratio" in config and config["rope_ratio"] != 1:
         raise DataError(
-            f"{path}: rope_ratio is {config['rope_ratio']}: the long-context variants and GLM-4 "
+            f"{path}: rope_ratio is {config['rope_ratio']!r}: the long-context variants and GLM-4 "
             "are not supported; expected chatglm3-6b or chatglm3-6b-base"
         )
     # In all else the second generation's file says the same; its prompts are others.
@@ -54,7 +57,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if config.get("quantization_bit"):
         raise DataError(f"{path}: the checkpoint is quantised; expected fp16, bf16 or fp32 weights")
-    missing = [name for name in SIZES if not isinstance(config.get(name), int | float)]
+    missing = [name for name in SIZES if config.get(name) is None]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}: expected a ChatGLM3 config.json")
+    wrong = [f"{name} is {config[name]!r}" for name in SIZES if not _is_size(name, config[name])]
+    if wrong:
+        raise DataError(f"{path}: {', '.join(wrong)}: expected the sizes of a ChatGLM3 model")
     return config
+
+
+def _is_size(name: str, value: Any) -> bool:
+    if name == "layernorm_epsilon":
+        return isinstance(value, float) and 0 < value < 1
+    most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+    return type(value) is int and 0 < value <= most

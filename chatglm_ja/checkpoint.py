@@ -9,7 +9,7 @@ the model's size.
 import json
 import math
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Checkpoint:
         self.folder = folder
         self.config = read_config(folder)
         self._shard_of = _weight_map(folder)
-        self._open: tuple[Path, _SafetensorsShard | _BinShard] | None = None
+        self._names = _by_shard(self._shard_of)
+        self._open: tuple[str, _SafetensorsShard | _BinShard] | None = None
         shapes = layout.expected_shapes(self.config)
         missing = sorted(shapes.keys() - self._shard_of.keys())
         extra = sorted(self._shard_of.keys() - shapes.keys() - set(layout.IGNORED))
@@ -57,7 +58,7 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._shard(self.folder / self._shard_of[name]).read(name)
+        return self._shard(self._shard_of[name]).read(name)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights, in the order of the shards, so that each is read once from front to back."""
@@ -70,30 +71,25 @@ class Checkpoint:
         for name, tensor in self.tensors():
             yield from layout.to_glm(name, tensor, self.config)
 
-    def _shard(self, path: Path) -> "_SafetensorsShard | _BinShard":
+    def _shard(self, name: str) -> "_SafetensorsShard | _BinShard":
         """One shard is open at a time."""
-        if self._open is None or self._open[0] != path:
-            self._open = (path, _open_shard(path))
+        if self._open is None or self._open[0] != name:
+            self._open = (name, _open_shard(self.folder / name, self._names[name]))
         return self._open[1]
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> torch.dtype:
         dtypes: dict[str, str] = {}  # each dtype, with the first tensor that has it
-        for shard_name in sorted(set(self._shard_of.values())):
-            path = self.folder / shard_name
-            if not path.is_file():
-                raise DataError(f"{path} not found, but the index names it: download it again")
-            shard = self._shard(path)
-            stored = set(shard.names())
-            for name in (n for n, s in self._shard_of.items() if s == shard_name):
-                if name not in stored:
-                    raise DataError(f"{path} lacks {name}, which the index places there")
+        for shard_name, names in self._names.items():
+            shard = self._shard(shard_name)
+            for name in names:
                 if name in layout.IGNORED:
                     continue
                 dtype, shape = shard.describe(name)
                 dtypes.setdefault(dtype, name)
                 if shape != shapes[name]:
                     raise DataError(
-                        f"{path}: {name} has shape {shape}, but config.json gives {shapes[name]}"
+                        f"{self.folder / shard_name}: {name} has shape {shape}, but config.json "
+                        f"gives {shapes[name]}"
                     )
         if len(dtypes) != 1 or not dtypes.keys() <= DTYPES.keys():
             found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
@@ -159,8 +155,16 @@ class _BinShard:
         return self._tensors[name]
 
 
-def _open_shard(path: Path) -> _SafetensorsShard | _BinShard:
-    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _BinShard(path)
+def _open_shard(path: Path, names: Iterable[str] = ()) -> _SafetensorsShard | _BinShard:
+    """A file that must hold the tensors of these names."""
+    if not path.is_file():
+        raise DataError(f"{path} not found, but the index names it: download it again")
+    shard = _SafetensorsShard(path) if path.suffix == ".safetensors" else _BinShard(path)
+    stored = set(shard.names())
+    for name in names:
+        if name not in stored:
+            raise DataError(f"{path} lacks {name}, which the index places there")
+    return shard
 
 
 def write_sharded(
@@ -198,13 +202,16 @@ def write_sharded(
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
     """One tensor of a model folder."""
-    return _open_shard(folder / _weight_map(folder)[name]).read(name)
+    weight_map = _weight_map(folder)
+    if name not in weight_map:
+        raise DataError(f"{folder} has no tensor {name}: expected a model of the steps before")
+    return _open_shard(folder / weight_map[name], [name]).read(name)
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of a model folder, in the order of its shards."""
-    for shard_name, names in _by_shard(folder).items():
-        shard = _open_shard(folder / shard_name)
+    for shard_name, names in _by_shard(_weight_map(folder)).items():
+        shard = _open_shard(folder / shard_name, names)
         for name in names:
             yield name, shard.read(name)
 
@@ -212,8 +219,8 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def describe(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every tensor of a model folder."""
     described = {}
-    for shard_name, names in _by_shard(folder).items():
-        shard = _open_shard(folder / shard_name)
+    for shard_name, names in _by_shard(_weight_map(folder)).items():
+        shard = _open_shard(folder / shard_name, names)
         described.update({name: shard.describe(name) for name in names})
     return described
 
@@ -223,22 +230,29 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for index_name, single_name in WEIGHT_FILES:
         index, single = folder / index_name, folder / single_name
         if index.is_file():
-            try:
-                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f"{index} is not an index of weights") from None
-            for name in set(shard_of.values()):
-                inside(folder, name)
-            return shard_of
+            return _read_index(index)
         if single.is_file():
             return dict.fromkeys(_open_shard(single).names(), single_name)
     looked_for = ", ".join(name for pair in WEIGHT_FILES for name in pair)
     raise DataError(f"{folder} holds none of {looked_for}: expected ChatGLM3's weights")
 
 
-def _by_shard(folder: Path) -> dict[str, list[str]]:
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        weight_map = None
+    if not isinstance(weight_map, dict):
+        raise DataError(f"{path} is not an index of weights: download it again")
+    for shard_name in weight_map.values():
+        if not isinstance(shard_name, str) or Path(shard_name).name != shard_name:
+            raise DataError(f"{path} names {shard_name!r}, which is not a plain file")
+    return weight_map
+
+
+def _by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
-    for name, shard_name in _weight_map(folder).items():
+    for name, shard_name in weight_map.items():
         shards.setdefault(shard_name, []).append(name)
     return dict(sorted(shards.items()))
 
@@ -264,7 +278,11 @@ def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
 
     Raises DataError for a folder in ChatGLM3's own layout.
     """
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{path} is damaged: expected that of a model of step 3, 5 or 6") from None
     if model_type != "glm":
         raise DataError(
             f"{folder} is in the layout of {model_type}, for other tools: run "
