@@ -42,14 +42,7 @@ class CorpusEncoder:
     _ids: np.ndarray
 
     def __init__(self, proto: Any) -> None:
-        spec = proto.normalizer_spec
-        if (
-            spec.precompiled_charsmap
-            or spec.remove_extra_whitespaces
-            or not (spec.escape_whitespaces and spec.add_dummy_prefix)
-            or proto.trainer_spec.treat_whitespace_as_suffix
-            or not proto.trainer_spec.byte_fallback
-        ):
+        if not tokenizer.is_verbatim(proto):
             raise DataError(
                 "the tokenizer normalises text or has no byte fallback: expected one from step 2"
             )

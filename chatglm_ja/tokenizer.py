@@ -14,6 +14,7 @@ is segmented exactly as it was.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ SPECIAL_TOKENS = (
     "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
 )  # fmt: skip
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+FIRST_PIECES = ("<unk>", "<s>", "</s>")
 # The answer ends where the model wants to hand over: at </s>, or when it opens another role.
 STOP_TOKENS = ("</s>", "<|user|>", "<|observation|>")
 
@@ -60,11 +62,25 @@ def parse_model(data: bytes, origin: Path) -> Any:
 
 
 def read_model(path: Path) -> Any:
-    """The ModelProto of a file; DataError if it is missing or no sentencepiece BPE model."""
+    """The ModelProto of a file; DataError if it is missing or no sentencepiece BPE model, or one
+    that sentencepiece does not load, or whose scores are no order."""
     try:
-        return parse_model(path.read_bytes(), path)
+        proto = parse_model(path.read_bytes(), path)
+        processor(proto)
     except FileNotFoundError:
         raise DataError(f"{path} not found: expected a sentencepiece model") from None
+    # A piece twice, or an empty one; the second where the piece to be named is no UTF-8.
+    except (RuntimeError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise DataError(f"{path} is a damaged sentencepiece model ({reason})") from None
+    for index, piece in enumerate(proto.pieces):
+        # protobuf gives bytes for what is no UTF-8.
+        if not isinstance(piece.piece, str) or not math.isfinite(piece.score):
+            raise DataError(
+                f"{path} is a damaged sentencepiece model: piece {index} is {piece.piece!r} with "
+                f"the score {piece.score}"
+            )
+    return proto
 
 
 def load(folder: Path) -> sentencepiece.SentencePieceProcessor:
@@ -95,6 +111,20 @@ def with_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
     return proto
 
 
+def is_verbatim(proto: Any) -> bool:
+    """Whether every text can be read back from its pieces, as with ChatGLM3's: nothing in it is
+    normalised, and what has no piece is spelled in bytes."""
+    spec = proto.normalizer_spec
+    return bool(
+        spec.add_dummy_prefix
+        and spec.escape_whitespaces
+        and not spec.remove_extra_whitespaces
+        and not spec.precompiled_charsmap
+        and not proto.trainer_spec.treat_whitespace_as_suffix
+        and proto.trainer_spec.byte_fallback
+    )
+
+
 def read_base(folder: Path) -> Any:
     """The ModelProto of a ChatGLM3 folder, of which only tokenizer.model and config.json are read.
 
@@ -104,11 +134,28 @@ def read_base(folder: Path) -> Any:
     path = folder / MODEL_FILE
     proto = read_model(path)
     rows = read_config(folder)["padded_vocab_size"]
-    if proto.normalizer_spec.precompiled_charsmap:
-        raise DataError(f"{path} normalises text, which ChatGLM3's does not: wrong base model?")
+    if not is_verbatim(proto):
+        raise DataError(
+            f"{path} normalises text or has no byte fallback, other than ChatGLM3's: wrong base "
+            "model?"
+        )
+    first = [(piece.piece, piece.type) for piece in proto.pieces[: len(FIRST_PIECES)]]
+    kinds = messages.ModelProto.SentencePiece
+    if first != list(zip(FIRST_PIECES, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True)):
+        found = ", ".join(repr(piece) for piece, _ in first)
+        raise DataError(
+            f"{path} begins with {found}, expected the special pieces {', '.join(FIRST_PIECES)}: "
+            "wrong base model?"
+        )
     taken = [piece.piece for piece in proto.pieces if piece.piece in SPECIAL_TOKENS]
     if taken:
         raise DataError(f"{path} holds {', '.join(taken)} as pieces: it is merged already")
+    odd = [p for p in proto.pieces[len(first) :] if p.type not in (kinds.NORMAL, kinds.BYTE)]
+    if odd:  # `tokenizers` knows no such types
+        raise DataError(
+            f"{path}: the piece {odd[0].piece!r} is of type {kinds.Type.Name(odd[0].type)}, "
+            "expected only NORMAL and BYTE after the first three: wrong base model?"
+        )
     needed = len(proto.pieces) + len(SPECIAL_TOKENS)
     if rows < needed:
         raise DataError(
