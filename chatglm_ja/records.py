@@ -33,6 +33,8 @@ TEXT_COLUMN = "text"
 CHUNK_BYTES = 2**23
 # Longer than any book in one JSON line.
 MAX_RECORD_BYTES = 2**26
+# Lists and objects in each other. Python's own limit depends on where it is reached.
+MAX_DEPTH = 100
 ROWS_AT_ONCE = 1000
 # A group of rows is cut into so many chunks at most: each reads the group up to its end.
 MAX_PARTS = 16
@@ -226,9 +228,19 @@ def _parse_object(line: str) -> Record | Reject:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         return Reject("broken JSON", str(error))
-    if not isinstance(record, dict):
-        return Reject("wrong type", f"a JSON {type(record).__name__}, expected an object")
-    return record
+    return _checked_object(record)
+
+
+def _checked_object(value: Any) -> Record | Reject:
+    if not isinstance(value, dict):
+        return Reject("wrong type", f"a JSON {type(value).__name__}, expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for inside in parts for part in inside if isinstance(part, dict | list)]
+        if not level:
+            return value
+    return Reject("nested too deep", f"more than {MAX_DEPTH} lists and objects in each other")
 
 
 def _json_list(path: Path) -> Iterator[Record | Reject]:
@@ -245,11 +257,7 @@ def _json_list(path: Path) -> Iterator[Record | Reject]:
             kind = type(rows).__name__
             yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
             return
-        for row in rows:
-            if isinstance(row, dict):
-                yield row
-            else:
-                yield Reject("wrong type", f"a JSON {type(row).__name__}, expected an object")
+        yield from map(_checked_object, rows)
 
 
 def _line_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
