@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator
 
 # A title has one = on each side, the headings of its sections two or more.
 _TITLE = re.compile(r" = (?!= )(.*\S) = ?\n?")
-_HEADING = re.compile(r" (?:= )+(.*?)(?: =)+ ?\n?")
+# So many and no more: with any number, a line of nothing else takes time of its length cubed.
+_HEADING = re.compile(r" (?:= ){1,6}(.*?)(?: =){1,6} ?\n?")
 _JOINED = re.compile(r" @([-,.])@ ")
 _CLOSING = re.compile(r" ([,.;:!?%)\]}]|'(?:s|t|re|ve|ll|d|m)\b|n't\b)")
 _OPENING = re.compile(r"([(\[{$£]) ")
-_QUOTED = re.compile(r'" (.*?) "')
+_QUOTED = re.compile(r'" (.*?) "', re.DOTALL)
 
 
 def restore(line: str) -> str:
@@ -30,7 +31,9 @@ def restore(line: str) -> str:
     line = _JOINED.sub(r"\1", line.strip())
     line = _CLOSING.sub(r"\1", line)
     line = _OPENING.sub(r"\1", line)
-    return _QUOTED.sub(r'"\1"', line)
+    # Where none closes any more, every opening one would be searched for to the end of the line.
+    end = line.rfind(' "') + 2
+    return _QUOTED.sub(r'"\1"', line[:end]) + line[end:]
 
 
 def articles(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
