@@ -13,6 +13,7 @@ Nothing here opens a data file or imports a large library: a command line is che
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,34 +168,40 @@ def load_yaml(path: Path, failure: type[UserError]) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise failure(f"{path} could not be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of UTF-8, a date, brackets
+    except Exception as error:  # PyYAML's own, and what `!!bool x` or a date of month 13 ends with
         reason = " ".join(str(error).split())
         raise failure(f"{path} is not YAML ({reason})") from None
 
 
 def _from_mapping(entry: Any, origin: str) -> Source:
+    # reprlib writes out a few entries and levels: a file's aliases make 10^9 of a line's.
     known = {field.name: field for field in dataclasses.fields(Source)}
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{origin} is {entry!r}: expected a mapping with language and path")
+        raise ConfigError(
+            f"{origin} is {reprlib.repr(entry)}: expected a mapping with language and path"
+        )
     unknown = sorted(str(name) for name in entry if name not in known)
     if unknown:
         raise ConfigError(f"{origin} has {', '.join(unknown)}: expected {', '.join(known)}")
     problems = [f"needs a {name}" for name in ("language", "path") if not entry.get(name)]
     values = dict(entry)
-    if isinstance(values.get("where"), Mapping) and len(values["where"]) == 1:
-        ((column, value),) = values["where"].items()
-        values["where"] = (str(column), str(value))
-    elif values.get("where") is not None:
+    where = values.get("where")
+    pairs = list(where.items()) if isinstance(where, Mapping) else []
+    if len(pairs) == 1 and not isinstance(pairs[0][1], Mapping | list):
+        values["where"] = (str(pairs[0][0]), str(pairs[0][1]))
+    elif where is not None:
         problems.append("has a where that is not one COLUMN: VALUE")
     weight = values.get("weight")
     if weight is not None and not _is_positive(weight):
-        problems.append(f"has weight {weight!r}, expected a positive number")
+        problems.append(f"has weight {reprlib.repr(weight)}, expected a positive number")
     if values.get("format", "records") not in ("records", "wikitext"):
-        problems.append(f"has format {values['format']!r}, expected records or wikitext")
+        problems.append(
+            f"has format {reprlib.repr(values['format'])}, expected records or wikitext"
+        )
     for name in ("language", "path", "name", "columns", "subset", "id_column"):
         if not isinstance(values.get(name), str | None):
-            problems.append(f"has {name} {values[name]!r}, expected text")
-    if "\0" in str(values.get("path")):
+            problems.append(f"has {name} {reprlib.repr(values[name])}, expected text")
+    if isinstance(values.get("path"), str) and "\0" in values["path"]:
         problems.append("has NUL in its path")
     if problems:
         raise ConfigError(f"{origin} {'; '.join(problems)}")
