@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import tempfile
@@ -42,6 +43,8 @@ from chatglm_ja import (
     units,
     vocabulary,
 )
+from chatglm_ja.artifacts import MANIFEST, Output, history, open_artifact, read_manifest
+from chatglm_ja.checkpoints import Checkpoints, step_of
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.records import Reject
 from chatglm_ja.sources import Source
@@ -642,6 +645,91 @@ def test_conversations(
 def both(encoder: Any, merge: vocabulary.Merge) -> list[Any]:
     """The merged tokenizer in both of its forms."""
     return [encoder, export.transformers_tokenizer(merge.proto)]
+
+
+# --- Manifests ----------------------------------------------------------------------------------
+
+STEP = "step1_x"
+
+
+def publish(path: Path) -> dict[str, Any]:
+    """A small artifact "a", made from another beside it, "base"; returns its manifest."""
+    for name, step, made_from in (("base", "step0_x", ()), ("a", STEP, ("step0_x",))):
+        inputs = [open_artifact(path / "base", f"{other}.py") for other in made_from]
+        output = Output(path / name, step, {"seed": 1}, inputs)
+        with output.write() as working:
+            (working / "data.txt").write_text("content")
+    manifest: dict[str, Any] = json.loads((path / "a" / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+with folder() as _made:
+    VALID_MANIFEST = publish(_made)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("published")
+    publish(path)
+    return path
+
+
+RUN = {"seed": 1, "step4_prepare_data": "abc"}
+
+
+@fuzz
+@given(json_texts(any_value | changed(VALID_MANIFEST)) | st.binary(max_size=50))
+def test_manifests(published: Path, content: str | bytes) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    with folder() as made:
+        work = made / "work"
+        shutil.copytree(published, work)
+        inputs = [open_artifact(work / "base", "step0_x.py")]
+        for name in ("a", "base"):
+            manifest = work / name / MANIFEST
+            before = manifest.read_bytes()
+            manifest.write_bytes(raw)
+            with refusals():
+                read_manifest(work / name)
+            with refusals():
+                history(work / "a")
+            with refusals():
+                opened = open_artifact(work / "a", f"{STEP}.py")
+                Output(work / "b", "step2_x", {}, [opened]).describe()
+            for overwrite in (False, True):
+                with refusals():
+                    Output(work / name, STEP, {"seed": 1}, inputs).is_settled(overwrite)
+            manifest.write_bytes(before)
+
+
+with folder() as _made:
+    _checkpoints = Checkpoints(_made, RUN, keep=1)
+    with _checkpoints.write(1) as _working:
+        (_working / "weights.safetensors").write_bytes(b"weights")
+    VALID_CHECKPOINT = json.loads((_made / "step-000001" / MANIFEST).read_bytes())
+
+
+@fuzz
+@given(json_texts(any_value | changed(VALID_CHECKPOINT)) | st.binary(max_size=50), st.booleans())
+def test_checkpoint_manifests(content: str | bytes, overwrite: bool) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    with folder() as work:
+        path = work / "step-000001"
+        path.mkdir()
+        (path / "weights.safetensors").write_bytes(b"weights")
+        (path / MANIFEST).write_bytes(raw)
+        with refusals():
+            assert Checkpoints(work, RUN, keep=1).start(overwrite) in (None, path)
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, RUN, keep=3)
+    for step in (999_999, 1_000_000):
+        with checkpoints.write(step) as working:
+            (working / "weights.safetensors").write_bytes(b"weights")
+    shutil.copytree(tmp_path / "step-999999", tmp_path / "step-999999 (copy)")
+    newest = checkpoints.start(overwrite=False)
+    assert newest and step_of(newest) == 1_000_000
 
 
 # --- YAML ---------------------------------------------------------------------------------------
