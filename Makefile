@@ -46,7 +46,7 @@ check: $(VENV)/extras
 	$(PYTHON) -m pytest
 
 faults: $(VENV)/extras
-	$(PYTHON) -m pytest tests/faults --thorough --reliability docs/reliability.md
+	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest tests/faults --thorough --reliability docs/reliability.md
 
 audit: $(VENV)/ready
 	@$(VENV)/bin/pip install -q pip-audit==2.10.1

@@ -37,7 +37,7 @@ from chatglm_ja.sources import Source
 
 log = logging.getLogger(__name__)
 
-MANIFEST_KEYS = {"step", "fingerprint", "arguments", "inputs", "lineage", "files"}
+MANIFEST_KEYS = {"step", "fingerprint", "arguments", "counts", "inputs", "lineage", "files"}
 PACKAGES = (
     "torch", "transformers", "tokenizers", "sentencepiece", "peft", "deepspeed", "datasets",
     "accelerate", "safetensors",
@@ -154,7 +154,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         manifest = None
     if not _is_manifest(manifest):
         raise ArtifactError(
@@ -170,12 +170,14 @@ def _is_manifest(value: Any) -> bool:
     inputs, lineage = value["inputs"], value["lineage"]
     return (
         all(isinstance(value[name], str) for name in ("step", "fingerprint"))
-        and all(isinstance(value[name], dict) for name in ("arguments", "inputs", "lineage"))
+        and all(
+            isinstance(value[name], dict) for name in ("arguments", "counts", "inputs", "lineage")
+        )
         and files.are_records(value["files"])
         and all(isinstance(fingerprint, str) for fingerprint in lineage.values())
         and all(
             isinstance(entry, dict)
-            and isinstance(entry.get("path"), str | None)
+            and isinstance(entry.get("path", 0), str | None)
             and isinstance(entry.get("fingerprint"), str)
             for entry in inputs.values()
         )
@@ -399,8 +401,15 @@ def short(fingerprint: str | None) -> str:
     return fingerprint[:12] if fingerprint else "(none)"
 
 
-def _check_inputs_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare each recorded input that is itself an artifact with what lies there now."""
+def _check_inputs_unchanged(
+    path: Path, manifest: Mapping[str, Any], made_of_it: tuple[Path, ...] = ()
+) -> None:
+    """Compare each recorded input that is itself an artifact with what lies there now.
+
+    `made_of_it` are the folders that were come from.
+    """
+    if path in made_of_it:
+        raise ArtifactError(f"{path} is recorded as made from itself: make it again")
     for role, entry in manifest["inputs"].items():
         if entry["path"] is None:
             continue  # no artifact: the step that reads it compares
@@ -413,7 +422,7 @@ def _check_inputs_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
                 f"{path} was made from {role} {short(entry['fingerprint'])}, but {source}"
                 f" is now {short(current['fingerprint'])}: run {manifest['step']}.py --overwrite"
             )
-        _check_inputs_unchanged(source, current)
+        _check_inputs_unchanged(source, current, (*made_of_it, path))
 
 
 def _check_files(path: Path, manifest: Mapping[str, Any], every_byte: bool | None) -> None:

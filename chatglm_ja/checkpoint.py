@@ -242,11 +242,12 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
         weight_map = None
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard_name, str) for shard_name in weight_map.values()
+    ):
         raise DataError(f"{path} is not an index of weights: download it again")
-    for shard_name in weight_map.values():
-        if not isinstance(shard_name, str) or Path(shard_name).name != shard_name:
-            raise DataError(f"{path} names {shard_name!r}, which is not a plain file")
+    for shard_name in set(weight_map.values()):
+        inside(path.parent, shard_name)
     return weight_map
 
 

@@ -2,10 +2,11 @@
 
 FUZZ_EXAMPLES is how many files each test tries. A few are the same on every run; many are others:
 
-    FUZZ_EXAMPLES=2000 python -m pytest tests/test_fuzz.py
+    FUZZ_EXAMPLES=2000 python -m pytest tests/faults/test_fuzz.py
 """
 
 import contextlib
+import functools
 import gzip
 import json
 import math
@@ -14,6 +15,7 @@ import shutil
 import signal
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -44,11 +46,13 @@ from chatglm_ja import (
     vocabulary,
 )
 from chatglm_ja.artifacts import MANIFEST, Output, history, open_artifact, read_manifest
-from chatglm_ja.checkpoints import Checkpoints, step_of
+from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.records import Reject
 from chatglm_ja.sources import Source
 from tests.conftest import FIXTURES
+from tests.faults.ledger import Ledger, Row
+from tests.test_artifacts import Config
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))
 SECONDS = 20  # what takes longer hangs
@@ -56,13 +60,39 @@ LONGEST_MESSAGE = 4000
 BASE = FIXTURES / "tiny_chatglm3"
 SHARD = "model-00002-of-00003.safetensors"
 
-fuzz = settings(
+SETTINGS = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=EXAMPLES <= 50,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+TRIED: Counter[str] = Counter()
+HANDLED: Counter[str] = Counter()
+
+
+def fuzz(title: str, *strategies: Any, **named: Any) -> Callable[[Any], Any]:
+    """A test that is called with many inputs, which are counted."""
+
+    def decorate(test: Any) -> Any:
+        @functools.wraps(test)
+        def counted(*given: Any, **fixtures: Any) -> None:
+            TRIED[title] += 1
+            test(*given, **fixtures)
+            HANDLED[title] += 1
+
+        return SETTINGS(given(*strategies, **named)(counted))
+
+    return decorate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def entries_of_the_page(ledger: Ledger) -> Iterator[None]:
+    yield
+    for title, tried in TRIED.items():
+        ledger.tables["fuzz"][title] = Row(tried, HANDLED[title])
 
 
 @contextlib.contextmanager
@@ -229,8 +259,10 @@ def shards(draw: st.DrawFn) -> bytes:
     return struct.pack("<Q", length) + header + draw(st.just(DATA) | st.binary(max_size=50))
 
 
-@fuzz
-@given(st.binary(max_size=200) | shards() | damaged((BASE / SHARD).read_bytes()))
+@fuzz(
+    "safetensors files: headers, offsets, bytes",
+    st.binary(max_size=200) | shards() | damaged((BASE / SHARD).read_bytes()),
+)
 def test_shards(content: bytes) -> None:
     read_checkpoint({SHARD: content})
 
@@ -242,8 +274,7 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@fuzz
-@given(data=st.data())
+@fuzz("`pytorch_model.bin`", data=st.data())
 def test_pickled_shards(data: st.DataObject, pickled: bytes) -> None:
     content = data.draw(st.binary(max_size=200) | damaged(pickled))
     with folder() as copy:
@@ -258,15 +289,15 @@ def test_pickled_shards(data: st.DataObject, pickled: bytes) -> None:
 INDEX = json.loads((BASE / checkpoint.INDEX_FILE).read_bytes())
 
 
-@fuzz
-@given(
+@fuzz(
+    "indices of weights",
     st.binary(max_size=100)
     | json_texts(any_value | changed(INDEX)).map(str.encode)
     | st.builds(
         lambda name, file: json.dumps({"weight_map": {**INDEX["weight_map"], name: file}}).encode(),
         st.sampled_from(sorted(INDEX["weight_map"])),
         any_value | st.sampled_from(["config.json", "tokenizer.model", SHARD, "./" + SHARD]),
-    )
+    ),
 )
 def test_indices(content: bytes) -> None:
     read_checkpoint({checkpoint.INDEX_FILE: content})
@@ -275,8 +306,8 @@ def test_indices(content: bytes) -> None:
 CONFIG = json.loads((BASE / "config.json").read_bytes())
 
 
-@fuzz
-@given(
+@fuzz(
+    "config.json",
     st.binary(max_size=100)
     | json_texts(any_value | changed(CONFIG)).map(str.encode)
     | st.dictionaries(
@@ -284,7 +315,7 @@ CONFIG = json.loads((BASE / "config.json").read_bytes())
         scalars,
         min_size=1,
         max_size=2,
-    ).map(lambda some: json.dumps(CONFIG | some).encode())
+    ).map(lambda some: json.dumps(CONFIG | some).encode()),
 )
 def test_configurations(content: bytes) -> None:
     read_checkpoint({"config.json": content})
@@ -369,8 +400,10 @@ def models(draw: st.DrawFn) -> bytes:
     return content + draw(st.sampled_from([b""] * 8 + [b"\n\x7f", b"\n\x04\n\x02\xff\xfe"]))
 
 
-@fuzz
-@given(st.binary(max_size=200) | damaged(MODEL) | models() | models())
+@fuzz(
+    "sentencepiece models: bytes, and well-formed odd ones",
+    st.binary(max_size=200) | damaged(MODEL) | models() | models(),
+)
 def test_tokenizer_models(content: bytes) -> None:
     check_model(content)
 
@@ -521,8 +554,12 @@ forms = st.builds(
 )
 
 
-@fuzz
-@given(files(), forms, st.sampled_from([1, 30, records.CHUNK_BYTES]))
+@fuzz(
+    "JSONL, JSON, text, parquet, gzip, wikitext",
+    files(),
+    forms,
+    st.sampled_from([1, 30, records.CHUNK_BYTES]),
+)
 def test_records(merged_dir: Path, file: tuple[str, bytes], form: Source, chunk_bytes: int) -> None:
     check_records(merged_dir, *file, form, chunk_bytes)
 
@@ -611,8 +648,8 @@ def check_units(
 # --- Conversations ------------------------------------------------------------------------------
 
 
-@fuzz
-@given(
+@fuzz(
+    "conversations, in all their formats",
     record=st.fixed_dictionaries({"messages": dialogues()})
     | st.fixed_dictionaries({"messages": st.lists(message, max_size=5)})
     | columns_of_record
@@ -656,7 +693,7 @@ def publish(path: Path) -> dict[str, Any]:
     """A small artifact "a", made from another beside it, "base"; returns its manifest."""
     for name, step, made_from in (("base", "step0_x", ()), ("a", STEP, ("step0_x",))):
         inputs = [open_artifact(path / "base", f"{other}.py") for other in made_from]
-        output = Output(path / name, step, {"seed": 1}, inputs)
+        output = Output(Config(output_dir=path / name, size=1), step, inputs)
         with output.write() as working:
             (working / "data.txt").write_text("content")
     manifest: dict[str, Any] = json.loads((path / "a" / MANIFEST).read_text(encoding="utf-8"))
@@ -677,8 +714,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUN = {"seed": 1, "step4_prepare_data": "abc"}
 
 
-@fuzz
-@given(json_texts(any_value | changed(VALID_MANIFEST)) | st.binary(max_size=50))
+@fuzz(
+    "manifests of artifacts",
+    json_texts(any_value | changed(VALID_MANIFEST)) | st.binary(max_size=50),
+)
 def test_manifests(published: Path, content: str | bytes) -> None:
     raw = content.encode() if isinstance(content, str) else content
     with folder() as made:
@@ -695,22 +734,27 @@ def test_manifests(published: Path, content: str | bytes) -> None:
                 history(work / "a")
             with refusals():
                 opened = open_artifact(work / "a", f"{STEP}.py")
-                Output(work / "b", "step2_x", {}, [opened]).describe()
+                Output(Config(output_dir=work / "b"), "step2_x", [opened]).describe()
             for overwrite in (False, True):
+                config = Config(output_dir=work / name, size=1, overwrite=overwrite)
                 with refusals():
-                    Output(work / name, STEP, {"seed": 1}, inputs).is_settled(overwrite)
+                    Output(config, STEP, inputs).is_settled()
             manifest.write_bytes(before)
 
 
 with folder() as _made:
     _checkpoints = Checkpoints(_made, RUN, keep=1)
     with _checkpoints.write(1) as _working:
+        assert _working is not None
         (_working / "weights.safetensors").write_bytes(b"weights")
     VALID_CHECKPOINT = json.loads((_made / "step-000001" / MANIFEST).read_bytes())
 
 
-@fuzz
-@given(json_texts(any_value | changed(VALID_CHECKPOINT)) | st.binary(max_size=50), st.booleans())
+@fuzz(
+    "manifests of checkpoints",
+    json_texts(any_value | changed(VALID_CHECKPOINT)) | st.binary(max_size=50),
+    st.booleans(),
+)
 def test_checkpoint_manifests(content: str | bytes, overwrite: bool) -> None:
     raw = content.encode() if isinstance(content, str) else content
     with folder() as work:
@@ -720,16 +764,6 @@ def test_checkpoint_manifests(content: str | bytes, overwrite: bool) -> None:
         (path / MANIFEST).write_bytes(raw)
         with refusals():
             assert Checkpoints(work, RUN, keep=1).start(overwrite) in (None, path)
-
-
-def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, RUN, keep=3)
-    for step in (999_999, 1_000_000):
-        with checkpoints.write(step) as working:
-            (working / "weights.safetensors").write_bytes(b"weights")
-    shutil.copytree(tmp_path / "step-999999", tmp_path / "step-999999 (copy)")
-    newest = checkpoints.start(overwrite=False)
-    assert newest and step_of(newest) == 1_000_000
 
 
 # --- YAML ---------------------------------------------------------------------------------------
@@ -770,8 +804,7 @@ yaml_texts = (
 ).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=40)
 
 
-@fuzz
-@given(yaml_texts)
+@fuzz("YAML files of sources and questions", yaml_texts)
 def test_yaml(content: bytes) -> None:
     check_yaml(content)
 
@@ -796,10 +829,10 @@ def check_yaml(content: bytes) -> None:
                 check_source(source)
 
 
-@fuzz
-@given(
+@fuzz(
+    "sources on the command line",
     any_text.map(lambda text: text.replace("*", "").replace("/", ""))
-    | st.text("ja=#@?.[]~", max_size=12)
+    | st.text("ja=#@?.[]~", max_size=12),
 )
 def test_source_arguments(argument: str) -> None:
     for text in (argument, f"ja={argument}"):
