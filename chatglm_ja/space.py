@@ -14,7 +14,7 @@ from chatglm_ja.sources import Source
 
 MOMENTS_BYTES = 12  # a trained weight and its two moments, in float32
 TOKEN_BYTES = 4
-PIECE_BYTES = 100
+PIECE_BYTES = 60
 MERGED_FORMS = 10  # all forms of a merged tokenizer, as multiples of what it is made of
 # Texts are compressed to a quarter, and a token stands for three bytes or more of them.
 COMPRESSION = 4

@@ -6,8 +6,11 @@ import pytest
 
 import constants
 from chatglm_ja import config, costs, space
+from chatglm_ja.artifacts import read_manifest
 from chatglm_ja.settings import parse
 from tests.pipeline import SMALL, Runner
+
+STEP1 = "step1_tokenizer"
 
 
 def test_every_step_asks_for_what_it_writes_and_not_much_more(pipeline: Runner) -> None:
@@ -26,18 +29,21 @@ def test_every_step_asks_for_what_it_writes_and_not_much_more(pipeline: Runner) 
     assert isinstance(training, config.TrainingConfig)
     counts = costs.trained_parameters(costs.read_shape(model), training)
     checkpoints = space.MOMENTS_BYTES * counts.all * (training.keep_checkpoints + 1)
+    merged = read_manifest(made / "step2_tokenizer")
+    assert merged is not None
+    rows = merged["counts"]["vocabulary"]
     estimates = {
-        "step1_tokenizer": (space.of_learned(2500), 2.0),
-        "step2_tokenizer": (space.of_merged(made / "base_model", made / "step1_tokenizer"), 2.0),
-        "step3_model": (space.of_resized(made / "base_model", 5000), 1.5),
+        "step1_tokenizer": ("ja_*", space.of_learned(2500), 2.0),
+        "step2_tokenizer": ("tok*", space.of_merged(made / "base_model", made / STEP1), 3.0),
+        "step3_model": ("*.safetensors", space.of_resized(made / "base_model", rows), 1.2),
         # All sources are read, for a mix of few of their texts.
-        "step4_data": (space.of_data(data), 100.0),
-        "step5_pt": (space.of_training(training) - checkpoints, 1.5),
+        "step4_data": ("*.arrow", space.of_data(data), 100.0),
+        "step5_pt": ("*.safetensors", space.of_training(training) - checkpoints, 1.2),
     }
-    for name, (estimate, most) in estimates.items():
-        size = space.total_bytes(made / name)
+    for name, (pattern, estimate, most) in estimates.items():
+        size = space.total_bytes(made / name, pattern)
         needed = estimate - space.REPORTS_BYTES
-        assert 0.8 * size < needed + 300_000 and needed < most * size, (name, size, needed)
+        assert 0.98 * size < needed < most * size, (name, size, needed)
 
 
 def test_sizes_are_for_people() -> None:
