@@ -37,7 +37,7 @@ def test_every_step_asks_for_what_it_writes_and_not_much_more(pipeline: Runner) 
         "step2_tokenizer": ("tok*", space.of_merged(made / "base_model", made / STEP1), 3.0),
         "step3_model": ("*.safetensors", space.of_resized(made / "base_model", rows), 1.2),
         # All sources are read, for a mix of few of their texts.
-        "step4_data": ("*.arrow", space.of_data(data), 100.0),
+        "step4_data": ("*.arrow", space.of_data(data), 200.0),
         "step5_pt": ("*.safetensors", space.of_training(training) - checkpoints, 1.2),
     }
     for name, (pattern, estimate, most) in estimates.items():
