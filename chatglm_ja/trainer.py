@@ -85,7 +85,9 @@ class ResumableTrainer(Trainer):
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self.lowest = math.inf  # mean of so many in a row
         self.skipped = 0  # steps in a row
-        self.bad_step = -1  # the last of them
+        self.bad_step = -1  # the last of them for its loss
+        self.judged = 0  # the last step of which it was asked
+        self.last_norm = torch.zeros(())
         self.signal_seen = False  # by this process; `should_stop` is what all agree on
         self.should_stop = False
         # The Trainer wants an eval_dataset if it is to call `evaluate`.
@@ -108,11 +110,16 @@ class ResumableTrainer(Trainer):
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         # The mean over the processes, each of which gives its share times their number.
         sums = torch.stack(
-            [loss.detach().float(), loss.new_tensor(float(self.signal_seen)).float()]
+            [
+                loss.detach().float(),
+                loss.new_tensor(float(self.signal_seen)).float(),
+                self.last_norm.to(loss.device, torch.float32, non_blocking=True),
+            ]
         )
-        mean, stop = self.accelerator.reduce(sums, reduction="mean").tolist()
+        mean, stop, norm = self.accelerator.reduce(sums, reduction="mean").tolist()
         self.should_stop |= stop > 0
         mean *= self.current_gradient_accumulation_steps
+        self._judge_last_step(norm)
         # A bad batch spoils the others of its step, where there are several.
         if self.bad_step == self.state.global_step or not self._is_good(mean):
             self.bad_step = self.state.global_step
@@ -138,29 +145,39 @@ class ResumableTrainer(Trainer):
         before = min(self.lowest, max(self.recent, default=math.inf))
         if math.isfinite(loss) and loss <= self.config.max_loss_jump * before:
             return True
-        self._skip(f"the training loss is {loss:.4g}")
+        self._skip(f"the training loss is {loss:.4g}", self.state.global_step + 1)
         return False
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called before the optimizer's step: gradients that are no numbers do not reach it.
+        """Called before the optimizer's step: gradients that are no numbers must not reach it.
 
-        In fp16 they are usual until the scale of the loss fits; then its scaler skips the step, as
-        DeepSpeed does by itself in any precision.
+        The optimizer is told so on the device, as a GradScaler tells it, and the next pass reads
+        the norm with its loss: the GPU is not waited for. In fp16 the scaler skips such steps,
+        which are usual until the scale of the loss fits, and DeepSpeed does in any precision.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.bad_step == self.state.global_step:
-            return norm
-        if self.args.fp16 or norm is None or math.isfinite(norm):
-            self.skipped = 0
-        else:
-            self.bad_step = self.state.global_step
-            model.zero_grad()
-            self._skip(f"the norm of the gradients is {float(norm):.4g}")
+        if norm is not None and not self.args.fp16:
+            self.last_norm = torch.as_tensor(norm).detach()
+            if not self.is_deepspeed_enabled:
+                optimizer: Any = self.optimizer
+                optimizer.optimizer.found_inf = (~self.last_norm.isfinite()).float()
         return norm
 
-    def _skip(self, reason: str) -> None:
+    def _judge_last_step(self, norm: float) -> None:
+        """At the first pass of a step: what became of the one before, by its gradients' norm."""
+        done = self.state.global_step
+        if done == self.judged:
+            return
+        self.judged = done
+        if self.bad_step == done - 1:
+            return  # its loss was bad, which has been said
+        if math.isfinite(norm):
+            self.skipped = 0
+        else:
+            self._skip(f"the norm of the gradients is {norm:.4g}", done)
+
+    def _skip(self, reason: str, step: int) -> None:
         """Warn of a step that changes no weight; raises DataError after too many in a row."""
-        step = self.state.global_step + 1
         self.skipped += 1
         cure = "lower --learning-rate and --embedding-learning-rate, or use --precision bf16"
         if not self.recent:

@@ -90,7 +90,7 @@ def test_a_run_that_diverges_slowly_is_stopped(tmp_path: Path) -> None:
     run = SimpleNamespace(
         recent=deque(maxlen=trainer.RECENT_STEPS), lowest=math.inf, skipped=0, bad_step=-1,
         state=SimpleNamespace(global_step=0), config=SimpleNamespace(max_loss_jump=3.0),
-        _skip=lambda reason: None,
+        _skip=lambda reason, step: None,
     )  # fmt: skip
     passes = 0
     loss = 4.0

@@ -91,19 +91,22 @@ def test_no_process_waits_for_a_lost_one(
         assert pipeline.losses(target, "loss") == pytest.approx(undisturbed, rel=1e-5)
 
 
+@pytest.mark.parametrize("bad", ["loss", "gradients"])
 def test_no_number_in_one_process_changes_no_weight_in_any(
-    pipeline: Runner, ledger: Ledger, tmp_path: Path
+    pipeline: Runner, ledger: Ledger, thorough: bool, tmp_path: Path, bad: str
 ) -> None:
+    if bad == "gradients" and not thorough:
+        pytest.skip("--thorough tries gradients, too")
     flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0"]
     result = subprocess.run(
         [sys.executable, "-m", "chatglm_ja.launch", "--nproc_per_node", "2",
          "--master_port", "29536", str(PROJECT / "tests/faults/two_processes.py"),
-         str(tmp_path / "notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
+         bad, str(tmp_path / "notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
          "--output-dir", str(tmp_path / "output")],
         env=pipeline.environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
-    with ledger.trial("numbers", "NaN in the loss of one of two processes") as row:
+    with ledger.trial("numbers", f"NaN in the {bad} of one of two processes") as row:
         assert result.returncode == 0, result.stderr
         (row.reads,) = re.findall(rf"step {BAD_STEP} is skipped.*", result.stderr)
         notes = [(tmp_path / f"notes-{rank}").read_text().split() for rank in (0, 1)]

@@ -1,8 +1,8 @@
 """Step 5 in one of two processes, with a number that goes wrong in one of them.
 
-    two_processes.py NOTES flags of step 5
+    two_processes.py loss|gradients NOTES flags of step 5
 
-After every step, and before it, a process adds to NOTES-<rank> the SHA-256 of what it trains.
+Before every step a process adds to NOTES-<rank> the SHA-256 of what it trains.
 """
 
 import hashlib
@@ -22,13 +22,18 @@ BAD_STEP = 3
 
 
 def main() -> None:
-    notes, rank = sys.argv.pop(1), os.environ["RANK"]
+    bad, notes, rank = sys.argv.pop(1), sys.argv.pop(1), os.environ["RANK"]
     compute = ResumableTrainer.compute_loss
     step = ResumableTrainer.training_step
 
     def compute_badly(self: Any, *given: Any, **named: Any) -> Any:
         loss: Any = compute(self, *given, **named)
-        return loss * math.nan if (self.state.global_step, rank) == (BAD_STEP - 1, "1") else loss
+        if (self.state.global_step, rank) != (BAD_STEP - 1, "1"):
+            return loss
+        if bad == "loss":
+            return loss * math.nan
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
 
     def noted(self: Any, *given: Any, **named: Any) -> torch.Tensor:
         weights = training_state.weights(self, wanted=True)
