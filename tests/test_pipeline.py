@@ -214,22 +214,6 @@ def test_another_base_is_refused(unlocked: Runner, base_dir: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("script", ["step3_resize_model.py", "step4_prepare_data.py"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(pipeline: Runner, script: str) -> None:
-    """RLIMIT_FSIZE stands for the full disk: a write beyond it fails in the same place."""
-    target = pipeline.root / "full" / "result"
-    command = pipeline.command(script, *SMALL[script].split(), "--output-dir", str(target))
-    result = subprocess.run(
-        ["bash", "-c", 'ulimit -f 20; trap "" XFSZ; exec "$@"', "bash", *command],
-        env=pipeline.environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "error: " in error_of(result)
-    # What step 4 had finished is for the next run; nothing is half-written.
-    left = [path for path in target.parent.rglob("*") if path.is_file()]
-    assert not [path for path in left if "result.work" not in path.parts or path.suffix == ".part"]
-    subprocess.run(["rm", "-rf", str(target.parent)], check=True)
-
-
 def test_a_killed_step_leaves_nothing_for_the_next(unlocked: Runner) -> None:
     subprocess.run(["rm", "-r", str(unlocked.folder / "step5_pt")], check=True)
     process = subprocess.Popen(
