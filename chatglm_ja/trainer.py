@@ -108,18 +108,27 @@ class ResumableTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        # The mean over the processes, each of which gives its share times their number.
-        sums = torch.stack(
-            [
-                loss.detach().float(),
-                loss.new_tensor(float(self.signal_seen)).float(),
-                self.last_norm.to(loss.device, torch.float32, non_blocking=True),
-            ]
+        trained = (inputs["labels"][:, 1:] != IGNORE).sum()
+        # One exchange for all; the loss of a process is its share of the step's mean, times their
+        # number.
+        values = (
+            loss.detach(),
+            trained,
+            num_items_in_batch,
+            self.last_norm,
+            float(self.signal_seen),
         )
-        mean, stop, norm = self.accelerator.reduce(sums, reduction="mean").tolist()
+        sums = torch.stack(
+            [torch.as_tensor(v).to(loss.device, torch.float32, non_blocking=True) for v in values]
+        )
+        mean, trained_mean, item_count, norm, stop = self.accelerator.reduce(
+            sums, reduction="mean"
+        ).tolist()
         self.should_stop |= stop > 0
-        mean *= self.current_gradient_accumulation_steps
         self._judge_last_step(norm)
+        # Of the pass alone, per token: passes of few answers count as those of many.
+        tokens = trained_mean * self.args.world_size
+        mean = mean * item_count / tokens if tokens else 0.0
         # A bad batch spoils the others of its step, where there are several.
         if self.bad_step == self.state.global_step or not self._is_good(mean):
             self.bad_step = self.state.global_step
@@ -127,7 +136,8 @@ class ResumableTrainer(Trainer):
             return torch.full_like(
                 loss.detach(), self._usual_loss() / self.current_gradient_accumulation_steps
             )
-        self.recent.append(mean)
+        if tokens:
+            self.recent.append(mean)
         if len(self.recent) == RECENT_STEPS:
             self.lowest = min(self.lowest, self._usual_loss())
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -336,8 +346,7 @@ class _GoOn(TrainerCallback):
         self.trainer._tr_loss += self.progress["loss_sum"]
         self.trainer._globalstep_last_logged = self.progress["last_logged"]
         self.trainer.recent.extend(self.progress["recent_losses"])
-        if self.progress["lowest_loss"] is not None:
-            self.trainer.lowest = self.progress["lowest_loss"]
+        self.trainer.lowest = self.progress.get("lowest_loss") or math.inf
 
 
 @contextmanager

@@ -378,7 +378,9 @@ def test_a_signal_saves_and_ends_the_run(
     before = signal.getsignal(number)
     config = config_for(resized_dir, data_dir, tmp_path)
     monkeypatch.setattr(ResumableTrainer, "training_step", signalled)
-    with pytest.raises(StoppedError, match="at step 2 of 6, which is saved") as stopped:
+    with pytest.raises(
+        StoppedError, match="at step 2 of 6: the same command goes on from step 2"
+    ) as stopped:
         training.train(config, "pretrain", None, checkpoints_in(tmp_path))
     assert stopped.value.status == 143
     assert signal.getsignal(number) == before
