@@ -17,6 +17,8 @@ from chatglm_ja.settings import StepConfig, flag, setting
 from chatglm_ja.sources import Source
 
 Policy = Literal["japanese", "kana", "han", "all"]
+Init = Literal["subtoken_mean", "mean", "random"]
+Layout = Literal["glm", "chatglm"]
 CORES = len(os.sched_getaffinity(0))
 # The models that step 7 compares, in the order in which they come about.
 STAGES = ("base", "resized", "pretrained", "sft")
@@ -153,7 +155,7 @@ class ResizeModelConfig(StepConfig):
         "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards"
     )
     tokenizer: Path = setting("output folder of step 2")
-    init: Literal["subtoken_mean", "mean", "random"] = setting(
+    init: Init = setting(
         "new embedding rows: mean of the old rows of the piece's base tokens, mean of all old "
         "rows, or normal with the old rows' deviation",
         "subtoken_mean",
@@ -165,7 +167,7 @@ class ResizeModelConfig(StepConfig):
         low=0,
         high=10,
     )
-    layout: Literal["glm", "chatglm"] = setting(
+    layout: Layout = setting(
         "glm: transformers' own class, for steps 5 to 7; chatglm: the original names and files, "
         "for tools that know only those",
         "glm",

@@ -16,16 +16,14 @@ that the base knows.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from chatglm_ja import chat, checkpoint, export, layout, likelihood, remote_code, tokenizer
+from chatglm_ja.config import Init, Layout
 from chatglm_ja.errors import DataError
-
-Init = Literal["subtoken_mean", "mean", "random"]
-Layout = Literal["glm", "chatglm"]
 
 CHUNK_ROWS = 2048  # rows that are in float32 at a time
 # What both models read for `verify_logits`.
