@@ -3,6 +3,7 @@
 Log lines and progress bars go to standard error, and only rank 0 of a torchrun job prints them.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -21,6 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_main_process() -> bool:
@@ -57,6 +60,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         # The disk, a permission, a path: the system's own words name the file.
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if error.errno in NO_ROOM:
+            reason += ": free some of the disk; the same command goes on from what is finished"
         _end(f"error: {reason}")
     except KeyboardInterrupt:
         _end("interrupted: nothing was published", status=130)
