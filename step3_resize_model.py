@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     config = parse(ResizeModelConfig, __doc__, constants.STEP3)
     merged = open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify)
-    vocabulary = merged.manifest["counts"].get("vocabulary", 0)
+    vocabulary = merged.number("counts", "vocabulary")
     inputs = [*open_base_model(config.base_model), merged]
     output = Output(config, Path(__file__).stem, inputs)
     if output.is_settled(space.of_resized(config.base_model, vocabulary)):

@@ -24,7 +24,7 @@ def main() -> None:
         print(costs.describe(config))
         return
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
-    config.check_rows(data.manifest["arguments"]["block_size"])
+    config.check_rows(data.number("arguments", "block_size"))
     inputs = [
         # What this step made before can be trained further.
         open_artifact(

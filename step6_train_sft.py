@@ -26,7 +26,7 @@ def main() -> None:
         print(costs.describe(config))
         return
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
-    config.check_rows(data.manifest["arguments"]["max_length"])
+    config.check_rows(data.number("arguments", "max_length"))
     inputs = [open_artifact(config.model, "step5_train_pt.py", every_byte=config.verify), data]
     output = Output(config, Path(__file__).stem, inputs, unfinished="checkpoints")
     if output.is_settled(space.of_training(config)):

@@ -58,6 +58,16 @@ class Input:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
 
+    def number(self, group: str, name: str) -> int:
+        """A number among the manifest's `arguments` or `counts`. ArtifactError if it has none."""
+        value = self.manifest[group].get(name)
+        if type(value) is not int:
+            raise ArtifactError(
+                f"{self.path}/{MANIFEST} is damaged: {group} has no number {name}: run "
+                f"{self.role}.py --overwrite"
+            )
+        return value
+
 
 def open_file_input(role: str, *paths: Path) -> Input:
     """Fingerprint files that no step made: a corpus, a downloaded tokenizer.
@@ -202,7 +212,9 @@ class Output:
         self, config: StepConfig, step: str, inputs: list[Input], unfinished: str = "unfinished"
     ) -> None:
         self.config = config
-        self.path = config.output_dir
+        # A link names a folder elsewhere; what is published is renamed on that disk.
+        linked = config.output_dir.is_symlink()
+        self.path = config.output_dir.resolve() if linked else config.output_dir
         self.step = step
         self.arguments = json.loads(json.dumps(config.arguments(), default=str))
         self.inputs = inputs
@@ -223,7 +235,9 @@ class Output:
         it has less, and when the folder holds a result of other inputs or arguments and may not
         be overwritten: nothing that took hours is replaced unasked.
         """
-        self._restore_interrupted_swap()
+        if self._beside("old").exists() and not self.path.exists():
+            with self._only_writer():
+                self._restore_interrupted_swap()
         manifest = read_manifest(self.path)
         self._seen = manifest["fingerprint"] if manifest else None
         if manifest is None:
@@ -240,7 +254,7 @@ class Output:
             )
         elif not self.config.overwrite:
             self._compare(manifest)
-            self._remove_unfinished()
+            self._remove_leftover()
             log.info("%s is finished already; --overwrite makes it again", self.path)
             return True
         space.require(self.path, needed - space.total_bytes(self.unfinished))
@@ -332,7 +346,8 @@ class Output:
         manifest = {**self.describe(), "fingerprint": fingerprint, "files": records}
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (working / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        files.sync(working / MANIFEST)
+        for path in (working / MANIFEST, working, *{path.parent for path in written}):
+            files.sync(path)
         old = self._beside("old")
         shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
@@ -346,6 +361,19 @@ class Output:
         old = self._beside("old")
         if old.exists() and not self.path.exists():
             old.rename(self.path)
+
+    def _remove_leftover(self) -> None:
+        """The work of the run that made this result, if a kill left it. What is newer is that of a
+        run which is to make it again, and stays."""
+        if self.config.check or not self.unfinished.exists():
+            return
+        paths = [self.unfinished, *self.unfinished.rglob("*")]
+        newest = max(path.lstat().st_mtime for path in paths)
+        if newest > (self.path / MANIFEST).stat().st_mtime:
+            log.info("%s is of a run with --overwrite, which goes on from it", self.unfinished)
+            return
+        with self._only_writer():
+            self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
         """Under another name: what is half removed when this is killed is not gone on with."""

@@ -11,7 +11,8 @@
 
 A checkpoint is written under another name, synced, and renamed. It does not depend on how many
 processes share the run. The newest one that is whole is resumed from; a damaged one is passed over
-with a word about what is wrong, and nothing of it is loaded.
+with a word about what is wrong, and nothing of it is loaded. It is renamed, and removed when there
+is a new one.
 """
 
 import json
@@ -29,6 +30,7 @@ from chatglm_ja.files import MANIFEST
 log = logging.getLogger(__name__)
 
 PREFIX = "step-"
+DAMAGED = "damaged-"
 
 
 class Checkpoints:
@@ -61,6 +63,8 @@ class Checkpoints:
                 shutil.rmtree(path)
             elif problem:
                 log.warning("passing over %s: %s", path, problem)
+                # Kept until there is a new one, and not taken for one.
+                path.rename(_free_name(path.with_name(DAMAGED + path.name)))
             else:
                 return path
         return None
@@ -94,13 +98,13 @@ class Checkpoints:
             manifest = json.dumps({"run": self.run, "step": step, "files": records}, indent=1)
             (working / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
             files.sync(working / MANIFEST)
-            # A damaged one of this step was passed over when the run was resumed.
+            files.sync(working)
             shutil.rmtree(final, ignore_errors=True)
             working.rename(final)
             files.sync(self.folder)
         finally:
             shutil.rmtree(working, ignore_errors=True)
-        for old in self._newest_first()[self.keep :]:
+        for old in [*self._newest_first()[self.keep :], *self.folder.glob(f"{DAMAGED}*")]:
             shutil.rmtree(old)
 
     def how_to_go_on(self) -> str:
@@ -111,13 +115,27 @@ class Checkpoints:
         return "no checkpoint is there to go on from: the same command starts anew"
 
     def _newest_first(self) -> list[Path]:
-        found = [p for p in self.folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdecimal()]
+        found = [
+            path
+            for path in self.folder.glob(f"{PREFIX}*")
+            if path.is_dir() and path.name.removeprefix(PREFIX).isdecimal()
+        ]
         return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """The step after which a checkpoint was written."""
     return int(path.name.removeprefix(PREFIX))
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it if there is something already."""
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:

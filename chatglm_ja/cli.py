@@ -64,7 +64,7 @@ def run(main: Callable[[], None]) -> None:
             reason += ": free some of the disk; the same command goes on from what is finished"
         _end(f"error: {reason}")
     except KeyboardInterrupt:
-        _end("interrupted: nothing was published", status=130)
+        _end("interrupted", status=130)
     finally:
         # What is left is the interpreter's own end, which Ctrl-C would fill with tracebacks.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

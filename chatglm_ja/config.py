@@ -380,7 +380,8 @@ class TrainingConfig(StepConfig):
         affects_result=False,
     )
     max_loss_jump: float = setting(
-        "skip a step whose loss is more than this many times the lowest mean of 20 in a row",
+        "skip a step with a pass whose loss is more than this many times the lowest mean of 20 "
+        "passes in a row, or, before there are as many, the largest one",
         3.0,
         low=1,
     )
@@ -469,7 +470,11 @@ class EvalConfig(StepConfig):
     harness_tasks: tuple[str, ...] = setting(
         "tasks of lm-evaluation-harness by name; needs requirements-extras.txt", ()
     )
-    harness_folder: Path | None = setting("folder with YAML files of further tasks", None)
+    harness_folder: Path | None = setting(
+        "folder with YAML files of further tasks, which the harness lets name Python functions "
+        "beside them: use only what you trust",
+        None,
+    )
     harness_limit: int = setting("documents of each task (0: all)", 0, low=0)
     batch_size: int = setting("windows scored at once", 16, low=1, affects_result=False)
     answer_batch_size: int = setting(
@@ -517,7 +522,7 @@ def _deepspeed_problems(path: Path) -> list[str]:
         stage = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
     except OSError:
         return [f"--deepspeed {path} not found"]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [f"--deepspeed {path} is not JSON ({error})"]
     except (KeyError, TypeError):
         return [f"--deepspeed {path} names no ZeRO stage: expected 2, as ds_zero2.json"]

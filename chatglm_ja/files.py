@@ -94,7 +94,11 @@ def inside(folder: Path, name: str) -> Path:
     Neither ".." nor an absolute path nor a link leads out; but for the hub's cache, whose folders
     hold links to the blobs beside them.
     """
-    path, root = (folder / name.replace("\0", "")).resolve(), folder.resolve()
+    root = folder.resolve()
+    try:
+        path = (folder / name.replace("\0", "")).resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise ArtifactError(f"{folder}: the file {name!r} cannot be reached ({error})") from None
     roots = [root]
     if root.parent.name == "snapshots":
         roots.append(root.parent.parent / "blobs")

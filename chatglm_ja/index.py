@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -42,9 +43,13 @@ class Index:
         self.metas = [unit.meta for unit in finished]
         columns: dict[str, list[np.ndarray]] = {name: [] for name in INDEX_COLUMNS}
         for stem in self.stems:
-            with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
-                for name, parts in columns.items():
-                    parts.append(arrays[name])
+            path = stem.with_suffix(".npz")
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    for name, parts in columns.items():
+                        parts.append(arrays[name])
+            except (ValueError, KeyError, BadZipFile) as error:
+                raise DataError(f"{path} is damaged ({error}): remove it and run again") from None
         for name, (dtype, shape) in INDEX_COLUMNS.items():
             setattr(self, name, np.concatenate([np.zeros((0, *shape), dtype), *columns[name]]))
         sizes = np.array([len(part) for part in columns["length"]], dtype=np.int64)

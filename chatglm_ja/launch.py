@@ -8,9 +8,11 @@ import logging
 import signal
 import sys
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from chatglm_ja import ranks
 
 
 def main() -> None:
@@ -28,6 +30,14 @@ def main() -> None:
         cause = ", as when memory runs out" if name == "SIGKILL" else ""
         print(f"error: process {rank} of the run was ended by {name}{cause}", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
+    except DistError as error:
+        place = f"{arguments.master_addr}:{arguments.master_port}"
+        print(
+            f"error: the processes cannot meet at {place} ({ranks.reason(error)}): another run may "
+            "use it, set MASTER_PORT to a free one",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 

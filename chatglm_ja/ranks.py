@@ -18,6 +18,7 @@ from chatglm_ja.cli import say_last
 from chatglm_ja.errors import UserError
 
 LONGEST_REASON = 160
+OWN_PAUSE_SECONDS = 2.0
 
 
 class LostError(UserError):
@@ -56,12 +57,17 @@ class Watch:
         self._over.set()
         if error is not None and _is_of_a_lost_process(error):
             raise LostError(
-                f"another process of the run has ended ({_reason(error)}): {self.advice()}"
+                f"another process of the run has ended ({reason(error)}): {self.advice()}"
             ) from None
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.seconds / 10)):
-            waited = time.monotonic() - self._last
+        interval = min(1.0, self.seconds / 10)
+        woken = time.monotonic()
+        while not self._over.wait(interval):
+            before, woken = woken, time.monotonic()
+            if woken - before > 2 * interval + OWN_PAUSE_SECONDS:
+                self.progress()  # this process was stopped itself, by Ctrl-Z or a scheduler
+            waited = woken - self._last
             if waited > self.seconds:
                 say_last(
                     f"error: rank {os.environ['RANK']}: no progress for {waited:.0f} s, another "
@@ -78,7 +84,7 @@ def _is_of_a_lost_process(error: BaseException) -> bool:
     )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first sentence of what a library says, without the place in its sources."""
     text = re.sub(r"^\[[^]]*:\d+\] ", "", str(error).partition("\n")[0])
     return text.partition(". ")[0][:LONGEST_REASON]

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 # Names of the embeddings, whole or of their new rows only.
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_head.new")
 # Passes whose mean loss a later one is compared with.
-RECENT_STEPS = 20
+RECENT_PASSES = 20
+FIRST_PASSES = 3
 SAME_SIGNAL_SECONDS = 3.0
 # What `log` adds to a line of training.
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
@@ -82,7 +83,7 @@ class ResumableTrainer(Trainer):
         self.last_logged = (time.monotonic(), 0)  # when, by a clock without pauses; step
         fixed = config.block_size if config.compile and config.packing else 0
         self.collate = dataset.Collator(config.document_mask, fixed)
-        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.recent: deque[float] = deque(maxlen=RECENT_PASSES)
         self.lowest = math.inf  # mean of so many in a row
         self.skipped = 0  # steps in a row
         self.bad_step = -1  # the last of them for its loss
@@ -126,23 +127,34 @@ class ResumableTrainer(Trainer):
         ).tolist()
         self.should_stop |= stop > 0
         self._judge_last_step(norm)
-        # Of the pass alone, per token: passes of few answers count as those of many.
+        # Per token of the pass alone, unless that is more than its share of the step: a pass of one
+        # long answer has a large share, one of a short answer can have a large loss per token.
         tokens = trained_mean * self.args.world_size
-        mean = mean * item_count / tokens if tokens else 0.0
+        share = mean * self.current_gradient_accumulation_steps
+        mean = min(mean * item_count / tokens, share) if tokens else 0.0
         # A bad batch spoils the others of its step, where there are several.
         if self.bad_step == self.state.global_step or not self._is_good(mean):
             self.bad_step = self.state.global_step
-            model.zero_grad()
+            self._drop_gradients(model)
             return torch.full_like(
                 loss.detach(), self._usual_loss() / self.current_gradient_accumulation_steps
             )
         if tokens:
             self.recent.append(mean)
-        if len(self.recent) == RECENT_STEPS:
+        if len(self.recent) == RECENT_PASSES:
             self.lowest = min(self.lowest, self._usual_loss())
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **options)
         return loss.detach()
+
+    def _drop_gradients(self, model: Any) -> None:
+        """Those of this pass's step, of its earlier passes too."""
+        model.zero_grad()
+        if self.is_deepspeed_enabled:  # it sums them up beside the parameters
+            zero: Any = self.optimizer.optimizer  # type: ignore[union-attr]
+            for sums in (zero.averaged_gradients, zero.all_grad_tensors):
+                for group in sums:
+                    sums[group] = None
 
     def _usual_loss(self) -> float:
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
@@ -151,8 +163,10 @@ class ResumableTrainer(Trainer):
         """Whether to learn from a batch of this mean loss; raises DataError when it is hopeless."""
         if loss == 0.0 and not self.recent:
             raise DataError("the loss of the first step is 0: its rows train no token")
-        # A run that diverges slowly takes the mean of its last steps along, but not the lowest.
-        before = min(self.lowest, max(self.recent, default=math.inf))
+        # A run that diverges slowly takes the mean of its last passes along, but not the lowest.
+        before = self.lowest
+        if FIRST_PASSES <= len(self.recent) < RECENT_PASSES:
+            before = max(self.recent)
         if math.isfinite(loss) and loss <= self.config.max_loss_jump * before:
             return True
         self._skip(f"the training loss is {loss:.4g}", self.state.global_step + 1)

@@ -184,10 +184,12 @@ class _Once:
         if done.exists():
             try:
                 meta = json.loads(done.read_text(encoding="utf-8"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 meta = None
-            if isinstance(meta, dict) and files.are_records(meta.get("files")):
-                problem = files.problem(done.parent, meta["files"], every_byte=True)
+            recorded: Any = meta.get("files") if isinstance(meta, dict) else None
+            needed = {f"{done.stem}.tokens", f"{done.stem}.npz"}
+            if files.are_records(recorded) and recorded.keys() >= needed:
+                problem = files.problem(done.parent, recorded, every_byte=True)
             else:
                 problem = f"{done.name} is damaged"
             if not problem:

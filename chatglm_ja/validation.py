@@ -93,7 +93,12 @@ def titles(data: Path, name: str) -> list[str]:
     manifest = read_manifest(data)
     if manifest is None:
         raise DataError(f"{data} has no manifest, which names its sources: make it with step 4")
-    return [source["name"] for source in manifest["counts"][name]["sources"]]
+    try:
+        return [source["name"] for source in manifest["counts"][name]["sources"]]
+    except (KeyError, TypeError):
+        raise DataError(
+            f"the manifest of {data} does not name the sources of {name}: make it with step 4"
+        ) from None
 
 
 def language_of(title: str) -> str:

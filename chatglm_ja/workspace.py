@@ -17,7 +17,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,17 @@ def _remove(folder: Path) -> None:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Put the files of a folder into another on the same disk, where it can without a copy."""
+    """Put the files of a folder into another on the same disk.
+
+    The large ones, which are written once and renamed, without a copy where it can; reports are
+    written in place, which must not reach what is published.
+    """
     for path in source.iterdir():
-        try:
-            os.link(path, target / path.name)
-        except PermissionError:  # a file system without hard links
-            shutil.copyfile(path, target / path.name)
+        if path.suffix == ".arrow":
+            with suppress(PermissionError):  # of a file system without hard links
+                os.link(path, target / path.name)
+                continue
+        shutil.copyfile(path, target / path.name)
 
 
 class Rejects:

@@ -236,9 +236,68 @@ def test_unfinished_work_is_kept_until_the_result_is_published(tmp_path: Path) -
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     # A kill between publishing and removing leaves it to the next run.
+    published = (tmp_path / "a" / "manifest.json").stat().st_mtime
     output.unfinished.mkdir()
+    (output.unfinished / "x").touch()
+    for path in (output.unfinished / "x", output.unfinished):
+        os.utime(path, (published, published - 1))
+    assert Output(Config(output_dir=tmp_path / "a", check=True), "step1_x", [], "work").is_settled()
+    assert output.unfinished.exists()
     assert output.is_settled()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_the_work_of_a_run_that_overwrites_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    """Killed after hours, and asked for again without --overwrite."""
+    make(tmp_path / "a")
+    overwriting = Output(Config(output_dir=tmp_path / "a", overwrite=True), "step1_x", [], "work")
+    assert not overwriting.is_settled()
+    with pytest.raises(KeyboardInterrupt), overwriting.write():
+        overwriting.unfinished.mkdir()
+        (overwriting.unfinished / "hours").touch()
+        raise KeyboardInterrupt
+    assert Output(Config(output_dir=tmp_path / "a"), "step1_x", [], "work").is_settled()
+    assert (overwriting.unfinished / "hours").exists()
+
+
+def test_an_output_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "disk" / "a")
+    for content in ("one", "two"):
+        assert make(tmp_path / "a", content=content, overwrite=True)
+        assert (tmp_path / "a").is_symlink()
+        assert (tmp_path / "disk" / "a" / "data.txt").read_text() == content
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["a"]
+
+
+def test_a_swap_of_another_process_is_left_alone(tmp_path: Path) -> None:
+    """Between its two renames there is no result, but the former one beside."""
+    make(tmp_path / "a")
+    first = Output(Config(output_dir=tmp_path / "a", overwrite=True), "step1_x", [])
+    assert not first.is_settled()
+    with first.write() as folder:
+        (folder / "data.txt").write_text("new")
+        (tmp_path / "a").rename(tmp_path / ".a.old")
+        with pytest.raises(ArtifactError, match="another process is writing"):
+            make(tmp_path / "a")
+        (tmp_path / ".a.old").rename(tmp_path / "a")
+    assert (tmp_path / "a" / "data.txt").read_text() == "new"
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "data.txt").unlink()
+    (tmp_path / "a" / "data.txt").symlink_to("data.txt")
+    with pytest.raises(ArtifactError, match="cannot be reached"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+
+
+def test_a_number_of_a_manifest_is_one(tmp_path: Path) -> None:
+    make(tmp_path / "a", size=3)
+    opened = open_artifact(tmp_path / "a", "step1_x.py")
+    assert opened.number("arguments", "size") == 3
+    with pytest.raises(ArtifactError, match="is damaged: counts has no number pieces"):
+        opened.number("counts", "pieces")
 
 
 def test_room_on_the_disk_is_asked_for_before_the_work(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja import files
 from chatglm_ja.checkpoints import MANIFEST, Checkpoints
 from chatglm_ja.errors import ArtifactError
 
@@ -27,6 +28,26 @@ def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path) -> None:
     fill(checkpoints, 5, 10, 1000)
     assert checkpoints.start(overwrite=False) == tmp_path / "c" / "step-001000"
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-000010", "step-001000"]
+
+
+def test_damaged_ones_make_no_room_for_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer ones that are damaged are not counted among those that are kept."""
+    monkeypatch.setattr(files, "HASHED_BYTES", 0)  # the bytes of large checkpoints count as well
+    checkpoints = Checkpoints(tmp_path, RUN, keep=1)
+    fill(checkpoints, 10)
+    damaged = Checkpoints(tmp_path, RUN, keep=9)
+    fill(damaged, 30, 40)
+    for step in (30, 40):
+        path = tmp_path / f"step-{step:06d}" / FILES[0]
+        path.write_bytes(path.read_bytes().replace(b"o", b"0"))
+    (tmp_path / "step-000009").write_text("no folder")
+    assert checkpoints.start(overwrite=False) == tmp_path / "step-000010"
+    assert checkpoints.how_to_go_on() == "the same command goes on from step 10"
+    assert len(list(tmp_path.glob("damaged-step-*"))) == 2
+    fill(checkpoints, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000009", "step-000020"]
 
 
 def test_an_exception_while_writing_leaves_the_older_ones(tmp_path: Path) -> None:

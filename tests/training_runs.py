@@ -1,5 +1,6 @@
 """Training runs of seconds, in the test's own process."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,20 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def with_losses(
     monkeypatch: pytest.MonkeyPatch, of_gradients: bool = False, **factors: float
 ) -> list[dict[str, torch.Tensor]]:
-    """Multiply the loss of some steps, step3=..., or its gradients only; gives the trained weights
-    before every step."""
+    """Multiply the loss of some steps, step3=..., or passes of them, step3pass2=..., or its
+    gradients only; gives the trained weights before every pass."""
     whole = ResumableTrainer.compute_loss
     weights: list[dict[str, torch.Tensor]] = []
+    passes: Counter[int] = Counter()
 
     def losses(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
         trained = self.model.named_parameters()
         weights.append({n: p.detach().clone() for n, p in trained if p.requires_grad})
         loss: Any = whole(self, model, *arguments, **named)
-        factor = factors.get(f"step{self.state.global_step + 1}", 1.0)
+        step = self.state.global_step + 1
+        passes[step] += 1
+        whole_step = factors.get(f"step{step}", 1.0)
+        factor = factors.get(f"step{step}pass{passes[step]}", whole_step)
         if of_gradients:
             loss.register_hook(lambda gradient: gradient * factor)
             return loss

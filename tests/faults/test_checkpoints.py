@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ja import training
+from chatglm_ja import costs, space, training
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.files import MANIFEST
 from tests.faults.ledger import Ledger
@@ -76,6 +76,15 @@ def interrupted(
         interrupt_after(4, patch)
         training.train(config, "pretrain", root / "twice", checkpoints_in(root / "twice"))
     return config, root / "twice", adapter(root / "once")
+
+
+def test_a_checkpoint_takes_the_room_that_is_asked_for(
+    interrupted: tuple[TrainingConfig, Path, bytes],
+) -> None:
+    config, folder, _ = interrupted
+    trained = costs.trained_parameters(costs.read_shape(config.model), config).all
+    size = space.total_bytes(folder / "checkpoints" / "step-000004")
+    assert 0.98 * size < space.MOMENTS_BYTES * trained < size
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -15,7 +15,7 @@ from chatglm_ja.errors import DataError
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import PROJECT, SMALL
-from tests.training_runs import config_for, with_losses
+from tests.training_runs import adapter, config_for, with_losses
 
 
 @pytest.mark.parametrize("clipping", [1.0, 0.0])
@@ -35,7 +35,7 @@ def test_a_bad_step_changes_no_weight(
 ) -> None:  # fmt: skip
     if not thorough and not clipping:
         pytest.skip("--thorough tries without gradient clipping, too")
-    monkeypatch.setattr(trainer, "RECENT_STEPS", 3)
+    monkeypatch.setattr(trainer, "RECENT_PASSES", 3)
     weights = with_losses(monkeypatch, of_gradients="gradients" in fault, step5=factor)
     config = config_for(resized_dir, data_dir, tmp_path, max_steps=7, max_grad_norm=clipping)
     with ledger.trial("numbers", fault) as row:
@@ -51,6 +51,58 @@ def test_a_bad_step_changes_no_weight(
         assert all(
             math.isfinite(e["loss"]) and e["loss"] < 10 for e in result["history"] if "loss" in e
         )
+
+
+def test_a_bad_pass_spoils_its_whole_step(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of the good pass before it is learned, then or later."""
+    ends = []
+    for bad in ("step3pass2", "step3"):
+        with monkeypatch.context() as patch:
+            factors: dict[str, Any] = {bad: math.nan}
+            with_losses(patch, **factors)
+            config = config_for(
+                resized_dir, data_dir, tmp_path / bad, micro_batch_size=4, max_steps=5,
+                evaluations=0,
+            )  # fmt: skip
+            training.train(config, "pretrain", tmp_path / bad)
+        ends.append(adapter(tmp_path / bad))
+    assert ends[0] == ends[1]
+
+
+def test_good_steps_between_bad_ones_are_counted(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only so many bad ones in a row stop a run."""
+    bad: dict[str, Any] = {f"step{n}": math.nan for n in (3, 4, 6, 7, 9, 10)}
+    with_losses(monkeypatch, **bad)
+    config = config_for(
+        resized_dir, data_dir, tmp_path, max_steps=11, max_skipped_steps=2, evaluations=0
+    )
+    assert training.train(config, "pretrain", None)["steps"] == 11
+
+
+def test_one_long_answer_among_short_ones_is_learned_from(
+    resized_dir: Path, data_dir: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Passes of one conversation each, of very different lengths."""
+    config = config_for(
+        resized_dir, data_dir, tmp_path, packing=False, micro_batch_size=1, global_batch_size=4,
+        block_size=256, max_steps=8, epochs=9.0, evaluations=0, learning_rate=1e-3,
+    )  # fmt: skip
+    training.train(config, "sft", None)
+    assert "is skipped" not in caplog.text
+
+
+def test_a_jump_in_the_first_passes_is_seen(
+    resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    with_losses(monkeypatch, step5=50.0)
+    config = config_for(resized_dir, data_dir, tmp_path, evaluations=0)
+    training.train(config, "pretrain", None)
+    assert "step 5 is skipped" in caplog.text
 
 
 def test_many_bad_steps_stop_the_run_with_advice(
@@ -88,7 +140,7 @@ def test_a_learning_rate_that_diverges_stops_the_run(
 def test_a_run_that_diverges_slowly_is_stopped(tmp_path: Path) -> None:
     """A tenth more at every pass: against the mean of the last ones it would never be a jump."""
     run = SimpleNamespace(
-        recent=deque(maxlen=trainer.RECENT_STEPS), lowest=math.inf, skipped=0, bad_step=-1,
+        recent=deque(maxlen=trainer.RECENT_PASSES), lowest=math.inf, skipped=0, bad_step=-1,
         state=SimpleNamespace(global_step=0), config=SimpleNamespace(max_loss_jump=3.0),
         _skip=lambda reason, step: None,
     )  # fmt: skip
@@ -96,7 +148,7 @@ def test_a_run_that_diverges_slowly_is_stopped(tmp_path: Path) -> None:
     loss = 4.0
     while trainer.ResumableTrainer._is_good(run, loss):  # type: ignore[arg-type]
         run.recent.append(loss)
-        if len(run.recent) == trainer.RECENT_STEPS:
+        if len(run.recent) == trainer.RECENT_PASSES:
             run.lowest = min(run.lowest, sum(run.recent) / len(run.recent))
         loss *= 1.1
         passes += 1

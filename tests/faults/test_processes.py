@@ -1,8 +1,10 @@
 """Two processes of a run, of which one is lost or computes no number."""
 
+import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 
 from tests.faults.ledger import Ledger
 from tests.faults.two_processes import BAD_STEP
-from tests.pipeline import PROJECT, SMALL, Runner
+from tests.pipeline import PROJECT, SMALL, Runner, error_of
 
 STALL_SECONDS = 8
 FLAGS = [*SMALL["step5_train_pt.py"].split(), "--evaluations", "0", "--max-steps", "12",
@@ -91,26 +93,77 @@ def test_no_process_waits_for_a_lost_one(
         assert pipeline.losses(target, "loss") == pytest.approx(undisturbed, rel=1e-5)
 
 
+def run_two(pipeline: Runner, folder: Path, bad: str, *more: str) -> tuple[str, list[str]]:
+    """What two processes of step 5 say, and the trained weights before each pass, as digests."""
+    flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0", *more]
+    result = subprocess.run(
+        [sys.executable, "-m", "chatglm_ja.launch", "--nproc_per_node", "2",
+         "--master_port", "29536", str(PROJECT / "tests/faults/two_processes.py"),
+         bad, str(folder / f"{bad}-notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
+         "--output-dir", str(folder / f"{bad}-output")],
+        env=pipeline.environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    notes = [(folder / f"{bad}-notes-{rank}").read_text().split() for rank in (0, 1)]
+    assert notes[0] == notes[1]
+    return result.stderr, notes[0]
+
+
 @pytest.mark.parametrize("bad", ["loss", "gradients"])
 def test_no_number_in_one_process_changes_no_weight_in_any(
     pipeline: Runner, ledger: Ledger, thorough: bool, tmp_path: Path, bad: str
 ) -> None:
     if bad == "gradients" and not thorough:
         pytest.skip("--thorough tries gradients, too")
-    flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0"]
-    result = subprocess.run(
-        [sys.executable, "-m", "chatglm_ja.launch", "--nproc_per_node", "2",
-         "--master_port", "29536", str(PROJECT / "tests/faults/two_processes.py"),
-         bad, str(tmp_path / "notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
-         "--output-dir", str(tmp_path / "output")],
-        env=pipeline.environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
     with ledger.trial("numbers", f"NaN in the {bad} of one of two processes") as row:
-        assert result.returncode == 0, result.stderr
-        (row.reads,) = re.findall(rf"step {BAD_STEP} is skipped.*", result.stderr)
-        notes = [(tmp_path / f"notes-{rank}").read_text().split() for rank in (0, 1)]
-        assert notes[0] == notes[1]
+        said, notes = run_two(pipeline, tmp_path, bad)
+        (row.reads,) = re.findall(rf"step {BAD_STEP} is skipped.*", said)
         # Before every step; the first step has a learning rate of 0.
-        same = [before == after for before, after in zip(notes[0], notes[0][1:], strict=False)]
+        same = [before == after for before, after in itertools.pairwise(notes)]
         assert same == [True, False, True, False]
+
+
+def test_nothing_of_a_skipped_step_is_learned_later(
+    pipeline: Runner, ledger: Ledger, thorough: bool, tmp_path: Path
+) -> None:
+    """DeepSpeed adds up the gradients of a step's passes: those of the good one are dropped too."""
+    if not thorough:
+        pytest.skip("--thorough tries it under DeepSpeed; tests/faults/test_numbers.py without")
+    with ledger.trial("numbers", "NaN in the second pass of a step, in one of two processes"):
+        _, second = run_two(pipeline, tmp_path, "pass", "--micro-batch-size", "2")
+        _, both = run_two(pipeline, tmp_path, "loss", "--micro-batch-size", "2")
+        assert second == both
+        assert len(set(second)) == 4  # of five steps two change nothing
+
+
+def test_a_used_port_is_one_line(pipeline: Runner) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        result = pipeline.small(
+            "step5_train_pt_multi_gpu.sh", "--output-dir", str(pipeline.root / "port"),
+            NPROC_PER_NODE="2", MASTER_PORT=str(other.getsockname()[1]),
+        )  # fmt: skip
+    assert "set MASTER_PORT to a free one" in error_of(result)
+
+
+def test_a_process_that_was_stopped_itself_goes_on() -> None:
+    """Ctrl-Z for longer than the others would be waited for."""
+    program = (
+        "import os, signal, threading, time\n"
+        "from chatglm_ja.ranks import Watch\n"
+        "with Watch(3.0, lambda: 'start it again') as watch:\n"
+        "    for _ in range(4):\n"
+        "        print('at work', flush=True); watch.progress(); time.sleep(1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=PROJECT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait() == 0

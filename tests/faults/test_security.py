@@ -2,6 +2,7 @@
 file that would be there if it had succeeded."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chatglm_ja import chat, checkpoint, layout, training
+from chatglm_ja import chat, checkpoint, files, layout, training
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.files import inside
 from tests.conftest import DATA
@@ -139,10 +140,25 @@ def test_objects_in_arrays_are_not_unpickled(
     assert arrays
     for path in arrays:
         np.savez(path, record=np.array([Bomb(sentinel)], dtype=object), allow_pickle=True)
-    with ledger.trial("security", "pickles in the arrays of unfinished work") as row:
+    bombs = {path: path.read_bytes() for path in arrays}
+    title = "pickles in the arrays of unfinished work"
+    with ledger.trial("security", title) as row:
         ended = forks.run(command)
         assert ended.status == 0, ended.said
         row.reads = next(line for line in ended.said.splitlines() if "making" in line)
+        assert not sentinel.exists()
+    # The same, and their SHA-256 forged.
+    shutil.rmtree(output)
+    forks.run([*command, "--total-tokens", "100000000"])
+    for path, bomb in bombs.items():
+        path.write_bytes(bomb)
+        meta = json.loads(path.with_suffix(".json").read_text())
+        meta["files"][path.name] = files.record(path)
+        path.with_suffix(".json").write_text(json.dumps(meta))
+    with ledger.trial("security", f"{title}, and their SHA-256"):
+        ended = forks.run(command)
+        assert ended.status == 1
+        assert "is damaged" in ended.said and "Traceback" not in ended.said
         assert not sentinel.exists()
 
 

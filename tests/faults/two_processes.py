@@ -1,6 +1,8 @@
 """Step 5 in one of two processes, with a number that goes wrong in one of them.
 
-    two_processes.py loss|gradients NOTES flags of step 5
+    two_processes.py loss|pass|gradients NOTES flags of step 5
+
+What goes wrong is the loss of all passes of the step, or of its second pass, or its gradients.
 
 Before every step a process adds to NOTES-<rank> the SHA-256 of what it trains.
 """
@@ -10,6 +12,7 @@ import math
 import os
 import runpy
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
@@ -24,13 +27,16 @@ BAD_STEP = 3
 def main() -> None:
     bad, notes, rank = sys.argv.pop(1), sys.argv.pop(1), os.environ["RANK"]
     compute = ResumableTrainer.compute_loss
+    passes: Counter[int] = Counter()
     step = ResumableTrainer.training_step
 
     def compute_badly(self: Any, *given: Any, **named: Any) -> Any:
         loss: Any = compute(self, *given, **named)
-        if (self.state.global_step, rank) != (BAD_STEP - 1, "1"):
+        step = self.state.global_step + 1
+        passes[step] += 1
+        if (step, rank) != (BAD_STEP, "1") or (bad == "pass" and passes[step] != 2):
             return loss
-        if bad == "loss":
+        if bad != "gradients":
             return loss * math.nan
         loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
