@@ -180,6 +180,8 @@ def _train(
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if config.deepspeed is not None:
+            _build_no_kernel()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = costs.Plan.of(config, world_size)
     shape = costs.read_shape(config.model)
@@ -259,6 +261,14 @@ def _train(
         "history": trainer.state.log_history,
         "sources": sources,
     }
+
+
+def _build_no_kernel() -> None:
+    """Keep DeepSpeed from compiling its kernel for sums in shared memory at the start of a run on
+    the CPU: killed meanwhile, it leaves a lock for which every later run would wait, for ever."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _save_adapter(

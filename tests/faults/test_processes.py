@@ -17,7 +17,7 @@ from tests.faults.ledger import Ledger
 from tests.faults.two_processes import BAD_STEP
 from tests.pipeline import PROJECT, SMALL, Runner, error_of
 
-STALL_SECONDS = 8
+STALL_SECONDS = 20
 FLAGS = [*SMALL["step5_train_pt.py"].split(), "--evaluations", "0", "--max-steps", "12",
          "--save-steps", "2", "--stall-seconds", str(STALL_SECONDS)]  # fmt: skip
 LOST = {
