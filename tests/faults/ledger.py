@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatglm_ja import page
-
 # Of every table: what its rows are, what a trial is, and what it should end with.
 TABLES = {
     "checkpoints": ("Fault of the newest checkpoint", "Tried", "Same weights in the end"),
@@ -51,14 +49,15 @@ class Ledger:
         for name, rows in self.tables.items():
             if not rows:
                 continue
-            table = page.markdown_table(
-                [*TABLES[name], "What the user reads"],
-                [
+            cells = [
+                (*TABLES[name], "What the user reads"),
+                ("---", "---:", "---:", "---"),
+                *(
                     (fault, f"{row.tried:,}", f"{row.recovered:,}", _shown(row.reads))
                     for fault, row in [*rows.items(), ("**together**", _together(rows.values()))]
-                ],
-            )
-            lines = "\n".join(table)
+                ),
+            ]
+            lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
             start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
             before, _, rest = text.partition(start)
             _, found, after = rest.partition(end)
