@@ -297,7 +297,10 @@ class Output:
                 yield working
                 self._publish(working)
             except SafetensorError as error:  # safetensors' word for a full disk, too
-                raise ArtifactError(f"{self.path} could not be written: {error}") from error
+                raise ArtifactError(
+                    f"{self.path} could not be written ({error}): if the disk is full, free "
+                    "some of it; the same command goes on from what is finished"
+                ) from error
             finally:
                 shutil.rmtree(working, ignore_errors=True)
             self._remove_unfinished()

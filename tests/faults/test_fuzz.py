@@ -79,8 +79,12 @@ def fuzz(title: str, *strategies: Any, **named: Any) -> Callable[[Any], Any]:
     def decorate(test: Any) -> Any:
         @functools.wraps(test)
         def counted(*given: Any, **fixtures: Any) -> None:
+            try:
+                test(*given, **fixtures)
+            except Exception:  # an input that hypothesis gives up is none of them
+                TRIED[title] += 1
+                raise
             TRIED[title] += 1
-            test(*given, **fixtures)
             HANDLED[title] += 1
 
         return SETTINGS(given(*strategies, **named)(counted))
