@@ -12,7 +12,6 @@ import math
 import resource
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from chatglm_ja.chat import IGNORE
 from chatglm_ja.checkpoint import read_tensor
 from chatglm_ja.checkpoints import Checkpoints
 from chatglm_ja.config import TrainingConfig
-from chatglm_ja.errors import DataError
+from chatglm_ja.guard import Guard
 from chatglm_ja.merge import PREFIX
 from chatglm_ja.ranks import Watch
 from chatglm_ja.validation import ALL_LOSS, SOURCE, Validation, token_sources
@@ -36,9 +35,6 @@ log = logging.getLogger(__name__)
 
 # Names of the embeddings, whole or of their new rows only.
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_head.new")
-# Passes whose mean loss a later one is compared with.
-RECENT_PASSES = 20
-FIRST_PASSES = 3
 SAME_SIGNAL_SECONDS = 3.0
 # What `log` adds to a line of training.
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
@@ -83,11 +79,7 @@ class ResumableTrainer(Trainer):
         self.last_logged = (time.monotonic(), 0)  # when, by a clock without pauses; step
         fixed = config.block_size if config.compile and config.packing else 0
         self.collate = dataset.Collator(config.document_mask, fixed)
-        self.recent: deque[float] = deque(maxlen=RECENT_PASSES)
-        self.lowest = math.inf  # mean of so many in a row
-        self.skipped = 0  # steps in a row
-        self.bad_step = -1  # the last of them for its loss
-        self.judged = 0  # the last step of which it was asked
+        self.guard = Guard(config.max_loss_jump, config.max_skipped_steps)
         self.last_norm = torch.zeros(())
         self.signal_seen = False  # by this process; `should_stop` is what all agree on
         self.should_stop = False
@@ -126,23 +118,18 @@ class ResumableTrainer(Trainer):
             sums, reduction="mean"
         ).tolist()
         self.should_stop |= stop > 0
-        self._judge_last_step(norm)
+        step = self.state.global_step
+        self.guard.judge_gradients(step, norm)
         # Per token of the pass alone, unless that is more than its share of the step: a pass of one
         # long answer has a large share, one of a short answer can have a large loss per token.
         tokens = trained_mean * self.args.world_size
         share = mean * self.current_gradient_accumulation_steps
         mean = min(mean * item_count / tokens, share) if tokens else 0.0
-        # A bad batch spoils the others of its step, where there are several.
-        if self.bad_step == self.state.global_step or not self._is_good(mean):
-            self.bad_step = self.state.global_step
+        if not self.guard.accepts(step + 1, mean, tokens > 0):
             self._drop_gradients(model)
             return torch.full_like(
-                loss.detach(), self._usual_loss() / self.current_gradient_accumulation_steps
+                loss.detach(), self.guard.usual / self.current_gradient_accumulation_steps
             )
-        if tokens:
-            self.recent.append(mean)
-        if len(self.recent) == RECENT_PASSES:
-            self.lowest = min(self.lowest, self._usual_loss())
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **options)
         return loss.detach()
@@ -155,22 +142,6 @@ class ResumableTrainer(Trainer):
             for sums in (zero.averaged_gradients, zero.all_grad_tensors):
                 for group in sums:
                     sums[group] = None
-
-    def _usual_loss(self) -> float:
-        return sum(self.recent) / len(self.recent) if self.recent else math.nan
-
-    def _is_good(self, loss: float) -> bool:
-        """Whether to learn from a batch of this mean loss; raises DataError when it is hopeless."""
-        if loss == 0.0 and not self.recent:
-            raise DataError("the loss of the first step is 0: its rows train no token")
-        # A run that diverges slowly takes the mean of its last passes along, but not the lowest.
-        before = self.lowest
-        if FIRST_PASSES <= len(self.recent) < RECENT_PASSES:
-            before = max(self.recent)
-        if math.isfinite(loss) and loss <= self.config.max_loss_jump * before:
-            return True
-        self._skip(f"the training loss is {loss:.4g}", self.state.global_step + 1)
-        return False
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called before the optimizer's step: gradients that are no numbers must not reach it.
@@ -186,33 +157,6 @@ class ResumableTrainer(Trainer):
                 optimizer: Any = self.optimizer
                 optimizer.optimizer.found_inf = (~self.last_norm.isfinite()).float()
         return norm
-
-    def _judge_last_step(self, norm: float) -> None:
-        """At the first pass of a step: what became of the one before, by its gradients' norm."""
-        done = self.state.global_step
-        if done == self.judged:
-            return
-        self.judged = done
-        if self.bad_step == done - 1:
-            return  # its loss was bad, which has been said
-        if math.isfinite(norm):
-            self.skipped = 0
-        else:
-            self._skip(f"the norm of the gradients is {norm:.4g}", done)
-
-    def _skip(self, reason: str, step: int) -> None:
-        """Warn of a step that changes no weight; raises DataError after too many in a row."""
-        self.skipped += 1
-        cure = "lower --learning-rate and --embedding-learning-rate, or use --precision bf16"
-        if not self.recent:
-            raise DataError(f"{reason} at step {step}: {cure}")
-        before = f"after a loss of {self._usual_loss():.4g} before"
-        if self.skipped > self.config.max_skipped_steps:
-            raise DataError(
-                f"{reason} at step {step}, {before}, and {self.skipped - 1} steps in a row were "
-                f"skipped for that: {cure}"
-            )
-        log.warning("step %d is skipped: %s, %s", step, reason, before)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the speed since the last line of training, MFU where the GPU is known, memory."""
@@ -267,8 +211,6 @@ class ResumableTrainer(Trainer):
             training_state.load_random_states(self, Path(checkpoint))
 
     def _save_checkpoint(self, *_: Any) -> None:
-        lowest = self.lowest if math.isfinite(self.lowest) else None  # JSON has no infinity
-        more = {"recent_losses": list(self.recent), "lowest_loss": lowest}
         self.watch.progress()
         model: Any = self.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -276,9 +218,9 @@ class ResumableTrainer(Trainer):
             if self.checkpoints is not None and self.is_world_process_zero():
                 size = space.MOMENTS_BYTES * trained
                 with self.checkpoints.write(self.state.global_step, size) as folder:
-                    training_state.save(self, folder, more)
+                    training_state.save(self, folder, self.guard.state())
             else:
-                training_state.save(self, None, more)
+                training_state.save(self, None, self.guard.state())
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         model = model or self.model
@@ -359,8 +301,7 @@ class _GoOn(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer._tr_loss += self.progress["loss_sum"]
         self.trainer._globalstep_last_logged = self.progress["last_logged"]
-        self.trainer.recent.extend(self.progress["recent_losses"])
-        self.trainer.lowest = self.progress.get("lowest_loss") or math.inf
+        self.trainer.guard.restore(self.progress)
 
 
 @contextmanager

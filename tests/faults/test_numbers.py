@@ -1,16 +1,15 @@
 """Numbers that go wrong in a run of one process: the step is skipped, or the run stopped."""
 
 import itertools
+import json
 import math
-from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from chatglm_ja import trainer, training
+from chatglm_ja import guard, training
 from chatglm_ja.errors import DataError
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
@@ -35,7 +34,7 @@ def test_a_bad_step_changes_no_weight(
 ) -> None:  # fmt: skip
     if not thorough and not clipping:
         pytest.skip("--thorough tries without gradient clipping, too")
-    monkeypatch.setattr(trainer, "RECENT_PASSES", 3)
+    monkeypatch.setattr(guard, "RECENT_PASSES", 3)
     weights = with_losses(monkeypatch, of_gradients="gradients" in fault, step5=factor)
     config = config_for(resized_dir, data_dir, tmp_path, max_steps=7, max_grad_norm=clipping)
     with ledger.trial("numbers", fault) as row:
@@ -137,20 +136,22 @@ def test_a_learning_rate_that_diverges_stops_the_run(
         assert "steps in a row were skipped for that: lower --learning-rate" in row.reads
 
 
-def test_a_run_that_diverges_slowly_is_stopped(tmp_path: Path) -> None:
+def test_a_run_that_diverges_slowly_is_stopped() -> None:
     """A tenth more at every pass: against the mean of the last ones it would never be a jump."""
-    run = SimpleNamespace(
-        recent=deque(maxlen=trainer.RECENT_PASSES), lowest=math.inf, skipped=0, bad_step=-1,
-        state=SimpleNamespace(global_step=0), config=SimpleNamespace(max_loss_jump=3.0),
-        _skip=lambda reason, step: None,
-    )  # fmt: skip
-    passes = 0
-    loss = 4.0
-    while trainer.ResumableTrainer._is_good(run, loss):  # type: ignore[arg-type]
-        run.recent.append(loss)
-        if len(run.recent) == trainer.RECENT_PASSES:
-            run.lowest = min(run.lowest, sum(run.recent) / len(run.recent))
-        loss *= 1.1
-        passes += 1
-        assert passes < 100
-    assert loss > 3 * run.lowest
+    judge = guard.Guard(max_jump=3.0, max_skipped=5)
+    loss, step = 4.0, 1
+    while judge.accepts(step, loss, has_tokens=True):
+        judge.judge_gradients(step, 1.0)
+        loss, step = 1.1 * loss, step + 1
+        assert step < 100
+    assert loss > 3 * judge.lowest
+
+
+def test_what_is_usual_is_known_to_a_run_that_is_resumed() -> None:
+    judge = guard.Guard(max_jump=3.0, max_skipped=5)
+    for step, loss in enumerate([2.0] * 20 + [4.0] * 20, start=1):
+        assert judge.accepts(step, loss, has_tokens=True)
+    resumed = guard.Guard(max_jump=3.0, max_skipped=5)
+    resumed.restore(json.loads(json.dumps(judge.state())))
+    assert (resumed.lowest, resumed.usual) == (2.0, 4.0)
+    assert not resumed.accepts(41, 6.5, has_tokens=True)
