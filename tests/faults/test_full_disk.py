@@ -24,14 +24,14 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("script", STEPS)
 def test_a_full_disk_loses_nothing(
-    pipeline: Runner, forks: Forks, ledger: Ledger, script: str
+    unlocked: Runner, forks: Forks, ledger: Ledger, script: str
 ) -> None:
-    (made,) = (p for p in pipeline.folder.glob(script[:5] + "_*") if not p.suffix)
-    root = pipeline.folder / f"full{script[4]}"
+    (made,) = (p for p in unlocked.folder.glob(script[:5] + "_*") if not p.suffix)
+    root = unlocked.folder / f"full{script[4]}"
     target = root / made.name
     shutil.copytree(made, target)
     # The inputs are where its manifest says.
-    for other in pipeline.folder.iterdir():
+    for other in unlocked.folder.iterdir():
         if other not in (made, root):
             (root / other.name).symlink_to(other)
     command = [str(PROJECT / script), *SMALL[script].split(), "--overwrite"]
