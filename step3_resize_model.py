@@ -15,7 +15,7 @@ import constants
 from chatglm_ja import space
 from chatglm_ja.artifacts import Output, open_artifact, open_base_model
 from chatglm_ja.cli import run
-from chatglm_ja.config import VERIFIED_BYTES, ResizeModelConfig
+from chatglm_ja.config import ResizeModelConfig
 from chatglm_ja.settings import parse
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,7 @@ def main() -> None:
                 seed=config.seed,
             )
         )
-        verify = config.verify
-        if verify is None:
-            verify = base.size() <= VERIFIED_BYTES
-        if verify:
+        if config.compares_logits(base.size()):
             old_ids = output.counts["kept"]
             resize.verify_logits(config.base_model, folder, config.layout, old_ids)
             log.info("logits over the %d old ids are those of the base, bit by bit", old_ids)

@@ -161,10 +161,10 @@ def open_artifact_or_file(path: Path, made_by: str, every_byte: bool | None = No
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of an artifact folder, or None where there is none."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = files.read_json(path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError):
+    except ValueError:
         manifest = None
     if not _is_manifest(manifest):
         raise ArtifactError(

@@ -1,10 +1,10 @@
 """ChatGLM3's config.json: the sizes that the pipeline needs; other architectures are refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja.errors import DataError
+from chatglm_ja.files import read_json
 
 # What GlmForCausalLM computes; a checkpoint that says otherwise is another architecture.
 REQUIRED_CONFIG = {
@@ -31,10 +31,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """ChatGLM3's config.json, with every field that the conversion needs."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise DataError(f"{path} not found: expected a ChatGLM3 checkpoint folder") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")

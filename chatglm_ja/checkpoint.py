@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from chatglm_ja import layout
 from chatglm_ja.base_config import read_config
 from chatglm_ja.errors import DataError
-from chatglm_ja.files import inside
+from chatglm_ja.files import inside, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 # Index and single file, in the order of preference.
@@ -239,8 +239,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        weight_map = read_json(path)["weight_map"]
+    except (ValueError, KeyError, TypeError):
         weight_map = None
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard_name, str) for shard_name in weight_map.values()
@@ -281,8 +281,8 @@ def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
     """
     path = folder / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        model_type = read_json(path)["model_type"]
+    except (ValueError, KeyError, TypeError):
         raise DataError(f"{path} is damaged: expected that of a model of step 3, 5 or 6") from None
     if model_type != "glm":
         raise DataError(

@@ -141,10 +141,10 @@ def _free_name(path: Path) -> Path:
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The manifest of a checkpoint, and what is wrong with it ("" for nothing)."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = files.read_json(path / MANIFEST)
     except FileNotFoundError:
         return None, "it has no manifest"
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         manifest = None
     if (
         not isinstance(manifest, dict)

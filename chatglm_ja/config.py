@@ -4,7 +4,6 @@ Defaults that differ between the profiles are in `constants.py`; settings.py doe
 """
 
 import importlib.util
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from chatglm_ja import sources as source_checks
 from chatglm_ja.errors import ConfigError
+from chatglm_ja.files import read_json
 from chatglm_ja.settings import StepConfig, flag, setting
 from chatglm_ja.sources import Source
 
@@ -23,7 +23,6 @@ CORES = len(os.sched_getaffinity(0))
 # The models that step 7 compares, in the order in which they come about.
 STAGES = ("base", "resized", "pretrained", "sft")
 LATEST = "latest"
-VERIFIED_BYTES = 10**9  # two models of this size are loaded without being asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,10 +518,10 @@ def _unshared(batch: int, processes: int | None) -> list[str]:
 def _deepspeed_problems(path: Path) -> list[str]:
     """What is wrong with a DeepSpeed configuration; one sentence each."""
     try:
-        stage = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+        stage = read_json(path)["zero_optimization"]["stage"]
     except OSError:
         return [f"--deepspeed {path} not found"]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return [f"--deepspeed {path} is not JSON ({error})"]
     except (KeyError, TypeError):
         return [f"--deepspeed {path} names no ZeRO stage: expected 2, as ds_zero2.json"]

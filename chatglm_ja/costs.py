@@ -15,6 +15,7 @@ from pathlib import Path
 from chatglm_ja import base_config, chat, tokenizer
 from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import DataError
+from chatglm_ja.files import read_json
 
 GB = 1e9
 # Dense tensor throughput in bfloat16 with float32 accumulation, TFLOP/s, as the makers' data sheets
@@ -91,7 +92,7 @@ def read_shape(folder: Path) -> Shape:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise DataError(
             f"{path} not found: the sizes are read from it; give the folder of ChatGLM3-6B or of "

@@ -4,6 +4,7 @@ A manifest records the size and SHA-256 of each file; `problem` says what has be
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,15 @@ HASHED_BYTES = 2**30
 # size and three samples are.
 SAMPLED_BYTES = 256 * 2**20
 SAMPLE_BYTES = 2**20
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError for one that is none, or nested beyond what Python
+    reads, and OSError for one that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def sync(path: Path) -> None:

@@ -20,6 +20,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.sources import Source, read_argument
 
+VERIFIED_BYTES = 10**9  # two models of this size are loaded without being asked
+
 
 def setting(
     help: str,
@@ -60,6 +62,10 @@ class StepConfig:
     def contradictions(self) -> list[str]:
         """What is wrong with the settings together; one sentence each."""
         return []
+
+    def compares_logits(self, size: int) -> bool:
+        """Whether to load a model of so many bytes, and what it should agree with, for `verify`."""
+        return size <= VERIFIED_BYTES if self.verify is None else self.verify
 
     def arguments(self) -> dict[str, Any]:
         """The settings that shape the result, without the paths: inputs count by content."""

@@ -12,7 +12,8 @@ from chatglm_ja.config import PrepareDataConfig, TrainingConfig
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.sources import Source
 
-MOMENTS_BYTES = 12  # a trained weight and its two moments, in float32
+WEIGHT_BYTES = 4  # trained weights are kept in float32
+MOMENTS_BYTES = 3 * WEIGHT_BYTES  # a trained weight and its two moments
 TOKEN_BYTES = 4
 PIECE_BYTES = 60
 MERGED_FORMS = 10  # all forms of a merged tokenizer, as multiples of what it is made of
@@ -95,7 +96,7 @@ def of_training(config: TrainingConfig) -> int:
 
     trained = costs.trained_parameters(costs.read_shape(config.model), config).all
     checkpoints = MOMENTS_BYTES * trained * (config.keep_checkpoints + 1)
-    return REPORTS_BYTES + checkpoints + TOKEN_BYTES * trained + weights_bytes(config.model)
+    return REPORTS_BYTES + checkpoints + WEIGHT_BYTES * trained + weights_bytes(config.model)
 
 
 def weights_bytes(model: Path) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback
 
-from chatglm_ja import costs, dataset, space, training_state
+from chatglm_ja import costs, dataset, training_state
 from chatglm_ja.chat import IGNORE
 from chatglm_ja.checkpoint import read_tensor
 from chatglm_ja.checkpoints import Checkpoints
@@ -212,11 +212,9 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, *_: Any) -> None:
         self.watch.progress()
-        model: Any = self.model
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with self.pause():
             if self.checkpoints is not None and self.is_world_process_zero():
-                size = space.MOMENTS_BYTES * trained
+                size = training_state.size(self)
                 with self.checkpoints.write(self.state.global_step, size) as folder:
                     training_state.save(self, folder, self.guard.state())
             else:

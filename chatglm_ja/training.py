@@ -42,7 +42,7 @@ from chatglm_ja.artifacts import Output
 from chatglm_ja.checkpoint import load_glm, read_tensor
 from chatglm_ja.checkpoints import Checkpoints, step_of
 from chatglm_ja.cli import is_main_process
-from chatglm_ja.config import VERIFIED_BYTES, TrainingConfig
+from chatglm_ja.config import TrainingConfig
 from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
 from chatglm_ja.merge import ADAPTER
 from chatglm_ja.model import GlmForTraining, compute_dtype
@@ -140,10 +140,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         torch.cuda.empty_cache()
         log.info("merging the adapter")
         merge.write_merged(config.model, working)
-        verify = config.verify
-        if verify is None:
-            verify = space.weights_bytes(config.model) <= VERIFIED_BYTES
-        if verify:
+        if config.compares_logits(space.weights_bytes(config.model)):
             difference = merge.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
         output.counts.update(result, speed=_speed(history))

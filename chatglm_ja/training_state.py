@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatglm_ja import space
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
@@ -50,6 +52,11 @@ def save(trainer: Any, folder: Path | None, more: Mapping[str, Any]) -> None:
         **more,
     }
     (folder / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+
+
+def size(trainer: Any) -> int:
+    """About how many bytes `save` writes."""
+    return space.MOMENTS_BYTES * sum(parameter.numel() for _, parameter in _trained(trainer))
 
 
 def weights(trainer: Any, wanted: bool) -> dict[str, torch.Tensor]:

@@ -183,8 +183,8 @@ class _Once:
         done = task.stem.with_suffix(".json")
         if done.exists():
             try:
-                meta = json.loads(done.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError):
+                meta = files.read_json(done)
+            except ValueError:
                 meta = None
             recorded: Any = meta.get("files") if isinstance(meta, dict) else None
             needed = {f"{done.stem}.tokens", f"{done.stem}.npz"}
