@@ -71,8 +71,13 @@ class Runner:
 
 def error_of(result: subprocess.CompletedProcess) -> str:
     """The one line that a user sees when a step refuses."""
-    assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
+    return only_error(result.returncode, result.stderr)
+
+
+def only_error(status: int, said: str) -> str:
+    """The same of a program that ended with a status and wrote to standard error."""
+    assert status == 1, said
+    assert "Traceback" not in said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said
     return lines[0]

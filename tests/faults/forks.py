@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.pipeline import PROJECT
+from tests.pipeline import PROJECT, SMALL, only_error
 
 SERVER = "import tests.faults.forks as forks; forks.serve()"
 
@@ -29,9 +29,14 @@ class Ended:
     seconds: float
     said: str  # standard error
 
+    @property
+    def error(self) -> str:
+        """The one line that a user sees when a step refuses."""
+        return only_error(self.status, self.said)
+
 
 class Forks:
-    """Starts steps: `with Forks(environment) as forks: forks.run(["step1_....py", ...])`."""
+    """Starts steps: `with Forks(environment, log) as forks: forks.small("step1_....py", ...)`."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.log = log
@@ -51,17 +56,20 @@ class Forks:
         self.server.stdin.close()
         self.server.wait()
 
-    def run(
+    def small(
         self,
-        command: Sequence[str],
+        script: str,
+        *flags: str,
         kill_after: float | None = None,
         largest_file: int | None = None,
     ) -> Ended:
-        """Run a step to its end, or send SIGKILL so many seconds after its start.
+        """Run a step of the small pipeline to its end, or send SIGKILL so many seconds after its
+        start.
 
         A write that makes a file larger than `largest_file` bytes fails.
         """
         assert self.server.stdin is not None and self.server.stdout is not None
+        command = [str(PROJECT / script), *SMALL[script].split(), *flags]
         order = {"command": command, "log": str(self.log), "largest_file": largest_file}
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()

@@ -37,11 +37,11 @@ class Ledger:
         self.tables: dict[str, dict[str, Row]] = {name: {} for name in TABLES}
 
     @contextmanager
-    def trial(self, table: str, fault: str, count: int = 1) -> Iterator[Row]:
+    def trial(self, table: str, fault: str) -> Iterator[Row]:
         row = self.tables[table].setdefault(fault, Row())
-        row.tried += count
+        row.tried += 1
         yield row
-        row.recovered += count
+        row.recovered += 1
 
     def write(self, path: Path) -> None:
         """Put the tables of this session into the page; others stay."""

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
-from tests.pipeline import PROJECT, SMALL, STEPS, Runner
+from tests.pipeline import STEPS, Runner
 
 TEXT = '{"text": "これは問題のない文書です。"}\n'
 LINE = "番号と名前だけの短い文書を、とても長い一行に書いたものです。" * 40_000
@@ -195,13 +195,8 @@ def test_bad_input_is_one_line(
     script = STEPS[case.step - 1]
     flags = case.flags.format(tmp=tmp_path, made=pipeline.folder).split()
     output = tmp_path / "output"
-    command = [str(PROJECT / script), *SMALL[script].split(), "--output-dir", str(output), *flags]
     with ledger.trial("input", f"step {case.step}: {case.title}") as row:
-        ended = forks.run(command)
-        assert ended.status == 1, ended.said
-        assert "Traceback" not in ended.said
-        errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, ended.said
-        row.reads = errors[0].replace(str(pipeline.folder), "…").replace(str(tmp_path), "…")
-        assert case.says in errors[0]
+        error = forks.small(script, "--output-dir", str(output), *flags).error
+        row.reads = error.replace(str(pipeline.folder), "…").replace(str(tmp_path), "…")
+        assert case.says in error
         assert not output.exists()

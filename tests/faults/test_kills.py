@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
-from tests.pipeline import PROJECT, SMALL, STEPS, Runner
+from tests.pipeline import STEPS, Runner
 
 KILLS = 204  # of all six steps
 SHORT_KILLS = 12
@@ -29,22 +29,23 @@ def test_a_killed_step_ends_with_the_same_bytes(
 ) -> None:
     number = STEPS.index(script) + 1
     root = pipeline.folder / f"kills{number}"
-    command = [str(PROJECT / script), *SMALL[script].split(), *MORE.get(number, [])]
-    undisturbed = forks.run([*command, "--output-dir", str(root / "undisturbed")])
+    flags = [*MORE.get(number, []), "--output-dir"]
+    undisturbed = forks.small(script, *flags, str(root / "undisturbed"))
     assert undisturbed.status == 0, undisturbed.said
     target = root / "killed"
-    command += ["--output-dir", str(target)]
+    flags.append(str(target))
     moments = random.Random(number)
     kills = 0
     while kills < (KILLS if thorough else SHORT_KILLS) // 6:
-        ended = forks.run(command, kill_after=moments.uniform(0, undisturbed.seconds))
+        moment = moments.uniform(0, undisturbed.seconds)
+        ended = forks.small(script, *flags, kill_after=moment)
         if ended.status == 0:
             shutil.rmtree(target)  # it was quicker than the undisturbed run
             continue
         assert ended.status == -9, ended.said
         kills += 1
         with ledger.trial("kills", script.removesuffix(".py")):
-            again = forks.run(command)
+            again = forks.small(script, *flags)
             assert again.status == 0, again.said
             assert files_of(target) == files_of(root / "undisturbed")
             # Nothing else is left: no lock, no work, no checkpoint.

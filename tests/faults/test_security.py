@@ -20,7 +20,7 @@ from chatglm_ja.files import inside
 from tests.conftest import DATA
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
-from tests.pipeline import PROJECT, SMALL, STEPS, Runner
+from tests.pipeline import PROJECT, STEPS, Runner
 from tests.training_runs import adapter, checkpoints_in, config_for, interrupt_after
 
 # What a pickle could call, and the libraries' ways around it.
@@ -43,15 +43,9 @@ def sentinel(tmp_path: Path) -> Path:
     return tmp_path / "sentinel"
 
 
-def step(number: int, pipeline: Runner, forks: Forks, output: Path, *flags: str) -> tuple[int, str]:
-    """Exit status of a step, and the line that says why it ended."""
-    script = STEPS[number - 1]
-    command = [str(PROJECT / script), *SMALL[script].split(), "--output-dir", str(output), *flags]
-    ended = forks.run(command)
-    assert "Traceback" not in ended.said
-    errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == (ended.status != 0), ended.said
-    return ended.status, "".join(errors)
+def to(folder: Path) -> tuple[str, str]:
+    """Where a step publishes its result."""
+    return "--output-dir", str(folder / "out")
 
 
 def test_the_bomb_explodes_where_pickles_are_trusted(sentinel: Path, tmp_path: Path) -> None:
@@ -72,8 +66,8 @@ def test_weights_with_code_are_refused(
     (base / "model.safetensors.index.json").unlink()
     torch.save(tensors | {"bomb": Bomb(sentinel)}, base / "pytorch_model.bin")
     with ledger.trial("security", "code in pytorch_model.bin") as row:
-        status, row.reads = step(3, pipeline, forks, tmp_path / "out", "--base-model", str(base))
-        assert status == 1 and "code in it is never run" in row.reads
+        row.reads = forks.small(STEPS[2], *to(tmp_path), "--base-model", str(base)).error
+        assert "code in it is never run" in row.reads
         assert not sentinel.exists()
 
 
@@ -88,8 +82,8 @@ def test_python_files_beside_the_weights_are_not_run(
     auto_map = '"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}'
     (base / "config.json").write_text(config.replace("{", "{" + auto_map + ",", 1))
     with ledger.trial("security", "code beside the weights (`auto_map`)"):
-        status, said = step(3, pipeline, forks, tmp_path / "out", "--base-model", str(base))
-        assert status == 0, said
+        ended = forks.small(STEPS[2], *to(tmp_path), "--base-model", str(base))
+        assert ended.status == 0 and "Traceback" not in ended.said, ended.said
         assert not sentinel.exists()
 
 
@@ -122,8 +116,8 @@ def test_yaml_calls_nothing(
     bad.write_text(f'!!python/object/apply:os.system ["touch {sentinel}"]\n')
     for number, name in ((1, "--sources"), (4, "--sources"), (7, "--prompts")):
         with ledger.trial("security", "a call in a YAML file") as row:
-            status, row.reads = step(number, pipeline, forks, tmp_path / "out", name, str(bad))
-            assert status == 1 and "bad.yaml" in row.reads
+            row.reads = forks.small(STEPS[number - 1], *to(tmp_path), name, str(bad)).error
+            assert "bad.yaml" in row.reads
             assert not sentinel.exists()
 
 
@@ -131,11 +125,8 @@ def test_objects_in_arrays_are_not_unpickled(
     pipeline: Runner, forks: Forks, ledger: Ledger, sentinel: Path, tmp_path: Path
 ) -> None:
     """In step 4's unfinished work: the unit is made again."""
-    output = tmp_path / "out"
-    script = STEPS[3]
-    command = [str(PROJECT / script), *SMALL[script].split(), "--num-processes", "1"]
-    command += ["--output-dir", str(output)]
-    forks.run([*command, "--total-tokens", "100000000"])  # too few texts: the work stays
+    flags = [*to(tmp_path), "--num-processes", "1"]
+    forks.small(STEPS[3], *flags, "--total-tokens", "100000000")  # too few texts: the work stays
     arrays = sorted(tmp_path.glob("out.work/*/*.npz"))
     assert arrays
     for path in arrays:
@@ -143,23 +134,21 @@ def test_objects_in_arrays_are_not_unpickled(
     bombs = {path: path.read_bytes() for path in arrays}
     title = "pickles in the arrays of unfinished work"
     with ledger.trial("security", title) as row:
-        ended = forks.run(command)
-        assert ended.status == 0, ended.said
+        ended = forks.small(STEPS[3], *flags)
+        assert ended.status == 0 and "Traceback" not in ended.said, ended.said
         row.reads = next(re.findall("making .*", line)[0] for line in ended.said.splitlines()
                          if "making" in line)  # fmt: skip
         assert not sentinel.exists()
     # The same, and their SHA-256 forged.
-    shutil.rmtree(output)
-    forks.run([*command, "--total-tokens", "100000000"])
+    shutil.rmtree(tmp_path / "out")
+    forks.small(STEPS[3], *flags, "--total-tokens", "100000000")
     for path, bomb in bombs.items():
         path.write_bytes(bomb)
         meta = json.loads(path.with_suffix(".json").read_text())
         meta["files"][path.name] = files.record(path)
         path.with_suffix(".json").write_text(json.dumps(meta))
     with ledger.trial("security", f"{title}, and their SHA-256"):
-        ended = forks.run(command)
-        assert ended.status == 1
-        assert "is damaged" in ended.said and "Traceback" not in ended.said
+        assert "is damaged" in forks.small(STEPS[3], *flags).error
         assert not sentinel.exists()
 
 
@@ -175,11 +164,9 @@ def test_names_of_files_are_not_run(
         name = f"{command}.jsonl.gz"
         shutil.copyfile(DATA / "train_ja.jsonl.gz", tmp_path / name)
         with ledger.trial("security", "a command as the name of a file"):
-            status, said = step(
-                1, pipeline, forks, tmp_path / "out", "--overwrite", "--sources",
-                f"ja={tmp_path / name}",
-            )  # fmt: skip
-            assert status == 0, said
+            source = f"ja={tmp_path / name}"
+            ended = forks.small(STEPS[0], *to(tmp_path), "--overwrite", "--sources", source)
+            assert ended.status == 0 and "Traceback" not in ended.said, ended.said
             # The launcher passes what it is given on to two programs.
             flags = ["--tracker", "none", "--model", name, "--output-dir", name]
             result = pipeline.small("step5_train_pt_multi_gpu.sh", *flags, NPROC_PER_NODE="2")
