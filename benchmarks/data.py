@@ -6,9 +6,9 @@ shown are medians, in MB of UTF-8 text per second, and the ratio to bare sentenc
 
     sentencepiece          encode() of all texts, which are in memory; nothing is kept
     tokenizers             encode_batch() of the same, with tokenizer.json
-    step 4                 .jsonl files to shards: read, clean, filter, tokenise, drop exact
+    step 4, no near dup.   .jsonl files to shards: read, clean, filter, tokenise, drop exact
                            duplicates, mix, pack, write; one process
-    step 4, near dup.      the same with the search for near duplicates
+    step 4                 the same with the search for near duplicates, as it is by default
     LLaMA-Factory          the same files with its own preprocessing, if --llamafactory names its
                            interpreter; benchmarks/llamafactory_data.py says how to install it
 
@@ -35,19 +35,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+# Beside this file; it makes the project's package importable.
+import measuring
+from measuring import PROJECT, Ratio
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
-from tokenizers import Tokenizer  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from chatglm_ja import cleaning, corpus, pretrain_data, tokenizer  # noqa: E402
-from chatglm_ja.cli import run  # noqa: E402
-from chatglm_ja.config import CORES, PrepareDataConfig  # noqa: E402
-from chatglm_ja.sources import Source  # noqa: E402
+from chatglm_ja import cleaning, corpus, pretrain_data, tokenizer
+from chatglm_ja.cli import run
+from chatglm_ja.config import CORES, PrepareDataConfig
+from chatglm_ja.sources import Source
 
 BLOCK_SIZE = 1024
 DOCUMENT_LINES = 40
+
+BARE = "sentencepiece"
+STEP = "step 4"
+NO_NEAR = "step 4, no near dup."
+LLAMAFACTORY = "LLaMA-Factory"
 
 
 def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:
@@ -89,8 +94,8 @@ def prepare(config: PrepareDataConfig, output: Path) -> int:
 def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
     """Run one of the ways in this process; its seconds and, for step 4, its tokens."""
     work: Callable[[], Any]
-    if way.startswith("step 4"):
-        near = {} if "near" in way else {"near_duplicates": 0.0}
+    if way in (STEP, NO_NEAR):
+        near = {"near_duplicates": 0.0} if way == NO_NEAR else {}
         config = settings(folder, sources, num_processes=1, **near)
         # Neither the tokenizer's loading nor the libraries' are measured, as with the others.
         pretrain_data._tools(folder, None)
@@ -103,7 +108,7 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
 
     else:
         texts = [text for source in sources for text in corpus.read_texts(source)]
-        if way == "sentencepiece":
+        if way == BARE:
             encoder = tokenizer.load(folder)
 
             def work() -> int:
@@ -140,11 +145,11 @@ def in_own_process(command: list[str], core: int | None, work_dir: Path) -> dict
 def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
     """Copies of the sources, as .jsonl, of the texts that no filter drops."""
     made = []
-    for source in sources:
+    for number, source in enumerate(sources):
         texts = [cleaning.clean(text, "NFC") for text in corpus.read_texts(source)]
         codes = cleaning.code_points(texts)
         reasons = cleaning.drop_reasons(texts, codes, source.language, 32)
-        path = folder / f"{source.language}.jsonl"
+        path = folder / f"{number}_{source.language}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
             for text, reason in zip(corpus.read_texts(source), reasons, strict=True):
                 if reason is None:
@@ -156,7 +161,7 @@ def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
 def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
     """Files of about `size` bytes, in the sources' proportions, of lines drawn at random."""
     rng = random.Random(0)
-    texts = {source.language: list(corpus.read_texts(source)) for source in sources}
+    texts = {k: list(group) for k, group in corpus.texts_by_language(sources).items()}
     total = sum(len(text.encode()) for group in texts.values() for text in group)
     made = []
     for language, group in texts.items():
@@ -204,35 +209,42 @@ def resident_bytes() -> int:
     return total * os.sysconf("SC_PAGE_SIZE")
 
 
-def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> None:
+def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> list[Ratio]:
     size = sum(len(text.encode()) for s in sources for text in corpus.read_texts(s)) / 1e6
     own = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
     own += ["--sources", *map(str, sources), "--way"]
-    ways = ["sentencepiece", "tokenizers", "step 4", "step 4, near dup."]
+    ways = [BARE, "tokenizers", NO_NEAR, STEP]
     if arguments.llamafactory:
-        ways.append("LLaMA-Factory")
+        ways.append(LLAMAFACTORY)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in tqdm(range(arguments.repeats), desc="rounds"):
         for way in ways:
             with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
                 command = [*own, way]
-                if way == "LLaMA-Factory":
+                if way == LLAMAFACTORY:
                     script = PROJECT / "benchmarks" / "llamafactory_data.py"
                     command = [arguments.llamafactory, str(script), "--output-dir", f"{name}/out"]
                     command += ["--tokenizer", str(arguments.tokenizer), "--files"]
                     command += [source.path for source in sources]
                 seconds[way].append(in_own_process(command, 0, Path(name))["seconds"])
     medians = {way: statistics.median(values) for way, values in seconds.items()}
-    bare = medians["sentencepiece"]
     print(f"{size:.1f} MB of text, one core, medians of {arguments.repeats} runs\n")
-    print("| way | MB/s | of bare sentencepiece | lowest and highest MB/s |")
-    print("|---|---:|---:|---:|")
+    rows = []
     for way, median in medians.items():
         low, high = size / max(seconds[way]), size / min(seconds[way])
-        print(f"| {way} | {size / median:.2f} | {bare / median:.2f} | {low:.2f} to {high:.2f} |")
+        to_bare = medians[BARE] / median
+        rows.append([way, f"{size / median:.2f}", f"{to_bare:.2f}", f"{low:.2f} to {high:.2f}"])
+    head = ["way", "MB/s", "of bare sentencepiece", "lowest and highest MB/s"]
+    print(measuring.table(head, rows))
+    others = [way for way in ways if way not in (STEP, NO_NEAR)]
+    return [
+        Ratio(f"{way}, MB/s, to {other}", medians[other] / medians[way])
+        for way in (STEP, NO_NEAR)
+        for other in others
+    ]
 
 
-def memory_table(arguments: argparse.Namespace, sources: list[Source]) -> None:
+def memory_line(arguments: argparse.Namespace, sources: list[Source]) -> Ratio:
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
         made = make_text(sources, int(arguments.memory_gb * 1e9), Path(name))
         command = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
@@ -243,6 +255,10 @@ def memory_table(arguments: argparse.Namespace, sources: list[Source]) -> None:
         f"\n{arguments.memory_gb:g} GB of text, {CORES} processes: {found['seconds']:.0f} s "
         f"({rate:.1f} MB/s), {found['tokens']:,} tokens, peak memory of all processes together "
         f"{found['peak_gb']:.2f} GB"
+    )
+    return Ratio(
+        f"peak memory of step 4's {CORES} processes, to the {arguments.memory_gb:g} GB of text",
+        found["peak_gb"] / arguments.memory_gb,
     )
 
 
@@ -270,9 +286,10 @@ def main() -> None:
         print(json.dumps(measure(arguments.way, arguments.tokenizer, sources)))
     else:
         with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
-            speed_table(arguments, without_dropped(sources, Path(name)))
+            ratios = speed_table(arguments, without_dropped(sources, Path(name)))
         if arguments.memory_gb:
-            memory_table(arguments, sources)
+            ratios.append(memory_line(arguments, sources))
+        measuring.conclude(ratios)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ into a temporary folder.
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+# Beside this file; it makes the project's modules importable.
+from measuring import step_command
 
-import constants  # noqa: E402
-from chatglm_ja import corpus, likelihood, stages, tokenizer  # noqa: E402
-from chatglm_ja.cli import run  # noqa: E402
+import constants
+from chatglm_ja import corpus, likelihood, stages, tokenizer
+from chatglm_ja.cli import run
 
 WAYS = [
     ("random", 0.0),
@@ -44,8 +43,8 @@ def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def step(script: str, *flags: str) -> None:
-    command = [sys.executable, str(PROJECT / script), *flags]
+def step(name: str, output: Path, *flags: str, **paths: Path) -> None:
+    command = [*step_command(name, output, **paths), *flags]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -65,10 +64,9 @@ def main() -> None:
     for init, bias in WAYS:
         with tempfile.TemporaryDirectory() as name:
             resized, trained = Path(name) / "resized", Path(name) / "trained"
-            flags = ["--init", init, "--output-bias", str(bias), "--output-dir", str(resized)]
-            step("step3_resize_model.py", *flags)
-            flags = ["--max-steps", str(steps), "--evaluations", "2"]
-            step("step5_train_pt.py", "--model", str(resized), "--output-dir", str(trained), *flags)
+            step("step3_resize_model", resized, f"--init={init}", f"--output-bias={bias}")
+            flags = [f"--max-steps={steps}", "--evaluations=2"]
+            step("step5_train_pt", trained, *flags, model=resized)
             row = [f"`{init}`", f"{bias:g}", *score(resized, texts), *score(trained, texts)]
         print("| " + " | ".join(row) + " |", flush=True)
 

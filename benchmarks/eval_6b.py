@@ -9,14 +9,14 @@ the number of rows before and after the vocabulary was extended. The tokenizer i
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+# Beside this file; it makes the project's modules importable.
+import measuring
 import torch
+from measuring import Ratio
 
 import constants
 from chatglm_ja import chat, corpus, generation, layout, likelihood, stages, tokenizer
@@ -57,7 +57,7 @@ def main() -> None:
     texts = corpus.take_characters(corpus.read_texts(source), 25_000)
     prompt = chat.build_prompt_ids(encoder, [{"role": "user", "content": "你好"}])
     on_gpu = stages.device() == "cuda"
-    print(torch.cuda.get_device_name() if on_gpu else "CPU", compute_dtype())
+    columns: dict[int, list[float]] = {}
     for rows in (config["padded_vocab_size"], NEW_ROWS):
         model = random_model(config, rows)
         alone = generation.tokens_per_second(model, encoder, prompt)
@@ -70,12 +70,27 @@ def main() -> None:
         score = likelihood.score_texts(model, encoder, texts, WINDOW, BATCH_SIZE)
         scoring = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
-        print(
-            f"{rows:,} rows: one answer alone {alone:.1f} tokens/s; {options.answers} answers of "
-            f"{max(answer.tokens for answer in answers)} tokens in {answering:.1f} s; "
-            f"{score.tokens:,} tokens scored in {scoring:.1f} s; peak {peak:.1f} GiB"
-        )
+        columns[rows] = [alone, answering, scoring, peak]
         del model
+    longest = max(answer.tokens for answer in answers)
+    what = (
+        "one answer alone, tokens/s",
+        f"{options.answers} answers of {longest} tokens, seconds",
+        f"{score.tokens:,} tokens scored, seconds",
+        "peak memory, GiB",
+    )
+    print(f"On {torch.cuda.get_device_name() if on_gpu else 'a CPU'}, {compute_dtype()}\n")
+    rows_of_table = [
+        [name, *(f"{value:.1f}" for value in values)]
+        for name, *values in zip(what, *columns.values(), strict=True)
+    ]
+    print(measuring.table(["", *(f"{rows:,} rows" for rows in columns)], rows_of_table))
+    before, after = columns.values()
+    measuring.conclude(
+        Ratio(f"{name}: new rows to the base's", new / old)
+        for name, old, new in zip(what, before, after, strict=True)
+        if new == new  # on a CPU the peak is not known
+    )
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ along the way: joint_training.png in --work-dir. Finished runs there are not don
 import argparse
 import json
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+# Beside this file; it makes the project's package importable.
+import measuring
+from measuring import step_command
 
-from chatglm_ja.cli import run  # noqa: E402
-from chatglm_ja.errors import DataError  # noqa: E402
+from chatglm_ja.cli import run
+from chatglm_ja.errors import DataError
 
 LANGUAGES = ("ja", "zh", "en")
 # The transformer frozen, and the embeddings frozen.
@@ -56,14 +56,12 @@ def main() -> None:
         Way("in turn", in_turn(options, "half", half)),
         Way("in turn, twice the tokens", in_turn(options, "whole")),
     ]
-    print("| way | M tokens | " + " | ".join(LANGUAGES) + " |")
-    print("|---|---:" + "|---:" * len(LANGUAGES) + "|")
-    for title, (tokens, bits) in [
-        ("before", ways[0].curve[0]),
-        *((way.title, way.curve[-1]) for way in ways),
-    ]:
-        figures = " | ".join(f"{bits[language]:.3f}" for language in LANGUAGES)
-        print(f"| {title} | {tokens / 1e6:.2f} | {figures} |")
+    ends = [("before", ways[0].curve[0]), *((way.title, way.curve[-1]) for way in ways)]
+    rows = [
+        [title, f"{tokens / 1e6:.2f}", *(f"{bits[language]:.3f}" for language in LANGUAGES)]
+        for title, (tokens, bits) in ends
+    ]
+    print(measuring.table(["way", "M tokens", *LANGUAGES], rows))
     draw(ways, options.work_dir / "joint_training.png")
 
 
@@ -82,7 +80,7 @@ def train(
 ) -> tuple[list[tuple[float, dict[str, float]]], int]:
     """Run step 5 into a folder of the work folder; its curve and its steps."""
     folder = options.work_dir / name
-    command = [sys.executable, str(PROJECT / "step5_train_pt.py"), f"--output-dir={folder}"]
+    command = step_command("step5_train_pt", folder)
     command += ["--evaluations=8", *flags, *options.flags]
     ended = subprocess.run(command, check=False)
     if ended.returncode:

@@ -20,18 +20,16 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+# Beside this file; it makes the project's package importable.
+from measuring import Ratio, step_command
 from tqdm import tqdm
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from chatglm_ja.errors import DataError  # noqa: E402
+from chatglm_ja.errors import DataError
 
 CORES = len(os.sched_getaffinity(0))
 WARMUP_RATIO = 0.03
@@ -144,12 +142,6 @@ def check_arguments(
             parser.error(f"{path} not found")
     if shutil.which(arguments.llamafactory) is None:
         parser.error(f"--llamafactory {arguments.llamafactory} is no program")
-
-
-def step_command(name: str, output: Path, **paths: Path) -> list[str]:
-    """The command line of one of the seven steps."""
-    inputs = [f"--{flag.replace('_', '-')}={path}" for flag, path in paths.items()]
-    return [sys.executable, str(PROJECT / f"{name}.py"), f"--output-dir={output}", *inputs]
 
 
 def step_way(name: str, recipe: Recipe, tokens: int, *flags: str, **paths: Path) -> Way:
@@ -288,22 +280,18 @@ def ratios(runs: Mapping[str, list[Run]], field: str, against: str) -> dict[str,
     return {way: median(runs[way], field) / median(runs[against], field) for way in runs}
 
 
-def figures(
-    runs: Mapping[str, list[Run]], ways: Sequence[str], against: Sequence[str]
-) -> dict[str, Any]:
-    """For the line of JSON: all runs, their medians, and the ratios of some ways to others."""
-    return {
-        "cores": CORES,
-        "medians": {
-            way: {field: round(median(of_way, field), 3) for field in FIELDS}
-            for way, of_way in runs.items()
-        },
-        "ratios": {
-            other: {
-                way: {field: round(ratios(runs, field, other)[way], 3) for field in FIELDS}
-                for way in ways
-            }
-            for other in against
-        },
-        "runs": {way: [asdict(run) for run in of_way] for way, of_way in runs.items()},
-    }
+def compared(
+    runs: Mapping[str, list[Run]], way: str, against: str, speed_aim: str = "", memory_aim: str = ""
+) -> list[Ratio]:
+    """The speed and memory of one way, to another."""
+    aims = dict(zip(FIELDS, (speed_aim, memory_aim), strict=True))
+    names = dict(zip(FIELDS, ("tokens/s", "peak memory"), strict=True))
+    return [
+        Ratio(f"{way}, {names[field]}, to {against}", ratios(runs, field, against)[way], aim)
+        for field, aim in aims.items()
+    ]
+
+
+def recorded(runs: Mapping[str, list[Run]]) -> dict[str, Any]:
+    """All single runs, for the line of JSON."""
+    return {"cores": CORES, "runs": {way: [asdict(run) for run in of] for way, of in runs.items()}}

@@ -13,21 +13,20 @@ import math
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+# Beside this file; it makes the project's package importable.
+import measuring
+import torch
+from measuring import Ratio, step_command
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
-
-from chatglm_ja import checkpoint, layout, tokenizer  # noqa: E402
-from chatglm_ja.base_config import read_config  # noqa: E402
-from chatglm_ja.cli import run  # noqa: E402
-from chatglm_ja.errors import DataError  # noqa: E402
+from chatglm_ja import checkpoint, layout, tokenizer
+from chatglm_ja.base_config import read_config
+from chatglm_ja.cli import run
+from chatglm_ja.errors import DataError
 
 SHARDS = 7
 
@@ -88,20 +87,36 @@ def main() -> None:
     subprocess.run(["bash", "-c", f"cp -r '{base}' '{copy}' && sync"], check=True)
     copying = time.perf_counter() - start
     shutil.rmtree(copy)
-    command = [sys.executable, str(PROJECT / "step3_resize_model.py")]
-    command += ["--base-model", str(base), "--tokenizer", str(arguments.tokenizer)]
+    paths = {"base_model": base, "tokenizer": arguments.tokenizer}
     start = time.perf_counter()
-    subprocess.run([*command, "--output-dir", str(output)], check=True)
+    subprocess.run(step_command("step3_resize_model", output, **paths), check=True)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     rows = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["counts"]["new_rows"]
     hidden = read_config(base)["hidden_size"]
     bound = max(shards) + 2 * rows * hidden * 2 + 1e9
-    print(f"checkpoint: {sum(shards) / 1e9:.1f} GB in {len(shards)} shards; {rows:,} rows after")
-    print(f"peak memory of step 3: {peak / 1e9:.2f} GB (largest shard, two new matrices and 1 GB: "
-          f"{bound / 1e9:.2f} GB)")  # fmt: skip
-    print(f"time: {seconds:.0f} s, cp and sync {copying:.0f} s: {seconds / copying:.2f} times")
+    print(f"checkpoint: {sum(shards) / 1e9:.1f} GB in {len(shards)} shards; {rows:,} rows after\n")
+    head = ["", "step 3", "beside it"]
+    print(
+        measuring.table(
+            head,
+            [
+                ["time", f"{seconds:.0f} s", f"{copying:.0f} s: `cp` and `sync` of the same files"],
+                [
+                    "peak memory",
+                    f"{peak / 1e9:.2f} GB",
+                    f"{bound / 1e9:.2f} GB: largest shard, two new matrices and 1 GB",
+                ],
+            ],
+        )
+    )
     shutil.rmtree(output)
+    measuring.conclude(
+        [
+            Ratio("time of step 3, to copying the files", seconds / copying, "below 2"),
+            Ratio("peak memory of step 3, to its bound", peak / bound, "below 1"),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -51,16 +51,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# Beside this file; they make the project's package importable.
+import measuring
 import peer
+from measuring import Ratio
 from peer import Recipe, Run, Way
 
 from chatglm_ja.cli import run
 from chatglm_ja.errors import DataError
 
-DEMO = peer.PROJECT / "artifacts" / "demo"
+DEMO = measuring.PROJECT / "artifacts" / "demo"
 BINS_PER_STEP = 8
 MICRO_BATCH = 8
 LEARNING_RATE = 2e-3
@@ -109,7 +110,7 @@ def main() -> None:
         {title: padded.way for title, padded in ways.items()}, arguments.rounds, arguments.work_dir
     )
     print_table(arguments, rows, ways, runs)
-    print(json.dumps(summary(rows, ways, runs) | {"versions": versions}))
+    measuring.conclude(compared(runs), versions, **peer.recorded(runs))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -266,41 +267,32 @@ def print_table(
         f"{PACKED}, divided by each way; {peer.CORES} cores, medians of {arguments.rounds} runs; "
         f"{rows.trained_share:.1%} of the tokens are trained\n"
     )
-    print(
-        "| way | speed | memory | trained tokens/s | tokens/s | padding | peak memory, GB "
-        "| first loss | last loss |"
-    )
-    print("|---|" + "---:|" * 8)
+    head = ["way", "speed", "memory", "trained tokens/s", "tokens/s", "padding", "peak memory, GB",
+            "first loss", "last loss"]  # fmt: skip
+    body = []
     for title, of_way in runs.items():
         speed, memory = (peer.ratios(runs, field, title)[PACKED] for field in peer.FIELDS)
         tokens = peer.median(of_way, "tokens_per_second")
-        print(
-            f"| {title} | {speed:.2f} | {memory:.2f} | {tokens * rows.trained_share:,.0f} "
-            f"| {tokens:,.0f} | {ways[title].padding:.1%} | {peer.median(of_way, 'peak_gb'):.2f} "
-            f"| {of_way[0].losses[0]:.4f} | {of_way[0].losses[-1]:.4f} |"
+        body.append(
+            [
+                title,
+                f"{speed:.2f}",
+                f"{memory:.2f}",
+                f"{tokens * rows.trained_share:,.0f}",
+                f"{tokens:,.0f}",
+                f"{ways[title].padding:.1%}",
+                f"{peer.median(of_way, 'peak_gb'):.2f}",
+                f"{of_way[0].losses[0]:.4f}",
+                f"{of_way[0].losses[-1]:.4f}",
+            ]
         )
+    print(measuring.table(head, body))
 
 
-def summary(
-    rows: Rows, ways: Mapping[str, WayWithPadding], runs: Mapping[str, list[Run]]
-) -> dict[str, Any]:
-    """What the table shows and all single runs; the ratios are those of packed bins to the rest.
-
-    Where a name does not say trained tokens, tokens are all but padding.
-    """
-    trained = {
-        title: round(peer.median(of_way, "tokens_per_second") * rows.trained_share, 1)
-        for title, of_way in runs.items()
-    }
-    return {
-        "bins_per_step": BINS_PER_STEP,
-        "conversations_per_step": rows.conversations_per_step,
-        "block_size": rows.block_size,
-        "trained_share": round(rows.trained_share, 4),
-        "steps": {title: padded.way.steps for title, padded in ways.items()},
-        "padding": {title: round(padded.padding, 4) for title, padded in ways.items()},
-        "trained_tokens_per_second": trained,
-    } | peer.figures(runs, (PACKED,), [title for title in ways if title != PACKED])
+def compared(runs: Mapping[str, list[Run]]) -> list[Ratio]:
+    """Packed bins to every other way."""
+    others = [title for title in runs if title != PACKED]
+    return [ratio for title in others for ratio in peer.compared(runs, PACKED, title, "1.7")]
 
 
 if __name__ == "__main__":

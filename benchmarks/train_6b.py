@@ -37,13 +37,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Beside this file; it makes the project's package importable.
+import measuring
+from measuring import PROJECT, Ratio
+from tqdm import tqdm
 
-PROJECT = Path(__file__).resolve().parents[1]
 BLOCK_SIZE = 1024
 LOGGING_STEPS = 4
 WARM_UP = 1  # lines of the log whose speed does not count
@@ -76,6 +78,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "SFT, padded, 24 a pass": SFT | PADDED | {"micro_batch_size": 24},
     "SFT, padded, 72 a pass": SFT | PADDED | {"micro_batch_size": 72},
 }
+PADDED_AS_USUAL = "SFT, padded, 24 a pass"
 
 
 def main() -> None:
@@ -109,25 +112,55 @@ def main() -> None:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-    print(f"on {device}, torch {torch.__version__}, tokens/s of one process")
-    print(f"{'':<32}{'estimate':>10}{'measured':>10}{'tokens/s':>10}{'MFU':>8}{'start':>8}")
-    for name in options.scenarios:
-        print(f"{name:<32}{in_a_process(name, options.work_dir)}", flush=True)
+    found: dict[str, dict[str, Any] | str] = {}
+    with tqdm(options.scenarios, unit=" scenarios") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            found[name] = in_a_process(name, options.work_dir)
+    print(f"On {device}, torch {torch.__version__}; tokens/s of one process\n")
+    head = ["", "estimate", "peak memory", "tokens/s", "MFU", "start"]
+    print(measuring.table(head, [row(name, result) for name, result in found.items()]))
+    measured = {name: result for name, result in found.items() if not isinstance(result, str)}
+    measuring.conclude(compared(measured))
 
 
-def in_a_process(name: str, folder: Path) -> str:
-    """Measure a scenario in a fresh process; its row of the table. What it said is kept."""
+def compared(found: Mapping[str, dict[str, Any]]) -> list[Ratio]:
+    """Compiled to not compiled, and packed to padded, of what was measured."""
+    pairs = [(f"{name}, compiled", name) for name in found]
+    pairs += [(name, PADDED_AS_USUAL) for name in found if name.startswith("SFT, packed")]
+    return [
+        Ratio(
+            f"{way}, tokens/s, to {against}",
+            found[way]["tokens_per_second"] / found[against]["tokens_per_second"],
+        )
+        for way, against in pairs
+        if way in found and against in found
+    ]
+
+
+def row(name: str, found: dict[str, Any] | str) -> list[str]:
+    """Of the table; a scenario that failed says why."""
+    if isinstance(found, str):
+        return [name, "", "", "", "", f"failed: {found}"]
+    return [
+        name,
+        f"{found['estimate_gb']:.2f} GB",
+        f"{found['memory_gb']:.2f} GB",
+        f"{found['tokens_per_second']:,.0f}",
+        "" if found["mfu"] is None else f"{found['mfu']:.1%}",
+        f"{found['start_seconds']:.0f} s",
+    ]
+
+
+def in_a_process(name: str, folder: Path) -> dict[str, Any] | str:
+    """Measure a scenario in a fresh process: its figures, or why it failed. What it said is
+    kept."""
     command = [sys.executable, *sys.argv, "--measure", name]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     (folder / f"{name}.log").write_text(ended.stderr, encoding="utf-8")
     if ended.returncode:
-        return "  failed: " + (ended.stderr.strip().splitlines() or ["no word"])[-1][:200]
-    found = json.loads(ended.stdout.splitlines()[-1])
-    mfu = "" if found["mfu"] is None else f"{found['mfu']:.1%}"
-    return (
-        f"{found['estimate_gb']:>7.2f} GB{found['memory_gb']:>7.2f} GB"
-        f"{found['tokens_per_second']:>10,.0f}{mfu:>8}{found['start_seconds']:>6.0f} s"
-    )
+        return (ended.stderr.strip().splitlines() or ["no word"])[-1][:200]
+    return dict(json.loads(ended.stdout.splitlines()[-1]))
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What each way of learning the Japanese vocabulary gives, at the same number of new pieces.
 
-Prints three tables as Markdown: ways of learning, policies, and the time of step 1 against bare
-sentencepiece. A tenth of the documents, chosen by the hash of their text, is held out and measured
-on. Chinese and English texts are only cut, never learned from, and are measured whole.
+Prints tables as Markdown: ways of learning, policies, the article's merge beside step 2's (with
+--ja-tokenizer), and the time of step 1 against bare sentencepiece. A tenth of the documents, chosen
+by the hash of their text, is held out and measured on. Chinese and English texts are only cut,
+never learned from, and are measured whole.
 
-    python benchmarks/vocabulary.py --base-model DIR \\
+    python benchmarks/vocabulary.py --base-model DIR --ja-tokenizer ja_bpe.model \\
         --sources ja=help_ja.jsonl.gz ja=docs_ja.jsonl.gz zh=docs_zh.jsonl.gz en=help_en.jsonl.gz
 """
 
@@ -19,14 +20,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+# Beside this file; it makes the project's package importable.
+import measuring
+from measuring import Ratio, step_command
 
-from chatglm_ja import corpus, segmentation, tokenizer, vocabulary  # noqa: E402
-from chatglm_ja.cli import run  # noqa: E402
-from chatglm_ja.config import CORES, TrainTokenizerConfig  # noqa: E402
-from chatglm_ja.errors import ConfigError, DataError  # noqa: E402
-from chatglm_ja.sources import Source  # noqa: E402
+from chatglm_ja import corpus, segmentation, tokenizer, vocabulary
+from chatglm_ja.cli import run
+from chatglm_ja.config import CORES, TrainTokenizerConfig
+from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.sources import Source
 
 DEFAULTS = TrainTokenizerConfig(output_dir=Path(), sources=())
 # How the article trained its Japanese model: sentencepiece's own defaults.
@@ -111,13 +113,10 @@ class Ways:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print("\n| " + " | ".join(head) + " |\n|---" + "|---:" * (len(head) - 1) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    sys.stdout.flush()
+    print("\n" + measuring.table(head, rows), flush=True)
 
 
-def ways_table(ways: Ways, held_out: Sequence[str]) -> None:
+def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
     ours = DEFAULTS.trainer_settings()
     candidates: dict[str, Callable[[], vocabulary.Merge]] = {
         "sentencepiece, the article's settings": lambda: ways.first(ARTICLE),
@@ -151,6 +150,7 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> None:
         rows.append([name, *row])
     head = ["learned with", "new pieces", "unreachable, dropped", "ja tokens/char", "", "seconds"]
     table(head, rows)
+    return Ratio("tokens for held-out Japanese, to the article's settings", figure / reference)
 
 
 def policies_table(
@@ -178,7 +178,54 @@ def policies_table(
     table(head, rows)
 
 
-def time_table(texts: Sequence[str], vocab_size: int, repeats: int) -> None:
+def article_merge(base: Any, learned: Any) -> Any:
+    """As the article merges: every piece that the base does not have is appended with score 0, so
+    that all of them go before the base's own merges."""
+    merged = type(base)()
+    merged.CopyFrom(base)
+    known = {piece.piece for piece in base.pieces}
+    for piece in learned.pieces:
+        if piece.piece not in known:
+            merged.pieces.add(piece=piece.piece, score=0.0)
+    return merged
+
+
+def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> Ratio:
+    """From the same Japanese model: lines of each language that are cut otherwise than before."""
+    learned = vocabulary.read_learned(ja_tokenizer)
+    before = tokenizer.processor(base)
+    ours = vocabulary.merge(base, learned, "japanese")
+    theirs = article_merge(base, learned)
+    merges = {
+        "the article's": (theirs, len(theirs.pieces) - len(base.pieces)),
+        "step 2": (ours.proto, len(ours.added)),
+    }
+    rows, shares = [], {}
+    for name, (proto, added) in merges.items():
+        after = tokenizer.processor(proto)
+        row = [name, f"{added:,}"]
+        for language, documents in texts.items():
+            lines = [line for text in documents for line in text.split("\n") if line.strip()]
+            new = after.encode(lines, num_threads=CORES)
+            if language == "ja":
+                row.append(f"{sum(map(len, new)) / sum(map(len, lines)):.4f}")
+                continue
+            old = before.encode(lines, num_threads=CORES)
+            changed = sum(a != b for a, b in zip(old, new, strict=True))
+            shares[name, language] = changed / len(lines)
+            row.append(f"{changed:,} of {len(lines):,} ({shares[name, language]:.2%})")
+        rows.append(row)
+    head = ["merge", "pieces added", *texts]
+    head[head.index("ja")] = "ja tokens/char"
+    print("\nThe article's own Japanese model, merged; lines that are cut otherwise than before:")
+    table(head, rows)
+    return Ratio(
+        "Chinese lines changed by step 2's merge, to those changed by the article's",
+        shares["step 2", "zh"] / shares["the article's", "zh"],
+    )
+
+
+def time_table(texts: Sequence[str], vocab_size: int, repeats: int) -> Ratio:
     """Step 1 as a program against spm_train's own work in a fresh process, in turn."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -191,14 +238,14 @@ def time_table(texts: Sequence[str], vocab_size: int, repeats: int) -> None:
             f"model_type='bpe', vocab_size={vocab_size}, num_threads={CORES}, "
             f"character_coverage={DEFAULTS.character_coverage}, minloglevel=2, **{settings!r})"
         )
-        step = [str(PROJECT / "step1_train_tokenizer.py"), "--overwrite"]
+        step = step_command("step1_train_tokenizer", folder / "step1")
         step += ["--sources", f"ja={folder / 'ja.txt'}", "--method", "sentencepiece"]
-        step += ["--vocab-size", str(vocab_size), "--output-dir", str(folder / "step1")]
+        step += ["--vocab-size", str(vocab_size), "--overwrite"]
         seconds: dict[str, list[float]] = {"bare": [], "step 1": []}
         for _ in range(repeats):
-            for kind, command in (("bare", ["-c", bare]), ("step 1", step)):
+            for kind, command in (("bare", [sys.executable, "-c", bare]), ("step 1", step)):
                 start = time.perf_counter()
-                subprocess.run([sys.executable, *command], check=True, capture_output=True)
+                subprocess.run(command, check=True, capture_output=True)
                 seconds[kind].append(time.perf_counter() - start)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     rows = [
@@ -206,6 +253,7 @@ def time_table(texts: Sequence[str], vocab_size: int, repeats: int) -> None:
         for kind, median in medians.items()
     ]
     table([f"{vocab_size:,} pieces with sentencepiece", "seconds", "ratio"], rows)
+    return Ratio("time of step 1, to bare sentencepiece", medians["step 1"] / medians["bare"])
 
 
 def main() -> None:
@@ -215,6 +263,9 @@ def main() -> None:
     parser.add_argument("--base-model", type=Path, required=True, help="ChatGLM3 folder")
     parser.add_argument(
         "--sources", nargs="+", required=True, metavar="SPEC", help="LANGUAGE=PATH: ja, and others"
+    )
+    parser.add_argument(
+        "--ja-tokenizer", type=Path, help="the article's Japanese model, to be merged in both ways"
     )
     parser.add_argument("--new-pieces", type=int, default=12_000, help="(default: 12000)")
     parser.add_argument("--policy", default="japanese", help="(default: japanese)")
@@ -236,11 +287,14 @@ def main() -> None:
         f"{sum(map(len, held_out)):,} held out; {CORES} cores"
     )
     ways = Ways(base, training, arguments.policy, arguments.new_pieces)
-    ways_table(ways, held_out)
+    ratios = [ways_table(ways, held_out)]
     learned = ways.train(DEFAULTS.trainer_settings(), DEFAULTS.vocab_size)
     print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
     policies_table(base, learned, {**texts, "ja": held_out}, list(vocabulary.GUARANTEES))
-    time_table(training, DEFAULTS.vocab_size, arguments.repeats)
+    if arguments.ja_tokenizer:
+        ratios.append(merges_table(base, arguments.ja_tokenizer, {**texts, "ja": held_out}))
+    ratios.append(time_table(training, DEFAULTS.vocab_size, arguments.repeats))
+    measuring.conclude(ratios)
 
 
 if __name__ == "__main__":

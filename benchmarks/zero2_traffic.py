@@ -18,8 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+# Beside this file; it makes the project's package importable.
+import measuring
+from measuring import PROJECT, Ratio
 
 PROCESSES = 2
 STEPS = 3
@@ -39,13 +40,18 @@ def main() -> None:
         train_and_count(options)
         return
     columns = ("gradients", "reduced", "gathered")
-    print("bytes of one process and optimizer step")
-    print(f"{'passes':>7}{''.join(f'{name:>14}' for name in columns)}{'reduced / gradients':>22}")
+    rows, ratios = [], []
     for passes in (1, 2):
         found = in_processes(options, GLOBAL_BATCH // PROCESSES // passes)
         share = found["reduced"] / found["gradients"]
-        sizes = "".join(f"{found[name] / 1e6:>11.2f} MB" for name in columns)
-        print(f"{passes:>7}{sizes}{share:>21.3f}x")
+        sizes = [f"{found[name] / 1e6:.2f} MB" for name in columns]
+        rows.append([str(passes), *sizes, f"{share:.3f}"])
+        aim = "1" if passes == 1 else ""
+        what = f"gradients sent in a step of {passes} pass{'es' * (passes > 1)}, to all gradients"
+        ratios.append(Ratio(what, share, aim))
+    print("Of one process and optimizer step\n")
+    print(measuring.table(["passes", *columns, "reduced / gradients"], rows))
+    measuring.conclude(ratios)
 
 
 def in_processes(options: argparse.Namespace, micro_batch_size: int) -> dict[str, float]:

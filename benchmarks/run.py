@@ -1,0 +1,317 @@
+"""Every claim of speed and memory, measured again in one run; writes docs/benchmarks.md.
+
+Runs the other programs of this folder one after the other, each alone on the machine, and puts
+their ratios, their tables, the machine and all versions on one page. What cannot be measured here,
+for want of a GPU, of ChatGLM3-6B's files or of LLaMA-Factory, is named there with what it needs.
+
+    python benchmarks/run.py --work-dir SCRATCH --base-model CHATGLM3_6B_DIR \\
+        --ja-tokenizer ja_bpe.model --llamafactory lf/bin/python \\
+        --sources ja=docs_ja.jsonl.gz zh=docs_zh.jsonl.gz en=docs_en.jsonl.gz
+
+An hour on two cores; 60 GB of disk for step 3 at 6B size. Of CHATGLM3_6B_DIR only config.json and
+tokenizer.model are read, --ja-tokenizer is a sentencepiece model (here: the article's), and
+llamafactory_data.py says how LLaMA-Factory is installed. Steps 1 to 5 of the demo are run first
+unless they are finished. The page is written anew after each benchmark, so that one that is stopped
+leaves what it has measured.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Beside this file; it makes the project's package importable.
+from measuring import PROJECT, step_command, table
+
+from chatglm_ja.cli import run
+from chatglm_ja.errors import DataError
+
+log = logging.getLogger(__name__)
+
+PAGE = PROJECT / "docs" / "benchmarks.md"
+DEMO = PROJECT / "artifacts" / "demo"
+PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "peft", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A program of this folder. In its flags {option} stands for the value of an option of run.py,
+    or of what is made from some (MADE_FROM), without which it cannot run."""
+
+    title: str
+    script: str
+    flags: str = ""
+    may_use: tuple[str, ...] = ()  # options that are handed on if they are given
+    gpu: bool = False
+
+    @property
+    def values(self) -> list[str]:
+        return [name for _, name, _, _ in string.Formatter().parse(self.flags) if name]
+
+
+# What prepare() makes for benchmarks, of which options.
+MADE_FROM = {"tokenizer": ("base_model", "ja_tokenizer"), "conversations": ()}
+
+BENCHMARKS = (
+    Benchmark("How soon a step answers", "startup.py"),
+    Benchmark(
+        "Learning and merging the vocabulary",
+        "vocabulary.py",
+        "--base-model={base_model} --sources {sources}",
+        may_use=("ja_tokenizer",),
+    ),
+    Benchmark(
+        "Step 3 at 6B size",
+        "resize_6b.py",
+        "--base-model={base_model} --tokenizer={tokenizer} --work-dir={work_dir}/resize",
+    ),
+    Benchmark(
+        "Preparing text",
+        "data.py",
+        "--tokenizer={tokenizer} --sources {sources} --work-dir={work_dir} --memory-gb=1",
+        may_use=("llamafactory",),
+    ),
+    Benchmark(
+        "Continued pretraining beside LLaMA-Factory",
+        "training.py",
+        "--base-model={base_model} --ja-tokenizer={ja_tokenizer} --llamafactory={llamafactory} "
+        "--work-dir={work_dir}/training --steps=10",
+    ),
+    Benchmark(
+        "Fine-tuning beside LLaMA-Factory",
+        "sft.py",
+        "--llamafactory={llamafactory} --work-dir={work_dir}/sft",
+    ),
+    Benchmark(
+        "What ZeRO-2 sends",
+        "zero2_traffic.py",
+        f"--model={DEMO}/step3_model --data={DEMO}/step4_data --block-size=256",
+    ),
+    Benchmark(
+        "Training at 6B size",
+        "train_6b.py",
+        f"--work-dir={{work_dir}}/6b --tokenizer={DEMO}/step2_tokenizer "
+        "--conversations={conversations}",
+        gpu=True,
+    ),
+    Benchmark("Step 7 at 6B size", "eval_6b.py", "--base-model={base_model}", gpu=True),
+)
+
+
+@dataclass
+class Section:
+    """What became of a benchmark."""
+
+    benchmark: Benchmark
+    said: str = ""  # its tables
+    missing: str = ""  # why it did not run, or did not end well
+    minutes: float = 0.0
+    ratios: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    chosen = [b for b in BENCHMARKS if not arguments.only or b.script in arguments.only]
+    sections = [Section(benchmark, missing=missing(benchmark, arguments)) for benchmark in chosen]
+    possible = [section for section in sections if not section.missing]
+    values = prepare(arguments, possible)
+    for number, section in enumerate(possible, 1):
+        log.info("%d of %d: %s", number, len(possible), section.benchmark.script)
+        measure(section, values)
+        PAGE.write_text(page(sections, own_command(arguments)), encoding="utf-8")
+    log.info("written: %s", PAGE)
+    failed = [section.benchmark.script for section in possible if section.missing]
+    if failed:
+        raise DataError(f"{', '.join(failed)} failed: what they said is above")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder on a large disk")
+    parser.add_argument("--base-model", type=Path, help="config.json and tokenizer.model")
+    parser.add_argument("--ja-tokenizer", type=Path, help="a sentencepiece BPE model of Japanese")
+    parser.add_argument("--sources", nargs="+", metavar="LANGUAGE=FILE", help="texts: ja, zh, en")
+    parser.add_argument("--llamafactory", help="interpreter of an environment that has it")
+    scripts = [benchmark.script for benchmark in BENCHMARKS]
+    parser.add_argument("--only", nargs="+", choices=scripts, help="not all of them")
+    arguments = parser.parse_args()
+    for path in (arguments.base_model, arguments.ja_tokenizer):
+        if path and not path.exists():
+            parser.error(f"{path} not found")
+    if arguments.llamafactory and shutil.which(arguments.llamafactory) is None:
+        parser.error(f"--llamafactory {arguments.llamafactory} is no program")
+    return arguments
+
+
+def missing(benchmark: Benchmark, arguments: argparse.Namespace) -> str:
+    """Why a benchmark cannot run here; empty if it can."""
+    if benchmark.gpu and shutil.which("nvidia-smi") is None:
+        return "not measured in this run: it needs a GPU"
+    options = [option for name in benchmark.values for option in MADE_FROM.get(name, (name,))]
+    wanted = [flag(name) for name in dict.fromkeys(options) if not getattr(arguments, name)]
+    return f"not measured in this run: it needs {' and '.join(wanted)}" if wanted else ""
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# Running
+
+
+def prepare(arguments: argparse.Namespace, sections: Sequence[Section]) -> dict[str, Any]:
+    """Run the demo's steps 1 to 5 and make what the benchmarks start from; the values of all
+    options, and the folders of what was made."""
+    work_dir: Path = arguments.work_dir
+    work_dir.mkdir(parents=True, exist_ok=True)
+    values = vars(arguments) | {name: work_dir / name for name in MADE_FROM}
+    steps = ["step1_train_tokenizer", "step2_merge_tokenizer", "step3_resize_model",
+             "step4_prepare_data", "step5_train_pt"]  # fmt: skip
+    commands = [[sys.executable, str(PROJECT / "demo" / "build_base_model.py")]]
+    commands += [[sys.executable, str(PROJECT / f"{step}.py")] for step in steps]
+    wanted = {name for section in sections for name in section.benchmark.values}
+    if "tokenizer" in wanted:
+        merge = step_command(
+            "step2_merge_tokenizer", values["tokenizer"], base_model=arguments.base_model
+        )
+        commands.append([*merge, f"--ja-tokenizer={arguments.ja_tokenizer}"])
+    if "conversations" in wanted:
+        data = step_command("step4_prepare_data", values["conversations"])
+        commands.append([*data, "--max-length=1024"])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")}
+    for command in commands:
+        if subprocess.run(command, check=False, env=environment).returncode:
+            raise DataError(f"{Path(command[1]).name} failed, which benchmarks start from")
+    return values
+
+
+def measure(section: Section, values: Mapping[str, Any]) -> None:
+    """Run a benchmark and keep what it said; what it shows while it works is on the screen."""
+    benchmark = section.benchmark
+    quoted = {name: words(value) for name, value in values.items()}
+    flags = benchmark.flags.format(**quoted)
+    flags += "".join(f" {flag(n)} {quoted[n]}" for n in benchmark.may_use if values[n])
+    command = [sys.executable, str(PROJECT / "benchmarks" / benchmark.script), *shlex.split(flags)]
+    start = time.monotonic()
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    section.minutes = (time.monotonic() - start) / 60
+    if ended.returncode:
+        section.missing = f"failed with status {ended.returncode}"
+        return
+    *said, last = ended.stdout.rstrip().splitlines()
+    section.said = "\n".join(said).strip()
+    found = json.loads(last)
+    section.ratios, section.versions = found["ratios"], found["versions"]
+
+
+def words(value: Any) -> str:
+    """The value of an option as it stands in a shell."""
+    return shlex.join(map(str, value if isinstance(value, list) else [value]))
+
+
+# The page
+
+
+def page(sections: Sequence[Section], command: str) -> str:
+    measured = [section for section in sections if section.said]
+    ratios = [
+        [ratio["what"], f"**{ratio['value']:.2f}**", ratio["aim"]]
+        for section in measured
+        for ratio in section.ratios
+    ]
+    parts = [
+        "# Benchmarks",
+        "Written by `benchmarks/run.py`, which measures all of it in one run; what is not here "
+        "could not be measured on this machine. What the figures mean, and what was tried, is in "
+        "the documents of their subjects: [experiments.md](experiments.md) lists them.",
+        f"```bash\n{command}\n```",
+        f"Measured on {machine()}; {datetime.date.today().isoformat()}{revision()}.",
+        "## Ratios",
+        "Both sides of a ratio were measured in the same run, in turn.",
+        table(["what", "measured", "aim"], ratios),
+        *(part for section in sections for part in described(section)),
+        "## Versions",
+        table(["", "versions"], versions(measured)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def described(section: Section) -> list[str]:
+    program = f"`benchmarks/{section.benchmark.script}`"
+    if section.said:
+        return [
+            f"## {section.benchmark.title}",
+            section.said,
+            f"{program}, {section.minutes:.0f} minutes.",
+        ]
+    return [f"## {section.benchmark.title}", f"{program}: {section.missing or 'to come'}."]
+
+
+def own_command(arguments: argparse.Namespace) -> str:
+    """run.py's command line; of paths the names alone, since folders differ from machine to
+    machine."""
+    parts = ["python benchmarks/run.py --work-dir SCRATCH"]
+    for name in ("base_model", "ja_tokenizer", "llamafactory"):
+        if value := getattr(arguments, name):
+            parts.append(f"{flag(name)} {Path(value).name}")
+    if arguments.sources:
+        named = [source.partition("=") for source in arguments.sources]
+        parts.append("--sources " + " ".join(f"{k}={Path(path).name}" for k, _, path in named))
+    if arguments.only:
+        parts.append("--only " + " ".join(arguments.only))
+    return " \\\n    ".join(parts)
+
+
+def machine() -> str:
+    """The processor, or the GPU, and the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    text = f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB of memory"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+        text += "; " + ", ".join(filter(None, gpus))
+    return text
+
+
+def revision() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    return f"; revision {done.stdout.strip()}" if done.returncode == 0 else ""
+
+
+def versions(sections: Sequence[Section]) -> list[list[str]]:
+    """This project's packages, and those of what it was compared with."""
+    own = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {"this project": {"Python": platform.python_version()} | own}
+    for section in sections:
+        found |= {k: v for k, v in section.versions.items() if not k.startswith("step")}
+    return [[who, ", ".join(f"{k} {v}" for k, v in of.items())] for who, of in found.items()]
+
+
+if __name__ == "__main__":
+    run(main)
