@@ -71,7 +71,7 @@ def main() -> None:
         "characters",
         output.counts,
     )
-    log.info("Japanese pieces: %s", config.output_dir)
+    log.info("pieces: %s", config.output_dir)
 
 
 if __name__ == "__main__":

@@ -69,16 +69,17 @@ def main() -> None:
         start = time.perf_counter()
         score = likelihood.score_texts(model, encoder, texts, WINDOW, BATCH_SIZE)
         scoring = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
-        columns[rows] = [alone, answering, scoring, peak]
+        columns[rows] = [alone, answering, scoring]
+        if on_gpu:
+            columns[rows].append(torch.cuda.max_memory_allocated() / 2**30)
         del model
     longest = max(answer.tokens for answer in answers)
-    what = (
+    what = [
         "one answer alone, tokens/s",
         f"{options.answers} answers of {longest} tokens, seconds",
         f"{score.tokens:,} tokens scored, seconds",
-        "peak memory, GiB",
-    )
+        *(["peak memory, GiB"] if on_gpu else []),
+    ]
     print(f"On {torch.cuda.get_device_name() if on_gpu else 'a CPU'}, {compute_dtype()}\n")
     rows_of_table = [
         [name, *(f"{value:.1f}" for value in values)]
@@ -89,7 +90,6 @@ def main() -> None:
     measuring.conclude(
         Ratio(f"{name}: new rows to the base's", new / old)
         for name, old, new in zip(what, before, after, strict=True)
-        if new == new  # on a CPU the peak is not known
     )
 
 

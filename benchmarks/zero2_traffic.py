@@ -3,7 +3,8 @@
 Trains a few steps of step 5 in two processes, once with one pass per step and once with the same
 global batch in two, and compares the bytes of gradients that were reduced with the bytes of the
 gradients that there are. DeepSpeed reduces after every pass: with one pass a step the gradient
-travels once.
+travels once. What a run sends besides, to start and to save its result, is left out: each is done
+with two numbers of steps, and what the longer one sends more is that of its steps.
 
     python benchmarks/zero2_traffic.py --model artifacts/demo/step3_model \\
         --data artifacts/demo/step4_data --block-size 256
@@ -23,7 +24,7 @@ import measuring
 from measuring import PROJECT, Ratio
 
 PROCESSES = 2
-STEPS = 3
+STEPS = (2, 4)
 GLOBAL_BATCH = 8
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="output folder of step 4")
     parser.add_argument("--block-size", type=int, required=True)
     parser.add_argument("--micro-batch-size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.micro_batch_size:
         train_and_count(options)
@@ -42,7 +44,7 @@ def main() -> None:
     columns = ("gradients", "reduced", "gathered")
     rows, ratios = [], []
     for passes in (1, 2):
-        found = in_processes(options, GLOBAL_BATCH // PROCESSES // passes)
+        found = per_step(GLOBAL_BATCH // PROCESSES // passes)
         share = found["reduced"] / found["gradients"]
         sizes = [f"{found[name] / 1e6:.2f} MB" for name in columns]
         rows.append([str(passes), *sizes, f"{share:.3f}"])
@@ -54,11 +56,18 @@ def main() -> None:
     measuring.conclude(ratios)
 
 
-def in_processes(options: argparse.Namespace, micro_batch_size: int) -> dict[str, float]:
-    """Bytes per step of a run under torchrun."""
+def per_step(micro_batch_size: int) -> dict[str, float]:
+    """Bytes that a step sends, and those of the gradients."""
+    fewer, more = (in_processes(micro_batch_size, steps) for steps in STEPS)
+    sent = {k: (more[k] - fewer[k]) / (STEPS[1] - STEPS[0]) for k in ("reduced", "gathered")}
+    return {"gradients": more["gradients"], **sent}
+
+
+def in_processes(micro_batch_size: int, steps: int) -> dict[str, float]:
+    """Bytes of a run under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(PROCESSES)]
     command = [*torchrun, "--master_port", "29531", *sys.argv]
-    command += ["--micro-batch-size", str(micro_batch_size)]
+    command += ["--micro-batch-size", str(micro_batch_size), "--steps", str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if ended.returncode:
@@ -67,7 +76,7 @@ def in_processes(options: argparse.Namespace, micro_batch_size: int) -> dict[str
 
 
 def train_and_count(options: argparse.Namespace) -> None:
-    """One process's part; number 0 prints bytes per step."""
+    """One process's part; number 0 prints the bytes that were sent."""
     from deepspeed import comm
 
     from chatglm_ja import training
@@ -85,7 +94,7 @@ def train_and_count(options: argparse.Namespace) -> None:
             block_size=options.block_size,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=options.micro_batch_size,
-            max_steps=STEPS,
+            max_steps=options.steps,
             evaluations=0,
             tracker="none",
             deepspeed=path,
@@ -103,8 +112,8 @@ def train_and_count(options: argparse.Namespace) -> None:
         json.dumps(
             {
                 "gradients": trained * 4,  # float32 on a CPU
-                "reduced": reduced / STEPS,
-                "gathered": gathered / STEPS,
+                "reduced": reduced,
+                "gathered": gathered,
             }
         )
     )

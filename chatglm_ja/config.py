@@ -16,7 +16,7 @@ from chatglm_ja.files import read_json
 from chatglm_ja.settings import StepConfig, flag, setting
 from chatglm_ja.sources import Source
 
-Policy = Literal["japanese", "kana", "han", "all"]
+Policy = Literal["japanese", "kana", "han", "letters", "all"]
 Init = Literal["subtoken_mean", "mean", "random"]
 Layout = Literal["glm", "chatglm"]
 CORES = len(os.sched_getaffinity(0))
@@ -29,7 +29,9 @@ LATEST = "latest"
 class TrainTokenizerConfig(StepConfig):
     """Step 1. The settings from `normalization` on make the pieces fit the base's tokenizer."""
 
-    sources: tuple[Source, ...] = setting("Japanese texts: LANGUAGE=PATH_OR_DATASET[#COLUMN]")
+    sources: tuple[Source, ...] = setting(
+        "texts of the new language: LANGUAGE=PATH_OR_DATASET[#COLUMN]"
+    )
     method: Literal["sentencepiece", "continue"] = setting(
         "sentencepiece: learn from characters; continue: go on from the base's own merges, which "
         "gives shorter texts and no piece that the merge has to drop",
@@ -116,15 +118,16 @@ class MergeTokenizerConfig(StepConfig):
     ja_tokenizer: Path = setting("output folder of step 1, or any sentencepiece BPE model file")
     policy: Policy = setting(
         "which pieces are added: japanese: with kana or a kanji that Chinese does not use; "
-        "kana: with kana; han: with any Han character or kana; all: every piece, unreachable "
-        "ones too. japanese and kana leave Chinese and English as they are, han English",
+        "kana: with kana; han: with any Han character or kana; letters: for other languages, with "
+        "a letter that is neither Han nor one of a to z; all: every piece, unreachable ones too. "
+        "japanese, kana and letters leave Chinese and English as they are, han English",
         "japanese",
     )
     max_new_pieces: int = setting(
         "add at most this many pieces: those used most on --ranking-sources (0: no limit)", 0, low=0
     )
     ranking_sources: tuple[Source, ...] = setting(
-        "Japanese texts for --max-new-pieces: LANGUAGE=PATH_OR_DATASET[#COLUMN]", ()
+        "texts for --max-new-pieces: LANGUAGE=PATH_OR_DATASET[#COLUMN]", ()
     )
     ranking_characters: int = setting(
         "characters of them that are read, taken from every source in turn", 20_000_000, low=1

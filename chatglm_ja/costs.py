@@ -39,6 +39,9 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
+# What a run has reached of that peak, with compiled layers on an H100 (docs/training.md).
+USUAL_MFU = {"with gradient checkpointing": 0.30, "without gradient checkpointing": 0.38}
+PLANNED_ON = ("RTX 3090", "RTX 4090", "A100", "H100")
 # Rows of logits that are there at once on a GPU while the loss is computed.
 LOSS_ROWS = 1024
 
@@ -294,5 +297,36 @@ def describe(config: TrainingConfig) -> str:
         f"  {'together':<60}{total:>8.2f}",
         "in half precision; beside it the CUDA context and what the allocator leaves unused, 1 to "
         "2 GB",
+        *_times(shape, trained, config, plan),
     ]
     return "\n".join(lines)
+
+
+def _times(shape: Shape, trained: Trained, config: TrainingConfig, plan: Plan) -> Iterable[str]:
+    """How long a billion tokens take on cards of several kinds, and what is sent meanwhile."""
+    kind = f"with{'' if config.gradient_checkpointing else 'out'} gradient checkpointing"
+    mfu = USUAL_MFU[kind]
+    # Documents as long as a block: the most that attention can take.
+    operations = 1e9 * flops_per_token(shape, trained, config.block_size / 2)
+    hours = {
+        card: operations / (mfu * PEAK_TFLOPS[card] * 1e12 * plan.processes) / 3600
+        for card in PLANNED_ON
+    }
+    yield f"a billion tokens, at {mfu:.0%} of a card's peak, as measured on an H100 {kind}:"
+    yield "  " + ", ".join(f"{card} {count:.0f} h" for card, count in hours.items())
+    if plan.processes > 1:
+        gradients, weights = sent_per_step(trained, plan)
+        yield (
+            f"  besides, each GPU sends {gradients:.1f} GB of gradients and {weights:.1f} GB of "
+            "weights a step"
+        )
+
+
+def sent_per_step(trained: Trained, plan: Plan) -> tuple[float, float]:
+    """GB of gradients and of weights that one GPU sends in a step under ZeRO-2, in half precision.
+
+    Gradients are reduced after every pass and each GPU keeps its part; then every GPU gathers the
+    updated weights of all. In a ring of n both send (n - 1) / n of the data.
+    """
+    once = 2 * trained.all * (plan.processes - 1) / plan.processes / GB
+    return once * plan.accumulation, once

@@ -80,12 +80,12 @@ def html_page(report: Report) -> str:
         if dropped:
             examples.append(f"<p>{meaning}: the first of them</p>{page.pieces(dropped[:20])}")
     sections = [
-        "<h1>Japanese pieces in ChatGLM3's tokenizer</h1>",
+        "<h1>New pieces in ChatGLM3's tokenizer</h1>",
         f"<p>Policy <b>{report['policy']}</b>. {html.escape(report['guarantee'])}</p>",
         f"<p>{counts['base_pieces']:,} pieces of the base, 9 special tokens, "
         f"{counts['added']:,} new pieces: {counts['vocabulary']:,} ids.</p>",
         "<h2>Pieces</h2>",
-        page.table(["Japanese pieces", "number"], fates),
+        page.table(["learned pieces", "number"], fates),
         *examples,
         "<h2>Languages</h2>",
         "<p>Measured on held-out lines.</p>",
@@ -106,7 +106,7 @@ def html_page(report: Report) -> str:
         ),
         *_changed_lines(report),
     ]
-    return page.document("ChatGLM3 Japanese: merged tokenizer", sections)
+    return page.document("ChatGLM3: merged tokenizer", sections)
 
 
 def _changed_lines(report: Report) -> Iterator[str]:

@@ -66,23 +66,23 @@ def render(results: Results, tables: str, base_dir: Path) -> str:
     """The card as Markdown, with the results as `tables`; it names the base's licence if that lies
     in the base's folder."""
     licensed = (base_dir / LICENCE).is_file()
-    languages = ", ".join(results["stages"][0]["languages"])
+    languages = list(results["stages"][0]["languages"])
     licence = ["license: other"]
     if licensed:
         licence += ["license_name: chatglm3-6b", f"license_link: {LICENCE}"]
     lines = [
         "---",
-        f"language: [{languages}]",
+        f"language: [{', '.join(languages)}]",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         *licence,
         "---",
         "",
-        "# ChatGLM3 that learned Japanese",
+        f"# ChatGLM3 that learned another language: {languages[0]}",
         "",
-        "A model of ChatGLM3's architecture: its vocabulary was extended by Japanese pieces, its "
-        "embeddings resized, its pretraining continued (LoRA on the transformer and the embeddings "
-        "in full, together), and it was fine-tuned on instructions.",
+        "A model of ChatGLM3's architecture: its vocabulary was extended by pieces of that "
+        "language, its embeddings resized, its pretraining continued (LoRA on the transformer and "
+        "the embeddings in full, together), and it was fine-tuned on instructions.",
         "",
         "## Results",
         "",

@@ -221,7 +221,7 @@ def markdown(results: Results) -> str:
 def html_page(results: Results) -> str:
     """The whole report as one HTML document."""
     parts = [
-        "<h1>ChatGLM3 learns Japanese: what it gained, what it cost</h1>",
+        "<h1>A new language for ChatGLM3: what it gained, what it cost</h1>",
         f"<p>{html.escape(learning(results))}</p>",
     ]
     for title, explanation, table in sections(results):
@@ -237,7 +237,7 @@ def html_page(results: Results) -> str:
         "<h2>How it was made</h2>",
         *_steps(results["steps"]),
     ]
-    return page.document("ChatGLM3 Japanese: report", parts)
+    return page.document("ChatGLM3: report", parts)
 
 
 def _sample(sample: Mapping[str, Any]) -> str:

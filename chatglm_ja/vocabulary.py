@@ -74,6 +74,8 @@ def _admitted(policy: str) -> re.Pattern[str]:
         "kana": f"[{_KANA}]",
         "japanese": f"[{_KANA}{japanese_kanji()}]",
         "han": f"[{_KANA}{_HAN}]",
+        # A letter by Unicode, of no script that the base's languages are written in.
+        "letters": rf"(?![A-Za-z\uff21-\uff5a{_HAN}])[^\W\d_]",
         "all": "",
     }
     return re.compile(classes[policy])
@@ -95,6 +97,8 @@ GUARANTEES = {
     "without Han characters. (Precisely: a line without kana and without a kanji that is in JIS X "
     "0208 and in neither of the two.)",
     "han": "A line without kana and Han characters keeps its ids: English; Chinese may change.",
+    "letters": "A line whose letters are all a to z, or Han characters, keeps its ids: Chinese and "
+    "English.",
     "all": "None: Chinese and English lines may change, and pieces that no text produces are kept.",
 }
 
@@ -267,7 +271,7 @@ def merge(
         use = uses(base, chosen, ranking_texts)
         if not any(use.values()):
             raise DataError(
-                "--ranking-sources hold no text that any new piece occurs in: give Japanese texts "
+                "--ranking-sources hold no text that any new piece occurs in: give other texts "
                 "or leave --max-new-pieces away"
             )
         # A piece is used at least as often as those made from it, which are longer, so that what

@@ -276,7 +276,7 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
     def show_right(name: str) -> Any:
         return gradio.Column(visible=name != NOBODY)
 
-    with gradio.Blocks(title="ChatGLM3 Japanese", analytics_enabled=False) as page:
+    with gradio.Blocks(title="ChatGLM3", analytics_enabled=False) as page:
         talks = gradio.State(nothing_said)
         sent = gradio.State("")
         names = list(models.stages)
