@@ -66,10 +66,11 @@ def main() -> None:
             )
         vocabulary.save_learned(learned, folder)
         output.counts["pieces"] = len(learned.pieces)
+    read = [f"{output.counts[what]:,} {what}" for what in ("documents", "lines", "characters")]
     log.info(
-        "learned %(pieces)d pieces from %(documents)d documents, %(lines)d lines, %(characters)d "
-        "characters",
-        output.counts,
+        "learned %s pieces, control and byte pieces included, from %s",
+        f"{output.counts['pieces']:,}",
+        ", ".join(read),
     )
     log.info("pieces: %s", config.output_dir)
 

@@ -58,7 +58,7 @@ def main() -> None:
             corpus.in_turn(map(corpus.read_texts, ranking)), config.ranking_characters
         ),
     )
-    log.info("pieces: %s", ", ".join(f"{name} {n:,}" for name, n in merged.counts().items()))
+    log.info("%s", merge_report.headline(merged))
     if not merged.added:
         raise DataError(
             f"none of the {len(learned.pieces)} pieces is new to the base under the policy "

@@ -95,7 +95,8 @@ def talk(config: EvalConfig) -> None:
     chosen.open()
     from chatglm_ja import generation, terminal
 
-    log.info("talking to %s, %s", chosen.name, chosen.folder)
+    untrained = ", which nothing was trained from yet" if len(there) == 1 else ""
+    log.info("talking to %s, %s%s", chosen.name, chosen.folder, untrained)
     sampling = generation.Sampling(config.temperature, config.top_p)
     terminal.talk(*chosen.load(), config.max_new_tokens, sampling)
 

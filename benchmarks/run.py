@@ -232,7 +232,7 @@ def words(value: Any) -> str:
 def page(sections: Sequence[Section], command: str) -> str:
     measured = [section for section in sections if section.said]
     ratios = [
-        [ratio["what"], f"**{ratio['value']:.2f}**", ratio["aim"]]
+        [ratio["what"], f"**{in_digits(ratio['value'])}**", ratio["aim"]]
         for section in measured
         for ratio in section.ratios
     ]
@@ -253,13 +253,17 @@ def page(sections: Sequence[Section], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def in_digits(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
+
+
 def described(section: Section) -> list[str]:
     program = f"`benchmarks/{section.benchmark.script}`"
     if section.said:
         return [
             f"## {section.benchmark.title}",
             section.said,
-            f"{program}, {section.minutes:.0f} minutes.",
+            f"{program}, {section.minutes:.1f} minutes.",
         ]
     return [f"## {section.benchmark.title}", f"{program}: {section.missing or 'to come'}."]
 
@@ -268,9 +272,12 @@ def own_command(arguments: argparse.Namespace) -> str:
     """run.py's command line; of paths the names alone, since folders differ from machine to
     machine."""
     parts = ["python benchmarks/run.py --work-dir SCRATCH"]
-    for name in ("base_model", "ja_tokenizer", "llamafactory"):
+    for name in ("base_model", "ja_tokenizer"):
         if value := getattr(arguments, name):
-            parts.append(f"{flag(name)} {Path(value).name}")
+            parts.append(f"{flag(name)} {value.name}")
+    if arguments.llamafactory:
+        interpreter = Path(arguments.llamafactory)
+        parts.append(f"--llamafactory {Path(*interpreter.parts[-3:])}")
     if arguments.sources:
         named = [source.partition("=") for source in arguments.sources]
         parts.append("--sources " + " ".join(f"{k}={Path(path).name}" for k, _, path in named))

@@ -161,21 +161,18 @@ def policies_table(
     for policy in policies:
         merged = vocabulary.merge(base, learned, policy)
         after = tokenizer.processor(merged.proto)
-        row = [f"`{policy}`", f"{len(merged.added):,}"]
+        row, broken = [f"`{policy}`", f"{len(merged.added):,}"], 0
         for language, documents in texts.items():
             result = segmentation.compare(before, after, documents, policy)
+            broken += len(result.broken)
             if language == "ja":
                 row.append(f"{result.row()['tokens_per_char_after']:.4f}")
             else:
-                row += [f"{result.lines - result.identical:,}", f"{len(result.broken):,}"]
-                row.append(f"{result.lines:,}")
-        rows.append(row)
-    head = ["policy", "new pieces"]
-    for language in texts:
-        name = language
-        parts = ["lines changed", "of them covered by the guarantee", "lines"]
-        head += ["ja tokens/char"] if language == "ja" else [f"{name} {part}" for part in parts]
-    table(head, rows)
+                row.append(f"{result.lines - result.identical:,} of {result.lines:,}")
+        rows.append([*row, f"{broken:,}"])
+    head = ["tokens/char" if language == "ja" else "lines changed" for language in texts]
+    names = [f"{language} {what}" for language, what in zip(texts, head, strict=True)]
+    table(["policy", "new pieces", *names, "promised lines changed"], rows)
 
 
 def article_merge(base: Any, learned: Any) -> Any:

@@ -57,6 +57,7 @@ class Input:
     lineage: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    by_name: tuple[str, ...] = ()  # data sets that are loaded by name, which nobody has read yet
 
     def number(self, group: str, name: str) -> int:
         """A number among the manifest's `arguments` or `counts`. ArtifactError if it has none."""
@@ -94,7 +95,10 @@ def open_sources(role: str, sources: Sequence[Source]) -> Input:
         formats = [path.name.removesuffix(".gz").rpartition(".")[2] for path in paths]
         parts.append(_fingerprint({"files": opened.fingerprint, "formats": " ".join(formats)}))
     fingerprint = _fingerprint({str(i): part for i, part in enumerate(parts)})
-    return Input(role, fingerprint, lineage={role: fingerprint}, parts=tuple(parts))
+    by_name = tuple(source.path for source in sources if not source.is_local())
+    return Input(
+        role, fingerprint, lineage={role: fingerprint}, parts=tuple(parts), by_name=by_name
+    )
 
 
 def open_base_tokenizer(folder: Path) -> Input:
@@ -259,7 +263,9 @@ class Output:
             return True
         space.require(self.path, needed - space.total_bytes(self.unfinished))
         if self.config.check:
-            log.info("settings and inputs are good: %s can be made", self.path)
+            unseen = [name for source in self.inputs for name in source.by_name]
+            aside = f" (not looked at: {', '.join(unseen)}, data sets by name)" if unseen else ""
+            log.info("settings and inputs are good: %s can be made%s", self.path, aside)
         return self.config.check
 
     def _compare(self, manifest: Mapping[str, Any]) -> None:

@@ -39,7 +39,8 @@ def run(main: Callable[[], None]) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for library in ("accelerate", "datasets", "deepspeed", "httpx", "matplotlib", "torch"):
+    for library in ("accelerate", "datasets", "deepspeed", "httpx", "huggingface_hub", "matplotlib",
+                    "torch"):  # fmt: skip
         logging.getLogger(library).setLevel(logging.ERROR)
     # Libraries warning each other of changes to come.
     warnings.filterwarnings("ignore", category=FutureWarning)

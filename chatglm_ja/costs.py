@@ -313,7 +313,7 @@ def _times(shape: Shape, trained: Trained, config: TrainingConfig, plan: Plan) -
         for card in PLANNED_ON
     }
     yield f"a billion tokens, at {mfu:.0%} of a card's peak, as measured on an H100 {kind}:"
-    yield "  " + ", ".join(f"{card} {count:.0f} h" for card, count in hours.items())
+    yield "  " + ", ".join(f"{card} {count:.{int(count < 10)}f} h" for card, count in hours.items())
     if plan.processes > 1:
         gradients, weights = sent_per_step(trained, plan)
         yield (
@@ -325,8 +325,9 @@ def _times(shape: Shape, trained: Trained, config: TrainingConfig, plan: Plan) -
 def sent_per_step(trained: Trained, plan: Plan) -> tuple[float, float]:
     """GB of gradients and of weights that one GPU sends in a step under ZeRO-2, in half precision.
 
-    Gradients are reduced after every pass and each GPU keeps its part; then every GPU gathers the
-    updated weights of all. In a ring of n both send (n - 1) / n of the data.
+    Gradients are all-reduced after every pass (DeepSpeed's default, of which each GPU then keeps
+    its part), and every GPU gathers the updated weights of the others once. In a ring of n GPUs the
+    former sends 2 (n - 1) / n of the data, the latter (n - 1) / n.
     """
     once = 2 * trained.all * (plan.processes - 1) / plan.processes / GB
-    return once * plan.accumulation, once
+    return 2 * once * plan.accumulation, once

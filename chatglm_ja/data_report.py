@@ -68,8 +68,11 @@ def summary(counts: Counts) -> Iterator[str]:
     """The counts in lines: a source each, then the two data sets."""
     for part in ("pretrain", "sft"):
         for source in counts[part]["sources"]:
-            fates = ", ".join(f"{name} {source[name]:,}" for name in FATES if source.get(name))
-            yield f"{source['name']}: {source.get('documents', 0):,} read, {fates or 'none kept'}"
+            dropped = [f"{name} {source[name]:,}" for name in FATES[:-1] if source.get(name)]
+            parts = [f"{source.get('documents', 0):,} read", f"{source.get('kept', 0):,} kept"]
+            if dropped:
+                parts.append(f"dropped for: {', '.join(dropped)}")
+            yield f"{source['name']}: {', '.join(parts)}"
     yield _pretrain_line(counts["pretrain"])
     yield _sft_line(counts["sft"])
 

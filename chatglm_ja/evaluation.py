@@ -77,6 +77,7 @@ class Evaluation:
     def of_stage(self, stage: Stage, *, is_last: bool) -> Results:
         """The measures of a stage."""
         config, material = self.config, self.material
+        log.info("%s: loading %s", stage.name, stage.folder)
         model, encoder = stage.load()
         if config.window > model.config.max_position_embeddings:
             raise ConfigError(
@@ -90,7 +91,7 @@ class Evaluation:
         held_out = material.conversations if is_last else {}
         held_out_kinds = [kind for kind, of_kind in held_out.items() for _ in of_kind]
         talks += [talk[:-1] for of_kind in held_out.values() for talk in of_kind]
-        languages = self._languages(model, encoder)
+        languages = self._languages(stage, model, encoder)
         log.info(
             "%s: bits per character %s",
             stage.name,
@@ -115,12 +116,17 @@ class Evaluation:
             "answering": {way: answers.measure(of_way, kinds) for way, of_way in own.items()},
             "held_out": answers.by_kind(held_out_kinds, rest),
             "choices": multiple_choice.evaluate(
-                model, encoder, material.choices, config.window, config.batch_size
+                model,
+                encoder,
+                material.choices,
+                config.window,
+                config.batch_size,
+                title=f"{stage.name}: choices",
             ),
             "harness": self._harness(stage, model, encoder),
         }
 
-    def _languages(self, model: Any, encoder: Any) -> Results:
+    def _languages(self, stage: Stage, model: Any, encoder: Any) -> Results:
         size = model.config.vocab_size
         if size not in self._speeds:  # stages of one size compute the same
             prompt = chat.build_prompt_ids(encoder, [])
@@ -128,7 +134,12 @@ class Evaluation:
         rows = {}
         for language, texts in self.material.texts.items():
             score = likelihood.score_texts(
-                model, encoder, texts, self.config.window, self.config.batch_size
+                model,
+                encoder,
+                texts,
+                self.config.window,
+                self.config.batch_size,
+                title=f"{stage.name}: scoring {language}",
             )
             rows[language] = {
                 **dataclasses.asdict(score),

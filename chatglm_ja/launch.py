@@ -16,8 +16,8 @@ from chatglm_ja import ranks
 
 
 def main() -> None:
-    # Warnings and errors about what is said below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Warnings and errors about what is said below; torch's loggers have levels of their own.
+    logging.disable(logging.CRITICAL)
     arguments = run.parse_args(sys.argv[1:])
     try:
         run.run(arguments)

@@ -68,10 +68,16 @@ def windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]:
 
 
 def score_texts(
-    model: Any, encoder: Any, texts: Iterable[str], window: int, batch_size: int
+    model: Any,
+    encoder: Any,
+    texts: Iterable[str],
+    window: int,
+    batch_size: int,
+    *,
+    title: str = "scoring",
 ) -> Score:
     """Score texts with a GlmForCausalLM and the sentencepiece processor of its tokenizer."""
-    scores = score_each(model, encoder, texts, window, batch_size)
+    scores = score_each(model, encoder, texts, window, batch_size, title=title)
     if not any(score.characters for score in scores):
         raise DataError("there is no text to score: the held-out file is empty")
     return Score(
@@ -83,13 +89,19 @@ def score_texts(
 
 
 def score_each(
-    model: Any, encoder: Any, texts: Iterable[str], window: int, batch_size: int
+    model: Any,
+    encoder: Any,
+    texts: Iterable[str],
+    window: int,
+    batch_size: int,
+    *,
+    title: str = "scoring",
 ) -> list[Score]:
     """The score of every text by itself; windows of different ones are batched together."""
     prefix = chat.prefix_ids(encoder)
     encoded = [(text, chat.encode_text(encoder, text)) for text in texts]
     cuts = [list(windows([*prefix, *ids], len(prefix), window)) for _, ids in encoded]
-    nats = iter(_nats(model, list(itertools.chain(*cuts)), batch_size, "scoring"))
+    nats = iter(_nats(model, list(itertools.chain(*cuts)), batch_size, title))
     return [
         Score(len(text), len(text.encode()), len(ids), sum(itertools.islice(nats, len(of_text))))
         for (text, ids), of_text in zip(encoded, cuts, strict=True)
@@ -102,6 +114,8 @@ def score_continuations(
     asked: Sequence[tuple[str, Sequence[str]]],
     window: int,
     batch_size: int,
+    *,
+    title: str = "scoring",
 ) -> list[list[float]]:
     """How many nats each continuation costs after its text, of (text, continuations).
 
@@ -127,7 +141,7 @@ def score_continuations(
             cuts.append(((*prefix, *ids[dropped:]), len(prefix) + shared - dropped))
     # A continuation may stand after the same text more than once.
     distinct = list(dict.fromkeys(cuts))
-    nats = dict(zip(distinct, _nats(model, distinct, batch_size, "choices"), strict=True))
+    nats = dict(zip(distinct, _nats(model, distinct, batch_size, title), strict=True))
     scores = iter(nats[cut] for cut in cuts)
     return [[next(scores) for _ in continuations] for _, continuations in asked]
 
@@ -148,7 +162,7 @@ def _nats(model: Any, cuts: Sequence[Window], batch_size: int, title: str) -> li
     # A loss in bfloat16 has three digits: too few to compare choices of a token or two.
     weight = model.lm_head.weight.float()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in tqdm(batches, desc=title, leave=False):
+    for batch in tqdm(batches, desc=title, unit=" batches", leave=False, delay=1):
         longest = len(cuts[batch[-1]][0])
         input_ids = torch.full((len(batch), longest), UNK_ID)
         labels = torch.full((len(batch), longest), chat.IGNORE)

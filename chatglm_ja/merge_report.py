@@ -15,6 +15,7 @@ from typing import Any
 
 from chatglm_ja import page, segmentation
 from chatglm_ja.segmentation import Segmentation
+from chatglm_ja.tokenizer import SPECIAL_TOKENS
 from chatglm_ja.vocabulary import GUARANTEES, Merge
 
 Report = Mapping[str, Any]
@@ -54,6 +55,17 @@ def build(
         "languages": rows,
         "dropped": merged.dropped,
     }
+
+
+def headline(merged: Merge) -> str:
+    """What became of the learned pieces, as a log line."""
+    counts = merged.counts()
+    fates = [f"{count:,} {REASONS[name]}" for name in REASONS if (count := counts.get(name, 0))]
+    return (
+        f"{counts['added']:,} pieces added to {counts['base_pieces']:,} of the base and "
+        f"{len(SPECIAL_TOKENS)} special tokens: {counts['vocabulary']:,} ids"
+        + "".join(f"; {fate}" for fate in fates)
+    )
 
 
 def summary(report: Report) -> Iterator[str]:

@@ -128,7 +128,8 @@ def _count(value: Any) -> str:
 def _settings(steps: Mapping[str, Any]) -> Iterator[str]:
     for step, title in STEPS.items():
         if step in steps:
-            arguments, counts = steps[step]["arguments"], steps[step]["counts"]
+            arguments, counts = steps[step]["arguments"], dict(steps[step]["counts"])
+            counts |= counts.pop("speed", {})
             rows = [[f"`{name}`", str(value)] for name, value in {**arguments, **counts}.items()]
             yield from (f"{title}:", "", *page.markdown_table(["setting", "value"], rows), "")
 

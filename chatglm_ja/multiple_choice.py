@@ -79,6 +79,8 @@ def evaluate(
     questions: Mapping[str, Sequence[Question]],
     window: int,
     batch_size: int,
+    *,
+    title: str = "choices",
 ) -> dict[str, dict[str, float]]:
     """For every language: how many `questions`, the share that `chance` gets right, and the share
     that the model does, in each of WAYS."""
@@ -88,7 +90,9 @@ def evaluate(
         for question in of_language
         for text in (question.text, question.text[-1])
     ]
-    nats = iter(likelihood.score_continuations(model, encoder, asked, window, batch_size))
+    nats = iter(
+        likelihood.score_continuations(model, encoder, asked, window, batch_size, title=title)
+    )
     rows = {}
     for language, of_language in questions.items():
         right = dict.fromkeys(WAYS, 0)

@@ -32,18 +32,28 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit=" steps"
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit=" steps",
+                smoothing=0,  # the mean of all steps so far: one after a pause is no measure
             )
-        self.started, self.first_step = time.monotonic(), state.global_step
-        self.trainer.last_logged = self.started - self.trainer.paused, state.global_step
+        self.started, self.first_step = self._training_time(), state.global_step
+        self.trainer.last_logged = self.started, state.global_step
+
+    def _training_time(self) -> float:
+        """Seconds by a clock that stands still while the run scores or saves."""
+        return time.monotonic() - self.trainer.paused
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         if self.bar is not None:
+            self.bar.start_t = time.time() - (self._training_time() - self.started)
             self.bar.update(state.global_step - self.bar.n)
         is_last = state.global_step == state.max_steps
-        if is_last and args.eval_strategy != "no":
-            control.should_evaluate = True
+        if is_last:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
         if trainer.checkpoints is not None:
             is_due = state.global_step % trainer.config.save_steps == 0
             # After the last step there is nothing to go on with.
@@ -56,7 +66,7 @@ class Progress(TrainerCallback):
         parts = [f"step {state.global_step}/{state.max_steps}"]
         if "loss" in logs:
             done = state.global_step - self.first_step
-            seconds = time.monotonic() - self.started
+            seconds = self._training_time() - self.started
             left = seconds / max(done, 1) * (state.max_steps - state.global_step)
             parts += [
                 f"{state.global_step / state.max_steps:.0%}",
@@ -76,8 +86,8 @@ class Progress(TrainerCallback):
             more = "" if bits is None else f" ({bits:.3f} bits/char)"
             parts.append(f"{language} {loss:.4f}{more}")
         if self.sources and sft_sources.are_scored(logs):
-            for line in sft_sources.describe(self.sources, state.log_history):
-                self.bar.write(line, file=sys.stderr)
+            table = "\n".join(sft_sources.describe(self.sources, state.log_history))
+            self.bar.write(table, file=sys.stderr)
         if len(parts) > 1:
             self.bar.write(" | ".join(parts), file=sys.stderr)
 

@@ -341,7 +341,8 @@ def fetch(source: Source) -> Any:
     except Exception as error:  # the hub's errors have no common base
         raise DataError(
             f"source {source.title}: {source.path} is neither a file here nor a data set that "
-            f"could be loaded ({_first(error)}): download it and give its path"
+            f"could be loaded ({_first(error)}): without a network, download it and give its path "
+            "as LANGUAGE=PATH"
         ) from None
 
 

@@ -157,12 +157,19 @@ def learning(results: Results) -> str:
     return f"Continued pretraining, against the resized model, bits per character: {changed}"
 
 
+def _held_out(results: Results) -> str:
+    """The names of what was scored, in brackets."""
+    sources = results["steps"].get("step7_eval", {}).get("arguments", {}).get("sources", [])
+    return f" ({', '.join(source['name'] for source in sources)})" if sources else ""
+
+
 def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
     """Title, explanation and table of everything that was measured."""
     yield (
         "Bits per character",
-        "Held-out text: lower is better, and comparable between vocabularies. In brackets: the "
-        "change against the base. The resized model has the new pieces, and learned nothing yet.",
+        f"Held-out text{_held_out(results)}: lower is better, and comparable between vocabularies. "
+        "In brackets: the change against the base. The resized model has the new pieces, and "
+        "learned nothing yet.",
         stage_table(results),
     )
     yield "Bits per byte", "The same text, over its bytes in UTF-8.", byte_table(results)

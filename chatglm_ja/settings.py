@@ -48,8 +48,8 @@ class StepConfig:
     overwrite: bool = setting("make the result again if it exists", False, affects_result=False)
     check: bool = setting("check settings and inputs, then stop", False, affects_result=False)
     verify: bool | None = setting(
-        "read every byte of the artifacts that go in, and compare the logits of a model that comes "
-        "out with what they should be; by default of files up to 1 GiB, and models up to 1 GB",
+        "hash all files that go in, and compare the logits of a model that comes out with what "
+        "they should be; by default large ones are left out: files over 1 GiB, models over 1 GB",
         None,
         affects_result=False,
     )

@@ -12,10 +12,11 @@ if ! command -v torchrun >/dev/null; then
   exit 1
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exec python "$1" --help
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
   NPROC_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count())')"
   if [[ "$NPROC_PER_NODE" -eq 0 ]]; then
-    echo "error: no GPU found: set NPROC_PER_NODE to run on the CPU over gloo" >&2
+    echo "error: no GPU found: set NPROC_PER_NODE=2, or more, to run on the CPU over gloo" >&2
     exit 1
   fi
 fi

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from chatglm_ja import costs, dataset, training_state
@@ -266,7 +267,9 @@ class ResumableTrainer(Trainer):
         rows = validation.rows
         size = self.args.per_device_eval_batch_size
         stride = size * self.args.world_size
-        for start in range(size * self.args.process_index, len(rows), stride):
+        starts = range(size * self.args.process_index, len(rows), stride)
+        shown = {"unit": " batches", "leave": False, "disable": not self.is_world_process_zero()}
+        for start in tqdm(starts, "scoring", delay=1, **shown):  # only if it takes longer
             self.watch.progress()
             chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
             batch = self._prepare_inputs(self.collate(chunk))

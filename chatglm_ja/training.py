@@ -214,7 +214,7 @@ def _train(
             plan.accumulation,
         )
     if left_over := len(train_set) % config.global_batch_size:
-        log.info("every epoch leaves out %d rows, which fill no step", left_over)
+        log.info("rows of an epoch that fill no step and are left out: %d", left_over)
     scored, sources = None, []
     if config.evaluations:
         scored = Validation.of(validation, config.data, name, tokenizer.load(config.model))
@@ -277,7 +277,10 @@ def _save_adapter(
     if config.embedding_rows == "new":
         names = (layout.GLM_EMBEDDING, layout.GLM_LM_HEAD)
         new_rows.join(model.get_base_model(), *(read_tensor(config.model, name) for name in names))
+    # Its name alone: where it lies on this machine means nothing elsewhere.
+    model.peft_config["default"].base_model_name_or_path = config.model.name
     model.save_pretrained(folder, save_embedding_layers=config.train_embeddings)
+    (folder / "README.md").unlink()  # PEFT's form for a model card, which nobody has filled in
 
 
 def _read_data(config: TrainingConfig, name: str, shape: costs.Shape) -> tuple[Any, Any]:

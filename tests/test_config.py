@@ -88,7 +88,7 @@ def test_shares_must_name_the_sources() -> None:
 
 
 def test_a_path_that_nobody_set_is_asked_for() -> None:
-    with pytest.raises(ConfigError, match="--sources is not set: Japanese texts"):
+    with pytest.raises(ConfigError, match="--sources is not set: texts of the new language"):
         parse(TrainTokenizerConfig, "", {"output_dir": Path("o")}, [])
 
 
