@@ -39,8 +39,9 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-# What a run has reached of that peak, with compiled layers on an H100 (docs/training.md).
-USUAL_MFU = {"with gradient checkpointing": 0.30, "without gradient checkpointing": 0.38}
+# What runs have reached of that peak on an H100 (docs/training.md): (with gradient checkpointing,
+# with compiled layers).
+USUAL_MFU = {(True, True): 0.30, (True, False): 0.20, (False, True): 0.38, (False, False): 0.28}
 PLANNED_ON = ("RTX 3090", "RTX 4090", "A100", "H100")
 # Rows of logits that are there at once on a GPU while the loss is computed.
 LOSS_ROWS = 1024
@@ -304,15 +305,14 @@ def describe(config: TrainingConfig) -> str:
 
 def _times(shape: Shape, trained: Trained, config: TrainingConfig, plan: Plan) -> Iterable[str]:
     """How long a billion tokens take on cards of several kinds, and what is sent meanwhile."""
-    kind = f"with{'' if config.gradient_checkpointing else 'out'} gradient checkpointing"
-    mfu = USUAL_MFU[kind]
+    mfu = USUAL_MFU[config.gradient_checkpointing, config.compile]
     # Documents as long as a block: the most that attention can take.
     operations = 1e9 * flops_per_token(shape, trained, config.block_size / 2)
     hours = {
         card: operations / (mfu * PEAK_TFLOPS[card] * 1e12 * plan.processes) / 3600
         for card in PLANNED_ON
     }
-    yield f"a billion tokens, at {mfu:.0%} of a card's peak, as measured on an H100 {kind}:"
+    yield f"a billion tokens at {mfu:.0%} of a card's peak, as an H100 reached with these settings:"
     yield "  " + ", ".join(f"{card} {count:.{int(count < 10)}f} h" for card, count in hours.items())
     if plan.processes > 1:
         gradients, weights = sent_per_step(trained, plan)

@@ -52,6 +52,23 @@ def fit(tokens: np.ndarray, losses: np.ndarray) -> PowerLaw | None:
     return PowerLaw(math.exp(offset), -float(slope), int(tokens.max()))
 
 
+def draw(
+    axis: Any, history: Sequence[Mapping[str, Any]], tokens_per_step: int = 1, scale: str = "linear"
+) -> None:
+    """Training and validation losses over the tokens, or over the steps, on one axis."""
+    lines = {"training": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]}
+    lines |= {f"validation {language}": curve for language, curve in curves(history).items()}
+    for label, points in lines.items():
+        # Zero has no logarithm.
+        shown = [(step * tokens_per_step, loss) for step, loss in points if step or scale != "log"]
+        if not shown:
+            continue
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
+        if label == "training":
+            style = {"color": "#1d2330"}
+        axis.plot(*zip(*shown, strict=True), label=label, **style)
+
+
 def write(
     history: Sequence[Mapping[str, Any]], tokens_per_step: int, folder: Path
 ) -> PowerLaw | None:
@@ -65,14 +82,7 @@ def write(
     law = fit(tokens, losses)
     figure, axes = page.figure(10, 3.6, ncols=2)
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
-        axis.plot(tokens, losses, color="#1d2330", label="training")
-        for language, curve in curves(history).items():
-            scored = [(step * tokens_per_step, loss) for step, loss in curve]
-            if scale == "log":
-                scored = [(step, loss) for step, loss in scored if step]
-            if scored:
-                label = f"validation {language}"
-                axis.plot(*zip(*scored, strict=True), "o--", markersize=4, linewidth=1, label=label)
+        draw(axis, history, tokens_per_step, scale)
         if law is not None:
             ahead = np.geomspace(SKIPPED_SHARE * law.tokens, 10 * law.tokens, 50)
             ahead = ahead if scale == "log" else ahead[ahead <= 2 * law.tokens]

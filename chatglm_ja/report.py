@@ -15,9 +15,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from chatglm_ja import page, segmentation
+from chatglm_ja import loss_curves, page, segmentation
 from chatglm_ja.answers import WAYS
-from chatglm_ja.validation import curves
 
 Results = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]  # head and rows
@@ -295,11 +294,7 @@ def _steps(steps: Mapping[str, Any]) -> Iterator[str]:
 def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     """Training and validation loss over the steps, as inline SVG."""
     figure, axes = page.figure(7, 3.2)
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    axes.plot(*zip(*points, strict=True), label="training", color="#1d2330")
-    for language, curve in curves(history).items():
-        label = f"validation {language}"
-        axes.plot(*zip(*curve, strict=True), "o--", label=label, markersize=4, linewidth=1)
+    loss_curves.draw(axes, history)
     axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -35,7 +35,7 @@ if command -v nvidia-smi >/dev/null &&
   echo "GPUs without peer access: NCCL_P2P_DISABLE=$NCCL_P2P_DISABLE" \
     "NCCL_IB_DISABLE=$NCCL_IB_DISABLE" >&2
 fi
-# A process that is told to stop ends its step and writes a checkpoint, 8 GB at 6B size; torchrun
+# A process that is told to stop ends its step and writes a checkpoint, 9 GB at 6B size; torchrun
 # would kill it after 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 # What is wrong with settings or inputs is said once here, not by every process.

@@ -268,8 +268,15 @@ class ResumableTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         stride = size * self.args.world_size
         starts = range(size * self.args.process_index, len(rows), stride)
-        shown = {"unit": " batches", "leave": False, "disable": not self.is_world_process_zero()}
-        for start in tqdm(starts, "scoring", delay=1, **shown):  # only if it takes longer
+        bar = tqdm(
+            starts,
+            "scoring",
+            unit=" batches",
+            leave=False,
+            delay=1,  # only where it takes longer than a second
+            disable=not self.is_world_process_zero(),
+        )
+        for start in bar:
             self.watch.progress()
             chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
             batch = self._prepare_inputs(self.collate(chunk))

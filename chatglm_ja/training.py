@@ -193,11 +193,7 @@ def _train(
         arguments.eval_on_start = False
     model = load_for_training(config, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sample = train_set.select(range(min(SAMPLED_ROWS, len(train_set))))["lengths"]
     tokens_per_step = config.global_batch_size * dataset.tokens(train_set) // len(train_set)
-    context = costs.mean_context(sample if config.document_mask else [[sum(r)] for r in sample])
-    share = dataset.scored_share(train_set, SAMPLED_ROWS)
-    flops = costs.flops_per_token(shape, costs.trained_parameters(shape, config), context, share)
     log.info(
         "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
         trained / 1e6,
@@ -207,14 +203,7 @@ def _train(
         config.global_batch_size,
         f"{tokens_per_step:,}",
     )
-    if plan.accumulation > 1 and config.deepspeed is not None:
-        log.info(
-            "ZeRO-2 sends the gradients %d times a step, once a pass: a larger --micro-batch-size "
-            "or more GPUs make it fewer",
-            plan.accumulation,
-        )
-    if left_over := len(train_set) % config.global_batch_size:
-        log.info("rows of an epoch that fill no step and are left out: %d", left_over)
+    _say_what_is_lost(config, plan, len(train_set))
     scored, sources = None, []
     if config.evaluations:
         scored = Validation.of(validation, config.data, name, tokenizer.load(config.model))
@@ -227,7 +216,7 @@ def _train(
         checkpoints,
         watch,
         tokens_per_step,
-        flops,
+        _flops_per_token(config, shape, train_set),
         args=arguments,
         train_dataset=train_set,
     )
@@ -258,6 +247,31 @@ def _train(
         "history": trainer.state.log_history,
         "sources": sources,
     }
+
+
+def _say_what_is_lost(config: TrainingConfig, plan: costs.Plan, rows: int) -> None:
+    """On the way of the gradients, and of the data."""
+    if plan.accumulation > 1 and config.deepspeed is not None:
+        log.info(
+            "ZeRO-2 sends the gradients %d times a step, once a pass: a larger --micro-batch-size "
+            "or more GPUs make it fewer",
+            plan.accumulation,
+        )
+    if left_over := rows % config.global_batch_size:
+        log.info("rows of an epoch that fill no step and are left out: %d", left_over)
+
+
+def _flops_per_token(config: TrainingConfig, shape: costs.Shape, rows: Any) -> float:
+    """Operations of a trained token, by the lengths of the documents in the first rows."""
+    lengths = rows.select(range(min(SAMPLED_ROWS, len(rows))))["lengths"]
+    if not config.document_mask:
+        lengths = [[sum(of_row)] for of_row in lengths]
+    return costs.flops_per_token(
+        shape,
+        costs.trained_parameters(shape, config),
+        costs.mean_context(lengths),
+        dataset.scored_share(rows, SAMPLED_ROWS),
+    )
 
 
 def _build_no_kernel() -> None:

@@ -279,32 +279,12 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
     with gradio.Blocks(title="ChatGLM3", analytics_enabled=False) as page:
         talks = gradio.State(nothing_said)
         sent = gradio.State("")
-        names = list(models.stages)
-        with gradio.Row():
-            left = gradio.Dropdown(
-                names, value=first, label="Model", info="Another one goes on with what was said"
-            )
-            right = gradio.Dropdown(
-                [NOBODY, *names], value=NOBODY, label="Compare with",
-                info="Joins with the next question",
-            )  # fmt: skip
+        left, right = _model_choices(list(models.stages), first)
         boxes = []
         with gradio.Row():
             for side in SIDES:
                 with gradio.Column(visible=side == "left", min_width=280) as column:
-                    boxes.append(
-                        gradio.Chatbot(
-                            label="Answers" if side == "left" else "Compared",
-                            show_label=False,
-                            height=440,
-                            render_markdown=False,
-                            latex_delimiters=[],
-                            buttons=[],
-                            feedback_options=None,
-                            elem_id=side,
-                            elem_classes="chat",
-                        )
-                    )
+                    boxes.append(_answer_box(side))
         text = gradio.Textbox(
             label="Question",
             placeholder="Enter sends, Shift+Enter begins a new line",
@@ -317,20 +297,11 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
             send = gradio.Button("Send", variant="primary", elem_id="send")
             halt = gradio.Button("Stop", elem_id="stop")
             clear = gradio.Button("New conversation", elem_id="clear")
-        with gradio.Accordion("Sampling", open=False):
-            temperature = gradio.Slider(
-                0, 2, value=config.temperature, step=0.05,
-                label="Temperature (0: always the likeliest token)",
-            )  # fmt: skip
-            top_p = gradio.Slider(0.05, 1, value=config.top_p, step=0.05, label="Top p")
-            tokens = gradio.Slider(
-                1, MAX_TOKENS, value=min(config.max_new_tokens, MAX_TOKENS), step=1,
-                label="Longest answer, in tokens",
-            )  # fmt: skip
+        sampling = _sampling_sliders(config)
         right.change(show_right, right, column, show_progress="hidden")
         gradio.on([send.click, text.submit], begin, text, [text, sent], queue=False).then(
             ask,
-            [sent, talks, left, right, temperature, top_p, tokens],
+            [sent, talks, left, right, *sampling],
             [text, talks, *boxes],
             concurrency_limit=1,
             show_progress="minimal",
@@ -340,3 +311,60 @@ def build(models: Models, first: str, config: EvalConfig) -> Any:
         clear.click(forget, None, [talks, *boxes], queue=False)
     page.queue(max_size=MAX_WAITING)
     return page
+
+
+def _model_choices(names: list[str], first: str) -> tuple[Any, Any]:
+    """The models of both sides."""
+    import gradio
+
+    with gradio.Row():
+        left = gradio.Dropdown(
+            names, value=first, label="Model", info="Another one goes on with what was said"
+        )
+        right = gradio.Dropdown(
+            [NOBODY, *names],
+            value=NOBODY,
+            label="Compare with",
+            info="Joins with the next question",
+        )
+    return left, right
+
+
+def _answer_box(side: str) -> Any:
+    import gradio
+
+    return gradio.Chatbot(
+        label="Answers" if side == "left" else "Compared",
+        show_label=False,
+        height=440,
+        render_markdown=False,
+        latex_delimiters=[],
+        buttons=[],
+        feedback_options=None,
+        elem_id=side,
+        elem_classes="chat",
+    )
+
+
+def _sampling_sliders(config: EvalConfig) -> list[Any]:
+    """Temperature, top p, and the longest answer, folded away."""
+    import gradio
+
+    with gradio.Accordion("Sampling", open=False):
+        return [
+            gradio.Slider(
+                0,
+                2,
+                value=config.temperature,
+                step=0.05,
+                label="Temperature (0: always the likeliest token)",
+            ),
+            gradio.Slider(0.05, 1, value=config.top_p, step=0.05, label="Top p"),
+            gradio.Slider(
+                1,
+                MAX_TOKENS,
+                value=min(config.max_new_tokens, MAX_TOKENS),
+                step=1,
+                label="Longest answer, in tokens",
+            ),
+        ]
