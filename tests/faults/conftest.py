@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import fuzzing
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import Runner
@@ -24,6 +25,7 @@ def thorough(request: pytest.FixtureRequest) -> bool:
 def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     found = Ledger()
     yield found
+    found.tables["fuzz"] |= fuzzing.entries()
     path = request.config.getoption("--reliability", default=None)
     if path is not None:
         found.write(path)

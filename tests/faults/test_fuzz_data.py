@@ -1,0 +1,372 @@
+"""Texts, conversations and lists of sources from outside, made up at random: each is read, or
+refused in one line that names it."""
+
+import contextlib
+import gzip
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import strategies as st
+
+from chatglm_ja import (
+    answers,
+    chat,
+    conversations,
+    corpus,
+    export,
+    multiple_choice,
+    pretrain_data,
+    records,
+    sft_data,
+    sources,
+    tokenizer,
+    units,
+    vocabulary,
+)
+from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.records import Reject
+from chatglm_ja.sources import Source
+from tests.faults.fuzzing import (
+    LONGEST_MESSAGE,
+    any_text,
+    any_value,
+    damaged,
+    deep,
+    folder,
+    fuzz,
+    json_texts,
+    nested,
+    refusals,
+    scalars,
+)
+
+# --- Records ------------------------------------------------------------------------------------
+
+names = st.sampled_from(
+    ["text", "id", "kind", "messages", "instruction", "output", "history", "system", "question",
+     "choices", "answer", "conversations", "prompt", "response"]
+)  # fmt: skip
+roles = st.sampled_from(["user", "human", "USER", "assistant", "gpt", "system", "tool", "x", ""])
+message = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": roles | any_value,
+        "from": roles | any_value,
+        "content": any_text | any_value,
+        "value": any_text | any_value,
+        "metadata": any_text | any_value,
+        "tools": any_value,
+    },
+)
+
+
+@st.composite
+def dialogues(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Messages that alternate, most of them."""
+    speakers = draw(st.sampled_from([["user", "assistant"], ["human", "gpt"], ["user", "tool"]]))
+    talk: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        talk.append({"role": "system", "content": draw(any_text), "tools": draw(any_value)})
+    for turn in range(draw(st.integers(1, 6))):
+        content = draw(any_text.filter(str.strip) | any_text)
+        talk.append({"role": speakers[turn % 2], "content": content})
+        if draw(st.integers(0, 4)) == 0:
+            talk[-1]["metadata"] = draw(any_text | any_value)
+    return talk
+
+
+columns_of_record = st.dictionaries(names, any_value, max_size=4) | st.fixed_dictionaries(
+    {},
+    optional={
+        "text": any_text,
+        "id": any_value,
+        "messages": dialogues() | st.lists(message, max_size=4) | any_value,
+        "instruction": any_text,
+        "input": any_text | st.none(),
+        "output": any_text,
+        "system": any_text,
+        "history": st.lists(st.lists(any_text, min_size=2, max_size=2), max_size=2) | any_value,
+        "question": any_text,
+        "choices": st.lists(any_text, max_size=3),
+        "answer": st.integers(0, 3) | any_value,
+    },
+)
+DEEP_RECORDS = (
+    '{"id": %s, "text": "x", "kind": "k"}',
+    '{"id": 1, "text": "x", "kind": %s}',
+    '{"messages": [{"role": %s, "content": "x"}]}',
+    '{"messages": [{"role": "user", "content": "x", "metadata": %s}], "id": %s}',
+    '{"question": %s, "choices": ["a", "b"], "answer": 1}',
+    '{"question": "q", "choices": ["a", "b"], "answer": %s}',
+)
+deep_records = deep.flatmap(
+    lambda text: st.sampled_from(DEEP_RECORDS).map(lambda form: form.replace("%s", text))
+)
+ODD_LINES = (
+    b'{"text": "a", "text": 1}', b'{"id": 1, "id": [], "text": ""}', b"\xef\xbb\xbf{}",
+    b'{"text": "\\ud800"}', b'{"text": "\\u0000"}', b'{"text": NaN, "id": Infinity}',
+    b'{"\\ud800": 1}', b'{"text": 1' + b"0" * 5000 + b"}", b'{"id": 1' + b"0" * 4290 + b"}",
+    b" " + b"= " * 3000 + b"x", b" " + b"= = " * 3000 + b"x", b" = " + b" " * 9000 + b"x",
+    b'" x' * 60_000, b" = Title = ", b'{"text": " ' + b"= " * 3000 + b'x"}',
+)  # fmt: skip
+lines = (
+    columns_of_record.map(json.dumps).map(str.encode)
+    | json_texts(any_value).map(str.encode)
+    | deep_records.map(str.encode)
+    | st.binary(max_size=30)
+    | st.sampled_from(ODD_LINES)
+)
+
+
+@st.composite
+def files(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A name's ending, and what a file with it holds."""
+    ending = draw(st.sampled_from(sources.ENDINGS))
+    found = draw(st.lists(lines, max_size=6))
+    separator = draw(st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n"]))
+    content = separator.join(found) + draw(st.sampled_from([b"", b"\n"]))
+    if ".json" in ending and ".jsonl" not in ending and draw(st.booleans()):
+        content = b"[" + b",".join(found) + b"]"
+    if ending == ".parquet":
+        content = b"PAR1" + content + b"PAR1"
+    if draw(st.integers(0, 4)) == 0:
+        content = draw(damaged(content))
+    if ending.endswith(".gz"):
+        content = gzip.compress(content, mtime=0)
+        if draw(st.booleans()):
+            content = draw(damaged(content))
+    return ending, content
+
+
+forms = st.builds(
+    Source,
+    st.sampled_from(["ja", "zh", "en", "code"]),
+    st.just("unused"),
+    columns=st.none() | st.sampled_from(["text", "messages", "instruction>output", "a+b>c", "id"]),
+    where=st.none() | st.sampled_from([("kind", "k"), ("id", "1")]),
+    format=st.sampled_from(["records", "records", "wikitext"]),
+    id_column=st.sampled_from(["id", "id", None, "text"]),
+)
+
+
+@fuzz(
+    "JSONL, JSON, text, parquet, gzip, wikitext",
+    files(),
+    forms,
+    st.sampled_from([1, 30, records.CHUNK_BYTES]),
+)
+def test_records(merged_dir: Path, file: tuple[str, bytes], form: Source, chunk_bytes: int) -> None:
+    check_records(merged_dir, *file, form, chunk_bytes)
+
+
+@pytest.mark.parametrize("form", [Source("ja", "x"), Source("en", "x", format="wikitext")])
+@pytest.mark.parametrize("ending", [".jsonl", ".txt", ".json"])
+def test_odd_records(merged_dir: Path, ending: str, form: Source) -> None:
+    content = b"\n".join(ODD_LINES)
+    check_records(merged_dir, ending, content, form, records.CHUNK_BYTES)
+
+
+@pytest.mark.parametrize("line", DEEP_RECORDS)
+def test_deep_records(merged_dir: Path, tmp_path: Path, line: str) -> None:
+    """How deep is too deep does not depend on who reads the record, and from where."""
+    form = Source("ja", "x", where=("kind", "k") if '"kind": %s' in line else None)
+    for depth in (50, 150, 960, 980, 5000):
+        content = line.replace("%s", nested(depth)).encode()
+        for name, whole in (("a.jsonl", content), ("a.json", b"[" + content + b"]")):
+            check_records(merged_dir, Path(name).suffix, whole, form, records.CHUNK_BYTES)
+            (tmp_path / name).write_bytes(whole)
+            source = Source("ja", str(tmp_path / name))
+            found = [
+                pair for chunk in records.chunks(source) for pair in records.records(chunk, source)
+            ]
+            assert isinstance(found[0][1], Reject) == (depth > records.MAX_DEPTH)
+
+
+def check_records(
+    merged_dir: Path, ending: str, content: bytes, form: Source, chunk_bytes: int
+) -> None:
+    """No line is lost: it becomes a text or a conversation, or a record with what is wrong."""
+    with folder() as work:
+        path = work / f"a{ending}"
+        path.write_bytes(content)
+        source = Source(**{**vars(form), "path": str(path)})
+        with refusals() as said:
+            chunks = list(records.chunks(source, chunk_bytes))
+            read = [pair for chunk in chunks for pair in records.records(chunk, source)]
+            check_numbers(read)
+            if ending in (".jsonl", ".txt") and source.where is None:
+                rest = content.removeprefix(b"\xef\xbb\xbf") if chunk_bytes > 2 else content
+                found = rest.removesuffix(b"\n").split(b"\n") if rest else []
+                if ending == ".jsonl":
+                    found = [line for line in found if not is_blank(line)]
+                assert len(read) == len(found)
+            prepare = pretrain_data.Preparer(merged_dir, "NFKC", 1, True, True, None)
+            check_units(prepare, chunks, source, work, "t")
+            prepare_sft = sft_data.Preparer(merged_dir, 64, True)
+            check_units(prepare_sft, chunks, source, work, "c")
+        assert not said, "step 4 counts what is wrong"
+        with refusals():
+            assert all(isinstance(text, str) for text in corpus.read_texts(source))
+        with refusals():
+            assert all(conversations.read_conversations(source))
+        with refusals():
+            multiple_choice.read([source])
+
+
+def is_blank(line: bytes) -> bool:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        return False
+    return not text or text.isspace()
+
+
+def check_numbers(read: Sequence[tuple[int, Any]]) -> None:
+    numbers = [number for number, _ in read]
+    assert numbers == sorted(set(numbers))
+    for _, record in read:
+        assert isinstance(record, dict) or (record.reason and isinstance(record.detail, str))
+
+
+def check_units(
+    prepare: Any, chunks: Sequence[records.Chunk], source: Source, work: Path, to: str
+) -> None:
+    """What is read is kept, dropped by a filter or rejected; all of it is counted."""
+    for index, chunk in enumerate(chunks):
+        meta = prepare(units.Task(source, chunk, work / f"{to}{index}"))
+        assert all(number > 0 and reason for number, reason, _ in meta["rejects"])
+        if source.format == "records":
+            read = len(list(records.records(chunk, source)))
+            assert meta["found"] + len(meta["rejects"]) == read
+
+
+# --- Conversations ------------------------------------------------------------------------------
+
+
+@fuzz(
+    "conversations, in all their formats",
+    record=st.fixed_dictionaries({"messages": dialogues()})
+    | st.fixed_dictionaries({"messages": st.lists(message, max_size=5)})
+    | columns_of_record
+    | st.dictionaries(any_text | names, any_value, max_size=4),
+    columns=st.none() | st.sampled_from(["messages", "instruction+input>output", "a"]) | any_text,
+)
+def test_conversations(
+    record: dict[str, Any], columns: str | None, encoder: Any, both: Any
+) -> None:
+    """What is accepted can be encoded, and no text in it becomes a special token."""
+    with refusals() as said:
+        messages = conversations.read_messages(record, columns)
+    assert not said, "a bad conversation is rejected, not an error"
+    if isinstance(messages, Reject):
+        assert messages.reason and messages.detail
+        return
+    special = {chat.special_id(encoder, token): token for token in tokenizer.SPECIAL_TOKENS}
+    marks = special | {0: "<unk>", 1: "<s>", 2: "</s>"}
+    placed = ["[gMASK]", "sop", *(f"<|{message['role']}|>" for message in messages)]
+    for each in both:
+        ids, labels = chat.build_example(each, messages)
+        assert [marks[i] for i in ids if i in marks] == [*placed, "</s>"]
+        assert all(label in (chat.IGNORE, i) for i, label in zip(ids, labels, strict=True))
+        prompt = chat.build_prompt_ids(each, messages)
+        assert [marks[i] for i in prompt if i in marks] == [*placed, "<|assistant|>"]
+        assert prompt[:-1] == ids[:-1]
+
+
+@pytest.fixture(scope="module")
+def both(encoder: Any, merge: vocabulary.Merge) -> list[Any]:
+    """The merged tokenizer in both of its forms."""
+    return [encoder, export.transformers_tokenizer(merge.proto)]
+
+
+# --- YAML ---------------------------------------------------------------------------------------
+
+ODD_YAML = (
+    "!!bool x", '!!int ""', "!!timestamp x", '!!float ""', "1" + ":1" * 400 + ".0", "!!int 0x",
+    "&a [*a]", '"\\ud800"', '"\\UFFFFFFFF"', "!!binary é", "2001-99-99", "{<<: 3}", "? [a]",
+    "!!python/object:os.system x", "[" * 400, "- " * 400, "\0", "%YAML 9", "a: b: c", "\t",
+)  # fmt: skip
+# Lists of lists of the same list: short to write, and 10^9 entries to whoever writes it out.
+LEVELS = [f"&{b} [{','.join(['*' + a] * 10)}]" for a, b in pairwise("abcdefghij")]
+BOMB = f"[&a [x], {', '.join(LEVELS)}]"
+BOMBS = [
+    form.replace("?", BOMB)
+    for form in ("?", "- ?", "- {language: ?, path: a.txt}", "- {language: ja, path: ?}",
+                 "- {language: ja, path: a.txt, where: {a: ?}}", "{ja: ?}",
+                 "- {language: ja, path: a.txt, weight: ?, format: ?, x: ?}")
+]  # fmt: skip
+source_fields = st.sampled_from(
+    ["language", "path", "name", "columns", "subset", "where", "weight", "format", "id_column", "x"]
+)
+entries = st.dictionaries(source_fields, any_value, max_size=4) | st.builds(
+    lambda more: {"language": "ja", "path": "a.jsonl", **more},
+    st.dictionaries(source_fields, any_value, max_size=2),
+)
+yaml_texts = (
+    st.text(max_size=60)
+    | st.text("-:[]{}!&*<>|'\"%@#,? \nab1.", max_size=40)
+    | st.sampled_from(ODD_YAML)
+    | st.builds("- {{language: ja, path: a.jsonl, name: {}}}".format, st.sampled_from(ODD_YAML))
+    | st.lists(entries, max_size=3).map(yaml.safe_dump)
+    | st.dictionaries(st.sampled_from(["ja", "zh", "code", "x"]) | scalars, any_value).map(
+        yaml.safe_dump
+    )
+    | st.dictionaries(st.sampled_from(["ja", "code"]), st.lists(any_text, max_size=3)).map(
+        yaml.safe_dump
+    )
+).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=40)
+
+
+@fuzz("YAML files of sources and questions", yaml_texts)
+def test_yaml(content: bytes) -> None:
+    check_yaml(content)
+
+
+@pytest.mark.parametrize("text", [*ODD_YAML, *BOMBS])
+def test_odd_yaml(text: str) -> None:
+    check_yaml(text.encode())
+
+
+def check_yaml(content: bytes) -> None:
+    with folder() as work:
+        path = work / "a.yaml"
+        path.write_bytes(content)
+        for failure in (ConfigError, DataError):
+            with refusals():
+                sources.load_yaml(path, failure)
+        with refusals():
+            prompts = answers.read_prompts(path, ["ja"])
+            assert all(isinstance(text, str) for asked in prompts.values() for text in asked)
+        with contextlib.chdir(work), refusals():
+            for source in sources.read_argument(str(path)):
+                check_source(source)
+
+
+@fuzz(
+    "sources on the command line",
+    any_text.map(lambda text: text.replace("*", "").replace("/", ""))
+    | st.text("ja=#@?.[]~", max_size=12),
+)
+def test_source_arguments(argument: str) -> None:
+    for text in (argument, f"ja={argument}"):
+        with folder() as work, contextlib.chdir(work), refusals():
+            for source in sources.read_argument(text):
+                check_source(source)
+
+
+def check_source(source: Source) -> None:
+    assert str(source) and source.title
+    sources.contradictions([source])
+    source.settings()
+    if ".." not in source.path and not source.path.startswith("/"):
+        source.files()
+
+
+def test_messages_are_one_line() -> None:
+    assert str(DataError("a\nb\x1b[1m\u2028c")) == "a b [1m c"
+    assert len(str(DataError("x" * 10**6))) <= LONGEST_MESSAGE

@@ -1,0 +1,360 @@
+"""Models, tokenizers and manifests from outside, made up at random: each is read, or refused in
+one line that names it."""
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from chatglm_ja import (
+    base_config,
+    chat,
+    checkpoint,
+    encoding,
+    export,
+    tokenizer,
+    vocabulary,
+)
+from chatglm_ja.artifacts import MANIFEST, Output, history, open_artifact, read_manifest
+from chatglm_ja.checkpoints import Checkpoints
+from tests.faults.fuzzing import (
+    BASE,
+    SHARD,
+    SPELLINGS,
+    any_value,
+    changed,
+    damaged,
+    folder,
+    fuzz,
+    json_texts,
+    refusals,
+    scalars,
+)
+from tests.test_artifacts import Config
+
+# --- Checkpoints --------------------------------------------------------------------------------
+
+
+def read_checkpoint(changes: dict[str, bytes]) -> None:
+    """A copy of the base, some of whose files are others, read as step 3 reads it."""
+    with folder() as copy:
+        for path in BASE.iterdir():
+            if path.name not in changes:
+                (copy / path.name).symlink_to(path)
+        for name, content in changes.items():
+            (copy / name).write_bytes(content)
+        with refusals():
+            opened = checkpoint.Checkpoint(copy)
+            opened.size()
+            assert sum(tensor.numel() for _, tensor in opened.glm_tensors()) > 0
+        with refusals():
+            checkpoint.describe(copy)
+            assert all(name for name, _ in checkpoint.stored_tensors(copy))
+        with refusals():
+            checkpoint.read_tensor(copy, "transformer.output_layer.weight")
+
+
+HEADER_BYTES = struct.unpack("<Q", (BASE / SHARD).read_bytes()[:8])[0]
+HEADER = json.loads((BASE / SHARD).read_bytes()[8 : 8 + HEADER_BYTES])
+DATA = (BASE / SHARD).read_bytes()[8 + HEADER_BYTES :]
+BIN_NAME = "pytorch_model.bin"
+
+
+@st.composite
+def shards(draw: st.DrawFn) -> bytes:
+    """A file of tensors with a header that says something else."""
+    header = draw(
+        json_texts(changed(HEADER))
+        | any_value.map(json.dumps)
+        | changed(dict(list(HEADER.items())[:2])).map(
+            lambda some: json.dumps(HEADER)[:-1] + ", " + json.dumps(some)[1:]
+        )
+        | st.sampled_from(["F8_E4M3", "I64", "BOOL", "F64", "F4", "C64", "BF16", "x", "F32"]).map(
+            lambda dtype: json.dumps(HEADER).replace("F16", dtype)
+        )
+        | st.integers(-(2**70), 2**70).map(
+            lambda number: json.dumps(HEADER).replace("[0,", f"[{number},").replace("64", "65")
+        )
+        | st.just(json.dumps(HEADER))
+    ).encode()
+    length = draw(
+        st.just(len(header))
+        | st.integers(0, 2**64 - 1)
+        | st.sampled_from([0, 2**63, 2**64 - 1, 10**8, len(header) - 1, len(header) + 1])
+    )
+    return struct.pack("<Q", length) + header + draw(st.just(DATA) | st.binary(max_size=50))
+
+
+@fuzz(
+    "safetensors files: headers, offsets, bytes",
+    st.binary(max_size=200) | shards() | damaged((BASE / SHARD).read_bytes()),
+)
+def test_shards(content: bytes) -> None:
+    read_checkpoint({SHARD: content})
+
+
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("bin") / BIN_NAME
+    torch.save({"transformer.output_layer.weight": torch.zeros(4, 4)}, path)
+    return path.read_bytes()
+
+
+@fuzz("`pytorch_model.bin`", data=st.data())
+def test_pickled_shards(data: st.DataObject, pickled: bytes) -> None:
+    content = data.draw(st.binary(max_size=200) | damaged(pickled))
+    with folder() as copy:
+        (copy / "config.json").symlink_to(BASE / "config.json")
+        (copy / BIN_NAME).write_bytes(content)
+        with refusals():
+            checkpoint.Checkpoint(copy)
+        with refusals():
+            checkpoint.read_tensor(copy, "transformer.output_layer.weight")
+
+
+INDEX = json.loads((BASE / checkpoint.INDEX_FILE).read_bytes())
+
+
+@fuzz(
+    "indices of weights",
+    st.binary(max_size=100)
+    | json_texts(any_value | changed(INDEX)).map(str.encode)
+    | st.builds(
+        lambda name, file: json.dumps({"weight_map": {**INDEX["weight_map"], name: file}}).encode(),
+        st.sampled_from(sorted(INDEX["weight_map"])),
+        any_value | st.sampled_from(["config.json", "tokenizer.model", SHARD, "./" + SHARD]),
+    ),
+)
+def test_indices(content: bytes) -> None:
+    read_checkpoint({checkpoint.INDEX_FILE: content})
+
+
+CONFIG = json.loads((BASE / "config.json").read_bytes())
+
+
+@fuzz(
+    "config.json",
+    st.binary(max_size=100)
+    | json_texts(any_value | changed(CONFIG)).map(str.encode)
+    | st.dictionaries(
+        st.sampled_from([*base_config.SIZES, "rope_ratio", "_name_or_path", "quantization_bit"]),
+        scalars,
+        min_size=1,
+        max_size=2,
+    ).map(lambda some: json.dumps(CONFIG | some).encode()),
+)
+def test_configurations(content: bytes) -> None:
+    read_checkpoint({"config.json": content})
+    with folder() as copy:
+        (copy / "config.json").write_bytes(content)
+        with refusals():
+            base_config.read_config(copy)
+    with folder() as copy:
+        (copy / "config.json").write_bytes(content)
+        with refusals():
+            checkpoint.load_glm(copy, None, "auto") if b'"glm"' not in content else None
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+MODEL = (BASE / tokenizer.MODEL_FILE).read_bytes()
+PIECE = tokenizer.messages.ModelProto.SentencePiece
+LEARNED = ("し", "ま", "す", "しま", "します", "込む", "<|user|>")
+
+
+def without_bytes(proto: Any) -> None:
+    proto.trainer_spec.byte_fallback = False
+    del proto.pieces[3:]
+
+
+NORMAL, UNKNOWN, CONTROL = PIECE.NORMAL, PIECE.UNKNOWN, PIECE.CONTROL
+# To a model with only the pieces that every base has.
+ODD_MODELS: dict[str, Callable[[Any], object]] = {
+    "no longer piece": lambda proto: None,
+    "no piece but characters": lambda proto: proto.pieces.add(piece="a", score=-1),
+    "a score that is no number": lambda proto: proto.pieces.add(piece="a", score=math.nan),
+    "a score without an end": lambda proto: proto.pieces.add(piece="a", score=-math.inf),
+    "a piece twice": lambda proto: proto.pieces.add(piece="<s>", score=-1),
+    "no UTF-8": lambda proto: proto.MergeFromString(b"\n\x04\n\x02\xff\xfe"),
+    "no UTF-8 twice": lambda proto: proto.MergeFromString(b"\n\x04\n\x02\xff\xfe" * 2),
+    "an empty piece": lambda proto: proto.pieces.add(piece="", score=-1),
+    "a space in a piece": lambda proto: proto.pieces.add(piece="a b", score=-1),
+    "a zero in a piece": lambda proto: proto.pieces.add(piece="\0\0", score=-1),
+    "no unknown piece": lambda proto: proto.pieces.pop(0),
+    "no beginning": lambda proto: proto.pieces.pop(1),
+    "no end": lambda proto: proto.pieces.pop(2),
+    "a control piece of a letter": lambda proto: proto.pieces.add(piece="a", type=CONTROL),
+    "another order": lambda proto: proto.pieces.reverse(),
+    "an end that is text": lambda proto: setattr(proto.pieces[2], "type", NORMAL),
+    "more control pieces": lambda proto: proto.pieces.add(piece="<pad>", type=CONTROL),
+    "a merged model": lambda proto: proto.pieces.add(piece="sop", type=CONTROL),
+    "a piece for users": lambda proto: proto.pieces.add(piece="ab", type=PIECE.USER_DEFINED),
+    "an unused piece": lambda proto: proto.pieces.add(piece="します", type=PIECE.UNUSED),
+    "a byte too few": lambda proto: proto.pieces.pop(),
+    "a mark at the end": lambda p: setattr(p.trainer_spec, "treat_whitespace_as_suffix", True),
+    "no bytes": without_bytes,
+    "a damaged map": lambda p: setattr(p.normalizer_spec, "precompiled_charsmap", b"\4\0\0\0abcd"),
+    "the other map": lambda p: setattr(p.denormalizer_spec, "precompiled_charsmap", b"\4\0\0\0a"),
+}
+
+
+def small_model() -> Any:
+    proto = tokenizer.parse_model(MODEL, Path("tiny"))
+    del proto.pieces[3 + 256 :]
+    return proto
+
+
+@st.composite
+def models(draw: st.DrawFn) -> bytes:
+    """A well-formed ModelProto that is odd."""
+    proto = small_model() if draw(st.booleans()) else tokenizer.parse_model(MODEL, Path("tiny"))
+    score = st.floats(-1e6, 0, width=32) | st.sampled_from([0.0, math.nan, math.inf, -3.4e38])
+    text = st.text(min_size=1, max_size=4) | st.sampled_from(
+        [*SPELLINGS, "", "a", "し", "ます", "\0", "的的", " ", "a b", "\n", "します", "▁▁"]
+    )
+    kind = st.sampled_from([NORMAL] * 6 + [UNKNOWN, CONTROL, 4, 5, 6])
+    for _ in range(draw(st.integers(0, 4))):
+        piece = PIECE(piece=draw(text), score=draw(score), type=draw(kind))
+        if draw(st.integers(0, 3)):
+            proto.pieces.append(piece)
+        else:
+            proto.pieces[draw(st.integers(0, len(proto.pieces) - 1))].CopyFrom(piece)
+    for change in draw(st.lists(st.sampled_from(sorted(ODD_MODELS)), max_size=1)):
+        ODD_MODELS[change](proto)
+    content: bytes = proto.SerializeToString()
+    # A field that says that it is longer, a text that is no UTF-8.
+    return content + draw(st.sampled_from([b""] * 8 + [b"\n\x7f", b"\n\x04\n\x02\xff\xfe"]))
+
+
+@fuzz(
+    "sentencepiece models: bytes, and well-formed odd ones",
+    st.binary(max_size=200) | damaged(MODEL) | models() | models(),
+)
+def test_tokenizer_models(content: bytes) -> None:
+    check_model(content)
+
+
+@pytest.mark.parametrize("change", ODD_MODELS)
+def test_odd_tokenizer_models(change: str) -> None:
+    proto = small_model()
+    ODD_MODELS[change](proto)
+    check_model(proto.SerializeToString())
+
+
+def check_model(content: bytes) -> None:
+    """As step 2 reads the base's and step 1's, and merges; then as step 4 encodes with them."""
+    with folder() as copy:
+        (copy / "config.json").symlink_to(BASE / "config.json")
+        (copy / tokenizer.MODEL_FILE).write_bytes(content)
+        (copy / vocabulary.JA_MODEL_FILE).write_bytes(content)
+        with refusals():
+            base = tokenizer.read_base(copy)
+            check_merge(copy, base, [PIECE(piece=text) for text in LEARNED])
+        with refusals():
+            learned = vocabulary.read_learned(copy)
+            check_merge(copy, tokenizer.read_base(BASE), learned.pieces)
+
+
+def check_merge(target: Path, base: Any, pieces: Iterable[Any]) -> None:
+    learned = small_model()
+    del learned.pieces[:]
+    learned.pieces.extend(pieces)
+    merged = vocabulary.merge(base, learned, "japanese").proto
+    assert [p.piece for p in merged.pieces[:3]] == ["<unk>", "<s>", "</s>"]
+    assert all(math.isfinite(piece.score) for piece in merged.pieces)
+    texts = ["", "します 的 a\n", "<|user|>"]
+    export.save(merged, target)
+    loaded = tokenizer.load(target)
+    encoded = [loaded.encode(text) for text in texts]
+    assert [ids.tolist() for ids in encoding.CorpusEncoder(merged).encode(texts)] == encoded
+    assert export.line_encoder(merged)(texts) == encoded
+    chat.build_example(loaded, [{"role": "user", "content": text} for text in texts])
+
+
+# --- Manifests ----------------------------------------------------------------------------------
+
+STEP = "step1_x"
+
+
+def publish(path: Path) -> dict[str, Any]:
+    """A small artifact "a", made from another beside it, "base"; returns its manifest."""
+    for name, step, made_from in (("base", "step0_x", ()), ("a", STEP, ("step0_x",))):
+        inputs = [open_artifact(path / "base", f"{other}.py") for other in made_from]
+        output = Output(Config(output_dir=path / name, size=1), step, inputs)
+        with output.write() as working:
+            (working / "data.txt").write_text("content")
+    manifest: dict[str, Any] = json.loads((path / "a" / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+with folder() as _made:
+    VALID_MANIFEST = publish(_made)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("published")
+    publish(path)
+    return path
+
+
+RUN = {"seed": 1, "step4_prepare_data": "abc"}
+
+
+@fuzz(
+    "manifests of artifacts",
+    json_texts(any_value | changed(VALID_MANIFEST)) | st.binary(max_size=50),
+)
+def test_manifests(published: Path, content: str | bytes) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    with folder() as made:
+        work = made / "work"
+        shutil.copytree(published, work)
+        inputs = [open_artifact(work / "base", "step0_x.py")]
+        for name in ("a", "base"):
+            manifest = work / name / MANIFEST
+            before = manifest.read_bytes()
+            manifest.write_bytes(raw)
+            with refusals():
+                read_manifest(work / name)
+            with refusals():
+                history(work / "a")
+            with refusals():
+                opened = open_artifact(work / "a", f"{STEP}.py")
+                Output(Config(output_dir=work / "b"), "step2_x", [opened]).describe()
+            for overwrite in (False, True):
+                config = Config(output_dir=work / name, size=1, overwrite=overwrite)
+                with refusals():
+                    Output(config, STEP, inputs).is_settled()
+            manifest.write_bytes(before)
+
+
+with folder() as _made:
+    _checkpoints = Checkpoints(_made, RUN, keep=1)
+    with _checkpoints.write(1) as _working:
+        assert _working is not None
+        (_working / "weights.safetensors").write_bytes(b"weights")
+    VALID_CHECKPOINT = json.loads((_made / "step-000001" / MANIFEST).read_bytes())
+
+
+@fuzz(
+    "manifests of checkpoints",
+    json_texts(any_value | changed(VALID_CHECKPOINT)) | st.binary(max_size=50),
+    st.booleans(),
+)
+def test_checkpoint_manifests(content: str | bytes, overwrite: bool) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    with folder() as work:
+        path = work / "step-000001"
+        path.mkdir()
+        (path / "weights.safetensors").write_bytes(b"weights")
+        (path / MANIFEST).write_bytes(raw)
+        with refusals():
+            assert Checkpoints(work, RUN, keep=1).start(overwrite) in (None, path)
