@@ -10,6 +10,7 @@ interpreter of another environment: nothing but the standard library is imported
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,13 @@ def step_command(name: str, output: Path, **paths: Path) -> list[str]:
     """The command line of one of the seven steps."""
     inputs = [f"--{flag.replace('_', '-')}={path}" for flag, path in paths.items()]
     return [sys.executable, str(PROJECT / f"{name}.py"), f"--output-dir={output}", *inputs]
+
+
+def emptied(folder: Path) -> Path:
+    """The folder, with nothing in it: to be filled, and renamed when it is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

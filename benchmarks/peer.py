@@ -219,12 +219,6 @@ def versions(step: str, interpreter: str) -> dict[str, dict[str, str]]:
     }
 
 
-def emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
-
-
 # Measuring
 
 

@@ -32,7 +32,6 @@ SHARDS = 7
 
 
 def write_random_checkpoint(source: Path, folder: Path) -> None:
-    folder.mkdir(parents=True)
     for name in ("config.json", tokenizer.MODEL_FILE):
         shutil.copyfile(source / name, folder / name)
     shapes = layout.expected_shapes(read_config(folder))
@@ -76,7 +75,9 @@ def main() -> None:
                 f"{arguments.work_dir} has {free / 1e9:.0f} GB free, and {needed / 1e9:.0f} GB are "
                 "needed: choose another --work-dir"
             )
-        write_random_checkpoint(arguments.base_model, base)
+        unfinished = measuring.emptied(base.with_suffix(".unfinished"))
+        write_random_checkpoint(arguments.base_model, unfinished)
+        unfinished.rename(base)
 
     shards = [path.stat().st_size for path in base.glob("*.safetensors")]
     copy, output = arguments.work_dir / "copy", arguments.work_dir / "resized"

@@ -11,8 +11,9 @@ for want of a GPU, of ChatGLM3-6B's files or of LLaMA-Factory, is named there wi
 An hour on two cores; 60 GB of disk for step 3 at 6B size. Of CHATGLM3_6B_DIR only config.json and
 tokenizer.model are read, --ja-tokenizer is a sentencepiece model (here: the article's), and
 llamafactory_data.py says how LLaMA-Factory is installed. Steps 1 to 5 of the demo are run first
-unless they are finished. The page is written anew after each benchmark, so that one that is stopped
-leaves what it has measured.
+unless they are finished. --work-dir keeps what each benchmark printed, and the page as far as it
+has come; docs/benchmarks.md is replaced when all that can be measured has been, and not by a part
+of the benchmarks (--only).
 """
 
 import argparse
@@ -42,6 +43,7 @@ from chatglm_ja.errors import DataError
 
 log = logging.getLogger(__name__)
 
+FOLDER = PROJECT / "benchmarks"
 PAGE = PROJECT / "docs" / "benchmarks.md"
 DEMO = PROJECT / "artifacts" / "demo"
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "peft", "deepspeed")
@@ -64,7 +66,9 @@ class Benchmark:
 
 
 # What prepare() makes for benchmarks, of which options.
-MADE_FROM = {"tokenizer": ("base_model", "ja_tokenizer"), "conversations": ()}
+MADE_FROM: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("base_model", "ja_tokenizer"), "conversations": (), "demo": ()
+}  # fmt: skip
 
 BENCHMARKS = (
     Benchmark("How soon a step answers", "startup.py"),
@@ -99,12 +103,12 @@ BENCHMARKS = (
     Benchmark(
         "What ZeRO-2 sends",
         "zero2_traffic.py",
-        f"--model={DEMO}/step3_model --data={DEMO}/step4_data --block-size=256",
+        "--model={demo}/step3_model --data={demo}/step4_data --block-size=256",
     ),
     Benchmark(
         "Training at 6B size",
         "train_6b.py",
-        f"--work-dir={{work_dir}}/6b --tokenizer={DEMO}/step2_tokenizer "
+        "--work-dir={work_dir}/6b --tokenizer={demo}/step2_tokenizer "
         "--conversations={conversations}",
         gpu=True,
     ),
@@ -129,15 +133,24 @@ def main() -> None:
     chosen = [b for b in BENCHMARKS if not arguments.only or b.script in arguments.only]
     sections = [Section(benchmark, missing=missing(benchmark, arguments)) for benchmark in chosen]
     possible = [section for section in sections if not section.missing]
+    if not possible:
+        raise DataError(f"nothing can be measured: {sections[0].missing}")
+    state = revision()  # what is measured may change on the disk meanwhile
     values = prepare(arguments, possible)
+    draft = arguments.work_dir / PAGE.name
     for number, section in enumerate(possible, 1):
         log.info("%d of %d: %s", number, len(possible), section.benchmark.script)
         measure(section, values)
-        PAGE.write_text(page(sections, own_command(arguments)), encoding="utf-8")
-    log.info("written: %s", PAGE)
+        text = page(sections, own_command(arguments), state)
+        draft.write_text(text, encoding="utf-8")
     failed = [section.benchmark.script for section in possible if section.missing]
     if failed:
-        raise DataError(f"{', '.join(failed)} failed: what they said is above")
+        raise DataError(f"{', '.join(failed)} failed: what they said is above; see {draft}")
+    if arguments.only:
+        log.info("written: %s", draft)
+    else:
+        shutil.copyfile(draft, PAGE)
+        log.info("written: %s", PAGE)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -155,6 +168,12 @@ def parse_arguments() -> argparse.Namespace:
     for path in (arguments.base_model, arguments.ja_tokenizer):
         if path and not path.exists():
             parser.error(f"{path} not found")
+    languages = {source.partition("=")[0] for source in arguments.sources or ()}
+    if arguments.sources and languages != {"ja", "zh", "en"}:
+        parser.error(f"--sources are of {', '.join(sorted(languages))}, expected ja, zh and en")
+    for source in arguments.sources or ():
+        if not Path(source.partition("=")[2].partition("#")[0]).exists():
+            parser.error(f"--sources {source}: no such file")
     if arguments.llamafactory and shutil.which(arguments.llamafactory) is None:
         parser.error(f"--llamafactory {arguments.llamafactory} is no program")
     return arguments
@@ -181,7 +200,7 @@ def prepare(arguments: argparse.Namespace, sections: Sequence[Section]) -> dict[
     options, and the folders of what was made."""
     work_dir: Path = arguments.work_dir
     work_dir.mkdir(parents=True, exist_ok=True)
-    values = vars(arguments) | {name: work_dir / name for name in MADE_FROM}
+    values = vars(arguments) | {name: work_dir / name for name in MADE_FROM} | {"demo": DEMO}
     steps = ["step1_train_tokenizer", "step2_merge_tokenizer", "step3_resize_model",
              "step4_prepare_data", "step5_train_pt"]  # fmt: skip
     commands = [[sys.executable, str(PROJECT / "demo" / "build_base_model.py")]]
@@ -195,30 +214,40 @@ def prepare(arguments: argparse.Namespace, sections: Sequence[Section]) -> dict[
     if "conversations" in wanted:
         data = step_command("step4_prepare_data", values["conversations"])
         commands.append([*data, "--max-length=1024"])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")}
     for command in commands:
-        if subprocess.run(command, check=False, env=environment).returncode:
+        if subprocess.run(command, check=False, env=environment()).returncode:
             raise DataError(f"{Path(command[1]).name} failed, which benchmarks start from")
     return values
 
 
-def measure(section: Section, values: Mapping[str, Any]) -> None:
+def measure(section: Section, values: Mapping[str, Any], folder: Path = FOLDER) -> None:
     """Run a benchmark and keep what it said; what it shows while it works is on the screen."""
     benchmark = section.benchmark
     quoted = {name: words(value) for name, value in values.items()}
     flags = benchmark.flags.format(**quoted)
     flags += "".join(f" {flag(n)} {quoted[n]}" for n in benchmark.may_use if values[n])
-    command = [sys.executable, str(PROJECT / "benchmarks" / benchmark.script), *shlex.split(flags)]
+    command = [sys.executable, str(folder / benchmark.script), *shlex.split(flags)]
     start = time.monotonic()
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    kept = values["work_dir"] / f"{Path(benchmark.script).stem}.out"
+    with open(kept, "w", encoding="utf-8") as file:
+        ended = subprocess.run(command, stdout=file, env=environment(), check=False)
     section.minutes = (time.monotonic() - start) / 60
     if ended.returncode:
         section.missing = f"failed with status {ended.returncode}"
         return
-    *said, last = ended.stdout.rstrip().splitlines()
+    try:
+        *said, last = kept.read_text(encoding="utf-8").rstrip().splitlines()
+        found = json.loads(last)
+        section.ratios, section.versions = found["ratios"], found["versions"]
+    except (ValueError, KeyError):
+        section.missing = f"ended without figures: see {kept.name}"
+        return
     section.said = "\n".join(said).strip()
-    found = json.loads(last)
-    section.ratios, section.versions = found["ratios"], found["versions"]
+
+
+def environment() -> dict[str, str]:
+    """Without the user's choice of a profile: the demo's is the one that is measured."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")}
 
 
 def words(value: Any) -> str:
@@ -229,7 +258,7 @@ def words(value: Any) -> str:
 # The page
 
 
-def page(sections: Sequence[Section], command: str) -> str:
+def page(sections: Sequence[Section], command: str, state: str) -> str:
     measured = [section for section in sections if section.said]
     ratios = [
         [ratio["what"], f"**{in_digits(ratio['value'])}**", ratio["aim"]]
@@ -242,7 +271,7 @@ def page(sections: Sequence[Section], command: str) -> str:
         "could not be measured on this machine. What the figures mean, and what was tried, is in "
         "the documents of their subjects: [experiments.md](experiments.md) lists them.",
         f"```bash\n{command}\n```",
-        f"Measured on {machine()}; {datetime.date.today().isoformat()}{revision()}.",
+        f"Measured on {machine()}; {datetime.date.today().isoformat()}; {state}.",
         "## Ratios",
         "Both sides of a ratio were measured in the same run, in turn.",
         table(["what", "measured", "aim"], ratios),
@@ -304,11 +333,17 @@ def machine() -> str:
 
 
 def revision() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    return f"; revision {done.stdout.strip()}" if done.returncode == 0 else ""
+    """The commit that is measured, and whether files differ from it."""
+    said = []
+    for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]):
+        done = subprocess.run(
+            ["git", *command], cwd=PROJECT, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return "revision not known"
+        said.append(done.stdout.strip())
+    commit, changed = said
+    return f"revision {commit}" + (" with changes" if changed else "")
 
 
 def versions(sections: Sequence[Section]) -> list[list[str]]:

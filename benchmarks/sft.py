@@ -157,7 +157,7 @@ def prepare(arguments: argparse.Namespace) -> Rows:
     columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
     datasets.disable_progress_bars()
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)})
-    saved.save_to_disk(str(peer.emptied(conversations_dir(arguments))))
+    saved.save_to_disk(str(measuring.emptied(conversations_dir(arguments))))
     return Rows(
         bins=[sum(lengths) for lengths in bins["lengths"]],
         conversations=[len(ids) for ids in columns["input_ids"]],

@@ -43,7 +43,7 @@ from typing import Any
 
 # Beside this file; it makes the project's package importable.
 import measuring
-from measuring import PROJECT, Ratio
+from measuring import PROJECT, Ratio, emptied
 from tqdm import tqdm
 
 BLOCK_SIZE = 1024
@@ -231,7 +231,7 @@ def join_group_of(ranks: int) -> None:
 def make_model(options: argparse.Namespace) -> None:
     """Random weights in the layout that step 3 writes, unless they are there."""
     folder = options.work_dir / "model"
-    if (folder / "config.json").is_file():
+    if folder.is_dir():
         return
     import torch
     from transformers import GlmConfig, GlmForCausalLM
@@ -264,11 +264,12 @@ def make_model(options: argparse.Namespace) -> None:
                 weight = torch.randn(shape, dtype=torch.float16, device=device) * 0.02
                 yield name, weight.cpu()
 
-    folder.mkdir(parents=True)
-    checkpoint.write_sharded(tensors(), folder, 2 * 10**9)
+    unfinished = emptied(folder.with_suffix(".unfinished"))
+    checkpoint.write_sharded(tensors(), unfinished, 2 * 10**9)
     if options.tokenizer:
-        export.copy_files(options.tokenizer, folder)
-    config.save_pretrained(folder)
+        export.copy_files(options.tokenizer, unfinished)
+    config.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def make_data(options: argparse.Namespace) -> None:
@@ -280,12 +281,12 @@ def make_data(options: argparse.Namespace) -> None:
     import numpy as np
     from datasets.arrow_writer import ArrowWriter
 
-    folder.mkdir(parents=True)
+    unfinished = emptied(folder.with_suffix(".unfinished"))
     numbers = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"input_ids": numbers, "lengths": numbers, "sources": numbers})
     generator = np.random.default_rng(0)
     for split, count in (("train", 1024), ("validation", 0)):
-        path = folder / f"pretrain_{split}-00000-of-00001.arrow"
+        path = unfinished / f"pretrain_{split}-00000-of-00001.arrow"
         with ArrowWriter(path=str(path), features=features) as writer:
             for _ in range(count):
                 cuts = np.sort(generator.choice(BLOCK_SIZE - 1, generator.integers(1, 4), False))
@@ -293,6 +294,7 @@ def make_data(options: argparse.Namespace) -> None:
                 ids = generator.integers(3, options.rows, BLOCK_SIZE).tolist()
                 writer.write({"input_ids": ids, "lengths": lengths, "sources": [0] * len(lengths)})
             writer.finalize()
+    unfinished.rename(folder)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def write_random_base(source: Path, folder: Path) -> None:
     config = read_config(source) | SMALL | {"torch_dtype": "float32"}
     torch.manual_seed(peer.SEED)
     model = GlmForCausalLM(layout.glm_config(config, config["padded_vocab_size"], torch.float32))
-    unfinished = peer.emptied(folder.with_suffix(".unfinished"))
+    unfinished = measuring.emptied(folder.with_suffix(".unfinished"))
     tensors = layout.to_chatglm(model.state_dict())
     checkpoint.write_sharded(
         ((name, tensor.contiguous()) for name, tensor in tensors.items()), unfinished, 10**9
@@ -199,7 +199,7 @@ def write_blocks(data: Path, folder: Path) -> None:
     masks = [[1] * len(block) for block in blocks]
     # The labels are its collator's.
     saved = datasets.Dataset.from_dict({"input_ids": blocks, "attention_mask": masks})
-    unfinished = peer.emptied(folder.with_suffix(".unfinished"))
+    unfinished = measuring.emptied(folder.with_suffix(".unfinished"))
     datasets.DatasetDict({"train": saved}).save_to_disk(str(unfinished))
     unfinished.rename(folder)
 
