@@ -19,10 +19,12 @@ from chatglm_ja.artifacts import (
     open_artifact,
     open_artifact_or_file,
     open_file_input,
+    open_sources,
     read_manifest,
 )
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.settings import StepConfig, setting
+from chatglm_ja.sources import Source
 from tests.conftest import PROJECT
 
 
@@ -223,6 +225,20 @@ def test_large_files_are_compared_by_size_unless_every_byte_is_asked_for(
     ):
         with pytest.raises(ArtifactError, match="SHA-256"):
             refusing()
+
+
+def test_a_check_says_what_it_has_not_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    sources = [Source("ja", str(tmp_path / "a.txt")), Source("ja", "somebody/data-set")]
+    config = Config(output_dir=tmp_path / "out", check=True)
+    with caplog.at_level("INFO"):
+        assert Output(config, "step1_x", [open_sources("texts", sources)]).is_settled()
+        assert "can be made (not looked at: somebody/data-set, data sets by name)" in caplog.text
+        caplog.clear()
+        assert Output(config, "step1_x", [open_sources("texts", sources[:1])]).is_settled()
+        assert caplog.text.rstrip().endswith("can be made")
 
 
 def test_unfinished_work_is_kept_until_the_result_is_published(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What training costs, against torch: real parameters, what autograd keeps, counted operations."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,26 @@ def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> Non
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     config = config_6b(deepspeed=tmp_path / "ds.json")
     assert costs.bucket_elements(shape, config) == shape.hidden**2
+
+
+def test_the_hours_are_those_of_the_measured_speed() -> None:
+    """An H100 with a quarter of the work trained 11,547 tokens/s (docs/training.md), with LoRA of
+    rank 8; documents as long as blocks take a little more."""
+    shape = costs.Shape(**{**vars(CHATGLM3_6B), "rows": 78_592})
+    config = config_6b(gradient_checkpointing=True, compile=True)
+    trained = costs.trained_parameters(shape, config)
+    lines = "\n".join(costs._times(shape, trained, config, costs.Plan(4, 1, 4)))
+    assert "at 30% of a card's peak" in lines
+    measured = 1e9 / (4 * 11_547) / 3600
+    (found,) = re.findall(r"H100 (\S+) h", lines)
+    assert float(found) == pytest.approx(measured, rel=0.03)
+
+
+def test_what_is_sent_is_what_deepspeed_sends() -> None:
+    """All gradients in a ring twice, the weights once; in GB, in half precision."""
+    trained = costs.Trained(lora=100_000_000, embeddings=400_000_000, frozen=0)
+    assert costs.sent_per_step(trained, costs.Plan(4, 1, 2)) == pytest.approx((1.0, 0.5))
+    assert costs.sent_per_step(trained, costs.Plan(4, 3, 4)) == pytest.approx((4.5, 0.75))
 
 
 def test_every_item_of_the_memory() -> None:

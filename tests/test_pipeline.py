@@ -17,8 +17,6 @@ import pytest
 from tests.conftest import DATA, PROJECT
 from tests.pipeline import SMALL, STEPS, Runner, error_of
 
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
-
 
 def test_the_report_has_every_stage_and_language(pipeline: Runner) -> None:
     results = json.loads((pipeline.folder / "step7_eval" / "results.json").read_text())
@@ -59,6 +57,15 @@ def test_the_card_lies_beside_the_weights(pipeline: Runner) -> None:
     assert "| pretrained |" in card  # the results
     # The step that made the folder still takes it for its own.
     assert pipeline.small("step6_train_sft.py").returncode == 0
+
+
+@pytest.mark.parametrize("folder", ["step5_pt", "step6_sft"])
+def test_an_adapter_names_no_folder_of_this_machine(pipeline: Runner, folder: str) -> None:
+    adapter = pipeline.folder / folder / "adapter"
+    assert {path.name for path in adapter.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    assert str(pipeline.root) not in (adapter / "adapter_config.json").read_text(encoding="utf-8")
 
 
 def test_the_latest_model_is_talked_to(pipeline: Runner) -> None:
@@ -328,20 +335,29 @@ def test_bad_data_is_one_line_and_a_file_of_what_is_bad(pipeline: Runner, tmp_pa
     assert not (tmp_path / "data.rejects.jsonl").exists()
 
 
-@pytest.mark.parametrize(("step", "output"), [("5_train_pt", "5_pt"), ("6_train_sft", "6_sft")])
-def test_two_processes_train_as_one(pipeline: Runner, step: str, output: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "processes", "step", "output"),
+    [
+        ("step5_train_pt_multi_gpu.sh", "2", "step5_train_pt.py", "step5_pt"),
+        ("step6_train_sft_multi_gpu.sh", "2", "step6_train_sft.py", "step6_sft"),
+        # Two launchers, each with an address of its own.
+        ("docs/two_hosts.sh", "1", "step5_train_pt.py", "step5_pt"),
+    ],
+)
+def test_two_processes_train_as_one(
+    pipeline: Runner, script: str, processes: str, step: str, output: str
+) -> None:
     """ZeRO-2 over gloo: the same global batch gives the same losses to four digits."""
-    two = pipeline.root / f"two_{output}"
-    result = pipeline.small(
-        f"step{step}_multi_gpu.sh",
-        "--output-dir", str(two), NPROC_PER_NODE="2",
-        MASTER_PORT="29533",
+    two = pipeline.root / f"two_{Path(script).stem}"
+    result = pipeline.run(
+        script, *SMALL[step].split(), "--output-dir", str(two),
+        NPROC_PER_NODE=processes, MASTER_PORT="29533",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     counts = json.loads((two / "manifest.json").read_text())["counts"]
     assert counts["world_size"] == 2
     for kind in ("loss", "eval_"):
-        one = pipeline.losses(pipeline.folder / f"step{output}", kind)
+        one = pipeline.losses(pipeline.folder / output, kind)
         assert len(one) >= 4
         assert pipeline.losses(two, kind) == pytest.approx(one, rel=1e-4)
 
@@ -387,6 +403,20 @@ def test_two_processes_are_stopped_and_one_or_two_go_on(pipeline: Runner) -> Non
             expected = pipeline.losses(whole, kind)
             assert pipeline.losses(folder, kind) == pytest.approx(expected, rel=1e-5)
         assert not folder.with_name(folder.name + ".checkpoints").exists()
+
+
+def test_two_hosts_end_together(pipeline: Runner) -> None:
+    """What one refuses ends the dry run, with its word."""
+    result = pipeline.run("docs/two_hosts.sh", "--lora-rank", "0", MASTER_PORT="29535")
+    assert result.returncode == 1
+    assert "error: --lora-rank is 0" in result.stdout
+    assert "machine 0: " in result.stdout or "machine 1: " in result.stdout
+
+
+def test_a_launcher_gives_help_without_a_gpu(pipeline: Runner) -> None:
+    result = pipeline.run("step5_train_pt_multi_gpu.sh", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == pipeline.run("step5_train_pt.py", "--help").stdout
 
 
 def test_a_launcher_says_what_is_wrong_once(pipeline: Runner) -> None:
@@ -489,23 +519,6 @@ def test_the_6b_profile_asks_for_the_model(tmp_path: Path) -> None:
     assert "--base-model is not set" in error_of(result)
     result = Runner(tmp_path).run("step1_train_tokenizer.py", CHATGLM_JA_PROFILE="big")
     assert "expected one of demo, chatglm3-6b" in error_of(result)
-
-
-def test_every_command_of_the_readme_exists() -> None:
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, flags=re.DOTALL))
-    scripts = set(re.findall(r"\b(?:python|bash)(?: -m)? ([\w/.]+\.(?:py|sh))", blocks))
-    assert {name for name in scripts if name.startswith("step")} >= set(STEPS)
-    for script in scripts:
-        assert (PROJECT / script).is_file(), script
-        if script.endswith(".sh"):
-            subprocess.run(["bash", "-n", str(PROJECT / script)], check=True)
-    makefile = (PROJECT / "Makefile").read_text()
-    targets = re.findall(r"\bmake (\w+)", blocks)
-    assert "demo" in targets and "test" in targets
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for name in re.findall(r"`(step\w+\.(?:py|sh))`", README):
-        assert (PROJECT / name).is_file(), name
 
 
 def test_the_demo_data_is_small_and_held_out() -> None:

@@ -292,8 +292,9 @@ def test_the_speed_is_that_of_training_alone(
 ) -> None:
     """By a clock that a step puts on by 2 seconds, and scoring by 100."""
     now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
     for module in (trainer, progress):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(module, "time", clock)
     for name, seconds in (("training_step", 2.0), ("_score", 100.0)):
 
         def slow(self: Any, *given: Any, whole: Any = None, seconds: float = 0.0) -> Any:
@@ -312,6 +313,15 @@ def test_the_speed_is_that_of_training_alone(
     assert [line["tokens_per_second"] for line in lines] == [128.0] * 3
     assert [line["mfu"] for line in lines] == [pytest.approx(128e9 / 0.5e12, abs=1e-4)] * 3
     assert [e["step"] for e in result["history"] if "eval_ja_loss" in e] == [0, 2, 4, 6]
+
+
+def test_the_last_step_is_logged_however_few_there_are(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    config = config_for(resized_dir, data_dir, tmp_path, max_steps=3, logging_steps=10)
+    history = training.train(config, "pretrain", tmp_path)["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [3]
+    assert [entry["tokens_per_second"] > 0 for entry in history if "loss" in entry] == [True]
 
 
 def test_one_evaluation_is_the_last(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:

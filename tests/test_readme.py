@@ -1,0 +1,143 @@
+"""The READMEs: what they name exists, and the translations say what the English one says."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline import PROJECT, STEPS
+
+ENGLISH = PROJECT / "README.md"
+TRANSLATIONS = ("README.zh-CN.md", "README.ja.md")
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a section says that does not depend on the language it is written in."""
+
+    level: int
+    commands: list[str]
+    rows: list[list[Counter[str]]]  # the figures in every cell of its tables
+    figures: Counter[str]  # in all of its text
+    code: Counter[str]
+    links: Counter[str]
+
+
+def sections(text: str) -> list[Section]:
+    found = []
+    # Headings begin a line, as comments in blocks of code do.
+    bare = BLOCK.sub(lambda block: block[0].replace("#", "\0"), text)
+    for part in re.split(r"^(?=#+ )", bare, flags=re.MULTILINE)[1:]:
+        part = part.replace("\0", "#")
+        blocks = [body for _, body in BLOCK.findall(part)]
+        prose = BLOCK.sub("", part)
+        rows = [line.strip("|").split("|") for line in prose.splitlines() if line.startswith("|")]
+        found.append(
+            Section(
+                level=len(part) - len(part.lstrip("#")),
+                commands=[line for body in blocks for line in commands(body)],
+                rows=[[figures(cell) for cell in row] for row in rows],
+                figures=figures(prose),
+                code=Counter(re.findall(r"`([^`]+)`", prose)),
+                # Not those to the other languages.
+                links=Counter(re.findall(r"\]\((?!README)([^)]+)\)", prose)),
+            )
+        )
+    return found
+
+
+def commands(body: str) -> list[str]:
+    """The lines of a block without what is said about them, which stands after two spaces."""
+    return [re.split(r"  +", line.strip())[0] for line in body.splitlines()]
+
+
+def figures(text: str) -> Counter[str]:
+    """Numbers, and those that are digits of a name."""
+    return Counter(re.findall(r"\d+(?:[.,]\d+)*", text))
+
+
+@pytest.mark.parametrize("name", TRANSLATIONS)
+def test_translations_are_in_step_with_the_english_readme(name: str) -> None:
+    expected = sections(ENGLISH.read_text(encoding="utf-8"))
+    found = sections((PROJECT / name).read_text(encoding="utf-8"))
+    assert [section.level for section in found] == [section.level for section in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.commands == theirs.commands
+        assert ours.rows == theirs.rows
+        assert ours.code == theirs.code
+        assert ours.links == theirs.links
+        assert ours.figures == theirs.figures
+
+
+def test_a_translation_that_is_behind_is_noticed() -> None:
+    text = ENGLISH.read_text(encoding="utf-8")
+    for old, new in (
+        ("## Licences", "### Licences"),
+        ("python step7_eval.py --chat", "python step7_eval.py --talk"),
+        ("**4.126**", "**4.127**"),
+        ("`--stall-seconds`", "`--stall-minutes`"),
+        ("(docs/scaling.md)", "(docs/data.md)"),
+    ):
+        assert old in text
+        assert sections(text.replace(old, new)) != sections(text), old
+
+
+def documents() -> list[Path]:
+    return [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_every_link_leads_to_a_file(path: Path) -> None:
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target:
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_every_command_exists(path: Path) -> None:
+    blocks = "\n".join(body for _, body in BLOCK.findall(path.read_text(encoding="utf-8")))
+    scripts = set(re.findall(r"\b(?:python|bash|sbatch) ([\w/.]+\.(?:py|sh|sbatch))", blocks))
+    for script in scripts:
+        assert (PROJECT / script).is_file(), script
+        if not script.endswith(".py"):
+            subprocess.run(["bash", "-n", str(PROJECT / script)], check=True)
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", blocks, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    if path == ENGLISH:
+        assert scripts >= set(STEPS)
+
+
+def test_the_design_names_every_module() -> None:
+    text = (PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^[\w., ]*\.py\b", text, flags=re.MULTILINE))
+    listed = {name for line in named for name in re.findall(r"\w+\.py", line)}
+    modules = {path.name for path in (PROJECT / "chatglm_ja").glob("*.py")} - {"__init__.py"}
+    assert listed == modules
+
+
+PROGRAMS = [*STEPS, *(f"benchmarks/{path.name}" for path in (PROJECT / "benchmarks").glob("*.py"))]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_that_a_document_gives_a_program_exists(program: str) -> None:
+    """In commands, wherever they stand."""
+    launcher = program.replace(".py", "_multi_gpu.sh")
+    command = re.compile(rf"(?:python|bash) (?:{program}|{launcher})([^\n`#]*)")
+    lines = [
+        line
+        for path in documents()
+        for line in command.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
+    ]
+    flags = {flag for line in lines for flag in re.findall(r"--[\w-]+", line)}
+    if not flags:
+        return
+    asked = [sys.executable, str(PROJECT / program), "--help"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    assert {flag for flag in flags if not re.search(rf"{flag}\b", said)} == set()
