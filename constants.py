@@ -115,17 +115,17 @@ else:
         Source("en", "Salesforce/wikitext", subset="wikitext-103-v1", format="wikitext"),
     )
     # The article's fourth Japanese set is given out on application: it is used if its file is here.
-    _ichikara = PROJECT_DIR / "data" / "ichikara-instruction-20231221-003.json"
-    ICHIKARA = tuple(
-        Source("ja", str(path), columns="text>output", id_column="ID")
-        for path in (_ichikara,)
-        if path.exists()
+    _ichikara = Source(
+        "ja",
+        f"{PROJECT_DIR}/data/ichikara-instruction-20231221-003.json",
+        columns="text>output",
+        id_column="ID",
     )
     SFT_SOURCES = (
         Source("ja", "kunishou/oasst2-chat-68k-ja", columns="conversations"),
         Source("ja", "kunishou/databricks-dolly-15k-ja", columns="instruction+input>output"),
         Source("ja", "fujiki/japanese_hh-rlhf-49k", columns="instruction+input>output"),
-        *ICHIKARA,
+        *([_ichikara] if Path(_ichikara.path).exists() else []),
         Source("zh", "shibing624/alpaca-zh", columns="instruction+input>output"),
         Source("zh", "LooksJuicy/ruozhiba", columns="instruction>output"),
         # Only its label 1 marks right answers, about a thousand; the next two fill the share.

@@ -95,7 +95,7 @@ def talk(config: EvalConfig) -> None:
     chosen.open()
     from chatglm_ja import generation, terminal
 
-    untrained = ", which nothing was trained from yet" if len(there) == 1 else ""
+    untrained = ", which has not been trained here" if chosen.name in ("base", "resized") else ""
     log.info("talking to %s, %s%s", chosen.name, chosen.folder, untrained)
     sampling = generation.Sampling(config.temperature, config.top_p)
     terminal.talk(*chosen.load(), config.max_new_tokens, sampling)

@@ -13,7 +13,6 @@ file too: torch, and what needs it, must not be imported here, nor by what measu
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -201,10 +200,9 @@ def run_program(command: list[str], work_dir: Path, name: str) -> float:
     return usage.ru_maxrss * 1024 / 1e9
 
 
-def versions(step: str, interpreter: str) -> dict[str, dict[str, str]]:
-    """The packages behind the figures. Raises DataError if LLaMA-Factory is not installed."""
-    packages = ("torch", "transformers", "peft")
-    theirs = ("llamafactory", *packages)
+def versions(interpreter: str) -> dict[str, dict[str, str]]:
+    """LLaMA-Factory's packages. Raises DataError if it is not installed."""
+    theirs = ("llamafactory", "torch", "transformers", "peft")
     code = f"import importlib.metadata as m; print(*map(m.version, {theirs}))"
     done = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -213,10 +211,7 @@ def versions(step: str, interpreter: str) -> dict[str, dict[str, str]]:
             f"{interpreter} has no LLaMA-Factory ({reason}): benchmarks/llamafactory_data.py says "
             "how to install it"
         )
-    return {
-        step: {name: importlib.metadata.version(name) for name in packages},
-        "LLaMA-Factory": dict(zip(theirs, done.stdout.split(), strict=True)),
-    }
+    return {"LLaMA-Factory": dict(zip(theirs, done.stdout.split(), strict=True))}
 
 
 # Measuring

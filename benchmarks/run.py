@@ -220,13 +220,13 @@ def prepare(arguments: argparse.Namespace, sections: Sequence[Section]) -> dict[
     return values
 
 
-def measure(section: Section, values: Mapping[str, Any], folder: Path = FOLDER) -> None:
+def measure(section: Section, values: Mapping[str, Any]) -> None:
     """Run a benchmark and keep what it said; what it shows while it works is on the screen."""
     benchmark = section.benchmark
     quoted = {name: words(value) for name, value in values.items()}
     flags = benchmark.flags.format(**quoted)
     flags += "".join(f" {flag(n)} {quoted[n]}" for n in benchmark.may_use if values[n])
-    command = [sys.executable, str(folder / benchmark.script), *shlex.split(flags)]
+    command = [sys.executable, str(FOLDER / benchmark.script), *shlex.split(flags)]
     start = time.monotonic()
     kept = values["work_dir"] / f"{Path(benchmark.script).stem}.out"
     with open(kept, "w", encoding="utf-8") as file:
@@ -239,7 +239,7 @@ def measure(section: Section, values: Mapping[str, Any], folder: Path = FOLDER) 
         *said, last = kept.read_text(encoding="utf-8").rstrip().splitlines()
         found = json.loads(last)
         section.ratios, section.versions = found["ratios"], found["versions"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         section.missing = f"ended without figures: see {kept.name}"
         return
     section.said = "\n".join(said).strip()
@@ -351,7 +351,7 @@ def versions(sections: Sequence[Section]) -> list[list[str]]:
     own = {name: importlib.metadata.version(name) for name in PACKAGES}
     found = {"this project": {"Python": platform.python_version()} | own}
     for section in sections:
-        found |= {k: v for k, v in section.versions.items() if not k.startswith("step")}
+        found |= section.versions
     return [[who, ", ".join(f"{k} {v}" for k, v in of.items())] for who, of in found.items()]
 
 

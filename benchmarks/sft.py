@@ -100,7 +100,7 @@ class WayWithPadding:
 
 def main() -> None:
     arguments = parse_arguments()
-    versions = peer.versions("step 6", arguments.llamafactory)
+    versions = peer.versions(arguments.llamafactory)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     # Libraries that this process must not load (peer.py says why) are loaded in another one.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:

@@ -88,7 +88,7 @@ def main() -> None:
     elif arguments.task == "blocks":
         write_blocks(data_dir(arguments), blocks_dir(arguments))
     else:
-        versions = peer.versions("step 5", arguments.llamafactory)
+        versions = peer.versions(arguments.llamafactory)
         ways = ways_to_train(arguments, prepare(arguments))
         runs = peer.take_turns(ways, arguments.rounds, arguments.work_dir)
         for way in (USUAL, ONE_PASS):
@@ -274,7 +274,8 @@ def print_table(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> No
 
 
 def compared(runs: dict[str, list[Run]]) -> list[Ratio]:
-    """Step 5 to LLaMA-Factory as it usually runs: its fastest way, and its smallest."""
+    """Step 5 to LLaMA-Factory as it usually runs: the way that computes the same, and
+    the one of least memory."""
     return [
         *peer.compared(runs, OURS_NO_MASK, USUAL, "1.5", "0.65"),
         *peer.compared(runs, OURS_ACCUMULATED, USUAL, "1.5", "0.65"),

@@ -277,6 +277,8 @@ def main() -> None:
     }
     if "ja" not in texts:
         raise ConfigError("--sources name no Japanese text: expected ja=PATH")
+    if arguments.ja_tokenizer and "zh" not in texts:
+        raise ConfigError("--ja-tokenizer compares Chinese lines: expected zh=PATH among --sources")
     held_out = [text for text in texts["ja"] if is_held_out(text)]
     training = [text for text in texts["ja"] if not is_held_out(text)]
     print(

@@ -263,7 +263,7 @@ class Output:
             return True
         space.require(self.path, needed - space.total_bytes(self.unfinished))
         if self.config.check:
-            unseen = [name for source in self.inputs for name in source.by_name]
+            unseen = dict.fromkeys(name for source in self.inputs for name in source.by_name)
             aside = f" (not looked at: {', '.join(unseen)}, data sets by name)" if unseen else ""
             log.info("settings and inputs are good: %s can be made%s", self.path, aside)
         return self.config.check

@@ -119,8 +119,9 @@ class MergeTokenizerConfig(StepConfig):
     policy: Policy = setting(
         "which pieces are added: japanese: with kana or a kanji that Chinese does not use; "
         "kana: with kana; han: with any Han character or kana; letters: for other languages, with "
-        "a letter that is neither Han nor one of a to z; all: every piece, unreachable ones too. "
-        "japanese, kana and letters leave Chinese and English as they are, han English",
+        "a letter or vowel sign that is neither Han nor one of a to z; all: every piece, "
+        "unreachable ones too. japanese, kana and letters leave Chinese and English as they are, "
+        "han English",
         "japanese",
     )
     max_new_pieces: int = setting(

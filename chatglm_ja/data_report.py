@@ -68,7 +68,8 @@ def summary(counts: Counts) -> Iterator[str]:
     """The counts in lines: a source each, then the two data sets."""
     for part in ("pretrain", "sft"):
         for source in counts[part]["sources"]:
-            dropped = [f"{name} {source[name]:,}" for name in FATES[:-1] if source.get(name)]
+            fates = (name for name in FATES if name != "kept" and source.get(name))
+            dropped = [f"{name} {source[name]:,}" for name in fates]
             parts = [f"{source.get('documents', 0):,} read", f"{source.get('kept', 0):,} kept"]
             if dropped:
                 parts.append(f"dropped for: {', '.join(dropped)}")

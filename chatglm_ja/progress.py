@@ -31,13 +31,9 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="training",
-                unit=" steps",
-                smoothing=0,  # the mean of all steps so far: one after a pause is no measure
-            )
+            # tqdm's own clock goes on while the run scores and saves.
+            shown = "training: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{desc}"
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=shown)
         self.started, self.first_step = self._training_time(), state.global_step
         self.trainer.last_logged = self.started, state.global_step
 
@@ -45,14 +41,21 @@ class Progress(TrainerCallback):
         """Seconds by a clock that stands still while the run scores or saves."""
         return time.monotonic() - self.trainer.paused
 
+    def _time_left(self, state: Any) -> str:
+        """Of training alone, by the mean of this process's steps."""
+        seconds = self._training_time() - self.started
+        done = max(state.global_step - self.first_step, 1)
+        left = seconds / done * (state.max_steps - state.global_step)
+        return f"{tqdm.format_interval(left)} left"
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         if self.bar is not None:
-            self.bar.start_t = time.time() - (self._training_time() - self.started)
+            self.bar.set_description_str(f", {self._time_left(state)}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
         is_last = state.global_step == state.max_steps
         if is_last:
-            control.should_log = True
+            control.should_log = True  # however few steps there are
             control.should_evaluate = args.eval_strategy != "no"
         if trainer.checkpoints is not None:
             is_due = state.global_step % trainer.config.save_steps == 0
@@ -65,9 +68,6 @@ class Progress(TrainerCallback):
             return
         parts = [f"step {state.global_step}/{state.max_steps}"]
         if "loss" in logs:
-            done = state.global_step - self.first_step
-            seconds = self._training_time() - self.started
-            left = seconds / max(done, 1) * (state.max_steps - state.global_step)
             parts += [
                 f"{state.global_step / state.max_steps:.0%}",
                 f"loss {logs['loss']:.4f}",
@@ -76,7 +76,7 @@ class Progress(TrainerCallback):
                 f"{logs['tokens_per_second']:,.0f} tokens/s",
                 *([f"{logs['mfu']:.1%} MFU"] if "mfu" in logs else []),
                 f"{logs['memory_gb']:.2f} GB",
-                f"{tqdm.format_interval(left)} left",
+                self._time_left(state),
             ]
         losses = validation.language_losses(logs)
         if losses:

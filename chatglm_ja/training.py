@@ -292,7 +292,7 @@ def _save_adapter(
         names = (layout.GLM_EMBEDDING, layout.GLM_LM_HEAD)
         new_rows.join(model.get_base_model(), *(read_tensor(config.model, name) for name in names))
     # Its name alone: where it lies on this machine means nothing elsewhere.
-    model.peft_config["default"].base_model_name_or_path = config.model.name
+    model.peft_config["default"].base_model_name_or_path = config.model.resolve().name
     model.save_pretrained(folder, save_embedding_layers=config.train_embeddings)
     (folder / "README.md").unlink()  # PEFT's form for a model card, which nobody has filled in
 

@@ -17,6 +17,8 @@ import io
 import itertools
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -69,13 +71,27 @@ def japanese_kanji() -> str:
 
 
 @functools.cache
+def other_letters() -> str:
+    """The letters that neither English nor Chinese is written in, and the vowel signs of scripts
+    that have such: 한, й, ß, ไ and its ี. Not the marks that any script may use: combining accents,
+    tone marks, variation selectors."""
+    ours = re.compile(f"[A-Za-z\uff21-\uff3a\uff41-\uff5a{_HAN}\U00020000-\U0003ffff]")
+    shared_marks = re.compile(
+        "[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u302a-\u302f\ufe00-\ufe0f"
+        "\ufe20-\ufe2f\U000e0100-\U000e01ef]"
+    )
+    every = map(chr, range(sys.maxunicode + 1))
+    letters = (character for character in every if unicodedata.category(character)[0] in "LM")
+    return "".join(c for c in letters if not ours.match(c) and not shared_marks.match(c))
+
+
+@functools.cache
 def _admitted(policy: str) -> re.Pattern[str]:
     classes = {
         "kana": f"[{_KANA}]",
         "japanese": f"[{_KANA}{japanese_kanji()}]",
         "han": f"[{_KANA}{_HAN}]",
-        # A letter by Unicode, of no script that the base's languages are written in.
-        "letters": rf"(?![A-Za-z\uff21-\uff5a{_HAN}])[^\W\d_]",
+        "letters": f"[{other_letters()}]" if policy == "letters" else "",
         "all": "",
     }
     return re.compile(classes[policy])
@@ -97,8 +113,8 @@ GUARANTEES = {
     "without Han characters. (Precisely: a line without kana and without a kanji that is in JIS X "
     "0208 and in neither of the two.)",
     "han": "A line without kana and Han characters keeps its ids: English; Chinese may change.",
-    "letters": "A line whose letters are all a to z, or Han characters, keeps its ids: Chinese and "
-    "English.",
+    "letters": "A line whose letters are all A to Z, a to z or Han characters keeps its ids: "
+    "English and Chinese. (Vowel signs of other scripts count as letters.)",
     "all": "None: Chinese and English lines may change, and pieces that no text produces are kept.",
 }
 

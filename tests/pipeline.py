@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,16 @@ SMALL = {
     "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --max-new-tokens 4",
     "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
 }
+
+
+def flags_of(program: str) -> set[str]:
+    """The flags that a program of the project takes, by the list of its --help."""
+    command = [sys.executable, str(PROJECT / program), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = said.partition("\noptions:\n")[2].splitlines()
+    # A flag stands two columns from the edge; what it is for, further to the right.
+    named = [re.split(r"  +", line.strip())[0] for line in lines if re.match(r"  -", line)]
+    return {flag for line in named for flag in re.findall(r"--[\w-]+", line)}
 
 
 class Runner:

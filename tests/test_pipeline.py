@@ -340,7 +340,7 @@ def test_bad_data_is_one_line_and_a_file_of_what_is_bad(pipeline: Runner, tmp_pa
     [
         ("step5_train_pt_multi_gpu.sh", "2", "step5_train_pt.py", "step5_pt"),
         ("step6_train_sft_multi_gpu.sh", "2", "step6_train_sft.py", "step6_sft"),
-        # Two launchers, each with an address of its own.
+        # Two launchers, as on two machines.
         ("docs/two_hosts.sh", "1", "step5_train_pt.py", "step5_pt"),
     ],
 )

@@ -50,9 +50,17 @@ def model_of(base_proto: Any, *pieces: str) -> Any:
         ("straße", "letters"),
         ("the", ""),
         ("ＡＢＣ", ""),
+        ("ึ", "letters"),  # a vowel sign of Thai, alone
+        ("é", "letters"),
+        ("é", ""),  # an accent that any script may use
+        ("❤️", ""),
         ("1998", ""),
+        ("m²", ""),
+        ("Ⅷ", ""),
+        ("①", ""),
+        ("二〇", "han"),
+        ("𠮷", ""),  # Han, beyond the planes that the other policies look at
         ("・", ""),
-        ("ี", ""),  # a vowel sign alone
     ],
 )
 def test_policies(piece: str, admitted_by: str) -> None:

@@ -21,7 +21,7 @@ def thorough(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--thorough", default=False))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     found = Ledger()
     yield found
