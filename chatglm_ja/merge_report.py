@@ -59,8 +59,10 @@ def build(
 
 def headline(merged: Merge) -> str:
     """What became of the learned pieces, as a log line."""
-    counts = merged.counts()
-    fates = [f"{count:,} {REASONS[name]}" for name in REASONS if (count := counts.get(name, 0))]
+    counts, added = merged.counts(), set(merged.added)
+    # Under the policy `all` some are named there that are added all the same.
+    left_out = {name: len(set(merged.dropped.get(name, ())) - added) for name in REASONS}
+    fates = [f"{count:,} {REASONS[name]}" for name, count in left_out.items() if count]
     return (
         f"{counts['added']:,} pieces added to {counts['base_pieces']:,} of the base and "
         f"{len(SPECIAL_TOKENS)} special tokens: {counts['vocabulary']:,} ids"

@@ -92,6 +92,12 @@ def test_changes_are_against_the_base(results: dict[str, Any]) -> None:
     assert ["code", "greedy", "8", "", "50%", "25%", "9"] in lines
 
 
+def test_what_was_scored_is_named(results: dict[str, Any]) -> None:
+    scored = {"arguments": {"sources": [{"name": "heldout_ja"}, {"name": "news"}]}}
+    results["steps"]["step7_eval"] = results["steps"]["step6_train_sft"] | scored
+    assert "Held-out text (heldout_ja, news): lower is better" in report.markdown(results)
+
+
 def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
     assert "Multiple choice" not in report.markdown(results)
     assert "lm-evaluation-harness" not in report.markdown(results)

@@ -88,3 +88,25 @@ def test_the_report_says_what_happened(base_proto: Any, before: Any, ja_dir: Pat
     assert not re.search("<(script|link|img|iframe)|url\\((?!#)", page)  # loads nothing
     lines = list(merge_report.summary(report))
     assert len(lines) == 2 and "tokens per character" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "added", "left_out"),
+    [
+        ("kana", 1, "; 1 not admitted by the policy; 1 needs a character that has no piece"),
+        ("all", 3, ""),  # which adds what no text encodes to as well
+    ],
+)
+def test_the_fates_of_the_pieces_are_said(
+    base_proto: Any, policy: str, added: int, left_out: str
+) -> None:
+    known = next(p.piece for p in base_proto.pieces if p.type == p.NORMAL and len(p.piece) > 1)
+    learned = type(base_proto)()
+    for piece in (known, "ょ", "Ж", "ょЖあ"):
+        learned.pieces.add(piece=piece, score=0.0, type=learned.SentencePiece.NORMAL)
+    merged = vocabulary.merge(base_proto, learned, policy)
+    sizes = f"{len(base_proto.pieces):,} of the base and 9 special tokens"
+    assert merge_report.headline(merged) == (
+        f"{added} pieces added to {sizes}: {len(merged.proto.pieces):,} ids; 1 in the base already"
+        + left_out
+    )
