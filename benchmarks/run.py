@@ -65,9 +65,9 @@ class Benchmark:
         return [name for _, name, _, _ in string.Formatter().parse(self.flags) if name]
 
 
-# What prepare() makes for benchmarks, of which options.
+# What there is when prepare() has run, and which options it takes.
 MADE_FROM: dict[str, tuple[str, ...]] = {
-    "tokenizer": ("base_model", "ja_tokenizer"), "conversations": (), "demo": ()
+    "demo": (), "tokenizer": ("base_model", "ja_tokenizer"), "conversations": ()
 }  # fmt: skip
 
 BENCHMARKS = (
@@ -200,24 +200,23 @@ def prepare(arguments: argparse.Namespace, sections: Sequence[Section]) -> dict[
     options, and the folders of what was made."""
     work_dir: Path = arguments.work_dir
     work_dir.mkdir(parents=True, exist_ok=True)
-    values = vars(arguments) | {name: work_dir / name for name in MADE_FROM} | {"demo": DEMO}
+    tokenizer, conversations = work_dir / "tokenizer", work_dir / "conversations"
     steps = ["step1_train_tokenizer", "step2_merge_tokenizer", "step3_resize_model",
              "step4_prepare_data", "step5_train_pt"]  # fmt: skip
     commands = [[sys.executable, str(PROJECT / "demo" / "build_base_model.py")]]
     commands += [[sys.executable, str(PROJECT / f"{step}.py")] for step in steps]
     wanted = {name for section in sections for name in section.benchmark.values}
     if "tokenizer" in wanted:
-        merge = step_command(
-            "step2_merge_tokenizer", values["tokenizer"], base_model=arguments.base_model
-        )
+        merge = step_command("step2_merge_tokenizer", tokenizer, base_model=arguments.base_model)
         commands.append([*merge, f"--ja-tokenizer={arguments.ja_tokenizer}"])
     if "conversations" in wanted:
-        data = step_command("step4_prepare_data", values["conversations"])
+        data = step_command("step4_prepare_data", conversations)
         commands.append([*data, "--max-length=1024"])
     for command in commands:
         if subprocess.run(command, check=False, env=environment()).returncode:
             raise DataError(f"{Path(command[1]).name} failed, which benchmarks start from")
-    return values
+    made = {"demo": DEMO, "tokenizer": tokenizer, "conversations": conversations}
+    return vars(arguments) | made
 
 
 def measure(section: Section, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,14 @@ def other_letters() -> str:
 
 @functools.cache
 def _admitted(policy: str) -> re.Pattern[str]:
-    classes = {
-        "kana": f"[{_KANA}]",
-        "japanese": f"[{_KANA}{japanese_kanji()}]",
-        "han": f"[{_KANA}{_HAN}]",
-        "letters": f"[{other_letters()}]" if policy == "letters" else "",
-        "all": "",
+    classes: dict[str, Callable[[], str]] = {  # each takes a moment to make
+        "kana": lambda: f"[{_KANA}]",
+        "japanese": lambda: f"[{_KANA}{japanese_kanji()}]",
+        "han": lambda: f"[{_KANA}{_HAN}]",
+        "letters": lambda: f"[{other_letters()}]",
+        "all": lambda: "",
     }
-    return re.compile(classes[policy])
+    return re.compile(classes[policy]())
 
 
 def admits(policy: str, text: str) -> bool:
