@@ -4,8 +4,8 @@ CHATGLM_JA_PROFILE    demo (default): a small ChatGLM3 and the texts in demo/dat
                       chatglm3-6b: the real model, in the folder CHATGLM3_6B_DIR
 CHATGLM_JA_ARTIFACTS  root of all results (default: artifacts/ beside this file)
 
-STEP1 ... STEP7 are the defaults of the steps' command lines; what they leave out has its default
-in chatglm_ja/config.py. What a Source can declare is in chatglm_ja/sources.py.
+STEP1 to STEP7 are the defaults of the steps' command lines. Settings that are not listed here have
+their defaults in chatglm_ja/<room>/settings.py. chatglm_ja/sources.py describes a Source.
 """
 
 import os

@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import constants
-from chatglm_ja import corpus, space
-from chatglm_ja.artifacts import Output, open_base_tokenizer, open_sources
 from chatglm_ja.cli import run
-from chatglm_ja.config import TrainTokenizerConfig
+from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.inputs import open_base_tokenizer, open_sources
+from chatglm_ja.storage.output import Output
+from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,14 @@ def main() -> None:
     if base_model:
         inputs.append(open_base_tokenizer(base_model))
     output = Output(config, Path(__file__).stem, inputs)
-    if output.is_settled(space.of_learned(config.vocab_size)):
+    if not output.prepare():
         return
 
     # Large libraries load after the settings are known to be good: --help answers at once.
     from tqdm.auto import tqdm
 
-    from chatglm_ja import tokenizer, vocabulary
+    from chatglm_ja.chatglm3 import tokenizer
+    from chatglm_ja.vocabulary import learning
 
     with output.write() as folder:
         texts = itertools.chain.from_iterable(
@@ -47,7 +49,7 @@ def main() -> None:
             lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)
         if base_model:
-            learned = vocabulary.continue_base(
+            learned = learning.continue_base(
                 tokenizer.read_base(base_model),
                 lines,
                 config.policy,
@@ -57,14 +59,14 @@ def main() -> None:
                 max_piece_length=config.max_piece_length,
             )
         else:
-            learned = vocabulary.train(
+            learned = learning.train(
                 lines,
                 vocab_size=config.vocab_size,
                 character_coverage=config.character_coverage,
                 num_threads=config.num_threads,
                 settings=config.trainer_settings(),
             )
-        vocabulary.save_learned(learned, folder)
+        learning.save_learned(learned, folder)
         output.counts["pieces"] = len(learned.pieces)
     read = [f"{output.counts[what]:,} {what}" for what in ("documents", "lines", "characters")]
     log.info(

@@ -14,17 +14,13 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja import corpus, space
-from chatglm_ja.artifacts import (
-    Output,
-    open_artifact_or_file,
-    open_base_tokenizer,
-    open_sources,
-)
 from chatglm_ja.cli import run
-from chatglm_ja.config import MergeTokenizerConfig
+from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.inputs import open_artifact_or_file, open_base_tokenizer, open_sources
+from chatglm_ja.storage.output import Output
+from chatglm_ja.vocabulary.settings import MergeTokenizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +36,18 @@ def main() -> None:
     if ranking:
         inputs.append(open_sources("ranking_texts", ranking))
     output = Output(config, Path(__file__).stem, inputs)
-    if output.is_settled(space.of_merged(config.base_model, config.ja_tokenizer)):
+    if not output.prepare():
         return
 
     from tqdm.auto import tqdm
 
-    from chatglm_ja import export, merge_report, segmentation, tokenizer, vocabulary
+    from chatglm_ja.chatglm3 import tokenizer, tokenizer_files
+    from chatglm_ja.reports import merge_report
+    from chatglm_ja.vocabulary import learning, merging, segmentation
 
     base = tokenizer.read_base(config.base_model)
-    learned = vocabulary.read_learned(config.ja_tokenizer)
-    merged = vocabulary.merge(
+    learned = learning.read_learned(config.ja_tokenizer)
+    merged = merging.merge(
         base,
         learned,
         config.policy,
@@ -66,7 +64,7 @@ def main() -> None:
         )
     before = tokenizer.processor(tokenizer.with_special_tokens(base))
     after = tokenizer.processor(merged.proto)
-    rust = export.line_encoder(merged.proto)
+    rust = tokenizer_files.line_encoder(merged.proto)
     languages = {
         language: segmentation.compare(
             before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
@@ -76,7 +74,7 @@ def main() -> None:
     segmentation.check_promises(languages, config.policy)
 
     with output.write() as folder:
-        export.save(merged.proto, folder)
+        tokenizer_files.save(merged.proto, folder)
         report = merge_report.build(config.policy, merged, languages, before, after)
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (folder / "merge_report.json").write_text(text + "\n", encoding="utf-8")

@@ -12,11 +12,11 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja import space
-from chatglm_ja.artifacts import Output, open_artifact, open_base_model
 from chatglm_ja.cli import run
-from chatglm_ja.config import ResizeModelConfig
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.inputs import open_artifact, open_base_model
+from chatglm_ja.storage.output import Output
+from chatglm_ja.vocabulary.settings import ResizeModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 def main() -> None:
     config = parse(ResizeModelConfig, __doc__, constants.STEP3)
     merged = open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify)
-    vocabulary = merged.number("counts", "vocabulary")
     inputs = [*open_base_model(config.base_model), merged]
     output = Output(config, Path(__file__).stem, inputs)
-    if output.is_settled(space.of_resized(config.base_model, vocabulary)):
+    if not output.prepare():
         return
 
-    from chatglm_ja import checkpoint, resize
+    from chatglm_ja.chatglm3 import weights
+    from chatglm_ja.vocabulary import embedding_rows
 
-    base = checkpoint.Checkpoint(config.base_model)
+    base = weights.Checkpoint(config.base_model)
     with output.write() as folder:
         output.counts.update(
-            resize.resize_checkpoint(
+            embedding_rows.resize_checkpoint(
                 base,
                 config.tokenizer,
                 folder,
@@ -49,7 +49,7 @@ def main() -> None:
         )
         if config.compares_logits(base.size()):
             old_ids = output.counts["kept"]
-            resize.verify_logits(config.base_model, folder, config.layout, old_ids)
+            embedding_rows.verify_logits(config.base_model, folder, config.layout, old_ids)
             log.info("logits over the %d old ids are those of the base, bit by bit", old_ids)
     log.info(
         "%(old_rows)d rows -> %(new_rows)d: %(kept)d kept, %(initialised)d initialised, "

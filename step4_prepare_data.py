@@ -11,11 +11,11 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja import space
-from chatglm_ja.artifacts import Output, open_artifact, open_sources
 from chatglm_ja.cli import run
-from chatglm_ja.config import PrepareDataConfig, parse_shares
+from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.inputs import open_artifact, open_sources
+from chatglm_ja.storage.output import Output
 
 log = logging.getLogger(__name__)
 
@@ -31,33 +31,34 @@ def main() -> None:
     if config.decontaminate:
         inputs.append(open_sources("evaluation_texts", config.decontaminate))
     output = Output(config, Path(__file__).stem, inputs, unfinished="work")
-    if output.is_settled(space.of_data(config)):
+    if not output.prepare():
         return
 
-    from chatglm_ja import data_report, pretrain_data, records, sft_data, workspace
+    from chatglm_ja.data import prepare_conversations, prepare_texts, readers, resume
+    from chatglm_ja.reports import data_report
 
     for source in (*config.sft_sources, *config.sources):
         if not source.is_local():  # a wrong name is found now, not after hours
-            records.fetch(source)
+            readers.fetch(source)
     report = config.output_dir.with_name(config.output_dir.name + ".rejects.jsonl")
     contents = {
-        "conversations": sft_data.contents(config, inputs),
-        "texts": pretrain_data.contents(config, inputs),
+        "conversations": prepare_conversations.contents(config, inputs),
+        "texts": prepare_texts.contents(config, inputs),
         "shards": [{"inputs": output.lineage, **output.arguments}],
     }
-    with output.write() as folder, workspace.open_folders(output.unfinished, **contents) as work:
+    with output.write() as folder, resume.open_folders(output.unfinished, **contents) as work:
         (shards,) = work["shards"]
-        rejects = workspace.Rejects(shards / "rejects.jsonl", report, config.max_rejects)
+        rejects = resume.Rejects(shards / "rejects.jsonl", report, config.max_rejects)
         # The conversations first: they take minutes, the texts hours, and either can lack data.
-        conversations = sft_data.prepare(config, work["conversations"])
+        conversations = prepare_conversations.prepare(config, work["conversations"])
         rejects.check(conversations)
-        sft, examples = sft_data.write(conversations, config, sft_shares, shards)
-        texts = pretrain_data.prepare(config, work["texts"])
+        sft, examples = prepare_conversations.write(conversations, config, sft_shares, shards)
+        texts = prepare_texts.prepare(config, work["texts"])
         rejects.check(texts)
-        pretrain = pretrain_data.write(texts, config, shares, shards)
+        pretrain = prepare_texts.write(texts, config, shares, shards)
         output.counts.update(pretrain=pretrain, sft=sft)
         data_report.write(shards, output.counts, config, texts, conversations, examples)
-        workspace.link_files(shards, folder)
+        resume.link_files(shards, folder)
     for line in data_report.summary(output.counts):
         log.info("%s", line)
     log.info("training data: %s; data_report.html shows what is in it", config.output_dir)

@@ -9,22 +9,22 @@ Run     python step5_train_pt.py                      one GPU or the CPU; breakp
 from pathlib import Path
 
 import constants
-from chatglm_ja import space
-from chatglm_ja.artifacts import Output, open_artifact
 from chatglm_ja.cli import run
-from chatglm_ja.config import TrainingConfig
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.inputs import open_artifact
+from chatglm_ja.storage.output import Output
+from chatglm_ja.training.settings import TrainingConfig
 
 
 def main() -> None:
     config = parse(TrainingConfig, __doc__, constants.STEP5)
     if config.estimate is not None:
-        from chatglm_ja import costs
+        from chatglm_ja.training import costs
 
         print(costs.describe(config))
         return
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
-    config.check_rows(data.number("arguments", "block_size"))
+    config.check_rows(data.read_number("arguments", "block_size"))
     inputs = [
         # What this step made before can be trained further.
         open_artifact(
@@ -33,12 +33,12 @@ def main() -> None:
         data,
     ]
     output = Output(config, Path(__file__).stem, inputs, unfinished="checkpoints")
-    if output.is_settled(space.of_training(config)):
+    if not output.prepare():
         return
 
-    from chatglm_ja import training
+    from chatglm_ja.training import train
 
-    training.train_and_publish(config, output, "pretrain")
+    train.train_and_publish(config, output, "pretrain")
 
 
 if __name__ == "__main__":

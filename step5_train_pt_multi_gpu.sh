@@ -8,4 +8,4 @@
 # cards without peer access NCCL_P2P_DISABLE and NCCL_IB_DISABLE are set, unless they are already.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-exec bash "$root/chatglm_ja/torchrun.sh" "$root/step5_train_pt.py" "$@"
+exec bash "$root/chatglm_ja/training/torchrun.sh" "$root/step5_train_pt.py" "$@"

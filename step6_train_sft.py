@@ -11,31 +11,32 @@ Run     python step6_train_sft.py                     one GPU or the CPU; breakp
 from pathlib import Path
 
 import constants
-from chatglm_ja import space
-from chatglm_ja.artifacts import Output, open_artifact
 from chatglm_ja.cli import run
-from chatglm_ja.config import SftConfig
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.inputs import open_artifact
+from chatglm_ja.storage.output import Output
+from chatglm_ja.training.settings import SftConfig
 
 
 def main() -> None:
     config = parse(SftConfig, __doc__, constants.STEP6)
     if config.estimate is not None:
-        from chatglm_ja import costs
+        from chatglm_ja.training import costs
 
         print(costs.describe(config))
         return
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
-    config.check_rows(data.number("arguments", "max_length"))
+    config.check_rows(data.read_number("arguments", "max_length"))
     inputs = [open_artifact(config.model, "step5_train_pt.py", every_byte=config.verify), data]
     output = Output(config, Path(__file__).stem, inputs, unfinished="checkpoints")
-    if output.is_settled(space.of_training(config)):
+    if not output.prepare():
         return
 
-    from chatglm_ja import samples, training
+    from chatglm_ja.evaluation import validation_answers
+    from chatglm_ja.training import train
 
-    training.train_and_publish(config, output, "sft")
-    samples.show(config)
+    train.train_and_publish(config, output, "sft")
+    validation_answers.show(config)
 
 
 if __name__ == "__main__":

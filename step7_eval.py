@@ -13,11 +13,14 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja import model_card, space, stages
-from chatglm_ja.artifacts import Output, history, open_artifact, open_file_input, open_sources
 from chatglm_ja.cli import run
-from chatglm_ja.config import EvalConfig
+from chatglm_ja.evaluation.settings import EvalConfig
+from chatglm_ja.inference import models
+from chatglm_ja.reports import model_card
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.inputs import open_artifact, open_files, open_sources
+from chatglm_ja.storage.manifest import read_history
+from chatglm_ja.storage.output import Output
 
 log = logging.getLogger(__name__)
 
@@ -29,33 +32,38 @@ def main() -> None:
     if config.chat or config.web:
         talk(config)
         return
-    compared = stages.of_config(config)
+    compared = config.stages()
     inputs = [
         open_sources("held_out", config.sources),
         open_sources("held_out_conversations", config.conversations),
         open_sources("choices", config.choices),
-        open_file_input("prompts", config.prompts),
+        open_files("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
         *(opened for stage in compared for opened in stage.open(config.verify)),
     ]
     output = Output(config, Path(__file__).stem, inputs)
     if config.check:
-        from chatglm_ja import evaluation
+        from chatglm_ja.evaluation import evaluate
 
-        evaluation.Evaluation(config, evaluation.read(config))
-    if output.is_settled(space.REPORTS_BYTES):
+        evaluate.Evaluation(config, evaluate.read(config))
+    if not output.prepare():
         if not config.check:
             model_card.place(config.output_dir, config.sft, config.base_model)
             print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))
         return
 
-    from chatglm_ja import evaluation, report, segmentation, tokenizer, training
+    from chatglm_ja.chatglm3 import tokenizer
+    from chatglm_ja.evaluation import evaluate
+    from chatglm_ja.reports import eval_report
+    from chatglm_ja.training import train
+    from chatglm_ja.vocabulary import segmentation
 
-    material = evaluation.read(config)
-    evaluated = evaluation.Evaluation(config, material)
+    material = evaluate.read(config)
+    evaluated = evaluate.Evaluation(config, material)
     measured = [evaluated.of_stage(s, is_last=s is compared[-1]) for s in compared]
     before = tokenizer.processor(compared[0].tokenizer_model())
     after = tokenizer.load(config.tokenizer)
+    steps = read_history(config.sft) | {output.step: output.describe()}
     results = {
         "stages": measured,
         "segmentation": {
@@ -64,17 +72,17 @@ def main() -> None:
         },
         "samples": segmentation.samples(before, after, material.texts),
         "curves": {
-            "Step 5, continued pretraining": training.read_history(config.pretrained),
-            "Step 6, instructions": training.read_history(config.sft),
+            "Step 5, continued pretraining": train.read_history(config.pretrained),
+            "Step 6, instructions": train.read_history(config.sft),
         },
-        "steps": {**history(config.sft), output.step: output.describe()},
+        "steps": {step: manifest.model_dump() for step, manifest in steps.items()},
     }
-    table = report.markdown(results)
+    table = eval_report.render_markdown(results)
     with output.write() as folder:
         text = json.dumps(results, indent=1, ensure_ascii=False)
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
         (folder / RESULTS_TABLE).write_text(table, encoding="utf-8")
-        (folder / "report.html").write_text(report.html_page(results), encoding="utf-8")
+        (folder / "report.html").write_text(eval_report.html_page(results), encoding="utf-8")
         card = model_card.render(results, table, config.base_model)
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
     model_card.place(config.output_dir, config.sft, config.base_model)
@@ -84,21 +92,22 @@ def main() -> None:
 
 def talk(config: EvalConfig) -> None:
     """Answer in the terminal, or serve the page, until the user ends it."""
-    there = stages.finished(config)
-    chosen = stages.named(there, config.stage)
+    there = models.finished_stages(config.stages())
+    chosen = models.find_stage(there, config.stage)
+    from chatglm_ja.inference import chat, generation
+
+    sampling = generation.Sampling(config.temperature, config.top_p)
+    options = chat.ChatOptions(sampling, config.max_new_tokens, config.answer_seconds)
     if config.web:
-        from chatglm_ja import web
+        from chatglm_ja.inference import web
 
         web.check(config.port)
-        web.serve(there, chosen, config)
+        web.serve(there, chosen, options, config.port)
         return
     chosen.open()
-    from chatglm_ja import generation, terminal
-
     untrained = ", which has not been trained here" if chosen.name in ("base", "resized") else ""
     log.info("talking to %s, %s%s", chosen.name, chosen.folder, untrained)
-    sampling = generation.Sampling(config.temperature, config.top_p)
-    terminal.talk(*chosen.load(), config.max_new_tokens, sampling)
+    chat.talk(*chosen.load(), config.max_new_tokens, sampling)
 
 
 if __name__ == "__main__":

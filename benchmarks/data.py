@@ -41,9 +41,11 @@ from measuring import PROJECT, Ratio
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from chatglm_ja import cleaning, corpus, pretrain_data, tokenizer
+from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
-from chatglm_ja.config import CORES, PrepareDataConfig
+from chatglm_ja.data import cleaning, corpus, prepare_texts
+from chatglm_ja.data.settings import PrepareDataConfig
+from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
 
 BLOCK_SIZE = 1024
@@ -81,13 +83,13 @@ def unit_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
 
 def prepare(config: PrepareDataConfig, output: Path) -> int:
     """All texts to shards, in the proportions in which they are there; returns the tokens."""
-    index = pretrain_data.prepare(config, unit_folders(output, config))
+    index = prepare_texts.prepare(config, unit_folders(output, config))
     tokens = {source.language: 0 for source in config.sources}
     for number, source in enumerate(config.sources):
         tokens[source.language] += int(index.length[index.source == number].sum())
     # Blocks for all tokens: what is dropped as duplicate or kept for validation, repeats fill.
     config = dataclasses.replace(config, total_tokens=sum(tokens.values()))
-    counts = pretrain_data.write(index, config, tokens, output)
+    counts = prepare_texts.write(index, config, tokens, output)
     return sum(counts["train_tokens"].values())
 
 
@@ -98,7 +100,7 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
         near = {"near_duplicates": 0.0} if way == NO_NEAR else {}
         config = settings(folder, sources, num_processes=1, **near)
         # Neither the tokenizer's loading nor the libraries' are measured, as with the others.
-        pretrain_data._tools(folder, None)
+        prepare_texts._tools(folder, None)
         import datasets  # noqa: F401
 
         output = Path(tempfile.mkdtemp(dir=os.environ["BENCHMARK_DIR"]))

@@ -16,8 +16,11 @@ from pathlib import Path
 from measuring import step_command
 
 import constants
-from chatglm_ja import corpus, likelihood, stages, tokenizer
+from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
+from chatglm_ja.data import corpus
+from chatglm_ja.evaluation import likelihood
+from chatglm_ja.inference import models
 
 WAYS = [
     ("random", 0.0),
@@ -35,7 +38,7 @@ MAX_CHARS = 40_000  # of each language
 
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
     """Bits per character of a model folder, a text for each language."""
-    model, encoder = stages.load_model(folder), tokenizer.load(folder)
+    model, encoder = models.load_model(folder), tokenizer.load(folder)
     window, batch_size = constants.EVALUATION["window"], 16
     return [
         f"{likelihood.score_texts(model, encoder, group, window, batch_size).bits_per_char:.3f}"

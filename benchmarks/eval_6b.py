@@ -19,10 +19,13 @@ import torch
 from measuring import Ratio
 
 import constants
-from chatglm_ja import chat, corpus, generation, layout, likelihood, stages, tokenizer
-from chatglm_ja.base_config import read_config
+from chatglm_ja.chatglm3 import base_config, chat_format, tokenizer
+from chatglm_ja.chatglm3.base_config import read_config
+from chatglm_ja.chatglm3.loading import compute_dtype
 from chatglm_ja.cli import run
-from chatglm_ja.model import compute_dtype
+from chatglm_ja.data import corpus
+from chatglm_ja.evaluation import likelihood
+from chatglm_ja.inference import generation, models
 
 NEW_ROWS = 78_592
 MAX_NEW_TOKENS = 256
@@ -34,9 +37,9 @@ def random_model(config: dict[str, Any], rows: int) -> Any:
     from transformers import GlmForCausalLM
 
     dtype = compute_dtype()
-    with torch.device(stages.device()):
+    with torch.device(models.device()):
         torch.set_default_dtype(dtype)
-        model: Any = GlmForCausalLM(layout.glm_config(config, rows, dtype))
+        model: Any = GlmForCausalLM(base_config.glm_config(config, rows, dtype))
         torch.set_default_dtype(torch.float32)
     return model.eval()
 
@@ -55,8 +58,8 @@ def main() -> None:
     encoder = tokenizer.processor(base)
     source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
     texts = corpus.take_characters(corpus.read_texts(source), 25_000)
-    prompt = chat.build_prompt_ids(encoder, [{"role": "user", "content": "你好"}])
-    on_gpu = stages.device() == "cuda"
+    prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": "你好"}])
+    on_gpu = models.device() == "cuda"
     columns: dict[int, list[float]] = {}
     for rows in (config["padded_vocab_size"], NEW_ROWS):
         model = random_model(config, rows)

@@ -23,8 +23,8 @@ from measuring import Ratio, step_command
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from chatglm_ja import checkpoint, layout, tokenizer
-from chatglm_ja.base_config import read_config
+from chatglm_ja.chatglm3 import tensor_names, tokenizer, weights
+from chatglm_ja.chatglm3.base_config import read_config
 from chatglm_ja.cli import run
 from chatglm_ja.errors import DataError
 
@@ -34,7 +34,7 @@ SHARDS = 7
 def write_random_checkpoint(source: Path, folder: Path) -> None:
     for name in ("config.json", tokenizer.MODEL_FILE):
         shutil.copyfile(source / name, folder / name)
-    shapes = layout.expected_shapes(read_config(folder))
+    shapes = tensor_names.expected_shapes(read_config(folder))
     total = 2 * sum(math.prod(shape) for shape in shapes.values())
     noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).half()
     weight_map: dict[str, str] = {}
@@ -53,7 +53,7 @@ def write_random_checkpoint(source: Path, folder: Path) -> None:
             weight_map |= dict.fromkeys(pending, file)
             pending = {}
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
-    (folder / checkpoint.INDEX_FILE).write_text(text, encoding="utf-8")
+    (folder / weights.INDEX_FILE).write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     base = arguments.work_dir / "random_base"
     if not base.exists():
-        shapes = layout.expected_shapes(read_config(arguments.base_model))
+        shapes = tensor_names.expected_shapes(read_config(arguments.base_model))
         needed = 3.2 * 2 * sum(math.prod(shape) for shape in shapes.values())
         arguments.work_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(arguments.work_dir).free

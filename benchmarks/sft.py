@@ -139,11 +139,11 @@ def prepare(arguments: argparse.Namespace) -> Rows:
     """What LLaMA-Factory starts from, made anew each time; run in a process of its own."""
     import datasets
 
-    from chatglm_ja import dataset
-    from chatglm_ja.artifacts import open_artifact
+    from chatglm_ja.data import dataset
+    from chatglm_ja.storage.inputs import open_artifact
 
     open_artifact(arguments.model, "step5_train_pt.py")
-    manifest = open_artifact(arguments.data, "step4_prepare_data.py").manifest
+    data = open_artifact(arguments.data, "step4_prepare_data.py")
 
     model = model_dir(arguments)
     shutil.rmtree(model, ignore_errors=True)
@@ -161,7 +161,7 @@ def prepare(arguments: argparse.Namespace) -> Rows:
     return Rows(
         bins=[sum(lengths) for lengths in bins["lengths"]],
         conversations=[len(ids) for ids in columns["input_ids"]],
-        block_size=manifest["arguments"]["max_length"],
+        block_size=data.read_number("arguments", "max_length"),
         trained_share=dataset.scored_share(bins, len(bins)),
     )
 

@@ -175,8 +175,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if gib is not None and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * GIB / whole)
-    from chatglm_ja import costs, dataset, training
-    from chatglm_ja.config import TrainingConfig
+    from chatglm_ja.chatglm3 import base_config
+    from chatglm_ja.data import dataset
+    from chatglm_ja.training import costs, train
+    from chatglm_ja.training.settings import TrainingConfig
 
     data, blocks = options.work_dir / "data", settings["micro_batch_size"] * ranks
     if data_set == "sft":
@@ -198,10 +200,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         tracker="none",
         **settings,
     )
-    shape = costs.read_shape(config.model)
+    shape = base_config.read_shape(config.model)
     items = costs.memory(shape, costs.trained_parameters(shape, config), config, ranks)
     started = time.monotonic()
-    result = training.train(config, data_set, None)
+    result = train.train(config, data_set, None)
     history = result["history"]
     lines = [entry for entry in history if "tokens_per_second" in entry]
     steady = lines[WARM_UP:]
@@ -236,9 +238,9 @@ def make_model(options: argparse.Namespace) -> None:
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from chatglm_ja import checkpoint, export, layout
+    from chatglm_ja.chatglm3 import base_config, tokenizer_files, weights
 
-    config: GlmConfig = layout.glm_config(
+    config: GlmConfig = base_config.glm_config(
         {
             "num_layers": options.layers,
             "hidden_size": options.hidden,
@@ -265,9 +267,9 @@ def make_model(options: argparse.Namespace) -> None:
                 yield name, weight.cpu()
 
     unfinished = emptied(folder.with_suffix(".unfinished"))
-    checkpoint.write_sharded(tensors(), unfinished, 2 * 10**9)
+    weights.write_sharded(tensors(), unfinished, 2 * 10**9)
     if options.tokenizer:
-        export.copy_files(options.tokenizer, unfinished)
+        tokenizer_files.copy_files(options.tokenizer, unfinished)
     config.save_pretrained(unfinished)
     unfinished.rename(folder)
 

@@ -171,15 +171,17 @@ def write_random_base(source: Path, folder: Path) -> None:
     import torch
     from transformers import GlmForCausalLM
 
-    from chatglm_ja import checkpoint, layout, tokenizer
-    from chatglm_ja.base_config import read_config
+    from chatglm_ja.chatglm3 import base_config, tensor_names, tokenizer, weights
+    from chatglm_ja.chatglm3.base_config import read_config
 
     config = read_config(source) | SMALL | {"torch_dtype": "float32"}
     torch.manual_seed(peer.SEED)
-    model = GlmForCausalLM(layout.glm_config(config, config["padded_vocab_size"], torch.float32))
+    model = GlmForCausalLM(
+        base_config.glm_config(config, config["padded_vocab_size"], torch.float32)
+    )
     unfinished = measuring.emptied(folder.with_suffix(".unfinished"))
-    tensors = layout.to_chatglm(model.state_dict())
-    checkpoint.write_sharded(
+    tensors = tensor_names.to_chatglm(model.state_dict())
+    weights.write_sharded(
         ((name, tensor.contiguous()) for name, tensor in tensors.items()), unfinished, 10**9
     )
     text = json.dumps(config, indent=1)

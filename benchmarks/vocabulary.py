@@ -24,11 +24,15 @@ from typing import Any
 import measuring
 from measuring import Ratio, step_command
 
-from chatglm_ja import corpus, segmentation, tokenizer, vocabulary
+from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
-from chatglm_ja.config import CORES, TrainTokenizerConfig
+from chatglm_ja.data import corpus
 from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
+from chatglm_ja.vocabulary import learning, merging, segmentation
+from chatglm_ja.vocabulary import policies as piece_policies
+from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 
 DEFAULTS = TrainTokenizerConfig(output_dir=Path(), sources=())
 # How the article trained its Japanese model: sentencepiece's own defaults.
@@ -57,7 +61,7 @@ class Ways:
         """A model of `vocab_size` pieces, or of as many as the text gives."""
         while True:
             try:
-                return vocabulary.train(
+                return learning.train(
                     corpus.training_lines(self.texts, {}),
                     vocab_size=vocab_size,
                     character_coverage=DEFAULTS.character_coverage,
@@ -69,7 +73,7 @@ class Ways:
                 if vocab_size < self.size:
                     raise
 
-    def first(self, settings: dict[str, Any]) -> vocabulary.Merge:
+    def first(self, settings: dict[str, Any]) -> merging.Merge:
         """The first pieces in the order learned: those of a model that is just large enough."""
         learned = self.train(settings, 4 * self.size)
         normal = [p for p in learned.pieces if p.type == p.NORMAL]
@@ -84,8 +88,8 @@ class Ways:
                 high = middle
         return self.merge_of([*longer[:low], *characters])
 
-    def most_used(self, settings: dict[str, Any]) -> vocabulary.Merge:
-        return vocabulary.merge(
+    def most_used(self, settings: dict[str, Any]) -> merging.Merge:
+        return merging.merge(
             self.base,
             self.train(settings, 5 * self.size),
             self.policy,
@@ -93,9 +97,9 @@ class Ways:
             ranking_texts=self.texts,
         )
 
-    def continued(self) -> vocabulary.Merge:
+    def continued(self) -> merging.Merge:
         kept = sum(piece.type != piece.NORMAL for piece in self.base.pieces)
-        learned = vocabulary.continue_base(
+        learned = learning.continue_base(
             self.base,
             corpus.training_lines(self.texts, {}),
             self.policy,
@@ -104,12 +108,12 @@ class Ways:
             num_threads=CORES,
             max_piece_length=DEFAULTS.max_piece_length,
         )
-        return vocabulary.merge(self.base, learned, self.policy)
+        return merging.merge(self.base, learned, self.policy)
 
-    def merge_of(self, pieces: list[Any]) -> vocabulary.Merge:
+    def merge_of(self, pieces: list[Any]) -> merging.Merge:
         proto = type(self.base)()
         proto.pieces.extend(pieces)
-        return vocabulary.merge(self.base, proto, self.policy)
+        return merging.merge(self.base, proto, self.policy)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -118,7 +122,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
     ours = DEFAULTS.trainer_settings()
-    candidates: dict[str, Callable[[], vocabulary.Merge]] = {
+    candidates: dict[str, Callable[[], merging.Merge]] = {
         "sentencepiece, the article's settings": lambda: ways.first(ARTICLE),
         "… mixing scripts": lambda: ways.first({**ARTICLE, "split_by_unicode_script": False}),
         "… and identity, digits apart, spaces kept": lambda: ways.first(
@@ -159,7 +163,7 @@ def policies_table(
     before = tokenizer.processor(tokenizer.with_special_tokens(base))
     rows = []
     for policy in policies:
-        merged = vocabulary.merge(base, learned, policy)
+        merged = merging.merge(base, learned, policy)
         after = tokenizer.processor(merged.proto)
         row, broken = [f"`{policy}`", f"{len(merged.added):,}"], 0
         for language, documents in texts.items():
@@ -189,9 +193,9 @@ def article_merge(base: Any, learned: Any) -> Any:
 
 def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> Ratio:
     """From the same Japanese model: lines of each language that are cut otherwise than before."""
-    learned = vocabulary.read_learned(ja_tokenizer)
+    learned = learning.read_learned(ja_tokenizer)
     before = tokenizer.processor(base)
-    ours = vocabulary.merge(base, learned, "japanese")
+    ours = merging.merge(base, learned, "japanese")
     theirs = article_merge(base, learned)
     merges = {
         "the article's": (theirs, len(theirs.pieces) - len(base.pieces)),
@@ -289,7 +293,7 @@ def main() -> None:
     ratios = [ways_table(ways, held_out)]
     learned = ways.train(DEFAULTS.trainer_settings(), DEFAULTS.vocab_size)
     print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
-    policies_table(base, learned, {**texts, "ja": held_out}, list(vocabulary.GUARANTEES))
+    policies_table(base, learned, {**texts, "ja": held_out}, list(piece_policies.GUARANTEES))
     if arguments.ja_tokenizer:
         ratios.append(merges_table(base, arguments.ja_tokenizer, {**texts, "ja": held_out}))
     ratios.append(time_table(training, DEFAULTS.vocab_size, arguments.repeats))

@@ -79,8 +79,8 @@ def train_and_count(options: argparse.Namespace) -> None:
     """One process's part; number 0 prints the bytes that were sent."""
     from deepspeed import comm
 
-    from chatglm_ja import training
-    from chatglm_ja.config import TrainingConfig
+    from chatglm_ja.training import train
+    from chatglm_ja.training.settings import TrainingConfig
 
     settings: dict[str, Any] = json.loads((PROJECT / "ds_zero2.json").read_text(encoding="utf-8"))
     settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
@@ -99,7 +99,7 @@ def train_and_count(options: argparse.Namespace) -> None:
             tracker="none",
             deepspeed=path,
         )
-        trained = training.train(config, "pretrain", None)["trained_parameters"]
+        trained = train.train(config, "pretrain", None)["trained_parameters"]
     if os.environ["RANK"] != "0":
         return
     sent = {

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.sources import Source, read_argument
 
-VERIFIED_BYTES = 10**9  # two models of this size are loaded without being asked
+VERIFIED_BYTES = 10**9  # models up to this size are loaded for verification by default
+REPORTS_BYTES = 20 * 10**6  # a generous allowance for reports, curves and tables
 
 
 def setting(
@@ -62,6 +64,10 @@ class StepConfig:
     def contradictions(self) -> list[str]:
         """What is wrong with the settings together; one sentence each."""
         return []
+
+    def disk_bytes(self) -> int:
+        """Estimate the disk space that the step takes."""
+        return REPORTS_BYTES
 
     def compares_logits(self, size: int) -> bool:
         """Whether to load a model of so many bytes, and what it should agree with, for `verify`."""
@@ -158,3 +164,6 @@ def _argument_type(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+CORES = len(os.sched_getaffinity(0))

@@ -212,7 +212,7 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
 
 
-def contradictions(sources: Iterable[Source]) -> list[str]:
+def source_contradictions(sources: Iterable[Source]) -> list[str]:
     """What is wrong with the sources: one sentence each."""
     sources = list(sources)
     problems = [

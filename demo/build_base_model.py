@@ -25,11 +25,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import constants
-from chatglm_ja import corpus, space
-from chatglm_ja.artifacts import Output, open_sources
 from chatglm_ja.cli import run
+from chatglm_ja.data import corpus
 from chatglm_ja.settings import StepConfig, parse, setting
 from chatglm_ja.sources import Source
+from chatglm_ja.storage.inputs import open_sources
+from chatglm_ja.storage.output import Output
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def main() -> None:
         open_sources("base_characters", config.character_sources),
     ]
     output = Output(config, Path(__file__).stem, inputs)
-    if output.is_settled(space.REPORTS_BYTES):
+    if not output.prepare():
         return
     texts = [text for source in config.sources for text in corpus.read_texts(source)]
     random.Random(config.seed).shuffle(texts)
@@ -83,7 +84,7 @@ def train_tokenizer(
     """A BPE model trained as ChatGLM3's was (its trainer_spec says how)."""
     import sentencepiece
 
-    from chatglm_ja.vocabulary import admits
+    from chatglm_ja.vocabulary.policies import admits
 
     kana_and_kanji = {character for character in characters if admits("han", character)}
     model = io.BytesIO()
@@ -105,7 +106,8 @@ def train_tokenizer(
 
 
 def chatglm_config(config: BaseModelConfig) -> dict[str, Any]:
-    from chatglm_ja import base_config, resize, tokenizer
+    from chatglm_ja.chatglm3 import base_config, tokenizer
+    from chatglm_ja.vocabulary import embedding_rows
 
     vocabulary = config.vocab_size + len(tokenizer.SPECIAL_TOKENS)
     return {
@@ -120,7 +122,7 @@ def chatglm_config(config: BaseModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.hidden_size // 32,
         "multi_query_group_num": 2,
         "layernorm_epsilon": 1e-5,
-        "padded_vocab_size": resize.padded_rows(vocabulary, 128),
+        "padded_vocab_size": embedding_rows.padded_rows(vocabulary, 128),
         "seq_length": 2048,
         "torch_dtype": "float16",
         "eos_token_id": tokenizer.EOS_ID,
@@ -135,14 +137,16 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    from chatglm_ja import chat, checkpoint, dataset, layout, packing, tokenizer
-    from chatglm_ja.model import GlmForTraining
+    from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names, tokenizer, weights
+    from chatglm_ja.data import packing
+    from chatglm_ja.training import collator
+    from chatglm_ja.training.model import GlmForTraining
 
     torch.manual_seed(config.seed)
     encoder = tokenizer.processor(
         tokenizer.with_special_tokens(tokenizer.read_model(folder / "tokenizer.model"))
     )
-    prefix = chat.prefix_ids(encoder)
+    prefix = chat_format.prefix_ids(encoder)
     documents = [[*prefix, *ids, tokenizer.EOS_ID] for ids in encoder.encode(texts)]
     plan = packing.concat(np.array([len(ids) for ids in documents]), BLOCK_SIZE, keep_tail=True)
     stream = np.concatenate(documents)
@@ -155,12 +159,12 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     ]
     raw_config = chatglm_config(config)
     rows = raw_config["padded_vocab_size"]
-    model = GlmForTraining(layout.glm_config(raw_config, rows, torch.float32))
+    model = GlmForTraining(base_config.glm_config(raw_config, rows, torch.float32))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
-    collate = dataset.Collator(document_mask=True)
+    collate = collator.Collator(document_mask=True)
     order: list[int] = []
     losses = []
     bar = tqdm(range(config.steps), desc="base model", unit=" steps")
@@ -177,9 +181,9 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
 
-    tensors = layout.to_chatglm(model.state_dict())
+    tensors = tensor_names.to_chatglm(model.state_dict())
     half = ((name, tensor.half().contiguous()) for name, tensor in tensors.items())
-    checkpoint.write_sharded(half, folder, max_shard_bytes=4_000_000)
+    weights.write_sharded(half, folder, max_shard_bytes=4_000_000)
     text = json.dumps(raw_config, indent=1)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     tail = losses[-math.ceil(len(losses) / 10) :]

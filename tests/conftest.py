@@ -1,7 +1,6 @@
 """Small real things to test on: ChatGLM3's own layout in miniature, and the demo's texts."""
 
 import itertools
-import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -10,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja import (
-    artifacts,
-    chat,
-    corpus,
-    export,
-    pretrain_data,
-    sft_data,
-    tokenizer,
-    vocabulary,
-)
-from chatglm_ja.config import PrepareDataConfig, TrainTokenizerConfig, parse_shares
+from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
+from chatglm_ja.data import corpus, prepare_conversations, prepare_texts
+from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.sources import Source
+from chatglm_ja.storage.files import MANIFEST
+from chatglm_ja.storage.manifest import Manifest
+from chatglm_ja.vocabulary import learning, merging
+from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 from tests.pipeline import PROJECT, SMALL, Runner
 
 FIXTURES = PROJECT / "tests" / "fixtures"
@@ -56,26 +51,26 @@ def base_proto(base_dir: Path) -> Any:
 def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Japanese BPE model of 2,500 pieces, trained on pages of the demo."""
     folder = tmp_path_factory.mktemp("ja")
-    learned = vocabulary.train(
+    learned = learning.train(
         corpus.training_lines(demo_texts("ja", 300), {}),
         vocab_size=2500,
         character_coverage=0.9995,
         num_threads=2,
         settings=TRAINER_SETTINGS,
     )
-    vocabulary.save_learned(learned, folder)
+    learning.save_learned(learned, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def merge(base_proto: Any, ja_dir: Path) -> vocabulary.Merge:
-    return vocabulary.merge(base_proto, vocabulary.read_learned(ja_dir), "japanese")
+def merge(base_proto: Any, ja_dir: Path) -> merging.Merge:
+    return merging.merge(base_proto, learning.read_learned(ja_dir), "japanese")
 
 
 @pytest.fixture(scope="session")
-def merged_dir(merge: vocabulary.Merge, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged_dir(merge: merging.Merge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    export.save(merge.proto, folder)
+    tokenizer_files.save(merge.proto, folder)
     return folder
 
 
@@ -86,11 +81,12 @@ def encoder(merged_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from chatglm_ja import checkpoint, resize
+    from chatglm_ja.chatglm3 import weights
+    from chatglm_ja.vocabulary import embedding_rows
 
     folder = tmp_path_factory.mktemp("resized")
-    resize.resize_checkpoint(
-        checkpoint.Checkpoint(base_dir),
+    embedding_rows.resize_checkpoint(
+        weights.Checkpoint(base_dir),
         merged_dir,
         folder,
         init="subtoken_mean",
@@ -136,20 +132,24 @@ def unit_folders(parent: Path, sources: Sequence[Source]) -> list[Path]:
 
 
 def write_pretraining(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
-    index = pretrain_data.prepare(config, unit_folders(folder / "texts", config.sources))
-    return pretrain_data.write(index, config, parse_shares(config.shares), folder)
+    index = prepare_texts.prepare(config, unit_folders(folder / "texts", config.sources))
+    return prepare_texts.write(index, config, parse_shares(config.shares), folder)
 
 
 def write_sft(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
-    index = sft_data.prepare(config, unit_folders(folder / "conversations", config.sft_sources))
-    return sft_data.write(index, config, parse_shares(config.sft_shares), folder)[0]
+    index = prepare_conversations.prepare(
+        config, unit_folders(folder / "conversations", config.sft_sources)
+    )
+    return prepare_conversations.write(index, config, parse_shares(config.sft_shares), folder)[0]
 
 
 def write_manifest(folder: Path, counts: dict[str, Any]) -> None:
     """What a step would have said of what it made, as far as counts go."""
-    manifest: dict[str, Any] = {name: {} for name in artifacts.MANIFEST_KEYS}
-    manifest |= {"step": "step4_prepare_data", "fingerprint": "0" * 64, "counts": counts}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest(
+        step="step4_prepare_data", arguments={}, counts=counts, inputs={}, lineage={},
+        fingerprint="0" * 64, files={},
+    )  # fmt: skip
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +184,7 @@ def copy_of() -> Callable[[Path, Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def conversation() -> list[chat.Message]:
+def conversation() -> list[chat_format.Message]:
     return [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "日本の首都はどこですか？"},

@@ -386,7 +386,7 @@ def test_two_processes_are_stopped_and_one_or_two_go_on(pipeline: Runner) -> Non
             break
     said = process.stderr.read()
     assert process.wait() != 0
-    assert "the same command goes on from step" in said
+    assert "re-run the command to resume from step" in said
     (saved,) = (pipeline.root / "stopped.checkpoints").iterdir()
     subprocess.run(
         ["cp", "-r", str(saved.parent), f"{pipeline.root}/again.checkpoints"], check=True

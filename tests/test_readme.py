@@ -114,11 +114,17 @@ def test_every_command_exists(path: Path) -> None:
 
 
 def test_the_design_names_every_module() -> None:
+    package = PROJECT / "chatglm_ja"
     text = (PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^[\w., ]*\.py\b", text, flags=re.MULTILINE))
-    listed = {name for line in named for name in re.findall(r"\w+\.py", line)}
-    modules = {path.name for path in (PROJECT / "chatglm_ja").glob("*.py")} - {"__init__.py"}
-    assert listed == modules
+    block = next(body for _, body in BLOCK.findall(text) if "storage/\n" in body)
+    listed, room = set(), ""
+    for line in block.splitlines():
+        if line.endswith("/"):
+            room = line
+        elif match := re.match(r" *(\w+\.py) ", line):
+            listed.add(room + match[1] if line.startswith(" ") else match[1])
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert listed == {name for name in modules if not name.endswith("__init__.py")}
 
 
 PROGRAMS = [*STEPS, *(f"benchmarks/{path.name}" for path in (PROJECT / "benchmarks").glob("*.py"))]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.config import PrepareDataConfig
+from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.settings import parse
-from chatglm_ja.sources import Source, contradictions, read_argument
+from chatglm_ja.sources import Source, read_argument, source_contradictions
 
 
 def test_the_grammar_of_the_command_line() -> None:
@@ -82,10 +82,10 @@ def test_a_missing_yaml_file_is_one_line() -> None:
 
 def test_weights_belong_to_all_sources_of_a_language_or_to_none() -> None:
     sources = [Source("ja", "a", weight=1), Source("ja", "b"), Source("en", "c")]
-    assert contradictions(sources) == [
+    assert source_contradictions(sources) == [
         "the sources of ja have a weight in part: give one to all of them or to none"
     ]
-    assert not contradictions([*sources[:1], *sources[2:]])
+    assert not source_contradictions([*sources[:1], *sources[2:]])
 
 
 def test_files_folders_patterns_and_names(tmp_path: Path) -> None:

@@ -92,13 +92,12 @@ def serve() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import GlmForCausalLM  # noqa: F401
 
-    import chatglm_ja.data_report
-    import chatglm_ja.export
-    import chatglm_ja.merge_report
-    import chatglm_ja.pretrain_data
-    import chatglm_ja.resize
-    import chatglm_ja.samples
-    import chatglm_ja.training  # noqa: F401
+    import chatglm_ja.chatglm3.tokenizer_files
+    import chatglm_ja.data.prepare_texts
+    import chatglm_ja.evaluation.validation_answers
+    import chatglm_ja.reports.data_report
+    import chatglm_ja.reports.merge_report
+    import chatglm_ja.training.train  # noqa: F401
 
     gc.freeze()  # or the collector of every fork would touch, and so copy, all of this
     for line in sys.stdin:

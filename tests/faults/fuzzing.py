@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chatglm_ja import tokenizer
+from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.errors import UserError
 from tests.conftest import FIXTURES
 from tests.faults.ledger import Row

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ja import costs, space, training
-from chatglm_ja.config import TrainingConfig
-from chatglm_ja.files import MANIFEST
+from chatglm_ja.chatglm3 import base_config
+from chatglm_ja.storage import disk
+from chatglm_ja.storage.files import MANIFEST
+from chatglm_ja.training import costs, train
+from chatglm_ja.training.settings import TrainingConfig
 from tests.faults.ledger import Ledger
-from tests.training_runs import adapter, checkpoints_in, config_for, interrupt_after
+from tests.training.runs import adapter, checkpoints_in, config_for, interrupt_after
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 SCHEDULE, RANDOM, STATE = "progress.json", "random.safetensors", "trainer_state.json"
@@ -71,10 +73,10 @@ def interrupted(
     """A run that was interrupted after its second checkpoint, and what it would have ended with."""
     root = tmp_path_factory.mktemp("interrupted")
     config = config_for(resized_dir, data_dir, root / "output", save_steps=2, evaluations=0)
-    training.train(config, "pretrain", root / "once", checkpoints_in(root / "once"))
+    train.train(config, "pretrain", root / "once", checkpoints_in(root / "once"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(4, patch)
-        training.train(config, "pretrain", root / "twice", checkpoints_in(root / "twice"))
+        train.train(config, "pretrain", root / "twice", checkpoints_in(root / "twice"))
     return config, root / "twice", adapter(root / "once")
 
 
@@ -82,9 +84,9 @@ def test_a_checkpoint_takes_the_room_that_is_asked_for(
     interrupted: tuple[TrainingConfig, Path, bytes],
 ) -> None:
     config, folder, _ = interrupted
-    trained = costs.trained_parameters(costs.read_shape(config.model), config).all
-    size = space.total_bytes(folder / "checkpoints" / "step-000004")
-    assert 0.98 * size < space.MOMENTS_BYTES * trained < size
+    trained = costs.trained_parameters(base_config.read_shape(config.model), config).all
+    size = disk.folder_bytes(folder / "checkpoints" / "step-000004")
+    assert 0.98 * size < costs.CHECKPOINT_BYTES * trained < size
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -102,7 +104,7 @@ def test_the_older_checkpoint_is_gone_on_from(
     damage(target / "checkpoints" / "step-000004")
     caplog.set_level("INFO")
     with ledger.trial("checkpoints", fault) as row:
-        training.train(config, "pretrain", target, checkpoints_in(target))
+        train.train(config, "pretrain", target, checkpoints_in(target))
         assert adapter(target) == expected
         said = [record.getMessage() for record in caplog.records]
         (row.reads,) = [line for line in said if line.startswith("passing over")]

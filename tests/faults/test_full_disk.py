@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ja import files
+from chatglm_ja.storage import files
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import STEPS, Runner

@@ -13,24 +13,21 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from chatglm_ja import (
-    answers,
-    chat,
+from chatglm_ja import sources
+from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
+from chatglm_ja.data import (
     conversations,
     corpus,
-    export,
-    multiple_choice,
-    pretrain_data,
-    records,
-    sft_data,
-    sources,
-    tokenizer,
+    prepare_conversations,
+    prepare_texts,
+    readers,
     units,
-    vocabulary,
 )
+from chatglm_ja.data.readers import Reject
 from chatglm_ja.errors import ConfigError, DataError
-from chatglm_ja.records import Reject
+from chatglm_ja.evaluation import answers, multiple_choice
 from chatglm_ja.sources import Source
+from chatglm_ja.vocabulary import merging
 from tests.faults.fuzzing import (
     LONGEST_MESSAGE,
     any_text,
@@ -158,7 +155,7 @@ forms = st.builds(
     "JSONL, JSON, text, parquet, gzip, wikitext",
     files(),
     forms,
-    st.sampled_from([1, 30, records.CHUNK_BYTES]),
+    st.sampled_from([1, 30, readers.CHUNK_BYTES]),
 )
 def test_records(merged_dir: Path, file: tuple[str, bytes], form: Source, chunk_bytes: int) -> None:
     check_records(merged_dir, *file, form, chunk_bytes)
@@ -168,7 +165,7 @@ def test_records(merged_dir: Path, file: tuple[str, bytes], form: Source, chunk_
 @pytest.mark.parametrize("ending", [".jsonl", ".txt", ".json"])
 def test_odd_records(merged_dir: Path, ending: str, form: Source) -> None:
     content = b"\n".join(ODD_LINES)
-    check_records(merged_dir, ending, content, form, records.CHUNK_BYTES)
+    check_records(merged_dir, ending, content, form, readers.CHUNK_BYTES)
 
 
 @pytest.mark.parametrize("line", DEEP_RECORDS)
@@ -178,13 +175,13 @@ def test_deep_records(merged_dir: Path, tmp_path: Path, line: str) -> None:
     for depth in (50, 150, 960, 980, 5000):
         content = line.replace("%s", nested(depth)).encode()
         for name, whole in (("a.jsonl", content), ("a.json", b"[" + content + b"]")):
-            check_records(merged_dir, Path(name).suffix, whole, form, records.CHUNK_BYTES)
+            check_records(merged_dir, Path(name).suffix, whole, form, readers.CHUNK_BYTES)
             (tmp_path / name).write_bytes(whole)
             source = Source("ja", str(tmp_path / name))
             found = [
-                pair for chunk in records.chunks(source) for pair in records.records(chunk, source)
+                pair for chunk in readers.chunks(source) for pair in readers.records(chunk, source)
             ]
-            assert isinstance(found[0][1], Reject) == (depth > records.MAX_DEPTH)
+            assert isinstance(found[0][1], Reject) == (depth > readers.MAX_DEPTH)
 
 
 def check_records(
@@ -196,8 +193,8 @@ def check_records(
         path.write_bytes(content)
         source = Source(**{**vars(form), "path": str(path)})
         with refusals() as said:
-            chunks = list(records.chunks(source, chunk_bytes))
-            read = [pair for chunk in chunks for pair in records.records(chunk, source)]
+            chunks = list(readers.chunks(source, chunk_bytes))
+            read = [pair for chunk in chunks for pair in readers.records(chunk, source)]
             check_numbers(read)
             if ending in (".jsonl", ".txt") and source.where is None:
                 rest = content.removeprefix(b"\xef\xbb\xbf") if chunk_bytes > 2 else content
@@ -205,9 +202,9 @@ def check_records(
                 if ending == ".jsonl":
                     found = [line for line in found if not is_blank(line)]
                 assert len(read) == len(found)
-            prepare = pretrain_data.Preparer(merged_dir, "NFKC", 1, True, True, None)
+            prepare = prepare_texts.Preparer(merged_dir, "NFKC", 1, True, True, None)
             check_units(prepare, chunks, source, work, "t")
-            prepare_sft = sft_data.Preparer(merged_dir, 64, True)
+            prepare_sft = prepare_conversations.Preparer(merged_dir, 64, True)
             check_units(prepare_sft, chunks, source, work, "c")
         assert not said, "step 4 counts what is wrong"
         with refusals():
@@ -234,14 +231,14 @@ def check_numbers(read: Sequence[tuple[int, Any]]) -> None:
 
 
 def check_units(
-    prepare: Any, chunks: Sequence[records.Chunk], source: Source, work: Path, to: str
+    prepare: Any, chunks: Sequence[readers.Chunk], source: Source, work: Path, to: str
 ) -> None:
     """What is read is kept, dropped by a filter or rejected; all of it is counted."""
     for index, chunk in enumerate(chunks):
         meta = prepare(units.Task(source, chunk, work / f"{to}{index}"))
         assert all(number > 0 and reason for number, reason, _ in meta["rejects"])
         if source.format == "records":
-            read = len(list(records.records(chunk, source)))
+            read = len(list(readers.records(chunk, source)))
             assert meta["found"] + len(meta["rejects"]) == read
 
 
@@ -266,22 +263,22 @@ def test_conversations(
     if isinstance(messages, Reject):
         assert messages.reason and messages.detail
         return
-    special = {chat.special_id(encoder, token): token for token in tokenizer.SPECIAL_TOKENS}
+    special = {chat_format.special_id(encoder, token): token for token in tokenizer.SPECIAL_TOKENS}
     marks = special | {0: "<unk>", 1: "<s>", 2: "</s>"}
     placed = ["[gMASK]", "sop", *(f"<|{message['role']}|>" for message in messages)]
     for each in both:
-        ids, labels = chat.build_example(each, messages)
+        ids, labels = chat_format.build_example(each, messages)
         assert [marks[i] for i in ids if i in marks] == [*placed, "</s>"]
-        assert all(label in (chat.IGNORE, i) for i, label in zip(ids, labels, strict=True))
-        prompt = chat.build_prompt_ids(each, messages)
+        assert all(label in (chat_format.IGNORE, i) for i, label in zip(ids, labels, strict=True))
+        prompt = chat_format.build_prompt_ids(each, messages)
         assert [marks[i] for i in prompt if i in marks] == [*placed, "<|assistant|>"]
         assert prompt[:-1] == ids[:-1]
 
 
 @pytest.fixture(scope="module")
-def both(encoder: Any, merge: vocabulary.Merge) -> list[Any]:
+def both(encoder: Any, merge: merging.Merge) -> list[Any]:
     """The merged tokenizer in both of its forms."""
-    return [encoder, export.transformers_tokenizer(merge.proto)]
+    return [encoder, tokenizer_files.transformers_tokenizer(merge.proto)]
 
 
 # --- YAML ---------------------------------------------------------------------------------------
@@ -361,7 +358,7 @@ def test_source_arguments(argument: str) -> None:
 
 def check_source(source: Source) -> None:
     assert str(source) and source.title
-    sources.contradictions([source])
+    sources.source_contradictions([source])
     source.settings()
     if ".." not in source.path and not source.path.startswith("/"):
         source.files()

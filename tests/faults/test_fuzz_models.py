@@ -13,17 +13,21 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from chatglm_ja import (
+from chatglm_ja.chatglm3 import (
     base_config,
-    chat,
-    checkpoint,
-    encoding,
-    export,
+    chat_format,
+    loading,
     tokenizer,
-    vocabulary,
+    tokenizer_files,
+    weights,
 )
-from chatglm_ja.artifacts import MANIFEST, Output, history, open_artifact, read_manifest
-from chatglm_ja.checkpoints import Checkpoints
+from chatglm_ja.data import fast_encoder
+from chatglm_ja.storage.files import MANIFEST
+from chatglm_ja.storage.inputs import open_artifact
+from chatglm_ja.storage.manifest import read_history, read_manifest
+from chatglm_ja.storage.output import Output
+from chatglm_ja.training.checkpoints import Checkpoints
+from chatglm_ja.vocabulary import learning, merging
 from tests.faults.fuzzing import (
     BASE,
     SHARD,
@@ -37,7 +41,7 @@ from tests.faults.fuzzing import (
     refusals,
     scalars,
 )
-from tests.test_artifacts import Config
+from tests.storage.test_output import Config
 
 # --- Checkpoints --------------------------------------------------------------------------------
 
@@ -51,14 +55,14 @@ def read_checkpoint(changes: dict[str, bytes]) -> None:
         for name, content in changes.items():
             (copy / name).write_bytes(content)
         with refusals():
-            opened = checkpoint.Checkpoint(copy)
+            opened = weights.Checkpoint(copy)
             opened.size()
             assert sum(tensor.numel() for _, tensor in opened.glm_tensors()) > 0
         with refusals():
-            checkpoint.describe(copy)
-            assert all(name for name, _ in checkpoint.stored_tensors(copy))
+            weights.describe(copy)
+            assert all(name for name, _ in weights.stored_tensors(copy))
         with refusals():
-            checkpoint.read_tensor(copy, "transformer.output_layer.weight")
+            weights.read_tensor(copy, "transformer.output_layer.weight")
 
 
 HEADER_BYTES = struct.unpack("<Q", (BASE / SHARD).read_bytes()[:8])[0]
@@ -114,12 +118,12 @@ def test_pickled_shards(data: st.DataObject, pickled: bytes) -> None:
         (copy / "config.json").symlink_to(BASE / "config.json")
         (copy / BIN_NAME).write_bytes(content)
         with refusals():
-            checkpoint.Checkpoint(copy)
+            weights.Checkpoint(copy)
         with refusals():
-            checkpoint.read_tensor(copy, "transformer.output_layer.weight")
+            weights.read_tensor(copy, "transformer.output_layer.weight")
 
 
-INDEX = json.loads((BASE / checkpoint.INDEX_FILE).read_bytes())
+INDEX = json.loads((BASE / weights.INDEX_FILE).read_bytes())
 
 
 @fuzz(
@@ -133,7 +137,7 @@ INDEX = json.loads((BASE / checkpoint.INDEX_FILE).read_bytes())
     ),
 )
 def test_indices(content: bytes) -> None:
-    read_checkpoint({checkpoint.INDEX_FILE: content})
+    read_checkpoint({weights.INDEX_FILE: content})
 
 
 CONFIG = json.loads((BASE / "config.json").read_bytes())
@@ -159,7 +163,7 @@ def test_configurations(content: bytes) -> None:
     with folder() as copy:
         (copy / "config.json").write_bytes(content)
         with refusals():
-            checkpoint.load_glm(copy, None, "auto") if b'"glm"' not in content else None
+            loading.load_glm(copy, None, "auto") if b'"glm"' not in content else None
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------
@@ -253,12 +257,12 @@ def check_model(content: bytes) -> None:
     with folder() as copy:
         (copy / "config.json").symlink_to(BASE / "config.json")
         (copy / tokenizer.MODEL_FILE).write_bytes(content)
-        (copy / vocabulary.JA_MODEL_FILE).write_bytes(content)
+        (copy / learning.JA_MODEL_FILE).write_bytes(content)
         with refusals():
             base = tokenizer.read_base(copy)
             check_merge(copy, base, [PIECE(piece=text) for text in LEARNED])
         with refusals():
-            learned = vocabulary.read_learned(copy)
+            learned = learning.read_learned(copy)
             check_merge(copy, tokenizer.read_base(BASE), learned.pieces)
 
 
@@ -266,16 +270,16 @@ def check_merge(target: Path, base: Any, pieces: Iterable[Any]) -> None:
     learned = small_model()
     del learned.pieces[:]
     learned.pieces.extend(pieces)
-    merged = vocabulary.merge(base, learned, "japanese").proto
+    merged = merging.merge(base, learned, "japanese").proto
     assert [p.piece for p in merged.pieces[:3]] == ["<unk>", "<s>", "</s>"]
     assert all(math.isfinite(piece.score) for piece in merged.pieces)
     texts = ["", "します 的 a\n", "<|user|>"]
-    export.save(merged, target)
+    tokenizer_files.save(merged, target)
     loaded = tokenizer.load(target)
     encoded = [loaded.encode(text) for text in texts]
-    assert [ids.tolist() for ids in encoding.CorpusEncoder(merged).encode(texts)] == encoded
-    assert export.line_encoder(merged)(texts) == encoded
-    chat.build_example(loaded, [{"role": "user", "content": text} for text in texts])
+    assert [ids.tolist() for ids in fast_encoder.CorpusEncoder(merged).encode(texts)] == encoded
+    assert tokenizer_files.line_encoder(merged)(texts) == encoded
+    chat_format.build_example(loaded, [{"role": "user", "content": text} for text in texts])
 
 
 # --- Manifests ----------------------------------------------------------------------------------
@@ -325,14 +329,14 @@ def test_manifests(published: Path, content: str | bytes) -> None:
             with refusals():
                 read_manifest(work / name)
             with refusals():
-                history(work / "a")
+                read_history(work / "a")
             with refusals():
                 opened = open_artifact(work / "a", f"{STEP}.py")
                 Output(Config(output_dir=work / "b"), "step2_x", [opened]).describe()
             for overwrite in (False, True):
                 config = Config(output_dir=work / name, size=1, overwrite=overwrite)
                 with refusals():
-                    Output(config, STEP, inputs).is_settled()
+                    Output(config, STEP, inputs).prepare()
             manifest.write_bytes(before)
 
 
@@ -357,4 +361,4 @@ def test_checkpoint_manifests(content: str | bytes, overwrite: bool) -> None:
         (path / "weights.safetensors").write_bytes(b"weights")
         (path / MANIFEST).write_bytes(raw)
         with refusals():
-            assert Checkpoints(work, RUN, keep=1).start(overwrite) in (None, path)
+            assert Checkpoints(work, RUN, keep=1).find_newest(overwrite) in (None, path)

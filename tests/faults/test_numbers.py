@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from chatglm_ja import guard, training
 from chatglm_ja.errors import DataError
+from chatglm_ja.training import spikes, train
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
-from tests.training_runs import adapter, config_for, with_losses
+from tests.training.runs import adapter, config_for, with_losses
 
 
 @pytest.mark.parametrize("clipping", [1.0, 0.0])
@@ -33,11 +33,11 @@ def test_a_bad_step_changes_no_weight(
 ) -> None:  # fmt: skip
     if not thorough and not clipping:
         pytest.skip("--thorough tries without gradient clipping, too")
-    monkeypatch.setattr(guard, "RECENT_PASSES", 3)
+    monkeypatch.setattr(spikes, "RECENT_PASSES", 3)
     weights = with_losses(monkeypatch, of_gradients="gradients" in fault, step5=factor)
     config = config_for(resized_dir, data_dir, tmp_path, max_steps=7, max_grad_norm=clipping)
     with ledger.trial("numbers", fault) as row:
-        result = training.train(config, "pretrain", None)
+        result = train.train(config, "pretrain", None)
         (row.reads,) = (r.getMessage() for r in caplog.records if "is skipped" in r.getMessage())
         assert row.reads.startswith(f"step 5 is skipped: {reason}")
         same = [
@@ -64,7 +64,7 @@ def test_a_bad_pass_spoils_its_whole_step(
                 resized_dir, data_dir, tmp_path / bad, micro_batch_size=4, max_steps=5,
                 evaluations=0,
             )  # fmt: skip
-            training.train(config, "pretrain", tmp_path / bad)
+            train.train(config, "pretrain", tmp_path / bad)
         ends.append(adapter(tmp_path / bad))
     assert ends[0] == ends[1]
 
@@ -78,7 +78,7 @@ def test_good_steps_between_bad_ones_are_counted(
     config = config_for(
         resized_dir, data_dir, tmp_path, max_steps=11, max_skipped_steps=2, evaluations=0
     )
-    assert training.train(config, "pretrain", None)["steps"] == 11
+    assert train.train(config, "pretrain", None)["steps"] == 11
 
 
 def test_one_long_answer_among_short_ones_is_learned_from(
@@ -89,7 +89,7 @@ def test_one_long_answer_among_short_ones_is_learned_from(
         resized_dir, data_dir, tmp_path, packing=False, micro_batch_size=1, global_batch_size=4,
         block_size=256, max_steps=8, epochs=9.0, evaluations=0, learning_rate=1e-3,
     )  # fmt: skip
-    training.train(config, "sft", None)
+    train.train(config, "sft", None)
     assert "is skipped" not in caplog.text
 
 
@@ -99,7 +99,7 @@ def test_a_jump_in_the_first_passes_is_seen(
 ) -> None:  # fmt: skip
     with_losses(monkeypatch, step5=50.0)
     config = config_for(resized_dir, data_dir, tmp_path, evaluations=0)
-    training.train(config, "pretrain", None)
+    train.train(config, "pretrain", None)
     assert "step 5 is skipped" in caplog.text
 
 
@@ -114,7 +114,7 @@ def test_many_bad_steps_stop_the_run_with_advice(
         with pytest.raises(
             DataError, match=r"is nan at step 7, after .* and 4 steps in a row .* lower"
         ) as stopped:
-            training.train(config, "pretrain", None)
+            train.train(config, "pretrain", None)
         row.reads = f"error: {stopped.value}"
 
 
@@ -136,7 +136,7 @@ def test_a_learning_rate_that_diverges_stops_the_run(
 
 def test_a_run_that_diverges_slowly_is_stopped() -> None:
     """A tenth more at every pass: against the mean of the last ones it would never be a jump."""
-    judge = guard.Guard(max_jump=3.0, max_skipped=5)
+    judge = spikes.Guard(max_jump=3.0, max_skipped=5)
     loss, step = 4.0, 1
     while judge.accepts(step, loss, has_tokens=True):
         judge.judge_gradients(step, 1.0)
@@ -146,10 +146,10 @@ def test_a_run_that_diverges_slowly_is_stopped() -> None:
 
 
 def test_what_is_usual_is_known_to_a_run_that_is_resumed() -> None:
-    judge = guard.Guard(max_jump=3.0, max_skipped=5)
+    judge = spikes.Guard(max_jump=3.0, max_skipped=5)
     for step, loss in enumerate([2.0] * 20 + [4.0] * 20, start=1):
         assert judge.accepts(step, loss, has_tokens=True)
-    resumed = guard.Guard(max_jump=3.0, max_skipped=5)
+    resumed = spikes.Guard(max_jump=3.0, max_skipped=5)
     resumed.restore(json.loads(json.dumps(judge.state())))
     assert (resumed.lowest, resumed.usual) == (2.0, 4.0)
     assert not resumed.accepts(41, 6.5, has_tokens=True)

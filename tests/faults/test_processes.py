@@ -84,7 +84,7 @@ def test_no_process_waits_for_a_lost_one(
         rest = process.stderr.read()
         assert process.wait(timeout=60) != 0
         assert "Traceback" not in line + rest
-        saved = re.search(r"the same command goes on from step (\d+)", line)
+        saved = re.search(r"re-run the command to resume from step (\d+)", line)
         assert saved and int(saved[1]) >= 2
         row.reads = line
         again = pipeline.run("step5_train_pt.py", *FLAGS, "--output-dir", str(target))
@@ -97,7 +97,7 @@ def run_two(pipeline: Runner, folder: Path, bad: str, *more: str) -> tuple[str, 
     """What two processes of step 5 say, and the trained weights before each pass, as digests."""
     flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0", *more]
     result = subprocess.run(
-        [sys.executable, "-m", "chatglm_ja.launch", "--nproc_per_node", "2",
+        [sys.executable, "-m", "chatglm_ja.training.launch", "--nproc_per_node", "2",
          "--master_port", "29536", str(PROJECT / "tests/faults/two_processes.py"),
          bad, str(folder / f"{bad}-notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
          "--output-dir", str(folder / f"{bad}-output")],
@@ -153,7 +153,7 @@ def test_a_process_that_was_stopped_itself_goes_on() -> None:
     """Ctrl-Z for longer than the others would be waited for."""
     program = (
         "import os, signal, threading, time\n"
-        "from chatglm_ja.ranks import Watch\n"
+        "from chatglm_ja.training.watchdog import Watch\n"
         "with Watch(3.0, lambda: 'start it again') as watch:\n"
         "    for _ in range(4):\n"
         "        print('at work', flush=True); watch.progress(); time.sleep(1)\n"

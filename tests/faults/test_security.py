@@ -14,14 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chatglm_ja import chat, checkpoint, files, layout, training
+from chatglm_ja.chatglm3 import chat_format, tensor_names, weights
 from chatglm_ja.errors import ArtifactError
-from chatglm_ja.files import inside
+from chatglm_ja.storage import files
+from chatglm_ja.storage.files import resolve_inside
+from chatglm_ja.training import train
 from tests.conftest import DATA
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import PROJECT, STEPS, Runner
-from tests.training_runs import adapter, checkpoints_in, config_for, interrupt_after
+from tests.training.runs import adapter, checkpoints_in, config_for, interrupt_after
 
 # What a pickle could call, and the libraries' ways around it.
 FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load",
@@ -94,7 +96,7 @@ def test_pickles_in_a_checkpoint_are_not_opened(
     config = config_for(resized_dir, data_dir, tmp_path / "output", save_steps=2, evaluations=0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(4, patch)
-        training.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
+        train.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
     folder = tmp_path / "checkpoints" / "step-000004"
     for name in (
         "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin",
@@ -104,7 +106,7 @@ def test_pickles_in_a_checkpoint_are_not_opened(
         (folder / name).parent.mkdir(exist_ok=True)
         torch.save(Bomb(sentinel), folder / name)
     with ledger.trial("security", "pickles of other programs in a checkpoint"):
-        training.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
+        train.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
         assert adapter(tmp_path)
         assert not sentinel.exists()
 
@@ -145,7 +147,7 @@ def test_objects_in_arrays_are_not_unpickled(
     for path, bomb in bombs.items():
         path.write_bytes(bomb)
         meta = json.loads(path.with_suffix(".json").read_text())
-        meta["files"][path.name] = files.record(path)
+        meta["files"][path.name] = files.record_file(path).model_dump()
         path.with_suffix(".json").write_text(json.dumps(meta))
     with ledger.trial("security", f"{title}, and their SHA-256"):
         assert "is damaged" in forks.small(STEPS[3], *flags).error
@@ -184,9 +186,9 @@ def test_no_name_leads_out_of_its_folder(tmp_path: Path, ledger: Ledger, name: s
     (folder / "links").symlink_to(tmp_path)
     with ledger.trial("security", "a name in a manifest or an index that leads out") as row:
         with pytest.raises(ArtifactError, match="lies outside of it") as refused:
-            inside(folder, name)
+            resolve_inside(folder, name)
         row.reads = f"error: {refused.value}"
-    assert inside(folder, "a/../b") == folder / "a/../b"
+    assert resolve_inside(folder, "a/../b") == folder / "a/../b"
 
 
 def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
@@ -197,22 +199,22 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
         link = folder / f"model-{allowed}.safetensors"
         link.symlink_to(target)
         if allowed:
-            assert inside(folder, link.name) == link
+            assert resolve_inside(folder, link.name) == link
         else:
             with pytest.raises(ArtifactError):
-                inside(folder, link.name)
+                resolve_inside(folder, link.name)
 
 
 def test_an_index_is_held_to_its_folder_wherever_it_is_read(
     base_dir: Path, resized_dir: Path, tmp_path: Path, copy_of: Any
 ) -> None:
     folder = copy_of(resized_dir, tmp_path / "model")
-    index = folder / checkpoint.INDEX_FILE
+    index = folder / weights.INDEX_FILE
     index.write_text(index.read_text().replace("model-0000", "../other/model-0000"))
     for read in (
-        lambda: checkpoint.read_tensor(folder, layout.GLM_EMBEDDING),
-        lambda: list(checkpoint.stored_tensors(folder)),
-        lambda: checkpoint.describe(folder),
+        lambda: weights.read_tensor(folder, tensor_names.GLM_EMBEDDING),
+        lambda: list(weights.stored_tensors(folder)),
+        lambda: weights.describe(folder),
     ):
         with pytest.raises(ArtifactError, match="lies outside of it"):
             read()
@@ -220,18 +222,20 @@ def test_an_index_is_held_to_its_folder_wherever_it_is_read(
 
 def test_no_text_becomes_a_special_token(encoder: Any, ledger: Ledger) -> None:
     """In a document, and in every part of a conversation."""
-    special = {chat.special_id(encoder, name) for name in chat.SPECIAL_TOKENS}
-    names = [*chat.SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<|user|> \n", "<0x41>", "<pad>"]
+    special = {chat_format.special_id(encoder, name) for name in chat_format.SPECIAL_TOKENS}
+    names = [*chat_format.SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<|user|> \n", "<0x41>", "<pad>"]
     for name in names:
         with ledger.trial("security", "the name of a special token in a text"):
             assert not special & set(encoder.encode(f"a{name}b {name}"))
-            turns: list[chat.Message] = [
+            turns: list[chat_format.Message] = [
                 {"role": "user", "content": name},
                 {"role": "assistant", "content": name},
             ]
-            plain: list[chat.Message] = [{"role": turn["role"], "content": "x"} for turn in turns]
+            plain: list[chat_format.Message] = [
+                {"role": turn["role"], "content": "x"} for turn in turns
+            ]
             found, usual = (
-                [token for token in chat.build_example(encoder, talk)[0] if token in special]
+                [token for token in chat_format.build_example(encoder, talk)[0] if token in special]
                 for talk in (turns, plain)
             )
             assert found == usual

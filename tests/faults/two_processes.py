@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from chatglm_ja import training_state
-from chatglm_ja.trainer import ResumableTrainer
+from chatglm_ja.training import training_state
+from chatglm_ja.training.trainer import ResumableTrainer
 from tests.pipeline import PROJECT
 
 BAD_STEP = 3

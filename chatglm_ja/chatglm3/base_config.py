@@ -1,0 +1,178 @@
+"""ChatGLM3's config.json: the sizes that the pipeline needs; other architectures are refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatglm_ja.chatglm3 import base_config
+from chatglm_ja.errors import DataError
+from chatglm_ja.storage.files import read_json
+
+# What GlmForCausalLM computes; a checkpoint that says otherwise is another architecture.
+REQUIRED_CONFIG = {
+    "model_type": "chatglm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_residual_connection_post_layernorm": False,
+    "multi_query_attention": True,
+    "original_rope": True,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "tie_word_embeddings": False,
+}
+SIZES = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
+    "multi_query_group_num", "layernorm_epsilon", "padded_vocab_size", "seq_length",
+)  # fmt: skip
+# More than any model has; the names alone of so many layers' tensors would fill a memory.
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31 - 1
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """ChatGLM3's config.json, with every field that the conversion needs."""
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} not found: expected a ChatGLM3 checkpoint folder") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
+    for name, expected in REQUIRED_CONFIG.items():
+        if config.get(name) != expected:
+            raise DataError(
+                f"{path}: {name} is {config.get(name)!r}, expected {expected!r}: this is not a "
+                "ChatGLM3-6B model"
+            )
+    if "rope_ratio" in config and config["rope_ratio"] != 1:
+        raise DataError(
+            f"{path}: rope_ratio is {config['rope_ratio']!r}: the long-context variants and GLM-4 "
+            "are not supported; expected chatglm3-6b or chatglm3-6b-base"
+        )
+    # In all else the second generation's file says the same; its prompts are others.
+    if "chatglm2" in str(config.get("_name_or_path", "")).lower():
+        raise DataError(
+            f"{path} is of ChatGLM2 ({config['_name_or_path']}): expected chatglm3-6b or "
+            "chatglm3-6b-base"
+        )
+    if config.get("quantization_bit"):
+        raise DataError(f"{path}: the checkpoint is quantised; expected fp16, bf16 or fp32 weights")
+    missing = [name for name in SIZES if config.get(name) is None]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}: expected a ChatGLM3 config.json")
+    wrong = [f"{name} is {config[name]!r}" for name in SIZES if not _is_size(name, config[name])]
+    if wrong:
+        raise DataError(f"{path}: {', '.join(wrong)}: expected the sizes of a ChatGLM3 model")
+    return config
+
+
+def _is_size(name: str, value: Any) -> bool:
+    if name == "layernorm_epsilon":
+        return isinstance(value, float) and 0 < value < 1
+    most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+    return type(value) is int and 0 < value <= most
+
+
+def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: torch.dtype) -> Any:
+    """The GlmConfig of a ChatGLM3 config.json, with `vocab_size` embedding rows."""
+    from transformers import GlmConfig
+
+    return GlmConfig(
+        architectures=["GlmForCausalLM"],
+        vocab_size=vocab_size,
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["ffn_hidden_size"],
+        num_hidden_layers=config["num_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        num_key_value_heads=config["multi_query_group_num"],
+        head_dim=config["kv_channels"],
+        rms_norm_eps=config["layernorm_epsilon"],
+        max_position_embeddings=config["seq_length"],
+        attention_bias=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rows: int  # of each of the two embedding matrices
+    positions: int  # tokens of the longest text that the model was made for
+
+    @property
+    def projections(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of the six matrices of a layer: q, k, v, o, gate_up, down."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            (self.hidden, queries),
+            (self.hidden, keys),
+            (self.hidden, keys),
+            (queries, self.hidden),
+            (self.hidden, 2 * self.ffn),
+            (self.ffn, self.hidden),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of all layers and the last norm: matrices, biases of q, k, v, and norms."""
+        matrices = sum(i * o for i, o in self.projections)
+        biases = sum(o for _, o in self.projections[:3])
+        return self.layers * (matrices + biases + 2 * self.hidden) + self.hidden
+
+    @property
+    def embedding_weights(self) -> int:
+        """Parameters of both embedding matrices."""
+        return 2 * self.rows * self.hidden
+
+    def lora_weights(self, rank: int) -> int:
+        return self.layers * rank * sum(i + o for i, o in self.projections)
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The sizes that a folder's config.json gives, in GlmForCausalLM's layout or in ChatGLM3's.
+
+    Raises DataError when there is no such file.
+    """
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} not found: the sizes are read from it; give the folder of ChatGLM3-6B or of "
+            "step3_resize_model.py as --model"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("model_type") != "glm":
+        config = base_config.read_config(folder)
+        names = (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+            "multi_query_group_num", "kv_channels", "padded_vocab_size", "seq_length",
+        )  # fmt: skip
+    else:
+        names = (
+            "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+        )  # fmt: skip
+    return ModelShape(*(int(config[name]) for name in names))

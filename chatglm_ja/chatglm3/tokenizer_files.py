@@ -1,0 +1,165 @@
+"""A merged tokenizer as a folder that `AutoTokenizer.from_pretrained` loads, without remote code.
+
+    tokenizer.model        for sentencepiece, and for the pipeline itself
+    tokenizer.json         the same BPE for the `tokenizers` library: the same ids for every text
+    tokenizer_config.json  names of the special tokens, padding side, chat template
+
+Where the two differ is in a text that spells a special token. sentencepiece always reads it as
+text. In the transformers world it becomes the token unless `split_special_tokens=True` is passed;
+the chat template therefore breaks such a spelling inside a message with a space.
+
+As ChatGLM3's own tokenizer does, the transformers one puts [gMASK] sop before a text, unless
+`add_special_tokens=False` is passed; so tools that know nothing of ChatGLM3 show the model a text
+as it was trained to see one.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chatglm_ja.chatglm3.chat_format import PREFIX, ROLES
+from chatglm_ja.chatglm3.tokenizer import MODEL_FILE, SPACE, SPECIAL_TOKENS
+
+FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
+
+# These two are parts of words (people, philosophy): they count as special where they stand alone.
+WORD_TOKENS = tuple(token for token in SPECIAL_TOKENS if token.isalpha())
+MARKED_TOKENS = ("<unk>", "<s>", "</s>", *(t for t in SPECIAL_TOKENS if t not in WORD_TOKENS))
+
+# The prompt of chat.build_prompt_ids as a text. `plain` returns a message's text with a space in
+# every special token that it spells; sop and eop only where no letter or digit touches them,
+# since nowhere else would they be taken for the token.
+CHAT_TEMPLATE = (
+    f"{{% set marked_tokens = {list(MARKED_TOKENS)} %}}\n"
+    f"{{% set word_tokens = {list(WORD_TOKENS)} %}}\n"
+    f"{{% set roles = {list(ROLES)} %}}\n"
+    """\
+{% macro plain(text) %}
+{% set result = namespace(text=text) %}
+{% for token in marked_tokens %}
+{% set result.text = result.text.replace(token, token[0] ~ ' ' ~ token[1:]) %}
+{% endfor %}
+{% for token in word_tokens %}
+{% set parts = result.text.split(token) %}
+{% set result.text = parts[0] %}
+{% for part in parts[1:] %}
+{% set before = result.text[-1:] %}
+{% set after = part[:1] if part or loop.last else token[0] %}
+{% set touched = before.isalpha() or before.isdecimal() or before == '_'
+    or after.isalpha() or after.isdecimal() or after == '_' %}
+{% set result.text = result.text ~ (token if touched else token[0] ~ ' ' ~ token[1:]) ~ part %}
+{% endfor %}
+{% endfor %}
+{{ result.text }}{% endmacro %}
+[gMASK]sop{% for message in messages %}
+{% if message['role'] not in roles %}
+{{ raise_exception('role ' ~ message['role'] ~ ' does not exist: expected ' ~ roles|join(', ')) }}
+{% endif %}
+{% if message['content'] is not string %}
+{{ raise_exception('a message has no content of type text') }}
+{% endif %}
+<|{{ message['role'] }}|>{{ plain(message.get('metadata') or '') }}
+{% if message['content'] %} {{ plain(message['content']) }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+)
+
+
+# What transformers' tokenizer is told besides tokenizer.json.
+SETTINGS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+    "additional_special_tokens": list(SPECIAL_TOKENS),
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+    "chat_template": CHAT_TEMPLATE,
+}
+
+
+def save(proto: Any, folder: Path) -> None:
+    """Write a merged model (ModelProto) as the three files."""
+    (folder / MODEL_FILE).write_bytes(proto.SerializeToString())
+    fast_tokenizer(proto).save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **SETTINGS}
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def transformers_tokenizer(proto: Any) -> Any:
+    """The same in memory: what AutoTokenizer loads from the files of `save`."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=fast_tokenizer(proto), **SETTINGS)
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str] = FILES) -> None:
+    """Put the files that `save` wrote, or some of them, into a model folder, too."""
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+
+
+def line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Encodes lines as tokenizer.json will, special tokens read as text."""
+    tokenizer = fast_tokenizer(proto)
+    tokenizer.encode_special_tokens = True
+
+    def encode(lines: Sequence[str]) -> list[list[int]]:
+        encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    return encode
+
+
+def fast_tokenizer(proto: Any) -> Any:
+    """The same BPE (ModelProto) as a Tokenizer of the `tokenizers` library.
+
+    sentencepiece merges any adjacent pair whose concatenation is a piece, best score first. The
+    merge list therefore holds every split of every piece into two pieces, ordered by score.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    mergeable = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    merges = []
+    for piece, score in mergeable.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in mergeable and right in mergeable:
+                merges.append((-score, vocab[left], vocab[right], left, right))
+    merges.sort()
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[(left, right) for *_, left, right in merges],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", left=1, right=0),
+        ]
+    )
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(name, normalized=False, single_word=name in WORD_TOKENS)
+            for name in ("<unk>", "<s>", "</s>", *SPECIAL_TOKENS)
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{' '.join(PREFIX)} $A",
+        pair=f"{' '.join(PREFIX)} $A $B",
+        special_tokens=[(token, vocab[token]) for token in PREFIX],
+    )
+    return tokenizer

@@ -1,0 +1,177 @@
+"""Encoding a corpus: sentencepiece's ids, each stretch of text encoded once.
+
+BPE joins neighbouring characters into pieces. Where two characters stand side by side in no piece,
+no merge goes across them, so that a text falls into stretches that are encoded independently:
+
+    stretches   ▁私 は ▁LibreOffice を 使って い ます 。        cut wherever no piece holds the two
+    ids         one lookup each: most stretches have occurred before
+
+That is exact, ties included, since merges on the two sides of a cut do not see each other. The
+work on characters is done in numpy for a whole batch of texts, and sentencepiece encodes only the
+stretches that are new.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.data.cleaning import code_points
+from chatglm_ja.errors import DataError
+
+CODE_POINTS = 0x110000
+SPACE = ord(" ")
+# The table of pairs: the hash of a pair may be that of another one, which joins what could be cut.
+PAIR_BITS = 24
+# When more stretches are remembered, all are forgotten: text keeps bringing new names and numbers.
+# So many take about 100 MB.
+MAX_REMEMBERED = 2**19
+
+
+class CorpusEncoder:
+    """Encodes texts as `sentencepiece.SentencePieceProcessor.encode` does, with the dummy prefix.
+
+    `proto` is a ModelProto of ChatGLM3's kind: BPE with byte fallback, without normalisation.
+    """
+
+    # A row is a stretch's ids: where they start in `_ids`, and how many they are.
+    _starts: np.ndarray
+    _lengths: np.ndarray
+    _ids: np.ndarray
+
+    def __init__(self, proto: Any) -> None:
+        if not tokenizer.is_verbatim(proto):
+            raise DataError(
+                "the tokenizer normalises text or has no byte fallback: expected one from step 2"
+            )
+        self._inside = tokenizer.processor(proto, dummy_prefix=False)
+        texts = [
+            piece.piece.replace(tokenizer.SPACE, " ")
+            for piece in proto.pieces
+            if piece.type not in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)
+        ]
+        longer = [text for text in texts if len(text) > 1]
+        characters = sorted(set("".join(longer)))
+        # Numbers from 1 for the characters of longer pieces, 0 for all others.
+        self._number = np.zeros(CODE_POINTS, dtype=np.int32)
+        self._number[[ord(character) for character in characters]] = np.arange(
+            1, len(characters) + 1
+        )
+        self._number[ord(tokenizer.SPACE)] = self._number[SPACE]
+        self._bits = (len(characters) + 1).bit_length()
+        # So many numbers fit into a key of 63 bits.
+        self._key_characters = 63 // self._bits
+        self._joined = np.zeros(2**PAIR_BITS, dtype=bool)
+        numbers = self._number[code_points(longer)]
+        inside = np.ones(len(numbers), dtype=bool)
+        inside[np.cumsum([len(text) for text in longer]) - 1] = False
+        pairs = self._pairs(numbers)[inside[:-1]]
+        self._joined[pairs] = True
+        self._forget()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32."""
+        texts = list(texts)
+        if not texts:
+            return []
+        if len(self._starts) > MAX_REMEMBERED:
+            self._forget()
+        joined = "".join([" " + text if text else "" for text in texts])
+        codes = code_points([joined])
+        sizes = np.array([len(text) + 1 if text else 0 for text in texts])
+        ends = np.cumsum(sizes)
+        numbers = self._number.take(codes)
+        is_last = np.ones(len(codes), dtype=bool)
+        if len(codes):
+            are_joined = self._joined.take(self._pairs(numbers))
+            are_joined &= (numbers[:-1] > 0) & (numbers[1:] > 0)
+            np.logical_not(are_joined, out=is_last[:-1])
+            is_last[ends[sizes > 0] - 1] = True
+        bounds = np.concatenate([[0], np.flatnonzero(is_last) + 1])
+        rows = self._rows(joined, codes, numbers, bounds)
+        lengths = self._lengths.take(rows)
+        after = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.repeat(self._starts.take(rows) - after[:-1], lengths)
+        places += np.arange(after[-1])
+        ids = self._ids.take(places)
+        return np.split(ids, after[np.searchsorted(bounds, ends)][:-1])
+
+    def _pairs(self, numbers: np.ndarray) -> np.ndarray:
+        """The place in the table of every pair of neighbours; for up to 4,095 characters unique."""
+        half = PAIR_BITS // 2
+        return ((numbers[:-1] << half) + numbers[1:]) & (2**PAIR_BITS - 1)
+
+    def _rows(
+        self, joined: str, codes: np.ndarray, numbers: np.ndarray, bounds: np.ndarray
+    ) -> np.ndarray:
+        """Where each stretch is remembered, which is looked up by three kinds of names."""
+        starts, ends = bounds[:-1], bounds[1:]
+        sizes = ends - starts
+        rows = np.empty(len(sizes), dtype=np.int64)
+        one = np.flatnonzero(sizes == 1)
+        rows[one] = self._rows_of_characters(codes[starts[one]])
+        short = np.flatnonzero((sizes > 1) & (sizes <= self._key_characters))
+        keys = self._keys(numbers, starts[short], sizes[short])
+        rows[short] = self._rows_of_keys(keys, joined, starts[short], ends[short])
+        long = np.flatnonzero(sizes > self._key_characters)
+        spans = zip(starts[long].tolist(), ends[long].tolist(), strict=True)
+        rows[long] = self._rows_of_texts([joined[start:end] for start, end in spans])
+        return rows
+
+    def _rows_of_characters(self, codes: np.ndarray) -> np.ndarray:
+        rows = self._row_of_character.take(codes)
+        if (rows < 0).any():
+            new = np.unique(codes[rows < 0])
+            self._row_of_character[new] = self._remember([chr(code) for code in new.tolist()])
+            rows = self._row_of_character.take(codes)
+        return rows
+
+    def _rows_of_keys(
+        self, keys: np.ndarray, joined: str, starts: np.ndarray, ends: np.ndarray
+    ) -> np.ndarray:
+        unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        names = unique.tolist()
+        rows = np.array([self._row_of_key.get(name, -1) for name in names], dtype=np.int64)
+        new = np.flatnonzero(rows < 0)
+        spans = zip(starts[first[new]].tolist(), ends[first[new]].tolist(), strict=True)
+        rows[new] = self._remember([joined[start:end] for start, end in spans])
+        self._row_of_key.update((names[place], int(rows[place])) for place in new)
+        return rows[inverse]
+
+    def _rows_of_texts(self, texts: Sequence[str]) -> list[int]:
+        new = [text for text in dict.fromkeys(texts) if text not in self._row_of_text]
+        self._row_of_text.update(zip(new, self._remember(new).tolist(), strict=True))
+        return [self._row_of_text[text] for text in texts]
+
+    def _keys(self, numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """The numbers of the characters of short stretches, side by side in an integer: unique."""
+        keys = np.zeros(len(starts), dtype=np.int64)
+        for offset in range(self._key_characters):
+            inside = np.flatnonzero(sizes > offset)
+            part = numbers.take(starts[inside] + offset).astype(np.int64)
+            keys[inside] |= part << (self._bits * offset)
+        return keys
+
+    def _remember(self, stretches: Sequence[str]) -> np.ndarray:
+        """Encode new stretches; returns the rows that they get."""
+        rows = len(self._starts) + np.arange(len(stretches))
+        if stretches:
+            # For stretches of a few tokens lists are twice as fast as sentencepiece's numpy arrays.
+            encoded = self._inside.encode(list(stretches), num_threads=1)
+            lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+            end = len(self._ids)
+            self._starts = np.concatenate([self._starts, end + np.cumsum(lengths) - lengths])
+            self._lengths = np.concatenate([self._lengths, lengths])
+            ids = np.array(list(itertools.chain.from_iterable(encoded)), dtype=np.int32)
+            self._ids = np.concatenate([self._ids, ids])
+        return rows
+
+    def _forget(self) -> None:
+        self._row_of_key: dict[int, int] = {}
+        self._row_of_text: dict[str, int] = {}
+        self._row_of_character = np.full(CODE_POINTS, -1, dtype=np.int64)
+        self._starts = np.zeros(0, dtype=np.int64)
+        self._lengths = np.zeros(0, dtype=np.int64)
+        self._ids = np.zeros(0, dtype=np.int32)

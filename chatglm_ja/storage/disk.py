@@ -1,0 +1,42 @@
+"""Disk space: how much is free, how much files take, and a check before a step begins."""
+
+import shutil
+from pathlib import Path
+
+from chatglm_ja.errors import ArtifactError
+
+
+def require_free(folder: Path, needed: int) -> None:
+    """Raise ArtifactError if the disk of a folder that may not exist yet has too little space."""
+    free = free_bytes(folder)
+    if needed > free:
+        raise ArtifactError(
+            f"{folder} takes about {format_bytes(needed)}, but its disk has {format_bytes(free)} "
+            "free: free some, or choose another --output-dir"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
+    path = folder.absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def folder_bytes(folder: Path, pattern: str = "*") -> int:
+    """Return the size of all files in a folder; 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
+def weights_bytes(model: Path) -> int:
+    """Return the size of the weights in a model folder."""
+    return folder_bytes(model, "*.safetensors") or folder_bytes(model, "*.bin")
+
+
+def format_bytes(size: float) -> str:
+    """Format a number of bytes with a decimal unit: 3.2 MB, 8.1 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,65 @@
+"""ChatGLM3's tokenizer: which models are accepted, and that no text becomes a special token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.errors import DataError
+from tests.conftest import FIXTURES, demo_texts
+
+
+def test_no_text_becomes_a_special_token(encoder: Any) -> None:
+    for token in (*tokenizer.SPECIAL_TOKENS, "<s>", "</s>", "<unk>"):
+        ids = encoder.encode(f"a {token} b{token}")
+        assert not any(encoder.is_control(index) or encoder.is_unknown(index) for index in ids)
+        assert encoder.decode(ids) == f"a {token} b{token}"
+
+
+def base_folder(folder: Path, proto: Any, **config: Any) -> Path:
+    """A ChatGLM3 folder with only what step 2 reads."""
+    fixture = FIXTURES / "tiny_chatglm3" / "config.json"
+    changed = {**json.loads(fixture.read_text()), **config}
+    (folder / "config.json").write_text(json.dumps(changed))
+    (folder / tokenizer.MODEL_FILE).write_bytes(proto.SerializeToString())
+    return folder
+
+
+def test_a_base_needs_only_its_tokenizer_and_config(base_proto: Any, tmp_path: Path) -> None:
+    assert tokenizer.read_base(base_folder(tmp_path, base_proto)) == base_proto
+
+
+def test_a_merged_tokenizer_is_refused_as_base(merge: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="merged already"):
+        tokenizer.read_base(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
+
+
+def test_a_base_without_room_for_the_special_tokens_is_refused(
+    base_proto: Any, tmp_path: Path
+) -> None:
+    rows = len(base_proto.pieces) + 8
+    with pytest.raises(DataError, match=f"padded_vocab_size {rows}"):
+        tokenizer.read_base(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
+    tokenizer.read_base(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
+
+
+@pytest.mark.parametrize("data", [b"", b"not a model", b"\x00" * 100])
+def test_rubbish_is_no_sentencepiece_model(data: bytes, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a sentencepiece model"):
+        tokenizer.parse_model(data, tmp_path / "x.model")
+
+
+def test_a_unigram_model_is_refused(base_proto: Any, tmp_path: Path) -> None:
+    proto = type(base_proto)()
+    proto.CopyFrom(base_proto)
+    proto.trainer_spec.model_type = 1
+    with pytest.raises(DataError, match=r"x\.model is a unigram model"):
+        tokenizer.parse_model(proto.SerializeToString(), tmp_path / "x.model")
+
+
+def test_documents_are_encoded_in_order(encoder: Any) -> None:
+    texts = demo_texts("ja", 30, "heldout")
+    encoded = list(tokenizer.encode_documents(encoder, iter(texts), num_threads=2, batch=7))
+    assert encoded == [encoder.encode(text) for text in texts]

@@ -1,0 +1,94 @@
+"""Encoding a corpus gives sentencepiece's ids, whatever the text and whatever came before."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.data import fast_encoder
+from chatglm_ja.data.fast_encoder import CorpusEncoder
+from chatglm_ja.errors import DataError
+from chatglm_ja.vocabulary import merging
+from tests.conftest import SHARED, demo_texts, needs_real_tokenizer
+
+ODD = [
+    "", " ", "  a", "▁", "a▁b", "\n", "\n\n", "a\nb ", "</s>", "<0x0A>", "[gMASK] sop <|user|>",
+    "\u3000字下げ", "𠮷野家", "がき\u3099", "a" * 3000, "=" * 500, "1998年12月", "🙂👨\u200d👩",
+    "\ufffd\0\x07", "東" * 40, "the the the", "\t\tcode  x", "𝔘𝔫𝔦", "ｶﾞ①", "e\u0301", "   ",
+]  # fmt: skip
+
+
+def check(merged: Any, texts: list[str], corpus_encoder: CorpusEncoder | None = None) -> None:
+    processor = tokenizer.processor(merged)
+    found = (corpus_encoder or CorpusEncoder(merged)).encode(texts)
+    assert [ids.tolist() for ids in found] == [processor.encode(text) for text in texts]
+    assert all(ids.dtype == np.int32 for ids in found)
+
+
+def test_all_kinds_of_texts(merge: merging.Merge) -> None:
+    encoder = CorpusEncoder(merge.proto)
+    for texts in (ODD, ODD[::-1], [], [""], ["", ""], demo_texts("ja", 60) + ODD):
+        check(merge.proto, texts, encoder)
+    for text in ODD:
+        check(merge.proto, [text])
+
+
+def test_documents(merge: merging.Merge) -> None:
+    for language in ("ja", "zh", "en"):
+        check(merge.proto, demo_texts(language, 400))
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(st.text(st.characters(codec="utf-8")), max_size=5))
+def test_arbitrary_texts(texts: list[str], merge: merging.Merge) -> None:
+    check(merge.proto, texts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_texts_of_pieces(data: st.DataObject, merge: merging.Merge) -> None:
+    """Halves of pieces beside each other: what could be joined and is not, and the reverse."""
+    pieces = st.sampled_from([piece.piece for piece in merge.proto.pieces])
+    part = st.builds(lambda p, i, j: p[i : i + j], pieces, st.integers(0, 3), st.integers(1, 8))
+    check(merge.proto, ["".join(data.draw(st.lists(part, max_size=12)))])
+
+
+def test_a_small_table_and_a_short_memory_cost_no_exactness(
+    merge: merging.Merge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs that share a place in the table, and stretches that are forgotten again."""
+    monkeypatch.setattr(fast_encoder, "PAIR_BITS", 8)
+    monkeypatch.setattr(fast_encoder, "MAX_REMEMBERED", 50)
+    encoder = CorpusEncoder(merge.proto)
+    texts = demo_texts("ja", 50) + ODD + demo_texts("zh", 50)
+    for start in range(0, len(texts), 10):
+        check(merge.proto, texts[start : start + 10], encoder)
+
+
+def test_pieces_that_the_user_defined_are_never_cut(merge: merging.Merge) -> None:
+    proto = type(merge.proto)()
+    proto.CopyFrom(merge.proto)
+    for piece in ("a\n\nb", "。。", "\n\n"):
+        proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.USER_DEFINED)
+    check(proto, ["xa\n\nby", "文。。。文", "\n\n\n\n", "a\n\n\nb", *ODD])
+
+
+def test_another_kind_of_tokenizer_is_refused(merge: merging.Merge) -> None:
+    proto = type(merge.proto)()
+    proto.CopyFrom(merge.proto)
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    with pytest.raises(DataError, match="normalises text or has no byte fallback"):
+        CorpusEncoder(proto)
+
+
+@needs_real_tokenizer
+@pytest.mark.parametrize("language", ["ja", "zh", "en"])
+def test_the_real_tokenizer(language: str) -> None:
+    base = tokenizer.read_base(Path(SHARED / "chatglm3-6b"))
+    learned = tokenizer.read_model(SHARED / "reference" / "ja_bpe.model")
+    proto = merging.merge(base, learned, "japanese").proto
+    check(proto, demo_texts(language, 300) + ODD)

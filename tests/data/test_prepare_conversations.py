@@ -1,0 +1,216 @@
+"""Fine-tuning data: shares, whole conversations, no example without labels, full bins."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.chatglm3.tokenizer import EOS_ID
+from chatglm_ja.data import dataset, packing, prepare_conversations, resume
+from chatglm_ja.data.settings import parse_shares
+from chatglm_ja.errors import DataError
+from chatglm_ja.reports import data_report
+from chatglm_ja.sources import Source
+from tests.conftest import DATA, prepare_config, unit_folders, write_sft
+
+UNUSED = [Source("ja", "unused.txt")]
+
+
+def write(folder: Path, rows: list[Any]) -> Source:
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source("ja", str(path))
+
+
+def dialogue(*turns: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}
+
+
+def examples(folder: Path) -> list[tuple[list[int], list[int]]]:
+    found = []
+    for row in dataset.read(folder, "sft", "train"):
+        start = 0
+        for length in row["lengths"]:
+            span = slice(start, start + length)
+            found.append((row["input_ids"][span], row["labels"][span]))
+            start += length
+    return found
+
+
+def test_kinds_have_their_shares(tmp_path: Path, merged_dir: Path) -> None:
+    kinds = ("ja", "zh", "en", "code")
+    config = prepare_config(
+        merged_dir,
+        UNUSED,
+        sft_sources=[
+            Source(kind, str(DATA / "train_sft.jsonl.gz"), where=("kind", kind)) for kind in kinds
+        ],
+        sft_shares=("ja=52", "zh=22", "en=9", "code=17"),
+        sft_examples=200,
+        sft_validation_examples=20,
+        max_length=512,
+    )
+    counts = write_sft(tmp_path, config)
+    assert counts["train_examples"] == {"ja": 104, "zh": 44, "en": 18, "code": 34}
+    assert sum(counts["validation_examples"].values()) == 20
+    rows = dataset.read(tmp_path, "sft", "train")
+    assert sum(map(len, rows["lengths"])) == 200
+    sources = [number for row in rows for number in row["sources"]]
+    assert [sources.count(number) for number in range(4)] == [104, 44, 18, 34]
+
+
+def test_every_source_gives_conversations_for_validation(tmp_path: Path, merged_dir: Path) -> None:
+    """In proportion, and one at least but if it has only one; the rest is for training."""
+    sources = []
+    for name, count in (("large", 90), ("small", 4), ("tiny", 1)):
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name, [dialogue(f"{name}{i}", f"答え{i}") for i in range(count)])
+        sources.append(Source("ja", path.path, name=name))
+    config = prepare_config(
+        merged_dir, UNUSED, sft_sources=sources, sft_examples=80, sft_validation_examples=12
+    )
+    write_sft(tmp_path, config)
+    found = {}
+    for split in ("train", "validation"):
+        rows = dataset.read(tmp_path, "sft", split)
+        numbers = [number for row in rows for number in row["sources"]]
+        found[split] = [numbers.count(number) for number in range(3)]
+    assert found["validation"] == [11, 1, 0]
+    assert sum(found["train"]) == 80
+
+
+@pytest.mark.parametrize(
+    ("sources", "count", "expected"),
+    [
+        ([0, 0, 1, 0, 1, 1], 2, [True, False, True, False, False, False]),
+        ([0, 0, 1, 0, 1, 1], 1, [True, False, False, False, False, False]),
+        ([0, 1], 2, [True, True]),
+        ([0, 1], 0, [False, False]),
+        ([3, 3, 3], 2, [True, True, False]),
+        ([0, 1, 1], 1, [False, True, False]),
+    ],
+)
+def test_the_first_of_each_source_are_kept_back(
+    sources: list[int], count: int, expected: list[bool]
+) -> None:
+    assert prepare_conversations._keep_back(np.array(sources), count).tolist() == expected
+
+
+def test_bins_hold_whole_conversations(data_dir: Path) -> None:
+    rows = dataset.read(data_dir, "sft", "train")
+    assert sum(len(lengths) for lengths in rows["lengths"]) == 8
+    for row in rows:
+        assert len(row["input_ids"]) == len(row["labels"]) == sum(row["lengths"]) <= 256
+    for ids, labels in examples(data_dir):
+        assert ids[-1] == labels[-1] == EOS_ID
+        assert labels[0] == chat_format.IGNORE
+
+
+def test_examples_are_those_of_the_format(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
+    rows = [dialogue(f"質問{i}", f"答え{i}", "続き", "</s>と<|user|>") for i in range(5)]
+    config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)], sft_examples=5)
+    write_sft(tmp_path, config)
+    expected = [chat_format.build_example(encoder, row["messages"]) for row in rows]
+    assert sorted(examples(tmp_path)) == sorted(expected)
+
+
+def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
+    tmp_path: Path, merged_dir: Path, encoder: Any
+) -> None:
+    rows = [
+        dialogue("古い質問" * 20, "古い答え" * 20, "新しい質問", "新しい答え"),
+        dialogue("質問", "長い答え" * 200),
+        dialogue("質問", "答え"),
+        dialogue("質問", "答え", "答えのない質問"),
+        dialogue("質問", "答え"),
+    ]
+    rows[0]["messages"].insert(0, {"role": "system", "content": "指示"})
+    settings: dict[str, Any] = {
+        "sft_sources": [write(tmp_path, rows)], "max_length": 64, "sft_examples": 2,
+    }  # fmt: skip
+    counts = write_sft(tmp_path, prepare_config(merged_dir, UNUSED, **settings))
+    source = counts["sources"][0]
+    assert {name: source[name] for name in ("shortened", "too long", "duplicate", "kept")} == {
+        "shortened": 1, "too long": 1, "duplicate": 1, "kept": 2,
+    }  # fmt: skip
+    assert source["no answer at the end"] == 1
+    shortened = [rows[0]["messages"][0], *rows[0]["messages"][3:]]
+    assert chat_format.build_example(encoder, shortened) in examples(tmp_path)
+    for _, labels in examples(tmp_path):
+        assert any(label != chat_format.IGNORE for label in labels)
+
+    other = tmp_path / "drop"
+    other.mkdir()
+    settings |= {"long_conversations": "drop", "sft_examples": 1}
+    counts = write_sft(other, prepare_config(merged_dir, UNUSED, **settings))
+    assert counts["sources"][0]["too long"] == 2
+
+
+def test_what_is_the_same_after_cutting_is_taken_once(tmp_path: Path, merged_dir: Path) -> None:
+    rows = [dialogue(f"質問{i}" * 30, "答え" * 30, "最後の質問", "最後の答え") for i in range(9)]
+    settings: dict[str, Any] = {"sft_sources": [write(tmp_path, rows)], "max_length": 64}
+    counts = write_sft(tmp_path, prepare_config(merged_dir, UNUSED, **settings))
+    assert (counts["sources"][0]["duplicate"], counts["sources"][0]["kept"]) == (8, 1)
+
+
+def test_too_few_conversations_are_said(tmp_path: Path, merged_dir: Path) -> None:
+    source = write(tmp_path, [dialogue("q", "a")] * 2)
+    config = prepare_config(
+        merged_dir, UNUSED, sft_sources=[source], sft_examples=1, sft_validation_examples=3
+    )
+    with pytest.raises(DataError, match="ja has 1 usable conversations for a share of 4: lower"):
+        write_sft(tmp_path, config)
+
+
+def test_bins_are_full(merged_dir: Path, tmp_path: Path) -> None:
+    """10,000 conversations of the demo's lengths, in the demo's bins and in larger ones."""
+    config = prepare_config(
+        merged_dir, UNUSED, sft_sources=[Source("ja", str(DATA / "train_sft.jsonl.gz"))]
+    )
+    index = prepare_conversations.prepare(
+        config, unit_folders(tmp_path / "units", config.sft_sources)
+    )
+    lengths = np.array(random.Random(0).choices(index.length.tolist(), k=10_000))
+    for capacity in (256, 512, 1024):
+        plan = packing.best_fit(lengths, capacity)
+        assert lengths.sum() / (len(plan) * capacity) >= 0.99
+
+
+def test_the_report_shows_what_is_trained(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
+    rows = [dialogue(f"質問{i} <script>", "**答え** & more") for i in range(30)]
+    config = prepare_config(
+        merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)], sft_examples=20
+    )
+    index = prepare_conversations.prepare(
+        config, unit_folders(tmp_path / "units", config.sft_sources)
+    )
+    _, train = prepare_conversations.write(index, config, parse_shares(config.sft_shares), tmp_path)
+    (shown,) = list(data_report._examples(config, index, train))[1::2]
+    assert "&lt;script&gt;" in shown and "<script>" not in shown
+    trained = shown.split("<mark>")[1].split("</mark>")[0]
+    assert "**答え** &amp; more" in trained and "&lt;/s&gt;" in trained
+    assert "質問" not in trained
+    text = data_report._lengths(index, train, tmp_path / "lengths.png")
+    assert "<figure><svg" in text
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_conversations_are_written_down(tmp_path: Path, merged_dir: Path) -> None:
+    rows: list[Any] = [dialogue(f"q{i}", "a") | {"id": i} for i in range(20)]
+    rows[4] = dialogue("q", " ")
+    rows[7]["id"] = 2
+    rows[9] = {"messages": []}
+    config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)])
+    index = prepare_conversations.prepare(
+        config, unit_folders(tmp_path / "units", config.sft_sources)
+    )
+    resume.Rejects(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["source"], r["line"], r["reason"]) for r in rejects] == [
+        ("ja/a", 5, "empty answer"), ("ja/a", 8, "duplicate id"), ("ja/a", 10, "empty list"),
+    ]  # fmt: skip

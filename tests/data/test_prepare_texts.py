@@ -1,0 +1,356 @@
+"""Pretraining blocks: from texts with every kind of flaw to exact shares, the same however made."""
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.chatglm3.tokenizer import EOS_ID
+from chatglm_ja.data import arrow, corpus, dataset, prepare_texts, readers, units
+from chatglm_ja.data.index import Index, read_tokens
+from chatglm_ja.data.resume import Rejects
+from chatglm_ja.data.settings import parse_shares
+from chatglm_ja.errors import DataError
+from chatglm_ja.sources import Source
+from tests.conftest import DATA, demo_texts, prepare_config, unit_folders, write_pretraining
+
+
+def write(folder: Path, name: str, texts: list[str]) -> Source:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return Source(name[:2], str(path))
+
+
+def documents(folder: Path, split: str) -> list[list[int]]:
+    """The tokens between the ends of documents, from the blocks."""
+    stream = [t for ids in dataset.read(folder, "pretrain", split)["input_ids"] for t in ids]
+    parts: list[list[int]] = [[]]
+    for token in stream:
+        parts[-1].append(token)
+        if token == EOS_ID:
+            parts.append([])
+    return parts
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_blocks_hold_the_documents_with_real_ends(
+    tmp_path: Path, merged_dir: Path, encoder: Any, packing: str
+) -> None:
+    lines = [f"文書 {i} </s> です。" for i in range(60)]
+    source = write(tmp_path, "ja", lines)
+    prefix = chat_format.prefix_ids(encoder)
+    expected = [[*prefix, *encoder.encode(line), EOS_ID] for line in lines]
+    total = sum(map(len, expected))
+    config = prepare_config(
+        merged_dir, [source], total_tokens=total, block_size=32, packing=packing
+    )
+    counts = write_pretraining(tmp_path, config)
+    rows = dataset.read(tmp_path, "pretrain", "train")
+    lost = counts["tail_tokens_dropped"]
+    assert lost == (total % 32 if packing == "concat" else 0)
+    assert sum(map(len, rows["input_ids"])) == total - lost
+    found = []
+    for row in rows:
+        assert sum(row["lengths"]) == len(row["input_ids"]) <= 32
+        assert row["sources"] == [0] * len(row["lengths"])
+        # A length ends where a document ends, or where the block does.
+        ends = [row["input_ids"][end - 1] for end in itertools.accumulate(row["lengths"])]
+        assert ends[:-1] == [EOS_ID] * (len(ends) - 1)
+        assert sum(token == EOS_ID for token in row["input_ids"]) == ends.count(EOS_ID)
+        found += row["input_ids"]
+    if packing == "concat":
+        whole = documents(tmp_path, "train")
+        assert sorted(whole[:-1]) == sorted(expected[: len(whole)]) or lost
+        assert counts["fill"] == 1.0
+    assert {tuple(d) for d in documents(tmp_path, "train")[:-1]} <= set(map(tuple, expected))
+
+
+def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -> None:
+    sources = [Source("ja", str(DATA / "train_ja.jsonl.gz"))]
+    config = prepare_config(
+        merged_dir, sources, total_tokens=60_000, block_size=512, packing="best_fit"
+    )
+    counts = write_pretraining(tmp_path, config)
+    rows = dataset.read(tmp_path, "pretrain", "train")
+    prefix = prepare_texts._tools(merged_dir, None)[1].tolist()
+    begun = whole = 0
+    for row in rows:
+        start = 0
+        for length in row["lengths"]:
+            ids = row["input_ids"][start : start + length]
+            begun += ids[:2] == prefix
+            whole += ids[:2] == prefix and ids[-1] == EOS_ID
+            start += length
+    # Only what is longer than a block is cut, besides the document at the end of the budget.
+    assert begun - whole <= counts["documents_cut"] + 1
+    assert sum(map(len, rows["input_ids"])) == 60_000
+    assert counts["fill"] > 0.97
+
+
+def test_shares_are_exact(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
+    """Counted from the blocks: every language has a character of its own."""
+    samples = {"ja": "あああ。", "zh": "们们们。", "en": "eee."}
+    sources = [
+        write(tmp_path, name, [text + str(i) for i in range(900)]) for name, text in samples.items()
+    ]
+    config = prepare_config(
+        merged_dir, sources, shares=("ja=76", "zh=12", "en=12"), total_tokens=6400, block_size=32
+    )
+    counts = write_pretraining(tmp_path, config)
+    assert counts["train_tokens"] == {"ja": 4864, "zh": 768, "en": 768}
+    stream = [t for ids in dataset.read(tmp_path, "pretrain", "train")["input_ids"] for t in ids]
+    assert len(stream) == 6400
+    kinds = list(dataset.read(tmp_path, "pretrain", "train"))
+    by_source = np.zeros(3)
+    for row in kinds:
+        for number, length in zip(row["sources"], row["lengths"], strict=True):
+            by_source[number] += length
+    assert by_source.tolist() == [4864, 768, 768]
+    for number, text in enumerate(samples.values()):
+        sign = encoder.encode(text)[1]
+        start = 0
+        for row in kinds[:20]:
+            start = 0
+            for owner, length in zip(row["sources"], row["lengths"], strict=True):
+                if owner != number:
+                    assert sign not in row["input_ids"][start : start + length]
+                start += length
+
+
+def test_no_validation_document_is_trained_on(tmp_path: Path, merged_dir: Path) -> None:
+    lines = [f"これは文書番号 {i} です。" for i in range(400)]
+    # Every document twice: the copies must not come back through training.
+    source = write(tmp_path, "ja", lines + lines)
+    config = prepare_config(
+        merged_dir, [source], total_tokens=5000, validation_tokens=200, max_repeats=2.0
+    )
+    counts = write_pretraining(tmp_path, config)
+    validation = {tuple(part) for part in documents(tmp_path, "validation")[:-1]}
+    train = {tuple(part) for part in documents(tmp_path, "train")[:-1]}
+    assert len(validation) > 5
+    assert not validation & train
+    assert len(train) > 200
+    assert counts["sources"][0]["duplicate"] == 400
+    rows = dataset.read(tmp_path, "pretrain", "validation")
+    assert sum(map(len, rows["input_ids"])) == counts["validation_tokens"]["ja"] <= 200
+
+
+def test_validation_rows_say_their_language(data_dir: Path) -> None:
+    rows = dataset.read(data_dir, "pretrain", "train")
+    assert len(rows) == 8000 // 64
+    validation = dataset.read(data_dir, "pretrain", "validation")
+    assert set(validation["language"]) == {"ja", "zh", "en"}
+    for row in validation:
+        assert {("ja", "zh", "en")[number] for number in row["sources"]} == {row["language"]}
+
+
+def test_every_document_is_accounted_for(tmp_path: Path, merged_dir: Path) -> None:
+    base = "".join(demo_texts("ja", 40))[:4000]
+    near = base.replace("する", "します", 3)
+    held_out = "評価だけに使う独特な言い回しは、訓練する文書のどこにも現れてはならない。"
+    rows: list[dict[str, Any]] = [
+        {"text": base, "id": 1},
+        {"text": near, "id": 2},  # near duplicate
+        {"text": base, "id": 3},  # duplicate
+        {"text": "別の文書です。", "id": 1},  # id seen
+        {"text": " \n", "id": 5},  # empty
+        {"text": "短い", "id": 6},  # short
+        {"text": "English text in a Japanese corpus.", "id": 7},  # language
+        {"text": "前置き。" + held_out + "後書き。", "id": 8},  # contaminated
+        {"text": 5, "id": 9},  # wrong type
+        *({"text": f"問題のない文書の番号は{i:,}です。", "id": 10 + i} for i in range(50)),
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": held_out}) + "\n")
+    config = prepare_config(
+        merged_dir, [Source("ja", str(path))], total_tokens=1000, min_characters=5,
+        check_language=True, near_duplicates=0.8, max_repeats=5.0,
+        decontaminate=(Source("ja", str(tmp_path / "held.jsonl")),),
+    )  # fmt: skip
+    counts = write_pretraining(tmp_path, config)["sources"][0]
+    expected = {
+        "documents": 58, "rejected": 2, "empty": 1, "short": 1, "language": 1, "contaminated": 1,
+        "duplicate": 1, "near_duplicate": 1, "kept": 51,
+    }  # fmt: skip
+    assert {name: counts[name] for name in expected} == expected
+
+
+def flawed(folder: Path) -> list[Source]:
+    """Sources of several formats and many chunks, with bad records here and there."""
+    lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(demo_texts("ja", 300))]
+    lines[7], lines[100] = "{", json.dumps({"text": 1})
+    lines[200] = json.dumps({"text": "番号の同じ文書です。", "id": 3})
+    (folder / "ja.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (folder / "zh.txt").write_text("\n".join(t.replace("\n", " ") for t in demo_texts("zh", 200)))
+    (folder / "en.json").write_text(json.dumps([{"text": t} for t in demo_texts("en", 100)]))
+    return [
+        Source("ja", str(folder / "ja.jsonl.gz")),
+        Source("zh", str(folder / "zh.txt")),
+        Source("en", str(folder / "en.json")),
+    ]
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_processes_and_interruptions_change_no_byte(
+    tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(readers.chunks, "__defaults__", (20_000,))
+    monkeypatch.setattr(arrow, "SHARD_TOKENS", 3000)
+    sources = flawed(tmp_path)
+    settings: dict[str, Any] = {
+        "shares": ("ja=76", "zh=12", "en=12"), "total_tokens": 20_000, "validation_tokens": 1500,
+        "block_size": 64, "near_duplicates": 0.8, "check_language": True,
+    }  # fmt: skip
+
+    def make(name: str, **changes: Any) -> dict[str, bytes]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        config = prepare_config(merged_dir, sources, **settings | changes)
+        index = prepare_texts.prepare(config, unit_folders(folder / "texts", sources))
+        Rejects(folder / "rejects.jsonl", tmp_path / "report", 0.05).check(index)
+        prepare_texts.write(index, config, parse_shares(config.shares), folder)
+        return made(folder)
+
+    once = make("one")
+    assert len([name for name in once if name.startswith("pretrain_train")]) == 7
+    assert len(list((tmp_path / "one" / "texts").glob("*/*.json"))) > 10
+    assert len(once["rejects.jsonl"].splitlines()) == 3
+    assert make("two", num_processes=2) == once
+
+    # Interrupted while reading, then while writing the shards.
+    left = 4
+    whole = prepare_texts.Preparer.__call__
+
+    def failing(self: Any, task: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return whole(self, task)
+
+    monkeypatch.setattr(prepare_texts.Preparer, "__call__", failing)
+    with pytest.raises(KeyboardInterrupt):
+        make("three")
+    monkeypatch.setattr(prepare_texts.Preparer, "__call__", whole)
+    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "three/texts").glob("*/*.json")}
+    assert len(finished) == 4
+    monkeypatch.setattr(arrow, "_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make("three")
+    monkeypatch.undo()
+    monkeypatch.setattr(readers.chunks, "__defaults__", (20_000,))
+    monkeypatch.setattr(arrow, "SHARD_TOKENS", 3000)
+    (tmp_path / "three/pretrain_train-00000-of-00007.part").unlink()
+    # What was damaged meanwhile is made again.
+    first, second = sorted(finished)[:2]
+    content = bytearray(first.with_suffix(".tokens").read_bytes())
+    content[99] ^= 1
+    first.with_suffix(".tokens").write_bytes(content)
+    second.write_text("[]")
+    assert make("three") == once
+    del finished[first], finished[second]
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+
+
+def test_the_seed_and_only_the_seed_draws_other_documents(tmp_path: Path, merged_dir: Path) -> None:
+    source = Source("ja", str(DATA / "train_ja.jsonl.gz"))
+    blocks = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        write_pretraining(
+            tmp_path / name, prepare_config(merged_dir, [source], total_tokens=4000, seed=seed)
+        )
+        blocks.append(dataset.read(tmp_path / name, "pretrain", "train")["input_ids"][:])
+    assert blocks[0] == blocks[1] != blocks[2]
+
+
+def test_bad_records_are_written_down_and_too_many_stop(tmp_path: Path, merged_dir: Path) -> None:
+    rows = ['{"text": "良い文書です。"}'] * 97 + ["{", '{"body": 1}', '{"text": 1}']
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(rows))
+    config = prepare_config(merged_dir, [Source("ja", str(path))])
+    index = prepare_texts.prepare(config, unit_folders(tmp_path / "texts", config.sources))
+    report = tmp_path / "report.jsonl"
+    Rejects(tmp_path / "rejects.jsonl", report, 0.03).check(index)
+    assert not report.exists()
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"], r["reason"]) for r in rejects] == [
+        ("a.jsonl", 98, "broken JSON"),
+        ("a.jsonl", 99, "missing column"),
+        ("a.jsonl", 100, "wrong type"),
+    ]
+    with pytest.raises(
+        DataError,
+        match=r"more than 2.00% of the records are bad in ja/a: 3 of 100 records \(broken JSON 1, "
+        r"missing column 1, wrong type 1\): see .*report.jsonl, then mend them or raise --max-rej",
+    ):
+        Rejects(tmp_path / "rejects.jsonl", report, 0.02).check(index)
+    assert len(report.read_text().splitlines()) == 3
+
+
+def test_a_hopeless_source_ends_the_reading_early(
+    tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers.chunks, "__defaults__", (1000,))
+    monkeypatch.setattr(units, "EARLY_RECORDS", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "列の名前が違う"}\n' * 20_000)
+    config = prepare_config(merged_dir, [Source("ja", str(path))])
+    index = prepare_texts.prepare(config, unit_folders(tmp_path / "texts", config.sources))
+    assert units.EARLY_RECORDS <= index.records_read(0) < 2 * units.EARLY_RECORDS
+
+
+def test_too_little_text_is_said_with_what_would_do(tmp_path: Path, merged_dir: Path) -> None:
+    source = write(tmp_path, "ja", ["短い"])
+    with pytest.raises(DataError, match=r"ja has \d+ tokens for a share of 1,000"):
+        write_pretraining(tmp_path, prepare_config(merged_dir, [source]))
+    with pytest.raises(DataError, match="4 tokens do not fill a block of 16"):
+        write_pretraining(tmp_path, prepare_config(merged_dir, [source], total_tokens=4))
+
+
+def test_wikitext_lines_become_articles(tmp_path: Path, merged_dir: Path) -> None:
+    rows = ["", " = Title = \n", " A well @-@ known text . \n", " = Other = \n", " Text . \n"]
+    source = write(tmp_path, "en", rows)
+    source = Source("en", source.path, format="wikitext")
+    counts = write_pretraining(
+        tmp_path, prepare_config(merged_dir, [source], total_tokens=16, max_repeats=9.0)
+    )
+    assert counts["sources"][0]["documents"] == 2
+
+
+def test_a_document_of_every_source_reads_as_it_was(
+    tmp_path: Path, merged_dir: Path, encoder: Any
+) -> None:
+    """Tokens decode to the cleaned text: nothing between reading and packing changes it."""
+    texts = demo_texts("ja", 20)
+    source = write(tmp_path, "ja", texts)
+    total = sum(len(encoder.encode(text)) + 3 for text in texts)
+    write_pretraining(
+        tmp_path,
+        prepare_config(merged_dir, [source], total_tokens=total, block_size=8, packing="best_fit"),
+    )
+    index = Index([source], finished_units(tmp_path / "texts" / "0"))
+    for number, text in enumerate(texts):
+        ids = read_tokens(
+            index.stems, ".tokens", index.unit[[number]], index.offset[[number]],
+            index.length[[number]],
+        )  # fmt: skip
+        assert encoder.decode(ids[2:-1].tolist()) == text.strip()
+    assert list(corpus.read_texts(source)) == texts
+
+
+def finished_units(folder: Path) -> list[units.Finished]:
+    return [
+        units.Finished(path.with_suffix(""), 0, json.loads(path.read_text()))
+        for path in sorted(folder.glob("*.json"))
+    ]

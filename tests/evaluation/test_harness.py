@@ -1,0 +1,126 @@
+"""lm-evaluation-harness on a local task: what it measures is what the project's own code does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.errors import ConfigError
+from chatglm_ja.evaluation import harness, likelihood, multiple_choice
+from chatglm_ja.evaluation.harness import Tasks
+from chatglm_ja.inference.models import Stage
+from chatglm_ja.sources import Source
+from tests.conftest import demo_texts
+
+pytest.importorskip("lm_eval", reason="needs requirements-extras.txt")
+
+TASK = """\
+task: next_line
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+ROLLING = """\
+task: rolling
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list:
+  - metric: bits_per_byte
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty questions which line follows; the line break belongs to the choices."""
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = [line for text in demo_texts("ja", 40) for line in text.split("\n") if len(line) > 8]
+    lines = list(dict.fromkeys(lines))
+    with open(folder / "questions.jsonl", "w", encoding="utf-8") as out:
+        for n in range(40):
+            choices = [f"\n{line[:30]}" for line in lines[4 * n : 4 * n + 4]]
+            record = {"question": lines[-n - 1], "choices": choices, "answer": n % 4}
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    (folder / "next_line.yaml").write_text(TASK.format(data=folder / "questions.jsonl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manager(folder: Path) -> Any:
+    return Tasks(["next_line"], folder, 0).open()
+
+
+@pytest.mark.parametrize("name", ["base", "resized"])
+def test_accuracy_is_the_same_as_our_own(
+    name: str, base_dir: Path, resized_dir: Path, folder: Path, manager: Any,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    stage = Stage(name, base_dir if name == "base" else resized_dir)
+    model, encoder = stage.load()
+    questions = multiple_choice.read([Source("ja", str(folder / "questions.jsonl"))])
+    own = multiple_choice.evaluate(model, encoder, questions, 256, 8)["ja"]
+    tasks = Tasks(["next_line"], folder, 0)
+    rows = tasks.run(manager, model, encoder, stage.auto_tokenizer(), 256, 8)
+    found = {row["metric"]: row["value"] for row in rows}
+    assert found["acc"] == pytest.approx(own["acc"])
+    # The harness counts the line break of a choice among its characters, as we do.
+    assert found["acc_norm"] == pytest.approx(own["acc_norm"])
+    assert all(row["task"] == "next_line" and 0 < row["stderr"] < 0.1 for row in rows)
+    limited = Tasks(["next_*"], folder, 4).run(
+        manager, model, encoder, stage.auto_tokenizer(), 256, 8
+    )
+    assert limited[0]["value"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_whole_texts_are_scored_as_ours(
+    resized_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexity tasks: what comes before a text is not counted, what it spells stays text."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    texts = [text[:200] for text in demo_texts("zh", 3)] + ["a <|user|> b </s>"]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "rolling.yaml").write_text(ROLLING.format(data=data))
+    tasks = Tasks(["rolling"], tmp_path, 0)
+    stage = Stage("resized", resized_dir)
+    model, encoder = stage.load()
+    (row,) = tasks.run(tasks.open(), model, encoder, stage.auto_tokenizer(), 256, 8)
+    score = likelihood.score_texts(model, encoder, texts, 256, 8)
+    assert row["value"] == pytest.approx(score.bits_per_byte, rel=1e-6)
+
+
+def test_data_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "lost.yaml").write_text(ROLLING.format(data=tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ConfigError, match=r"cannot load the task rolling: .*nowhere"):
+        Tasks(["rolling"], tmp_path, 0).open()
+
+
+def test_unknown_tasks_and_folders_are_one_line(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="knows no task jglue_of_nobody: `lm_eval ls tasks`"):
+        Tasks(["next_line", "jglue_of_nobody"], folder, 0).open()
+    with pytest.raises(ConfigError, match="nowhere is no folder"):
+        Tasks(["next_line"], folder / "nowhere", 0).open()
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install -r requirements-extras.txt"):
+        Tasks(["hellaswag"], None, 0).open()

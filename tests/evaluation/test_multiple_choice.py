@@ -1,0 +1,115 @@
+"""Multiple choice: accuracies against a direct computation, and records that are no questions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.errors import DataError
+from chatglm_ja.evaluation import multiple_choice
+from chatglm_ja.evaluation.multiple_choice import Question
+from chatglm_ja.sources import Source
+from tests.conftest import DATA, demo_texts
+
+
+@pytest.fixture(scope="module")
+def model(resized_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def questions() -> dict[str, list[Question]]:
+    """Lines of the demo: which one follows? Of two to four."""
+    found = {}
+    for language in ("ja", "zh"):
+        lines = [line for text in demo_texts(language, 12) for line in text.split("\n")[:2]]
+        found[language] = [
+            Question(f"{lines[n]}\n", tuple(lines[n + 1 : n + 3 + n % 3]), n % 2)
+            for n in range(0, 12, 2)
+        ]
+    return found
+
+
+def test_accuracies_are_those_of_the_definition(
+    model: Any, encoder: Any, questions: dict[str, list[Question]]
+) -> None:
+    def log_likelihood(text: str, choice: str) -> float:
+        prefix, alone = chat_format.prefix_ids(encoder), encoder.encode(text)
+        ids = encoder.encode(text + choice)
+        assert ids[: len(alone)] == alone  # a line break is a piece of its own
+        with torch.inference_mode():
+            logits = model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
+        scored = range(len(alone), len(ids))
+        return sum(logits[len(prefix) + place - 1, ids[place]].item() for place in scored)
+
+    def best(values: list[float]) -> int:
+        return max(range(len(values)), key=lambda index: values[index])
+
+    rows = multiple_choice.evaluate(model, encoder, questions, 512, 5)
+    for language, asked in questions.items():
+        right = [0, 0, 0]
+        for question in asked:
+            given = [log_likelihood(question.text, choice) for choice in question.choices]
+            alone = [log_likelihood("\n", choice) for choice in question.choices]
+            lengths = [len(choice) for choice in question.choices]
+            by_length = [value / length for value, length in zip(given, lengths, strict=True)]
+            gains = [a - b for a, b in zip(given, alone, strict=True)]
+            for way, values in enumerate((given, by_length, gains)):
+                right[way] += best(values) == question.answer
+        row = rows[language]
+        assert row["questions"] == len(asked)
+        assert row["chance"] == pytest.approx(sum(1 / len(q.choices) for q in asked) / len(asked))
+        found = [row[way] * len(asked) for way in multiple_choice.WAYS]
+        assert found == pytest.approx(right)
+
+
+def test_the_demos_questions() -> None:
+    path = str(DATA / "heldout_choice.jsonl.gz")
+    sources = [Source(name, path, where=("language", name)) for name in ("ja", "zh", "en")]
+    found = multiple_choice.read(sources)
+    assert {language: len(asked) for language, asked in found.items()} == {
+        "ja": 25,
+        "zh": 25,
+        "en": 25,
+    }
+    # The right choice comes from a held-out page: no page that is trained on has it as a line.
+    for language, asked in found.items():
+        trained = {line for text in demo_texts(language, 9999) for line in text.split("\n")}
+        assert not trained & {question.choices[question.answer] for question in asked}
+
+
+GOOD = {"question": "q", "choices": ["a", "b"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": ""}, "no question"),
+        ({"question": None}, "no question"),
+        ({"choices": ["a"]}, "no choices"),
+        ({"choices": ["a", "a"]}, "no choices"),
+        ({"choices": "ab"}, "no choices"),
+        ({"choices": ["a", 1]}, "no choices"),
+        ({"answer": 2}, "no answer .expected 0 to 1, the right choice, found 2"),
+        ({"answer": -1}, "no answer"),
+        ({"answer": True}, "no answer"),
+        ({"answer": "b"}, "no answer"),
+        ({"choices": ["a", "\ud800"]}, "surrogate"),
+    ],
+)
+def test_bad_questions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
+    with pytest.raises(DataError, match=f"q.jsonl record 2: .*{message}"):
+        multiple_choice.read([Source("ja", str(path))])
+
+
+def test_no_question_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text("")
+    with pytest.raises(DataError, match="ja/q holds no question"):
+        multiple_choice.read([Source("ja", str(path))])

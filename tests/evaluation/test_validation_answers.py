@@ -1,0 +1,80 @@
+"""Sample answers: the prompts are beginnings of validation conversations, the rest is shown."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.data import dataset
+from chatglm_ja.evaluation import validation_answers
+from chatglm_ja.training.settings import SftConfig
+
+
+def config_for(data: Path, model: Path, count: int) -> SftConfig:
+    return SftConfig(
+        model=Path("unused"), data=data, output_dir=model, samples=count, max_new_tokens=3
+    )
+
+
+def test_questions_and_expected_answers_are_those_of_the_conversations(
+    resized_dir: Path, data_dir: Path, encoder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(data_dir, resized_dir, 5)
+    kept = list(dataset.unpacked(dataset.read(data_dir, "sft", "validation")))
+    answered = validation_answers._answered(config, [("ja", row) for row in kept])
+    assert len(answered) == 2
+    for sample, row in zip(answered, kept, strict=True):
+        messages = [
+            {"role": "user", "content": sample["question"]},
+            {"role": "assistant", "content": sample["expected"]},
+        ]
+        assert chat_format.build_example(encoder, messages) == (row["input_ids"], row["labels"])
+        assert sample["kind"] == "ja"
+        assert sample["greedy"]["tokens"] <= 3
+    validation_answers.show(config)
+    assert capsys.readouterr().out == validation_answers.describe(answered) + "\n"
+    validation_answers.show(config_for(data_dir, resized_dir, 1))
+    assert "ended by themselves: 0 of 1 greedy, 0 of 1 sampled" in capsys.readouterr().out
+
+
+def test_no_samples_are_asked_for(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validation_answers.show(config_for(data_dir, Path("no model is loaded"), 0))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_full_gpu_is_said_in_a_line(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+
+    monkeypatch.setattr(validation_answers, "_answered", full)
+    validation_answers.show(config_for(data_dir, Path("unused"), 5))
+    (record,) = caplog.records
+    assert record.message.endswith("the GPU's memory is full: CUDA out of memory")
+
+
+def test_of_a_dialogue_the_first_answer_is_expected(encoder: Any) -> None:
+    messages = [
+        {"role": "user", "content": "一"},
+        {"role": "assistant", "content": "二"},
+        {"role": "user", "content": "三"},
+        {"role": "assistant", "content": "四"},
+    ]
+    ids, labels = chat_format.build_example(encoder, messages)
+    start, end = validation_answers._split(labels)
+    assert ids[:start] == chat_format.build_prompt_ids(encoder, messages[:1])
+    assert ids[end] == chat_format.special_id(encoder, "<|user|>")
+    assert encoder.decode(ids[start:end]).strip() == "二"
+
+
+def test_how_an_answer_ended_is_marked() -> None:
+    given = {"text": "長い" * 200, "tokens": 9, "stopped": False}
+    sample = {"kind": "ja", "question": "a\nb", "expected": "c", "sampled": given}
+    sample["greedy"] = given | {"stopped": True}
+    lines = validation_answers.describe([sample]).split("\n")
+    assert lines[1] == "ja    a⏎b"
+    assert lines[3].endswith("… ■") and lines[4].endswith("… …")
+    assert lines[-1] == "ended by themselves: 1 of 1 greedy, 0 of 1 sampled"

@@ -1,0 +1,109 @@
+"""What the steps write is usable by others: transformers' own server and chat."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.chatglm3 import chat_format, tokenizer
+from chatglm_ja.inference import generation, models
+from chatglm_ja.reports import model_card
+
+for package in ("fastapi", "uvicorn", "openai", "rich"):
+    pytest.importorskip(package, reason="needs requirements-extras.txt")
+
+TRANSFORMERS = str(Path(sys.executable).parent / "transformers")
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+QUESTION = "<|user|> 日本の首都はどこですか？"
+
+
+@pytest.fixture(scope="module")
+def server(resized_dir: Path) -> Iterator[str]:
+    """Serves a model folder; the address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [TRANSFORMERS, "serve", str(resized_dir), "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--dtype", "float32"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, process.communicate()[0].decode()
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def expected(resized_dir: Path) -> str:
+    encoder = tokenizer.load(resized_dir)
+    # As the chat template breaks what would become a special token.
+    message = {"role": "user", "content": QUESTION.replace("<|user|>", "< |user|>")}
+    prompt = chat_format.build_prompt_ids(encoder, [message])
+    model = models.load_model(resized_dir).float()
+    return generation.answer(model, encoder, [prompt], 12)[0].text
+
+
+def test_the_lines_on_the_card_run(resized_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", model_card.USE, flags=re.DOTALL)
+    code = code.replace("max_new_tokens=256", "max_new_tokens=4")
+    exec(compile(code.replace("FOLDER", str(resized_dir)), "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_server_answers_as_we_do(server: str, resized_dir: Path, expected: str) -> None:
+    body: dict[str, Any] = {
+        "model": str(resized_dir),
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer = json.load(response)["choices"][0]["message"]["content"]
+    assert answer.strip() == expected
+
+
+def test_the_chat_shows_the_same_answer(
+    server: str, resized_dir: Path, expected: str, tmp_path: Path
+) -> None:
+    flags = ["max_new_tokens=12", "do_sample=False"]
+    result = subprocess.run(
+        [TRANSFORMERS, "chat", str(resized_dir), server, *flags],
+        input=f"{QUESTION}\nN\n!exit\n",
+        env=ENVIRONMENT | {"COLUMNS": "400"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    shown = "".join(result.stdout.split())
+    assert "".join(expected.split()) in shown, result.stdout + result.stderr

@@ -1,0 +1,174 @@
+"""The report: figures as measured, text escaped, nothing loaded from elsewhere."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.reports import eval_report, model_card
+
+EVIL = "<script>alert(1)</script> & more"
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    def measured(share: float | None) -> dict[str, Any]:
+        return {
+            "questions": 8, "in_language": share, "ended": 0.5, "repeated": 0.25, "longest_loop": 9,
+        }  # fmt: skip
+
+    def stage(name: str, bits: float) -> dict[str, Any]:
+        given = {"text": EVIL, "tokens": 3, "stopped": True}
+        score = {
+            "bits_per_char": bits, "bits_per_byte": bits / 2,
+            "tokens_per_char": 0.5, "chars_per_second": 1234.5,
+        }  # fmt: skip
+        return {
+            "name": name,
+            "languages": {"ja": score},
+            "kept": {},
+            "answers": [
+                {"language": "ja", "question": EVIL, "greedy": given,
+                 "sampled": given | {"text": "cut", "stopped": False}},
+            ],
+            "answering": {"greedy": measured(1.0), "sampled": measured(None)},
+            "held_out": [],
+            "choices": {},
+            "harness": [],
+        }  # fmt: skip
+
+    stages = [stage("base", 4.0), stage("resized", 3.75), stage("pretrained", 3.0)]
+    same = {"tokens": 99, "largest_difference": 0.0, "divergence_bits": 0.0}
+    stages[1]["kept"] = {"zh": same}
+    stages[2]["kept"] = {"zh": same | {"largest_difference": 1.5, "divergence_bits": 0.25}}
+    stages[2]["held_out"] = [
+        {"kind": "ja", "way": "greedy", **measured(0.75)},
+        {"kind": "code", "way": "greedy", **measured(None)},
+    ]
+    row = {
+        "lines": 10,
+        "identical_share": 0.5,
+        "tokens_per_char_before": 1.0,
+        "tokens_per_char_after": 0.5,
+    }
+    history = [{"step": 0, "eval_ja_loss": 5.0}, {"step": 5, "loss": 4.0}, {"step": 9, "loss": 3.0}]
+    manifest = {
+        "step": "step6_train_sft",
+        "arguments": {"lora_rank": 8, "odd": EVIL},
+        "counts": {"steps": 7},
+        "fingerprint": "cd" * 32,
+        "lineage": {"step2": "ab" * 32},
+        "versions": {"torch": "2"},
+    }
+    return {
+        "stages": stages,
+        "segmentation": {"ja": row},
+        "samples": [
+            {"language": "ja", "text": EVIL, "before": ["<", "b"], "after": ["<b"], "new": [True]},
+            {"language": "en", "text": "a", "before": ["a"], "after": ["a"], "new": [False]},
+        ],
+        "curves": {"Step 5": history},
+        "steps": {"step6_train_sft": manifest},
+    }
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n")]
+
+
+def test_changes_are_against_the_base(results: dict[str, Any]) -> None:
+    text = eval_report.render_markdown(results)
+    assert "3.000 (-25.0%)" in text
+    assert "1.500 (-25.0%)" in text  # per byte
+    assert "ja 3.750 -> 3.000 (-20.0%)" in text
+    assert "50.00%" in text
+    lines = cells(text)
+    assert ["base", "0.500", "1,234"] in lines
+    assert ["resized", "zh", "99", "identical", "0.000"] in lines
+    assert ["pretrained", "zh", "99", "1.5", "0.250"] in lines
+    assert ["resized", "greedy", "8", "100%", "50%", "25%", "9"] in lines
+    assert ["ja", "greedy", "8", "75%", "50%", "25%", "9"] in lines
+    assert ["code", "greedy", "8", "", "50%", "25%", "9"] in lines
+
+
+def test_what_was_scored_is_named(results: dict[str, Any]) -> None:
+    scored = {"arguments": {"sources": [{"name": "heldout_ja"}, {"name": "news"}]}}
+    results["steps"]["step7_eval"] = results["steps"]["step6_train_sft"] | scored
+    assert "Held-out text (heldout_ja, news): lower is better" in eval_report.render_markdown(
+        results
+    )
+
+
+def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
+    assert "Multiple choice" not in eval_report.render_markdown(results)
+    assert "lm-evaluation-harness" not in eval_report.render_markdown(results)
+    choice = {"questions": 4, "chance": 0.25, "acc": 0.5, "acc_norm": 0.75, "acc_gain": 1.0}
+    for stage in results["stages"]:
+        stage["choices"] = {"ja": choice}
+        stage["harness"] = [
+            {"task": "t", "metric": "acc", "value": 0.5, "stderr": 0.01},
+            {"task": "t", "metric": "bleu", "value": 12.0, "stderr": None},
+        ]
+    lines = cells(eval_report.render_markdown(results))
+    assert ["base", "ja", "4", "25%", "50% ± 25", "75% ± 22", "100% ± 0"] in lines
+    assert ["t", "acc", *["0.500 ± 0.010"] * 3] in lines
+    assert ["t", "bleu", *["12.000"] * 3] in lines
+    results["stages"][-1]["held_out"] = []
+    assert "held-out questions" not in eval_report.html_page(results)
+
+
+def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> None:
+    page = eval_report.html_page(results)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 3 + 1 + 1 + 1  # answers, question, sample, settings
+    assert "<svg" in page
+    assert not re.search(r'(?:src|href)="https?:', page.replace('xlink:href="#', ""))
+    assert "sampled …" in page
+    assert "greedy ■" in page
+    assert "Before: 2 tokens" in page
+    assert '<span class="new">&lt;b</span>' in page
+    assert "Before and after: 1 tokens" in page
+    assert "cd" * 32 in page
+    assert "ab" * 32 in page
+
+
+def test_the_card_has_results_settings_and_the_licence(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    card = model_card.render(results, eval_report.render_markdown(results), tmp_path)
+    assert card.startswith("---\nlanguage: [ja]\n")
+    assert "license_link" not in card
+    assert eval_report.render_markdown(results).rstrip() in card
+    assert ["`lora_rank`", "8"] in cells(card)
+    assert ["`steps`", "7"] in cells(card)
+    assert "inherit its licence" in card
+    (tmp_path / "MODEL_LICENSE").write_text("terms")
+    card = model_card.render(results, eval_report.render_markdown(results), tmp_path)
+    assert "license_name: chatglm3-6b\nlicense_link: MODEL_LICENSE\n---" in card
+    assert "(MODEL_LICENSE in this folder)" in card
+
+
+def test_the_card_lists_the_data(results: dict[str, Any], tmp_path: Path) -> None:
+    sources = [{"name": "ja/wiki", "documents": 1234, "train_documents": 1000,
+                "train_tokens": 56789, "repeats": 1.5}]  # fmt: skip
+    counts = {"pretrain": {"sources": sources}, "sft": {"sources": []}}
+    results["steps"]["step4_prepare_data"] = {"counts": counts}
+    card = model_card.render(results, eval_report.render_markdown(results), tmp_path)
+    assert ["ja/wiki", "1,234", "1,000", "56,789", "1.5"] in cells(card)
+
+
+def test_the_card_is_put_beside_the_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, step7, model = (tmp_path / name for name in ("base", "step7", "model"))
+    for folder in (base, step7, model):
+        folder.mkdir()
+    (step7 / "model_card.md").write_text("card")
+    (base / "MODEL_LICENSE").write_text("terms")
+    (model / "README.md").write_text("old")
+    model_card.place(step7, model, base)
+    found = {path.name: path.read_text() for path in model.iterdir()}
+    assert found == {"README.md": "card", "MODEL_LICENSE": "terms"}
+    model_card.place(step7, tmp_path / "nowhere", base)
+    assert "no model card in" in caplog.text

@@ -1,0 +1,417 @@
+"""Hand-off folders: whole or absent, refused when damaged or made from something else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.errors import ArtifactError
+from chatglm_ja.settings import StepConfig, setting
+from chatglm_ja.sources import Source
+from chatglm_ja.storage import disk, files
+from chatglm_ja.storage.inputs import (
+    Input,
+    merge_lineage,
+    open_artifact,
+    open_artifact_or_file,
+    open_files,
+    open_sources,
+)
+from chatglm_ja.storage.manifest import read_manifest
+from chatglm_ja.storage.output import Output
+from tests.conftest import PROJECT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StepConfig):
+    size: int = setting("something that shapes the result", 0)
+
+
+def make(
+    path: Path,
+    step: str = "step1_x",
+    content: str = "content",
+    inputs: list[Input] | None = None,
+    overwrite: bool = False,
+    **arguments: Any,
+) -> bool:
+    """Publish a small artifact; False when it was finished already."""
+    output = Output(Config(output_dir=path, overwrite=overwrite, **arguments), step, inputs or [])
+    if not output.prepare():
+        return False
+    with output.write() as folder:
+        (folder / "data.txt").write_text(content)
+    return True
+
+
+def test_a_published_folder_opens(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    artifact = open_artifact(tmp_path / "a", "step1_x.py")
+    assert artifact.role == "step1_x"
+    assert artifact.manifest is not None
+    assert artifact.manifest.files["data.txt"].bytes == 7
+
+
+def test_a_missing_artifact_names_the_step(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"a not found: run step1_x\.py first"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ArtifactError, match=r"not a finished artifact.*run step1_x\.py first"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.write_text("contend"), "SHA-256"),
+        (lambda f: f.write_text("cont"), "has 4 bytes, expected 7"),
+        (lambda f: f.unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_artifact_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    make(tmp_path / "a")
+    damage(tmp_path / "a" / "data.txt")
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(tmp_path / "a", "step1_x.py")
+    with pytest.raises(ArtifactError, match=message):
+        make(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+
+
+def test_an_artifact_of_another_step_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="was made by step1_x, expected the output of step2_y"):
+        open_artifact(tmp_path / "a", "step2_y.py")
+
+
+def test_a_finished_step_does_nothing_unless_told(tmp_path: Path) -> None:
+    assert make(tmp_path / "a", size=1)
+    assert not make(tmp_path / "a", content="new", size=1)
+    assert (tmp_path / "a" / "data.txt").read_text() == "content"
+    with pytest.raises(ArtifactError, match="was made with size=1, not 2: pass --overwrite"):
+        make(tmp_path / "a", size=2)
+    assert make(tmp_path / "a", content="new", overwrite=True, size=2)
+    assert (tmp_path / "a" / "data.txt").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_other_inputs_are_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    source = tmp_path / "corpus.txt"
+    source.write_text("one")
+    first = open_files("corpus", source)
+    make(tmp_path / "a", inputs=[first])
+    source.write_text("two")
+    second = open_files("corpus", source)
+    with pytest.raises(ArtifactError) as error:
+        make(tmp_path / "a", inputs=[second])
+    assert first.fingerprint[:12] in str(error.value)
+    assert second.fingerprint[:12] in str(error.value)
+
+
+def test_an_artifact_whose_ancestor_changed_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", "step2_y", inputs=[open_artifact(tmp_path / "a", "step1_x.py")])
+    make(tmp_path / "c", "step3_z", inputs=[open_artifact(tmp_path / "b", "step2_y.py")])
+    # Made again with the same content: nothing changed.
+    make(tmp_path / "a", overwrite=True)
+    open_artifact(tmp_path / "c", "step3_z.py")
+    make(tmp_path / "a", content="other", overwrite=True)
+    with pytest.raises(ArtifactError, match=r"b was made from step1_x .* is now .*step2_y\.py"):
+        open_artifact(tmp_path / "c", "step3_z.py")
+
+
+def test_inputs_made_with_different_tokenizers_do_not_meet() -> None:
+    model = Input("step3", "1" * 64, lineage={"tokenizer": "a" * 64})
+    data = Input("step4", "2" * 64, lineage={"tokenizer": "b" * 64})
+    with pytest.raises(
+        ArtifactError, match="step3 was made with tokenizer aaaaaaaaaaaa, but step4"
+    ):
+        merge_lineage([model, data])
+
+
+def test_a_moved_artifact_tree_stays_valid(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    make(tmp_path / "old" / "a")
+    make(
+        tmp_path / "old" / "b", "step2_y",
+        inputs=[open_artifact(tmp_path / "old" / "a", "step1_x.py")],
+    )  # fmt: skip
+    (tmp_path / "old").rename(tmp_path / "new")
+    open_artifact(tmp_path / "new" / "b", "step2_y.py")
+
+
+def test_data_sets_by_name_have_no_files_to_fingerprint(tmp_path: Path) -> None:
+    named = open_files("corpus")
+    make(tmp_path / "a", inputs=[named])
+    assert not make(tmp_path / "a", inputs=[named])
+    open_artifact(tmp_path / "a", "step1_x.py")
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [])
+    with pytest.raises(RuntimeError), output.write() as folder:
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_does_not_reach_beyond_the_step(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    source = open_artifact(tmp_path / "a", "step1_x.py")
+    with pytest.raises(ArtifactError, match="is the output of step1_x, not step2_y"):
+        make(tmp_path / "a", "step2_y", overwrite=True)
+    for output in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(ArtifactError, match="lies in the input"):
+            make(output, "step2_y", inputs=[source], overwrite=True)
+    open_artifact(tmp_path / "a", "step1_x.py")
+
+
+def test_two_processes_do_not_write_the_same_artifact(tmp_path: Path) -> None:
+    first, second = (Output(Config(output_dir=tmp_path / "a"), "step1_x", []) for _ in range(2))
+    with first.write() as folder:
+        (folder / "data.txt").write_text("first")
+        with pytest.raises(ArtifactError, match="another process is writing"), second.write():
+            pass
+    assert (tmp_path / "a" / "data.txt").read_text() == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_result_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    slow = Output(Config(output_dir=tmp_path / "a", size=1), "step1_x", [])
+    assert slow.prepare()
+    make(tmp_path / "a", size=2)
+    with pytest.raises(ArtifactError, match="another process has published"), slow.write():
+        pass
+    manifest = read_manifest(tmp_path / "a")
+    assert manifest and manifest.arguments == {"size": 2}
+    assert make(tmp_path / "a", overwrite=True, size=1)
+
+
+def test_a_file_is_known_by_its_folder_if_a_step_made_it(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    assert open_artifact_or_file(tmp_path / "a" / "data.txt", "step1_x.py").path == tmp_path / "a"
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "data.txt").write_text("content")
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "somebody else\'s"}')
+    opened = open_artifact_or_file(tmp_path / "app" / "data.txt", "step1_x.py")
+    assert (opened.role, opened.path) == ("step1_x", None)
+    with pytest.raises(ArtifactError, match=r"none\.txt not found: expected a file, or the output"):
+        open_artifact_or_file(tmp_path / "none.txt", "step1_x.py")
+
+
+def test_large_files_are_compared_by_size_unless_every_byte_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "a")
+    monkeypatch.setattr(files, "HASHED_BYTES", 6)
+    (tmp_path / "a" / "data.txt").write_text("contend")
+    open_artifact(tmp_path / "a", "step1_x.py")
+    assert not Output(Config(output_dir=tmp_path / "a"), "step1_x", []).prepare()
+    for refusing in (
+        lambda: open_artifact(tmp_path / "a", "step1_x.py", every_byte=True),
+        Output(Config(output_dir=tmp_path / "a", verify=True), "step1_x", []).prepare,
+    ):
+        with pytest.raises(ArtifactError, match="SHA-256"):
+            refusing()
+
+
+def test_a_check_says_what_it_has_not_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    sources = [Source("ja", str(tmp_path / "a.txt")), Source("ja", "somebody/data-set")]
+    config = Config(output_dir=tmp_path / "out", check=True)
+    with caplog.at_level("INFO"):
+        assert not Output(config, "step1_x", [open_sources("texts", sources)]).prepare()
+        assert "can be made (not checked: somebody/data-set, data sets on the hub)" in caplog.text
+        caplog.clear()
+        assert not Output(config, "step1_x", [open_sources("texts", sources[:1])]).prepare()
+        assert caplog.text.rstrip().endswith("can be made")
+
+
+def test_unfinished_work_is_kept_until_the_result_is_published(tmp_path: Path) -> None:
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [], unfinished="work")
+    assert output.unfinished == tmp_path / "a.work"
+    output.unfinished.mkdir()
+    with pytest.raises(RuntimeError), output.write():
+        raise RuntimeError
+    assert output.unfinished.exists()
+    with output.write():
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    # A kill between publishing and removing leaves it to the next run.
+    published = (tmp_path / "a" / "manifest.json").stat().st_mtime
+    output.unfinished.mkdir()
+    (output.unfinished / "x").touch()
+    for path in (output.unfinished / "x", output.unfinished):
+        os.utime(path, (published, published - 1))
+    assert not Output(
+        Config(output_dir=tmp_path / "a", check=True), "step1_x", [], "work"
+    ).prepare()
+    assert output.unfinished.exists()
+    assert not output.prepare()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_the_work_of_a_run_that_overwrites_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    """Killed after hours, and asked for again without --overwrite."""
+    make(tmp_path / "a")
+    overwriting = Output(Config(output_dir=tmp_path / "a", overwrite=True), "step1_x", [], "work")
+    assert overwriting.prepare()
+    with pytest.raises(KeyboardInterrupt), overwriting.write():
+        overwriting.unfinished.mkdir()
+        (overwriting.unfinished / "hours").touch()
+        raise KeyboardInterrupt
+    assert not Output(Config(output_dir=tmp_path / "a"), "step1_x", [], "work").prepare()
+    assert (overwriting.unfinished / "hours").exists()
+
+
+def test_an_output_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "disk" / "a")
+    for content in ("one", "two"):
+        assert make(tmp_path / "a", content=content, overwrite=True)
+        assert (tmp_path / "a").is_symlink()
+        assert (tmp_path / "disk" / "a" / "data.txt").read_text() == content
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["a"]
+
+
+def test_a_swap_of_another_process_is_left_alone(tmp_path: Path) -> None:
+    """Between its two renames there is no result, but the former one beside."""
+    make(tmp_path / "a")
+    first = Output(Config(output_dir=tmp_path / "a", overwrite=True), "step1_x", [])
+    assert first.prepare()
+    with first.write() as folder:
+        (folder / "data.txt").write_text("new")
+        (tmp_path / "a").rename(tmp_path / ".a.old")
+        with pytest.raises(ArtifactError, match="another process is writing"):
+            make(tmp_path / "a")
+        (tmp_path / ".a.old").rename(tmp_path / "a")
+    assert (tmp_path / "a" / "data.txt").read_text() == "new"
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "data.txt").unlink()
+    (tmp_path / "a" / "data.txt").symlink_to("data.txt")
+    with pytest.raises(ArtifactError, match="cannot be reached"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+
+
+def test_a_number_of_a_manifest_is_one(tmp_path: Path) -> None:
+    make(tmp_path / "a", size=3)
+    opened = open_artifact(tmp_path / "a", "step1_x.py")
+    assert opened.read_number("arguments", "size") == 3
+    with pytest.raises(ArtifactError, match="is damaged: counts has no number pieces"):
+        opened.read_number("counts", "pieces")
+
+
+def test_room_on_the_disk_is_asked_for_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there of an unfinished run need not be written again."""
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 3_000_000)
+    monkeypatch.setattr(Config, "disk_bytes", lambda _: 3_000_000)
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [])
+    assert output.prepare()
+    monkeypatch.setattr(Config, "disk_bytes", lambda _: 3_000_100)
+    with pytest.raises(ArtifactError) as refused:
+        output.prepare()
+    assert str(refused.value) == (
+        f"{tmp_path}/a takes about 3.0 MB, but its disk has 3.0 MB free: free some, or choose "
+        "another --output-dir"
+    )
+    output.unfinished.mkdir()
+    (output.unfinished / "x").write_bytes(bytes(100))
+    assert output.prepare()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"data.txt": 7}},
+        {"files": {"data.txt": {"bytes": "7", "sha256": ""}}},
+        {"inputs": []},
+        {"inputs": {"x": {"path": 5, "fingerprint": ""}}},
+        {"lineage": {"x": None}},
+        {"step": None},
+    ],
+)
+def test_a_manifest_of_other_types_is_damaged(tmp_path: Path, change: dict[str, Any]) -> None:
+    make(tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        open_artifact(tmp_path / "a", "step1_x.py")
+
+
+def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="no step made it"):
+        make(tmp_path / "a", overwrite=True)
+    assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "b").write_text("a file")
+    with pytest.raises(ArtifactError, match="b exists and no step made it"):
+        make(tmp_path / "b")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from chatglm_ja.storage.output import Output
+from chatglm_ja.settings import StepConfig
+path = Path(sys.argv[1])
+output = Output(StepConfig(output_dir=path, overwrite=True), "step1_x", [])
+moment = sys.argv[2]
+rename = Path.rename
+def rename_and_die(self, target):
+    if moment == "before rename":
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+output.prepare()
+with output.write() as folder:
+    (folder / "data.txt").write_text("new")
+    if moment == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path.rename = rename_and_die
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "before rename", "between renames"])
+def test_a_kill_leaves_the_old_result_or_none(tmp_path: Path, moment: str) -> None:
+    for earlier in (False, True):
+        path = tmp_path / f"a{earlier}"
+        if earlier:
+            make(path, content="old")
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(path), moment],
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        )
+        assert killed.returncode == -signal.SIGKILL
+        if earlier:
+            # The next run finds the former result, or puts it back.
+            assert not make(path)
+            assert (path / "data.txt").read_text() == "old"
+        elif moment == "between renames":
+            # There was nothing to move away, so the kill came after the publication.
+            assert (path / "data.txt").read_text() == "new"
+        else:
+            with pytest.raises(ArtifactError, match="not found"):
+                open_artifact(path, "step1_x.py")
+            assert make(path)

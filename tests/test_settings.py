@@ -1,0 +1,160 @@
+"""Command lines: defaults from the profile, everything wrong said at once and before loading."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
+from chatglm_ja.errors import ConfigError
+from chatglm_ja.evaluation.settings import EvalConfig
+from chatglm_ja.settings import StepConfig, parse
+from chatglm_ja.sources import Source
+from chatglm_ja.training.settings import SftConfig, TrainingConfig
+from chatglm_ja.vocabulary.settings import (
+    MergeTokenizerConfig,
+    ResizeModelConfig,
+    TrainTokenizerConfig,
+)
+from tests.conftest import PROJECT
+
+DEFAULTS: dict[str, Any] = {"model": Path("m"), "data": Path("d"), "output_dir": Path("o")}
+
+
+def parse_training(*argv: str) -> TrainingConfig:
+    return parse(TrainingConfig, "", DEFAULTS, argv)
+
+
+def test_flags_go_before_the_profile_and_the_profile_before_the_class() -> None:
+    config = parse(TrainingConfig, "", {**DEFAULTS, "lora_rank": 4, "seed": 7}, ["--seed", "9"])
+    assert (config.lora_rank, config.seed, config.logging_steps) == (4, 9, 10)
+    assert not parse_training("--no-train-embeddings").train_embeddings
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora-rnk", "4"], "unrecognized arguments: --lora-rnk 4"),
+        (["--lora-rank", "many"], "argument --lora-rank: invalid int value: 'many'"),
+        (["--precision", "int8"], "invalid choice: 'int8'"),
+        (["--lora-rank", "0"], "--lora-rank is 0, expected 1 to inf"),
+        (["--warmup-ratio", "2"], "--warmup-ratio is 2.0, expected 0 to 0.9"),
+        (["--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--deepspeed", "none.json"], "--deepspeed none.json not found"),
+        (["--max-steps", "0"], "leave nothing to train"),
+        (["--learning-rate", "0", "--no-train-embeddings"], "leave nothing to train"),
+        (["--tracker", "wandb"], "--tracker wandb needs its package"),
+        (["--estimate", "0"], "--estimate is 0, expected 1"),
+    ],
+)
+def test_bad_flags_are_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_training(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimization": {"stage": 3}}', "embeddings have been saved as empty tensors"),
+        ('{"zero_optimization": {}}', "names no ZeRO stage: expected 2"),
+        ("[]", "names no ZeRO stage: expected 2"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_bad_deepspeed_file_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        parse_training("--deepspeed", str(path))
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"--lora-rank is 0.*; --seed is -1.*; --max-steps"):
+        parse_training("--lora-rank", "0", "--seed", "-1", "--max-steps", "0")
+
+
+def test_shares_must_name_the_sources() -> None:
+    with pytest.raises(ConfigError, match="--shares names ja, zh, but the sources are ja"):
+        PrepareDataConfig(
+            output_dir=Path("o"), tokenizer=Path("t"), total_tokens=1, sft_examples=1,
+            sources=(Source("ja", "x.txt"),), shares=("ja=1", "zh=1"),
+            sft_sources=(Source("ja", "x.jsonl"),), sft_shares=("ja=1",),
+        )  # fmt: skip
+
+
+def test_a_path_that_nobody_set_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="--sources is not set: texts of the new language"):
+        parse(TrainTokenizerConfig, "", {"output_dir": Path("o")}, [])
+
+
+def test_a_misspelled_profile_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"constants\.py sets lora_rnk"):
+        parse(TrainingConfig, "", {**DEFAULTS, "lora_rnk": 1}, [])
+
+
+def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
+    defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),), "method": "continue"}
+    with pytest.raises(ConfigError, match="--method continue needs --base-model"):
+        parse(TrainTokenizerConfig, "", defaults, [])
+    argv = ["--base-model", "b", "--no-split-digits"]
+    with pytest.raises(ConfigError, match="--split-digits is for --method sentencepiece only"):
+        parse(TrainTokenizerConfig, "", defaults, argv)
+
+
+def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
+    defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),)}
+    with pytest.raises(ConfigError, match="--policy is for --method continue"):
+        parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"])
+    argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
+    argv += ["--ranking-sources", "ja=x.txt"]
+
+    def arguments(*more: str) -> dict[str, Any]:
+        return parse(
+            MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, *more]
+        ).arguments()
+
+    assert arguments() == arguments("--ranking-characters", "5")
+    limit = ["--max-new-pieces", "9"]
+    assert arguments(*limit) != arguments(*limit, "--ranking-characters", "5")
+
+
+def test_a_limit_of_pieces_needs_texts_to_rank_by() -> None:
+    argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
+    with pytest.raises(ConfigError, match="--max-new-pieces needs --ranking-sources"):
+        parse(MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, "--max-new-pieces", "9"])
+
+
+def test_paths_and_progress_settings_do_not_shape_the_result() -> None:
+    arguments = parse_training("--logging-steps", "3").arguments()
+    assert "logging_steps" not in arguments
+    assert "model" not in arguments
+    assert "deepspeed" not in arguments
+    assert arguments["lora_rank"] == 8
+
+
+@pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])
+def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting exists and is within its limits, every source parses, shares name sources."""
+    monkeypatch.setenv("CHATGLM_JA_PROFILE", profile)
+    monkeypatch.setenv("CHATGLM3_6B_DIR", "/models/chatglm3")
+    constants = runpy.run_path(str(PROJECT / "constants.py"))
+    steps: dict[str, type[StepConfig]] = {
+        "STEP1": TrainTokenizerConfig, "STEP2": MergeTokenizerConfig, "STEP3": ResizeModelConfig,
+        "STEP4": PrepareDataConfig, "STEP5": TrainingConfig, "STEP6": SftConfig,
+        "STEP7": EvalConfig,
+    }  # fmt: skip
+    for name, config in steps.items():
+        parse(config, "", constants[name], []).arguments()
+    data = parse(PrepareDataConfig, "", constants["STEP4"], [])
+    assert parse_shares(data.shares) == {"ja": 0.76, "zh": 0.12, "en": 0.12}
+    assert parse_shares(data.sft_shares) == {"ja": 0.52, "zh": 0.22, "en": 0.09, "code": 0.17}
+
+
+def test_shares_add_up_to_one() -> None:
+    assert parse_shares(["ja=76", "zh=12", "en=12"]) == {"ja": 0.76, "zh": 0.12, "en": 0.12}
+    for bad in ([], ["ja"], ["ja=x"], ["ja=-1", "zh=2"], ["ja=0"], ["ja=nan"], ["ja=1", "ja=2"]):
+        with pytest.raises(ConfigError):
+            parse_shares(bad)

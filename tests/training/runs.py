@@ -1,0 +1,77 @@
+"""Training runs of seconds, in the test's own process."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatglm_ja.training import merge_lora
+from chatglm_ja.training.checkpoints import Checkpoints
+from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training.trainer import ResumableTrainer
+
+
+def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) -> TrainingConfig:
+    settings: dict[str, Any] = {
+        "model": resized_dir,
+        "data": data_dir,
+        "output_dir": output,
+        "learning_rate": 1e-2,
+        "embedding_learning_rate": 1e-2,
+        "max_steps": 6,
+        "evaluations": 4,
+        "logging_steps": 1,
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "block_size": 64,
+        "tracker": "none",
+    }
+    return TrainingConfig(**settings | changes)
+
+
+def checkpoints_in(folder: Path, **run: Any) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", run, keep=2)
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / merge_lora.ADAPTER / "adapter_model.safetensors").read_bytes()
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process "dies" as soon as the checkpoint of a step is written."""
+    whole = ResumableTrainer._save_checkpoint
+
+    def dying(self: Any, *arguments: Any) -> None:
+        whole(self, *arguments)
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", dying)
+
+
+def with_losses(
+    monkeypatch: pytest.MonkeyPatch, of_gradients: bool = False, **factors: float
+) -> list[dict[str, torch.Tensor]]:
+    """Multiply the loss of some steps, step3=..., or passes of them, step3pass2=..., or its
+    gradients only; gives the trained weights before every pass."""
+    whole = ResumableTrainer.compute_loss
+    weights: list[dict[str, torch.Tensor]] = []
+    passes: Counter[int] = Counter()
+
+    def losses(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+        trained = self.model.named_parameters()
+        weights.append({n: p.detach().clone() for n, p in trained if p.requires_grad})
+        loss: Any = whole(self, model, *arguments, **named)
+        step = self.state.global_step + 1
+        passes[step] += 1
+        whole_step = factors.get(f"step{step}", 1.0)
+        factor = factors.get(f"step{step}pass{passes[step]}", whole_step)
+        if of_gradients:
+            loss.register_hook(lambda gradient: gradient * factor)
+            return loss
+        return loss * factor
+
+    monkeypatch.setattr(ResumableTrainer, "compute_loss", losses)
+    return weights

@@ -1,0 +1,101 @@
+"""Checkpoints: written whole, the last ones kept, and a damaged one never opened."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm_ja.errors import ArtifactError
+from chatglm_ja.storage import files
+from chatglm_ja.training.checkpoints import MANIFEST, Checkpoints
+
+RUN: dict[str, Any] = {"lora_rank": 8, "step4_prepare_data": "abc"}
+FILES = ("optimizer.safetensors", "random.safetensors", "trainer_state.json", "weights.safetensors")
+
+
+def fill(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        with checkpoints.write(step) as folder:
+            assert folder is not None
+            for name in FILES:
+                (folder / name).write_bytes(f"{name} of step {step}".encode() * 100)
+
+
+def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", RUN, keep=2)
+    assert checkpoints.find_newest(overwrite=False) is None
+    fill(checkpoints, 5, 10, 1000)
+    assert checkpoints.find_newest(overwrite=False) == tmp_path / "c" / "step-001000"
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-000010", "step-001000"]
+
+
+def test_damaged_ones_make_no_room_for_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer ones that are damaged are not counted among those that are kept."""
+    monkeypatch.setattr(files, "HASHED_BYTES", 0)  # the bytes of large checkpoints count as well
+    checkpoints = Checkpoints(tmp_path, RUN, keep=1)
+    fill(checkpoints, 10)
+    damaged = Checkpoints(tmp_path, RUN, keep=9)
+    fill(damaged, 30, 40)
+    for step in (30, 40):
+        path = tmp_path / f"step-{step:06d}" / FILES[0]
+        path.write_bytes(path.read_bytes().replace(b"o", b"0"))
+    (tmp_path / "step-000009").write_text("no folder")
+    assert checkpoints.find_newest(overwrite=False) == tmp_path / "step-000010"
+    assert checkpoints.describe_resume() == "re-run the command to resume from step 10"
+    assert len(list(tmp_path.glob("damaged-step-*"))) == 2
+    fill(checkpoints, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000009", "step-000020"]
+
+
+def test_an_exception_while_writing_leaves_the_older_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, RUN, keep=1)
+    fill(checkpoints, 10)
+    with pytest.raises(OSError), checkpoints.write(20) as folder:
+        assert folder is not None
+        (folder / FILES[0]).write_text("half")
+        raise OSError("no space left")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+
+
+def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    fill(Checkpoints(tmp_path, RUN, keep=2), 10, 20)
+    other = Checkpoints(tmp_path, RUN | {"lora_rank": 16}, keep=2)
+    with pytest.raises(ArtifactError, match="of a run with lora_rank=8, not 16: use that run"):
+        other.find_newest(overwrite=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert other.find_newest(overwrite=True) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_manifest_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", RUN, keep=2)
+    fill(checkpoints, 10)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    manifest = tmp_path / "c" / "step-000010" / MANIFEST
+    content = json.loads(manifest.read_text())
+    content["files"]["../../secret"] = content["files"].pop(FILES[0])
+    manifest.write_text(json.dumps(content))
+    assert checkpoints.find_newest(overwrite=False) is None
+
+
+def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, RUN, keep=2)
+    (tmp_path / "step-by-step").mkdir()
+    fill(checkpoints, 999_999, 1_000_000)
+    assert checkpoints.find_newest(overwrite=False) == tmp_path / "step-1000000"
+    assert checkpoints.describe_resume() == "re-run the command to resume from step 1000000"
+
+
+def test_a_checkpoint_without_room_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, RUN, keep=1)
+    fill(checkpoints, 10)
+    with checkpoints.write(20, needed=10**18) as folder:
+        assert folder is None
+    assert f"no checkpoint at step 20: {tmp_path}/step-000020 takes 1000000.0 TB" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]

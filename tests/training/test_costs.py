@@ -1,0 +1,269 @@
+"""What training costs, against torch: real parameters, what autograd keeps, counted operations."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from chatglm_ja.chatglm3 import base_config
+from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.training import costs, train
+from chatglm_ja.training.settings import TrainingConfig
+from tests.conftest import PROJECT
+from tests.training.runs import config_for
+
+CHATGLM3_6B = base_config.ModelShape(
+    layers=28,
+    hidden=4096,
+    ffn=13_696,
+    heads=32,
+    kv_heads=2,
+    head_dim=128,
+    rows=65_024,
+    positions=8192,
+)
+
+
+@pytest.fixture
+def config(resized_dir: Path, data_dir: Path, tmp_path: Path) -> TrainingConfig:
+    return config_for(resized_dir, data_dir, tmp_path)
+
+
+def config_6b(**changes: Any) -> TrainingConfig:
+    """The recipe of the 6B profile, as benchmarks/train_6b.py runs it."""
+    settings: dict[str, Any] = {"model": Path(), "data": Path(), "output_dir": Path()}
+    return TrainingConfig(**settings | {"global_batch_size": 16, "micro_batch_size": 4} | changes)
+
+
+def test_the_parameters_of_chatglm3_6b() -> None:
+    """As published."""
+    assert CHATGLM3_6B.layer_weights + CHATGLM3_6B.embedding_weights == 6_243_584_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"embedding_rows": "new", "lora_rank": 3},
+        {"learning_rate": 0.0},
+        {"train_embeddings": False},
+    ],
+)
+def test_parameters_are_those_of_the_model(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = config_for(resized_dir, data_dir, tmp_path, **changes)
+    model = train.load_for_training(config, torch.float32)
+    trained = costs.trained_parameters(base_config.read_shape(resized_dir), config)
+    assert trained.all == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = [p for n, p in model.named_parameters() if not p.requires_grad and "lora_" not in n]
+    assert trained.frozen == sum(p.numel() for p in frozen)
+
+
+def test_both_layouts_give_the_same_shape(resized_dir: Path, base_dir: Path) -> None:
+    resized, base = base_config.read_shape(resized_dir), base_config.read_shape(base_dir)
+    assert resized.rows > base.rows
+    assert resized == base_config.ModelShape(**{**vars(base), "rows": resized.rows})
+    with pytest.raises(DataError, match="not found: the sizes are read from it"):
+        base_config.read_shape(resized_dir / "nowhere")
+
+
+def kept_bytes(model: Any, batch: int, length: int) -> int:
+    """Bytes that autograd keeps of a forward pass, beside the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(5, 400, (batch, length))
+    half = torch.arange(length // 2)
+    positions = torch.cat([half, half]).expand(batch, length)  # two documents: there is a mask
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.train()(input_ids=ids, position_ids=positions, labels=ids)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_activations_are_what_autograd_keeps(config: TrainingConfig) -> None:
+    """Of all layers of the test model less those of one layer less."""
+    batch, length = 2, 64
+    kept = []
+    for cut in (0, 1):
+        model: Any = train.load_for_training(config, torch.bfloat16).to(torch.bfloat16)
+        layers = model.get_base_model().model.layers
+        for _ in range(cut):
+            del layers[-1]
+        model.config.num_hidden_layers = len(layers)
+        kept.append(kept_bytes(model, batch, length))
+    shape = base_config.read_shape(config.model)
+    per_token = costs.activation_bytes(shape, config.lora_rank, length)
+    assert kept[0] - kept[1] == batch * length * per_token
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_embeddings": False}, {"learning_rate": 0.0}])
+def test_operations_are_those_that_torch_counts(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = config_for(resized_dir, data_dir, tmp_path, **changes)
+    model = train.load_for_training(config, torch.float32)
+    # The products of fused attention are not counted on a CPU.
+    model.config._attn_implementation = "eager"
+    batch, length = 2, 32
+    ids = torch.randint(5, 400, (batch, length))
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=ids).logits
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    shape = base_config.read_shape(config.model)
+    trained = costs.trained_parameters(shape, config)
+    # Attention is computed over the whole block, LoRA's products also where they do not learn.
+    expected = costs.flops_per_token(shape, trained, context=length)
+    expected += 0 if trained.lora else 4 * shape.lora_weights(config.lora_rank)
+    assert counter.get_total_flops() == pytest.approx(expected * batch * length, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "measured_gb"),
+    [
+        (4, {"gradient_checkpointing": True}, 17.82),
+        (4, {}, 40.06),
+        (1, {"global_batch_size": 4}, 45.36),
+        (4, {"gradient_checkpointing": True, "embedding_rows": "new"}, 16.87),
+    ],
+)
+def test_memory_is_what_a_gpu_showed(
+    processes: int, changes: dict[str, Any], measured_gb: float
+) -> None:
+    """Peaks on an H100, of new rows on an H200, with 78,592 rows (benchmarks/train_6b.py: "4090 x
+    4", "share of 4", "one GPU", "4090 x 4, compiled, new rows")."""
+    shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
+    config = config_6b(**changes)
+    new = 2 * 13_794 * shape.hidden
+    total = shape.layer_weights + shape.embedding_weights
+    trained = costs.trained_parameters(shape, config_6b())
+    if config.embedding_rows == "new":
+        trained = costs.Trained(trained.lora, new, total - new)
+    items = costs.memory(shape, trained, config, processes)
+    assert sum(size for _, size in items) == pytest.approx(measured_gb, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"),
+    [
+        (16, 4, 4, (4, 1)),
+        (16, 4, 1, (4, 4)),
+        (16, 4, 8, (2, 1)),
+        (24, 4, 4, (3, 2)),
+        (14, 4, 2, (1, 7)),
+    ],
+)
+def test_a_global_batch_is_shared_out(
+    batch: int, micro: int, processes: int, expected: tuple[int, int]
+) -> None:
+    plan = costs.Plan.of(config_6b(global_batch_size=batch, micro_batch_size=micro), processes)
+    assert (plan.micro_batch, plan.accumulation) == expected
+    assert plan.micro_batch * plan.accumulation * processes == batch
+
+
+@pytest.mark.parametrize("processes", [3, 32])
+def test_processes_that_cannot_share_a_batch_are_refused(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = f"--global-batch-size 16 cannot be shared evenly by {processes} processes"
+    with pytest.raises(ConfigError, match=message):
+        config_6b(estimate=processes)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ConfigError, match=message):
+        config_6b()
+
+
+def test_context_is_counted_over_documents() -> None:
+    lengths = [[3, 1], [2]]
+    seen = [1, 2, 3, 1, 1, 2]
+    assert costs.mean_context(lengths) == pytest.approx(sum(seen) / len(seen))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla K80", None),
+    ],
+)
+def test_peaks_are_found_by_name(name: str, peak: float | None) -> None:
+    assert costs.peak_tflops(name) == peak
+
+
+def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> None:
+    config = config_6b(
+        model=base_dir, estimate=4, deepspeed=PROJECT / "ds_zero2.json", embedding_rows="all"
+    )
+    text = costs.describe(config)
+    assert "16,384 tokens = 4 GPUs x 1 passes x 4 blocks x 1024 tokens" in text
+    shape = base_config.read_shape(base_dir)
+    items = costs.memory(shape, costs.trained_parameters(shape, config), config, 4)
+    assert f"{sum(size for _, size in items):.2f}" in text
+    settings = json.loads((PROJECT / "ds_zero2.json").read_text())
+    shape = base_config.read_shape(base_dir)
+    expected = settings["zero_optimization"]["reduce_bucket_size"]
+    assert costs.bucket_elements(shape, config) == expected
+    settings["zero_optimization"]["reduce_bucket_size"] = "auto"
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    config = config_6b(deepspeed=tmp_path / "ds.json")
+    assert costs.bucket_elements(shape, config) == shape.hidden**2
+
+
+def test_the_hours_are_those_of_the_measured_speed() -> None:
+    """An H100 with a quarter of the work trained 11,547 tokens/s (docs/training.md), with LoRA of
+    rank 8; documents as long as blocks take a little more."""
+    shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
+    config = config_6b(gradient_checkpointing=True, compile=True)
+    trained = costs.trained_parameters(shape, config)
+    lines = "\n".join(costs._times(shape, trained, config, costs.Plan(4, 1, 4)))
+    assert "at 30% of a card's peak" in lines
+    measured = 1e9 / (4 * 11_547) / 3600
+    (found,) = re.findall(r"H100 (\S+) h", lines)
+    assert float(found) == pytest.approx(measured, rel=0.03)
+
+
+def test_what_is_sent_is_what_deepspeed_sends() -> None:
+    """All gradients in a ring twice, the weights once; in GB, in half precision."""
+    trained = costs.Trained(lora=100_000_000, embeddings=400_000_000, frozen=0)
+    assert costs.sent_per_step(trained, costs.Plan(4, 1, 2)) == pytest.approx((1.0, 0.5))
+    assert costs.sent_per_step(trained, costs.Plan(4, 3, 4)) == pytest.approx((4.5, 0.75))
+
+
+def test_every_item_of_the_memory() -> None:
+    """By hand, of 4 GPUs with checkpointing: in GB, bytes times numbers over 10^9."""
+    shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
+    config = config_6b(gradient_checkpointing=True)
+    trained = costs.Trained(lora=16_658_432, embeddings=643_825_664, frozen=5_710_907_392)
+    assert costs.trained_parameters(shape, config) == trained
+    found = dict(costs.memory(shape, trained, config, 4))
+    tokens, width, ffn = 4 * 1024, 4096, 13_696
+    layer = tokens * (12 * width + 10 * width + 2 * 1024 + 4 * 32 + 8 * ffn + 96 + 8 + 256)
+    expected = {
+        "frozen weights": 2 * 5_710_907_392,
+        "trained weights": 2 * 660_484_096,
+        "float32 weights and Adam's moments": 3 * 660_484_096,
+        "buckets": 2 * 2 * 50_000_000,
+        "activations": 28 * tokens * 2 * width,
+        "a layer or the loss, in work": layer + tokens * 8 * ffn,
+        "output matrix: gradient, and a copy where one is made": 2 * 78_592 * width,
+    }
+    assert found == pytest.approx({name: size / 1e9 for name, size in expected.items()})
+    # With little to keep, the loss is larger than a layer, and the end fuller than the beginning.
+    small = dict(costs.memory(shape, trained, config_6b(block_size=64, micro_batch_size=1), 1))
+    assert small["gradients"] == pytest.approx(4 * 660_484_096 / 1e9)

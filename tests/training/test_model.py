@@ -1,0 +1,228 @@
+"""The training loss against plain PyTorch, and packed documents against separate ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GlmForCausalLM
+
+from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.data import dataset
+from chatglm_ja.training import collator, model
+from chatglm_ja.training.model import GlmForTraining, token_losses_sum
+
+Row = dict[str, list[int]]
+
+
+@pytest.fixture(name="model")
+def small_model(resized_dir: Path) -> GlmForTraining:
+    return GlmForTraining.from_pretrained(resized_dir, dtype=torch.float32)
+
+
+@pytest.fixture
+def documents(encoder: Any) -> list[list[int]]:
+    texts = ["これは最初の文書です。", "A second one, in English.", "第三篇文档。", "短い"]
+    return [[*chat_format.prefix_ids(encoder), *encoder.encode(text), 2] for text in texts]
+
+
+def test_the_loss_is_the_plain_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 400, 16, requires_grad=True)
+    weight = torch.randn(500, 16, requires_grad=True)
+    labels = torch.randint(0, 500, (3, 400))
+    labels[0, 50:300] = chat_format.IGNORE
+    loss = token_losses_sum(hidden, weight, labels)
+    loss.backward()
+    ours = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    logits = (hidden @ weight.T)[:, :-1].reshape(-1, 500)
+    plain = F.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+    plain.backward()
+    assert torch.allclose(loss, plain, rtol=1e-6)
+    for mine, theirs in zip(ours, (hidden.grad, weight.grad), strict=True):
+        assert mine is not None and theirs is not None
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_is_the_same_on_a_torch_that_lacks_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 1200, 16, requires_grad=True)
+    weight = torch.randn(500, 16, requires_grad=True)
+    labels = torch.randint(0, 500, (3, 1200))
+    labels[0, 50:300] = chat_format.IGNORE
+    found: list[tuple[torch.Tensor, ...]] = []
+    caplog.set_level("INFO")
+    model._say_that_the_loss_is_plain.cache_clear()
+    for has_it in (True, False, False):
+        if not has_it:
+            monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = token_losses_sum(hidden, weight, labels)
+        loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        found.append((loss, hidden.grad, weight.grad))
+    assert len([r for r in caplog.records if "has no linear_cross_entropy" in r.message]) == 1
+    # Half of bfloat16's eight digits are lost in the products of the gradients.
+    tolerance = 2e-2 if autocast else 1e-6
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < tolerance
+    assert loss.item() == pytest.approx(found[0][0].item(), rel=1e-3 if autocast else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_in_single(dtype: torch.dtype) -> None:
+    """12,000 tokens, for which a sum in bfloat16 is off by percents and one in float16 is inf."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 12_001, 32, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(900, 32) * 2).to(dtype).requires_grad_()
+    labels = torch.randint(0, 900, (1, 12_001))
+    loss = token_losses_sum(hidden, weight, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ weight.detach().double().T
+    reference = F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-3)
+    assert hidden.grad is not None and exact.grad is not None
+    difference = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert difference < 1e-2
+
+
+def test_autocast_keeps_the_activations_of_float32_embeddings_in_half_precision(
+    model: Any, documents: list[list[int]]
+) -> None:
+    model.to(torch.bfloat16).model.embed_tokens.float()
+    seen: list[torch.dtype] = []
+    model.model.norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].dtype))
+    ids = torch.tensor([documents[0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids)
+    assert seen == [torch.bfloat16]
+
+
+def test_labels_give_the_loss_of_transformers(model: Any, documents: list[list[int]]) -> None:
+    ids = torch.tensor([documents[0]])
+    loss = model(ids, labels=ids).loss
+    reference = GlmForCausalLM.forward(model, ids, labels=ids).loss
+    assert torch.allclose(loss, reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_documents_train_as_separate_ones(
+    model: Any, documents: list[list[int]], checkpointing: bool
+) -> None:
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    collate = collator.Collator(document_mask=True)
+    count = sum(len(document) - 1 for document in documents)
+
+    def gradient(rows: list[Row]) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        total = 0.0
+        for row in rows:
+            loss = model(**collate([row]), num_items_in_batch=count).loss
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    packed: Row = {
+        "input_ids": [token for document in documents for token in document],
+        "lengths": [len(document) for document in documents],
+    }
+    separate: list[Row] = [{"input_ids": d, "lengths": [len(d)]} for d in documents]
+    packed_loss, packed_grad = gradient([packed])
+    separate_loss, separate_grad = gradient(separate)
+    assert packed_loss == pytest.approx(separate_loss, rel=1e-5)
+    assert torch.allclose(packed_grad, separate_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_a_pass", [1, 5])
+def test_packed_conversations_train_as_padded_ones(
+    model: Any, data_dir: Path, rows_a_pass: int
+) -> None:
+    """Loss and gradient of a step, packed into bins, and one a row in several padded passes."""
+    bins = dataset.read(data_dir, "sft", "train")
+    collate = collator.Collator(document_mask=True)
+    trained = sum(label != chat_format.IGNORE for row in bins["labels"] for label in row)
+
+    def step(rows: Any, size: int) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        total = 0.0
+        for start in range(0, len(rows), size):
+            chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            loss = model(**collate(chunk), num_items_in_batch=trained).loss
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    loss, gradient = step(bins, len(bins))
+    apart = dataset.unpacked(bins)
+    assert len(apart) > 2 * len(bins)
+    padded_loss, padded_gradient = step(apart, rows_a_pass)
+    assert padded_loss == pytest.approx(loss, rel=1e-5)
+    assert (padded_gradient - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_logits_in_a_bin_are_those_of_the_conversation_alone(model: Any, data_dir: Path) -> None:
+    """By transformers' own forward pass, and to 1e-5 of the largest logit."""
+    plain = GlmForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
+    bins = dataset.read(data_dir, "sft", "train")
+    batch = collator.Collator(document_mask=True, length=256)([bins[i] for i in range(len(bins))])
+    model.eval()
+    with torch.inference_mode():
+        hidden = model.model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).last_hidden_state
+        for row, found in zip(bins, model.lm_head(hidden), strict=True):
+            start = 0
+            for length in row["lengths"]:
+                ids = torch.tensor([row["input_ids"][start : start + length]])
+                expected = plain(ids).logits[0]
+                difference = (found[start : start + length] - expected).abs().max()
+                assert difference < 1e-5 * expected.abs().max()
+                start += length
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_single_losses_are_those_of_the_tokens(
+    model: Any, documents: list[list[int]], has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the labels, those that are not trained left out; in several chunks."""
+    if not has_it:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.setattr("chatglm_ja.training.model.CPU_LOSS_ROWS", 10)
+    batch = collator.Collator(document_mask=True)(
+        [{"input_ids": document, "lengths": [len(document)]} for document in documents]
+    )
+    with torch.inference_mode():
+        losses = model(**batch, reduction="none").loss
+        logits = GlmForCausalLM.forward(model, batch["input_ids"]).logits
+    expected = [
+        -logits[row, place - 1].double().log_softmax(-1)[label].item()
+        for row, labels in enumerate(batch["labels"].tolist())
+        for place, label in enumerate(labels)
+        if label != chat_format.IGNORE
+    ]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_the_document_mask_attention_crosses_documents(
+    model: Any, documents: list[list[int]]
+) -> None:
+    """The counter-check: the test above would notice a mask that is not applied."""
+    row: Row = {"input_ids": documents[0] + documents[1], "lengths": [len(documents[0]), 0]}
+    row["lengths"][1] = len(documents[1])
+    losses = []
+    for masked in (True, False):
+        batch = collator.Collator(masked)([row])
+        batch["labels"][0, : len(documents[0]) + 1] = chat_format.IGNORE
+        losses.append(model(**batch).loss.item())
+    assert abs(losses[0] - losses[1]) > 1e-4

@@ -1,0 +1,298 @@
+"""Resizing: the old rows bit by bit, the new ones as initialised, both layouts, and the checks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chatglm_ja.chatglm3 import loading, tensor_names, tokenizer, tokenizer_files, weights
+from chatglm_ja.errors import DataError
+from chatglm_ja.vocabulary import embedding_rows
+
+Copy = Callable[[Path, Path], Path]
+
+
+def resized(base: Path, tokenizer_dir: Path, output: Path, **changes: Any) -> dict[str, int]:
+    output.mkdir()
+    settings: dict[str, Any] = {
+        "init": "subtoken_mean", "output_bias": 0.25, "output_layout": "glm",
+        "pad_to_multiple": 64, "max_shard_bytes": 400_000, "seed": 0, **changes,
+    }  # fmt: skip
+    return embedding_rows.resize_checkpoint(
+        weights.Checkpoint(base), tokenizer_dir, output, **settings
+    )
+
+
+def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
+    rows = embedding_rows.padded_rows(len(merge.proto.pieces), 64)
+    model = AutoModelForCausalLM.from_pretrained(resized_dir)
+    assert model.dtype == torch.float16
+    assert model.get_input_embeddings().weight.shape == (rows, 64)
+    assert model.get_output_embeddings().weight.shape == (rows, 64)
+    assert len(list(resized_dir.glob("model-*.safetensors"))) > 2
+    assert len(AutoTokenizer.from_pretrained(resized_dir)) == len(merge.proto.pieces)
+    stops = [2, 4000 + 6, 4000 + 8]
+    assert model.generation_config.eos_token_id == stops
+    padding = list(range(len(merge.proto.pieces), rows))
+    assert (model.generation_config.suppress_tokens or []) == padding
+
+
+def test_new_rows_are_the_means_of_their_subtokens(
+    base_dir: Path, resized_dir: Path, base_proto: Any, merge: Any
+) -> None:
+    """Computed again from the base tokenizer itself: its ids after the dummy prefix."""
+    old = load_file(base_dir / "model-00001-of-00003.safetensors")[tensor_names.EMBEDDING]
+    new = weights.read_tensor(resized_dir, tensor_names.GLM_EMBEDDING)
+    base = tokenizer.processor(base_proto)
+    mark = base.encode("\n")[0]
+    for offset, piece in enumerate(merge.added[:200]):
+        # After a line break, which no merge crosses, the text is encoded as inside a document.
+        ids = base.encode("\n" + piece.replace("▁", " "))
+        assert ids[0] == mark
+        mean = old[ids[2:]].double().mean(dim=0)
+        assert torch.allclose(new[4009 + offset].double(), mean, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["subtoken_mean", "mean", "random"])
+@pytest.mark.parametrize("bias", [None, 0.5])
+def test_resize_keeps_every_bit_of_the_old_rows(
+    init: embedding_rows.Init, bias: float | None
+) -> None:
+    weight = torch.randn(12, 8).half()
+    weight[3, 3] = torch.tensor(float("nan"))
+    weight[4, 4] = -0.0
+    generator = torch.Generator().manual_seed(0)
+    grown = embedding_rows.resize_rows(weight, 10, [[1, 2], [5]], 16, init, generator, bias)
+    assert torch.equal(grown[:10].view(torch.int16), weight[:10].view(torch.int16))
+    assert grown.dtype == weight.dtype
+    padding = (weight[10].float() + weight[11].float()) / 2 if bias else torch.zeros(8)
+    assert torch.equal(grown[12:], padding.half().expand(4, -1))
+    if init == "subtoken_mean":
+        means = [(weight[1].float() + weight[2].float()) / 2, weight[5].float()]
+        for row, mean in zip(grown[10:12], means, strict=True):
+            assert torch.equal(row, (mean + (bias or 0) * padding).half())
+
+
+def test_means_and_deviations_of_many_rows() -> None:
+    """Taken in chunks, against torch's own over the whole matrix."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(3 * embedding_rows.CHUNK_ROWS + 17, 6, generator=generator) + 2).half()
+    subtokens = [[i, i + 7, i % 11] for i in range(2 * embedding_rows.CHUNK_ROWS)]
+    arguments = (len(weight), subtokens, len(weight) + len(subtokens))
+    new = embedding_rows.resize_rows(weight, *arguments, "subtoken_mean", generator)[len(weight) :]
+    expected = weight[torch.tensor(subtokens)].double().mean(dim=1)
+    assert torch.allclose(new.double(), expected, atol=2e-3)
+    mean = embedding_rows.resize_rows(weight, *arguments, "mean", generator)[len(weight) :].double()
+    assert torch.allclose(mean, weight.double().mean(dim=0).expand_as(mean), atol=2e-3)
+    drawn = embedding_rows.resize_rows(weight, *arguments, "random", generator)[
+        len(weight) :
+    ].double()
+    assert torch.allclose(drawn.mean(dim=0), weight.double().mean(dim=0), atol=0.1)
+    assert torch.allclose(drawn.std(dim=0), weight.double().std(dim=0), rtol=0.1)
+
+
+def test_padding_is_never_generated(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
+    """Not by greedy decoding, nor by drawing at a high temperature."""
+    resized(base_dir, merged_dir, tmp_path / "model", pad_to_multiple=512)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    vocabulary = len(AutoTokenizer.from_pretrained(tmp_path / "model"))
+    assert model.config.vocab_size > vocabulary + 100
+    prompt = torch.tensor([[4001, 4003, 5, 6]])
+    torch.manual_seed(0)
+    for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 10.0, "top_k": 0}):
+        ids = model.generate(
+            prompt.expand(8, -1), attention_mask=torch.ones(8, 4), max_new_tokens=40, **sampling
+        )
+        assert ids.max() < vocabulary
+
+
+@pytest.mark.parametrize("output_layout", ["glm", "chatglm"])
+def test_verification_reads_both_models(
+    output_layout: embedding_rows.Layout, base_dir: Path, merged_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    resized(base_dir, merged_dir, folder, output_layout=output_layout)
+    embedding_rows.verify_logits(base_dir, folder, output_layout, 4009)
+    index = json.loads((folder / weights.INDEX_FILE).read_text())["weight_map"]
+    name = next(
+        name for name in index if name.endswith(("model.norm.weight", "final_layernorm.weight"))
+    )
+    shard = folder / index[name]
+    tensors = load_file(shard)
+    tensors[name][0] += 0.5
+    weights.save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="logits over the old ids differ from the base's by up to"):
+        embedding_rows.verify_logits(base_dir, folder, output_layout, 4009)
+
+
+def test_there_and_back_again(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
+    """glm and chatglm hold the same bits, and the latter reads as the former."""
+    for name in ("glm", "chatglm"):
+        resized(base_dir, merged_dir, tmp_path / name, output_layout=name)
+    back = weights.Checkpoint(tmp_path / "chatglm")
+    config = json.loads((tmp_path / "chatglm" / "config.json").read_text())
+    base_config = json.loads((base_dir / "config.json").read_text())
+    rows = back.tensor(tensor_names.EMBEDDING).shape[0]
+    assert config == {**base_config, "padded_vocab_size": rows}
+    index = json.loads((tmp_path / "glm" / weights.INDEX_FILE).read_text())["weight_map"]
+    tensors = dict(back.glm_tensors())
+    assert tensors.keys() == index.keys()
+    for name, tensor in tensors.items():
+        written = weights.read_tensor(tmp_path / "glm", name)
+        assert torch.equal(tensor.view(torch.int16), written.view(torch.int16))
+    # And from transformers' model back to the original names, bit by bit.
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "glm").state_dict()
+    again = tensor_names.to_chatglm(state)
+    for name, tensor in back.tensors():
+        assert torch.equal(again[name].view(torch.int16), tensor.view(torch.int16))
+
+
+def test_the_original_layout_computes_what_chatglm3_computes(
+    base_dir: Path, merged_dir: Path, tmp_path: Path
+) -> None:
+    resized(base_dir, merged_dir, tmp_path / "model", output_layout="chatglm")
+    expected = load_file(base_dir / "expected.safetensors")
+    model = loading.load_base(tmp_path / "model", torch.float32)
+    for index in range(3):
+        with torch.inference_mode():
+            logits = model(expected[f"ids_{index}"]).logits[0, -1, :4009]
+        assert torch.allclose(logits, expected[f"logits_last_{index}"][:4009], rtol=0, atol=1e-5)
+
+
+def test_the_original_layout_is_not_trained_on(
+    base_dir: Path, merged_dir: Path, tmp_path: Path
+) -> None:
+    resized(base_dir, merged_dir, tmp_path / "model", output_layout="chatglm")
+    with pytest.raises(DataError, match="in the layout of chatglm, for other tools: run step3_"):
+        loading.load_glm(tmp_path / "model", None, "auto")
+
+
+def test_a_tokenizer_of_another_base_is_refused(
+    base_dir: Path, base_proto: Any, tmp_path: Path
+) -> None:
+    other = tokenizer.with_special_tokens(base_proto, ["あ"])
+    other.pieces[1000].piece, other.pieces[1001].piece = (
+        other.pieces[1001].piece,
+        other.pieces[1000].piece,
+    )
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer_files.save(other, tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="was merged with another base"):
+        resized(base_dir, tmp_path / "tokenizer", tmp_path / "model")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.model").write_bytes(base_proto.SerializeToString())
+    with pytest.raises(DataError, match="was merged with another base"):
+        resized(base_dir, tmp_path / "bare", tmp_path / "model2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype_is_kept(
+    dtype: torch.dtype, base_dir: Path, merged_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    base = copy_of(base_dir, tmp_path / "base")
+    for path in base.glob("model-*.safetensors"):
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        weights.save_file(tensors, path)
+    resized(base, merged_dir, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.dtype == dtype
+
+
+# --- ChatGLM3's own Python files -----------------------------------------------------------------
+
+MODELING = """
+class ChatGLMModel:
+    def get_input_embeddings(self):
+        return self.embedding.word_embeddings
+
+
+class ChatGLMForConditionalGeneration(Base):
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = Transformer(config)
+
+    def forward(self):
+        pass
+"""
+
+TOKENIZATION = """
+class SPTokenizer:
+    def __init__(self, model_path):
+        self.sp_model = SentencePieceProcessor(model_file=model_path)
+        self.n_words: int = self.sp_model.vocab_size()
+        names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop",
+                 "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+        self.special_tokens = {}
+        self.index_special_tokens = {}
+        for name in names:
+            self.special_tokens[name] = self.n_words
+            self.index_special_tokens[self.n_words] = name
+            self.n_words += 1
+
+    def encode(self, text):
+        return self.sp_model.encode(text)
+"""
+
+
+def with_remote_code(folder: Path, modeling: str = MODELING, tokens: str = TOKENIZATION) -> Path:
+    (folder / "modeling_chatglm.py").write_text(modeling)
+    (folder / "tokenization_chatglm.py").write_text(tokens)
+    (folder / "configuration_chatglm.py").write_text("raise RuntimeError('never run')\n")
+    return folder
+
+
+def test_remote_code_is_copied_and_mended(
+    base_dir: Path, merged_dir: Path, merge: Any, tmp_path: Path, copy_of: Copy
+) -> None:
+    base = with_remote_code(copy_of(base_dir, tmp_path / "base"))
+    folder = tmp_path / "model"
+    resized(base, merged_dir, folder, output_layout="chatglm")
+    assert (folder / "configuration_chatglm.py").is_file()
+    assert not (folder / "tokenizer.json").exists()
+    config = (folder / "tokenizer_config.json").read_bytes()
+    assert config == (base_dir / "tokenizer_config.json").read_bytes()
+
+    class Base:
+        def __init__(self, config: Any) -> None: ...
+
+    class Transformer:
+        def __init__(self, config: Any) -> None:
+            self.embedding, self.output_layer = type("E", (), {"word_embeddings": 1})(), 2
+
+    names: dict[str, Any] = {"Base": Base, "Transformer": Transformer}
+    exec((folder / "modeling_chatglm.py").read_text(), names)
+    model = names["ChatGLMForConditionalGeneration"](None)
+    assert (model.get_input_embeddings(), model.get_output_embeddings()) == (1, 2)
+    model.set_input_embeddings(3)
+    model.set_output_embeddings(4)
+    assert (model.get_input_embeddings(), model.get_output_embeddings()) == (3, 4)
+
+    names = {"SentencePieceProcessor": tokenizer.sentencepiece.SentencePieceProcessor}
+    exec((folder / "tokenization_chatglm.py").read_text(), names)
+    loaded = names["SPTokenizer"](str(folder / "tokenizer.model"))
+    assert loaded.special_tokens["[MASK]"] == 4000
+    assert loaded.special_tokens["<|observation|>"] == 4008
+    assert loaded.index_special_tokens[4003] == "sop"
+    assert loaded.n_words == len(merge.proto.pieces)
+
+
+@pytest.mark.parametrize(
+    ("modeling", "tokens", "message"),
+    [
+        ("class Other: pass", TOKENIZATION, "modeling_chatglm.py has no class ChatGLMFor"),
+        (MODELING, "class SPTokenizer:\n    x = 1", "SPTokenizer has no __init__"),
+        ("def broken(:", TOKENIZATION, "is not Python"),
+    ],
+)
+def test_unknown_remote_code_is_refused(
+    modeling: str, tokens: str, message: str, base_dir: Path, merged_dir: Path, tmp_path: Path,
+    copy_of: Copy,
+) -> None:  # fmt: skip
+    base = with_remote_code(copy_of(base_dir, tmp_path / "base"), modeling, tokens)
+    with pytest.raises(DataError, match=message):
+        resized(base, merged_dir, tmp_path / "model", output_layout="chatglm")
