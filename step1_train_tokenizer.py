@@ -49,8 +49,8 @@ def main() -> None:
             lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)
         if base_model:
-            learned = learning.continue_base(
-                tokenizer.read_base(base_model),
+            learned = learning.continue_merges(
+                tokenizer.read_base_proto(base_model),
                 lines,
                 config.policy,
                 vocab_size=config.vocab_size,
@@ -59,7 +59,7 @@ def main() -> None:
                 max_piece_length=config.max_piece_length,
             )
         else:
-            learned = learning.train(
+            learned = learning.train_sentencepiece(
                 lines,
                 vocab_size=config.vocab_size,
                 character_coverage=config.character_coverage,

@@ -45,15 +45,15 @@ def main() -> None:
     from chatglm_ja.reports import merge_report
     from chatglm_ja.vocabulary import learning, merging, segmentation
 
-    base = tokenizer.read_base(config.base_model)
+    base = tokenizer.read_base_proto(config.base_model)
     learned = learning.read_learned(config.ja_tokenizer)
-    merged = merging.merge(
+    merged = merging.merge_pieces(
         base,
         learned,
         config.policy,
         max_new_pieces=config.max_new_pieces,
         ranking_texts=corpus.take_characters(
-            corpus.in_turn(map(corpus.read_texts, ranking)), config.ranking_characters
+            corpus.round_robin(map(corpus.read_texts, ranking)), config.ranking_characters
         ),
     )
     log.info("%s", merge_report.headline(merged))
@@ -62,20 +62,20 @@ def main() -> None:
             f"none of the {len(learned.pieces)} pieces is new to the base under the policy "
             f"{config.policy}: give the output of step1_train_tokenizer.py"
         )
-    before = tokenizer.processor(tokenizer.with_special_tokens(base))
-    after = tokenizer.processor(merged.proto)
-    rust = tokenizer_files.line_encoder(merged.proto)
+    before = tokenizer.make_processor(tokenizer.add_special_tokens(base))
+    after = tokenizer.make_processor(merged.proto)
+    rust = tokenizer_files.make_line_encoder(merged.proto)
     languages = {
-        language: segmentation.compare(
+        language: segmentation.compare_segmentation(
             before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
         )
         for language, texts in corpus.texts_by_language(config.check_sources).items()
     }
-    segmentation.check_promises(languages, config.policy)
+    segmentation.check_guarantee(languages, config.policy)
 
     with output.write() as folder:
-        tokenizer_files.save(merged.proto, folder)
-        report = merge_report.build(config.policy, merged, languages, before, after)
+        tokenizer_files.save_tokenizer(merged.proto, folder)
+        report = merge_report.build_report(config.policy, merged, languages, before, after)
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (folder / "merge_report.json").write_text(text + "\n", encoding="utf-8")
         (folder / "merge_report.html").write_text(merge_report.html_page(report), encoding="utf-8")

@@ -32,7 +32,7 @@ def main() -> None:
     from chatglm_ja.chatglm3 import weights
     from chatglm_ja.vocabulary import embedding_rows
 
-    base = weights.Checkpoint(config.base_model)
+    base = weights.BaseWeights(config.base_model)
     with output.write() as folder:
         output.counts.update(
             embedding_rows.resize_checkpoint(

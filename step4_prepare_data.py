@@ -39,7 +39,7 @@ def main() -> None:
 
     for source in (*config.sft_sources, *config.sources):
         if not source.is_local():  # a wrong name is found now, not after hours
-            readers.fetch(source)
+            readers.load_hub_dataset(source)
     report = config.output_dir.with_name(config.output_dir.name + ".rejects.jsonl")
     contents = {
         "conversations": prepare_conversations.contents(config, inputs),
@@ -48,7 +48,7 @@ def main() -> None:
     }
     with output.write() as folder, resume.open_folders(output.unfinished, **contents) as work:
         (shards,) = work["shards"]
-        rejects = resume.Rejects(shards / "rejects.jsonl", report, config.max_rejects)
+        rejects = resume.RejectsFile(shards / "rejects.jsonl", report, config.max_rejects)
         # The conversations first: they take minutes, the texts hours, and either can lack data.
         conversations = prepare_conversations.prepare(config, work["conversations"])
         rejects.check(conversations)

@@ -21,7 +21,7 @@ def main() -> None:
     if config.estimate is not None:
         from chatglm_ja.training import costs
 
-        print(costs.describe(config))
+        print(costs.describe_costs(config))
         return
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
     config.check_rows(data.read_number("arguments", "block_size"))

@@ -23,7 +23,7 @@ def main() -> None:
     if config.estimate is not None:
         from chatglm_ja.training import costs
 
-        print(costs.describe(config))
+        print(costs.describe_costs(config))
         return
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
     config.check_rows(data.read_number("arguments", "max_length"))
@@ -36,7 +36,7 @@ def main() -> None:
     from chatglm_ja.training import train
 
     train.train_and_publish(config, output, "sft")
-    validation_answers.show(config)
+    validation_answers.print_samples(config)
 
 
 if __name__ == "__main__":

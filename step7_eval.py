@@ -45,7 +45,7 @@ def main() -> None:
     if config.check:
         from chatglm_ja.evaluation import evaluate
 
-        evaluate.Evaluation(config, evaluate.read(config))
+        evaluate.Evaluation(config, evaluate.read_data(config))
     if not output.prepare():
         if not config.check:
             model_card.place(config.output_dir, config.sft, config.base_model)
@@ -58,19 +58,19 @@ def main() -> None:
     from chatglm_ja.training import train
     from chatglm_ja.vocabulary import segmentation
 
-    material = evaluate.read(config)
+    material = evaluate.read_data(config)
     evaluated = evaluate.Evaluation(config, material)
     measured = [evaluated.of_stage(s, is_last=s is compared[-1]) for s in compared]
-    before = tokenizer.processor(compared[0].tokenizer_model())
-    after = tokenizer.load(config.tokenizer)
+    before = tokenizer.make_processor(compared[0].tokenizer_model())
+    after = tokenizer.load_processor(config.tokenizer)
     steps = read_history(config.sft) | {output.step: output.describe()}
     results = {
         "stages": measured,
         "segmentation": {
-            language: segmentation.compare(before, after, documents, "all").row()
+            language: segmentation.compare_segmentation(before, after, documents, "all").row()
             for language, documents in material.texts.items()
         },
-        "samples": segmentation.samples(before, after, material.texts),
+        "samples": segmentation.sample_sentences(before, after, material.texts),
         "curves": {
             "Step 5, continued pretraining": train.read_history(config.pretrained),
             "Step 6, instructions": train.read_history(config.sft),
@@ -84,7 +84,7 @@ def main() -> None:
         (folder / RESULTS_TABLE).write_text(table, encoding="utf-8")
         (folder / "report.html").write_text(eval_report.html_page(results), encoding="utf-8")
         card = model_card.render(results, table, config.base_model)
-        (folder / model_card.FILE).write_text(card, encoding="utf-8")
+        (folder / model_card.CARD_FILE).write_text(card, encoding="utf-8")
     model_card.place(config.output_dir, config.sft, config.base_model)
     print(table)
     log.info("report: %s", config.output_dir / "report.html")
@@ -101,13 +101,13 @@ def talk(config: EvalConfig) -> None:
     if config.web:
         from chatglm_ja.inference import web
 
-        web.check(config.port)
+        web.check_port(config.port)
         web.serve(there, chosen, options, config.port)
         return
     chosen.open()
     untrained = ", which has not been trained here" if chosen.name in ("base", "resized") else ""
     log.info("talking to %s, %s%s", chosen.name, chosen.folder, untrained)
-    chat.talk(*chosen.load(), config.max_new_tokens, sampling)
+    chat.chat_in_terminal(*chosen.load(), config.max_new_tokens, sampling)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
     else:
         texts = [text for source in sources for text in corpus.read_texts(source)]
         if way == BARE:
-            encoder = tokenizer.load(folder)
+            encoder = tokenizer.load_processor(folder)
 
             def work() -> int:
                 return sum(len(encoder.encode(text)) for text in texts)

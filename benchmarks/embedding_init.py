@@ -38,7 +38,7 @@ MAX_CHARS = 40_000  # of each language
 
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
     """Bits per character of a model folder, a text for each language."""
-    model, encoder = models.load_model(folder), tokenizer.load(folder)
+    model, encoder = models.load_model(folder), tokenizer.load_processor(folder)
     window, batch_size = constants.EVALUATION["window"], 16
     return [
         f"{likelihood.score_texts(model, encoder, group, window, batch_size).bits_per_char:.3f}"

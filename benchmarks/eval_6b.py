@@ -37,7 +37,7 @@ def random_model(config: dict[str, Any], rows: int) -> Any:
     from transformers import GlmForCausalLM
 
     dtype = compute_dtype()
-    with torch.device(models.device()):
+    with torch.device(models.choose_device()):
         torch.set_default_dtype(dtype)
         model: Any = GlmForCausalLM(base_config.glm_config(config, rows, dtype))
         torch.set_default_dtype(torch.float32)
@@ -54,18 +54,18 @@ def main() -> None:
     options = parser.parse_args()
     config = dict(read_config(options.base_model))
     config["num_layers"] = options.layers or config["num_layers"]
-    base = tokenizer.with_special_tokens(tokenizer.read_base(options.base_model))
-    encoder = tokenizer.processor(base)
+    base = tokenizer.add_special_tokens(tokenizer.read_base_proto(options.base_model))
+    encoder = tokenizer.make_processor(base)
     source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
     texts = corpus.take_characters(corpus.read_texts(source), 25_000)
     prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": "你好"}])
-    on_gpu = models.device() == "cuda"
+    on_gpu = models.choose_device() == "cuda"
     columns: dict[int, list[float]] = {}
     for rows in (config["padded_vocab_size"], NEW_ROWS):
         model = random_model(config, rows)
         alone = generation.tokens_per_second(model, encoder, prompt)
         start = time.perf_counter()
-        answers = generation.answer(
+        answers = generation.generate_answers(
             model, encoder, [prompt] * options.answers, MAX_NEW_TOKENS, batch_size=options.answers
         )
         answering = time.perf_counter() - start

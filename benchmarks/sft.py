@@ -152,8 +152,8 @@ def prepare(arguments: argparse.Namespace) -> Rows:
     text = json.dumps(config | {"dtype": "float32"}, indent=1)  # what it loads the weights as
     (model / "config.json").write_text(text + "\n", encoding="utf-8")
 
-    bins = dataset.read(arguments.data, "sft", "train")
-    columns = dataset.unpacked(bins).select_columns(["input_ids", "labels"]).to_dict()
+    bins = dataset.load_rows(arguments.data, "sft", "train")
+    columns = dataset.unpack_rows(bins).select_columns(["input_ids", "labels"]).to_dict()
     columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
     datasets.disable_progress_bars()
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)})

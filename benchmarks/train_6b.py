@@ -185,8 +185,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         data = options.conversations
         if not settings.get("packing", True):
             # As many conversations as a packed step has, in whole passes.
-            bins = dataset.read(data, data_set, "train")
-            wanted = ONE["micro_batch_size"] * len(dataset.unpacked(bins)) / len(bins)
+            bins = dataset.load_rows(data, data_set, "train")
+            wanted = ONE["micro_batch_size"] * len(dataset.unpack_rows(bins)) / len(bins)
             blocks *= max(1, round(wanted / blocks))
     config = TrainingConfig(
         model=options.work_dir / "model",
@@ -201,7 +201,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         **settings,
     )
     shape = base_config.read_shape(config.model)
-    items = costs.memory(shape, costs.trained_parameters(shape, config), config, ranks)
+    items = costs.estimate_memory(shape, costs.trained_parameters(shape, config), config, ranks)
     started = time.monotonic()
     result = train.train(config, data_set, None)
     history = result["history"]
@@ -269,7 +269,7 @@ def make_model(options: argparse.Namespace) -> None:
     unfinished = emptied(folder.with_suffix(".unfinished"))
     weights.write_sharded(tensors(), unfinished, 2 * 10**9)
     if options.tokenizer:
-        tokenizer_files.copy_files(options.tokenizer, unfinished)
+        tokenizer_files.copy_tokenizer_files(options.tokenizer, unfinished)
     config.save_pretrained(unfinished)
     unfinished.rename(folder)
 

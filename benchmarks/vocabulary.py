@@ -61,7 +61,7 @@ class Ways:
         """A model of `vocab_size` pieces, or of as many as the text gives."""
         while True:
             try:
-                return learning.train(
+                return learning.train_sentencepiece(
                     corpus.training_lines(self.texts, {}),
                     vocab_size=vocab_size,
                     character_coverage=DEFAULTS.character_coverage,
@@ -73,7 +73,7 @@ class Ways:
                 if vocab_size < self.size:
                     raise
 
-    def first(self, settings: dict[str, Any]) -> merging.Merge:
+    def first(self, settings: dict[str, Any]) -> merging.MergedVocabulary:
         """The first pieces in the order learned: those of a model that is just large enough."""
         learned = self.train(settings, 4 * self.size)
         normal = [p for p in learned.pieces if p.type == p.NORMAL]
@@ -88,8 +88,8 @@ class Ways:
                 high = middle
         return self.merge_of([*longer[:low], *characters])
 
-    def most_used(self, settings: dict[str, Any]) -> merging.Merge:
-        return merging.merge(
+    def most_used(self, settings: dict[str, Any]) -> merging.MergedVocabulary:
+        return merging.merge_pieces(
             self.base,
             self.train(settings, 5 * self.size),
             self.policy,
@@ -97,9 +97,9 @@ class Ways:
             ranking_texts=self.texts,
         )
 
-    def continued(self) -> merging.Merge:
+    def continued(self) -> merging.MergedVocabulary:
         kept = sum(piece.type != piece.NORMAL for piece in self.base.pieces)
-        learned = learning.continue_base(
+        learned = learning.continue_merges(
             self.base,
             corpus.training_lines(self.texts, {}),
             self.policy,
@@ -108,12 +108,12 @@ class Ways:
             num_threads=CORES,
             max_piece_length=DEFAULTS.max_piece_length,
         )
-        return merging.merge(self.base, learned, self.policy)
+        return merging.merge_pieces(self.base, learned, self.policy)
 
-    def merge_of(self, pieces: list[Any]) -> merging.Merge:
+    def merge_of(self, pieces: list[Any]) -> merging.MergedVocabulary:
         proto = type(self.base)()
         proto.pieces.extend(pieces)
-        return merging.merge(self.base, proto, self.policy)
+        return merging.merge_pieces(self.base, proto, self.policy)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -122,7 +122,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
     ours = DEFAULTS.trainer_settings()
-    candidates: dict[str, Callable[[], merging.Merge]] = {
+    candidates: dict[str, Callable[[], merging.MergedVocabulary]] = {
         "sentencepiece, the article's settings": lambda: ways.first(ARTICLE),
         "… mixing scripts": lambda: ways.first({**ARTICLE, "split_by_unicode_script": False}),
         "… and identity, digits apart, spaces kept": lambda: ways.first(
@@ -137,7 +137,7 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
     characters = sum(map(len, held_out))
 
     def tokens_per_char(proto: Any) -> float:
-        encoder = tokenizer.processor(proto)
+        encoder = tokenizer.make_processor(proto)
         return sum(map(len, encoder.encode(list(held_out), num_threads=CORES))) / characters
 
     rows = [["base alone", "0", "", f"{tokens_per_char(ways.base):.4f}", "", ""]]
@@ -160,14 +160,14 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
 def policies_table(
     base: Any, learned: Any, texts: dict[str, list[str]], policies: Sequence[str]
 ) -> None:
-    before = tokenizer.processor(tokenizer.with_special_tokens(base))
+    before = tokenizer.make_processor(tokenizer.add_special_tokens(base))
     rows = []
     for policy in policies:
-        merged = merging.merge(base, learned, policy)
-        after = tokenizer.processor(merged.proto)
+        merged = merging.merge_pieces(base, learned, policy)
+        after = tokenizer.make_processor(merged.proto)
         row, broken = [f"`{policy}`", f"{len(merged.added):,}"], 0
         for language, documents in texts.items():
-            result = segmentation.compare(before, after, documents, policy)
+            result = segmentation.compare_segmentation(before, after, documents, policy)
             broken += len(result.broken)
             if language == "ja":
                 row.append(f"{result.row()['tokens_per_char_after']:.4f}")
@@ -194,8 +194,8 @@ def article_merge(base: Any, learned: Any) -> Any:
 def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> Ratio:
     """From the same Japanese model: lines of each language that are cut otherwise than before."""
     learned = learning.read_learned(ja_tokenizer)
-    before = tokenizer.processor(base)
-    ours = merging.merge(base, learned, "japanese")
+    before = tokenizer.make_processor(base)
+    ours = merging.merge_pieces(base, learned, "japanese")
     theirs = article_merge(base, learned)
     merges = {
         "the article's": (theirs, len(theirs.pieces) - len(base.pieces)),
@@ -203,7 +203,7 @@ def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> 
     }
     rows, shares = [], {}
     for name, (proto, added) in merges.items():
-        after = tokenizer.processor(proto)
+        after = tokenizer.make_processor(proto)
         row = [name, f"{added:,}"]
         for language, documents in texts.items():
             lines = [line for text in documents for line in text.split("\n") if line.strip()]
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--policy", default="japanese", help="(default: japanese)")
     parser.add_argument("--repeats", type=int, default=7, help="of the timing (default: 7)")
     arguments = parser.parse_args()
-    base = tokenizer.read_base(arguments.base_model)
+    base = tokenizer.read_base_proto(arguments.base_model)
     texts = {
         language: list(documents)
         for language, documents in corpus.texts_by_language(

@@ -82,7 +82,7 @@ def _interrupt_later(lost: Any) -> None:
         sys.__unraisablehook__(lost)
 
 
-def say_last(message: str) -> None:
+def print_last_line(message: str) -> None:
     """Say the last line of a program; progress bars still open end above it."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
@@ -94,5 +94,5 @@ def say_last(message: str) -> None:
 
 
 def _end(message: str, status: int = 1) -> NoReturn:
-    say_last(message)
+    print_last_line(message)
     sys.exit(status)

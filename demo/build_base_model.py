@@ -143,12 +143,14 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     from chatglm_ja.training.model import GlmForTraining
 
     torch.manual_seed(config.seed)
-    encoder = tokenizer.processor(
-        tokenizer.with_special_tokens(tokenizer.read_model(folder / "tokenizer.model"))
+    encoder = tokenizer.make_processor(
+        tokenizer.add_special_tokens(tokenizer.read_proto(folder / "tokenizer.model"))
     )
     prefix = chat_format.prefix_ids(encoder)
     documents = [[*prefix, *ids, tokenizer.EOS_ID] for ids in encoder.encode(texts)]
-    plan = packing.concat(np.array([len(ids) for ids in documents]), BLOCK_SIZE, keep_tail=True)
+    plan = packing.plan_concat(
+        np.array([len(ids) for ids in documents]), BLOCK_SIZE, keep_tail=True
+    )
     stream = np.concatenate(documents)
     blocks = [
         {

@@ -44,14 +44,14 @@ def base_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def base_proto(base_dir: Path) -> Any:
-    return tokenizer.read_model(base_dir / tokenizer.MODEL_FILE)
+    return tokenizer.read_proto(base_dir / tokenizer.MODEL_FILE)
 
 
 @pytest.fixture(scope="session")
 def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Japanese BPE model of 2,500 pieces, trained on pages of the demo."""
     folder = tmp_path_factory.mktemp("ja")
-    learned = learning.train(
+    learned = learning.train_sentencepiece(
         corpus.training_lines(demo_texts("ja", 300), {}),
         vocab_size=2500,
         character_coverage=0.9995,
@@ -63,20 +63,20 @@ def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def merge(base_proto: Any, ja_dir: Path) -> merging.Merge:
-    return merging.merge(base_proto, learning.read_learned(ja_dir), "japanese")
+def merge(base_proto: Any, ja_dir: Path) -> merging.MergedVocabulary:
+    return merging.merge_pieces(base_proto, learning.read_learned(ja_dir), "japanese")
 
 
 @pytest.fixture(scope="session")
-def merged_dir(merge: merging.Merge, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged_dir(merge: merging.MergedVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    tokenizer_files.save(merge.proto, folder)
+    tokenizer_files.save_tokenizer(merge.proto, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def encoder(merged_dir: Path) -> Any:
-    return tokenizer.load(merged_dir)
+    return tokenizer.load_processor(merged_dir)
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempP
 
     folder = tmp_path_factory.mktemp("resized")
     embedding_rows.resize_checkpoint(
-        weights.Checkpoint(base_dir),
+        weights.BaseWeights(base_dir),
         merged_dir,
         folder,
         init="subtoken_mean",

@@ -15,9 +15,9 @@ from typing import Any
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, SPECIAL_TOKENS, STOP_TOKENS
 from chatglm_ja.errors import DataError
 
-PREFIX = ("[gMASK]", "sop")  # what every ChatGLM3 input starts with
+INPUT_PREFIX = ("[gMASK]", "sop")  # what every ChatGLM3 input starts with
 ROLES = ("system", "user", "assistant", "observation")
-IGNORE = -100  # the label of a token that is not trained
+IGNORE_INDEX = -100  # the label of a token that is not trained
 
 Message = Mapping[str, str]
 
@@ -54,7 +54,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 def prefix_ids(tokenizer: Any) -> list[int]:
     """The ids of PREFIX."""
-    return [special_id(tokenizer, token) for token in PREFIX]
+    return [special_id(tokenizer, token) for token in INPUT_PREFIX]
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
@@ -107,14 +107,14 @@ def join_example(
     when it answers, the answer, and what ends it: the next role's token, or </s> after the last.
     """
     ids = list(prefix)
-    labels = [IGNORE] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
     after_answer = False
     for role, (role_token, *body) in zip(roles, parts, strict=True):
         is_answer = role == "assistant"
         ids += [role_token, *body]
-        labels.append(role_token if after_answer else IGNORE)
-        labels += body if is_answer else [IGNORE] * len(body)
+        labels.append(role_token if after_answer else IGNORE_INDEX)
+        labels += body if is_answer else [IGNORE_INDEX] * len(body)
         after_answer = is_answer
     ids.append(EOS_ID)
-    labels.append(EOS_ID if after_answer else IGNORE)
+    labels.append(EOS_ID if after_answer else IGNORE_INDEX)
     return ids, labels

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from chatglm_ja.chatglm3 import base_config
-from chatglm_ja.chatglm3.weights import Checkpoint
+from chatglm_ja.chatglm3.weights import BaseWeights
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 
@@ -16,7 +16,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> Any:
     """A ChatGLM3 checkpoint as a GlmForCausalLM in memory, in evaluation mode."""
     from transformers import GlmForCausalLM
 
-    base = Checkpoint(folder)
+    base = BaseWeights(folder)
     config = base_config.glm_config(base.config, base.config["padded_vocab_size"], dtype)
     with torch.device("meta"):
         model: Any = GlmForCausalLM(config)
@@ -58,7 +58,7 @@ Logits = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.inference_mode()
-def logits(model: Any, prompts: Sequence[Sequence[int]], rows: int) -> list[Logits]:
+def compute_logits(model: Any, prompts: Sequence[Sequence[int]], rows: int) -> list[Logits]:
     """For each prompt the logits of the first `rows` ids after every token, [length, rows], and the
     logarithm of the sum over all ids' exponentials, [length].
 

@@ -45,7 +45,7 @@ SPECIAL_IDS = """\
 """
 
 
-def copy_patched(base: Path, output: Path, first_special_id: int) -> bool:
+def copy_patched_code(base: Path, output: Path, first_special_id: int) -> bool:
     """Copy the base's Python files and tokenizer_config.json, the two files patched.
 
     False if the base has no remote code, and nothing is copied. Raises DataError when a file is

@@ -43,7 +43,7 @@ FIRST_PIECES = ("<unk>", "<s>", "</s>")
 STOP_TOKENS = ("</s>", "<|user|>", "<|observation|>")
 
 
-def parse_model(data: bytes, origin: Path) -> Any:
+def parse_proto(data: bytes, origin: Path) -> Any:
     """The ModelProto of a sentencepiece BPE model; DataError if it is anything else."""
     proto = messages.ModelProto()
     try:
@@ -61,12 +61,12 @@ def parse_model(data: bytes, origin: Path) -> Any:
     return proto
 
 
-def read_model(path: Path) -> Any:
+def read_proto(path: Path) -> Any:
     """The ModelProto of a file; DataError if it is missing or no sentencepiece BPE model, or one
     that sentencepiece does not load, or whose scores are no order."""
     try:
-        proto = parse_model(path.read_bytes(), path)
-        processor(proto)
+        proto = parse_proto(path.read_bytes(), path)
+        make_processor(proto)
     except FileNotFoundError:
         raise DataError(f"{path} not found: expected a sentencepiece model") from None
     # A piece twice, or an empty one; the second where the piece to be named is no UTF-8.
@@ -83,12 +83,12 @@ def read_model(path: Path) -> Any:
     return proto
 
 
-def load(folder: Path) -> sentencepiece.SentencePieceProcessor:
+def load_processor(folder: Path) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer of a folder, for encoding: text never becomes a special token with it."""
-    return processor(read_model(folder / MODEL_FILE))
+    return make_processor(read_proto(folder / MODEL_FILE))
 
 
-def processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
+def make_processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
     """A processor of a ModelProto; without the dummy prefix it encodes as inside a text."""
     if not dummy_prefix:
         copy = type(proto)()
@@ -98,7 +98,7 @@ def processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.SentencePi
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
-def with_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
+def add_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
     """The base with its special tokens as control pieces in their places, then new pieces."""
     proto = type(base)()
     proto.CopyFrom(base)
@@ -111,7 +111,7 @@ def with_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
     return proto
 
 
-def is_verbatim(proto: Any) -> bool:
+def is_lossless(proto: Any) -> bool:
     """Whether every text can be read back from its pieces, as with ChatGLM3's: nothing in it is
     normalised, and what has no piece is spelled in bytes."""
     spec = proto.normalizer_spec
@@ -125,16 +125,16 @@ def is_verbatim(proto: Any) -> bool:
     )
 
 
-def read_base(folder: Path) -> Any:
+def read_base_proto(folder: Path) -> Any:
     """The ModelProto of a ChatGLM3 folder, of which only tokenizer.model and config.json are read.
 
     Raises DataError for another kind of tokenizer, and where the embedding has no rows for the
     nine special tokens after the pieces.
     """
     path = folder / MODEL_FILE
-    proto = read_model(path)
+    proto = read_proto(path)
     rows = read_config(folder)["padded_vocab_size"]
-    if not is_verbatim(proto):
+    if not is_lossless(proto):
         raise DataError(
             f"{path} normalises text or has no byte fallback, other than ChatGLM3's: wrong base "
             "model?"
@@ -165,7 +165,7 @@ def read_base(folder: Path) -> Any:
     return proto
 
 
-def encode_documents(
+def encode_texts(
     encoder: Any, texts: Iterable[str], num_threads: int, batch: int = 512
 ) -> Iterator[list[int]]:
     """Encode a stream of texts in batches, on several threads; the order is kept."""

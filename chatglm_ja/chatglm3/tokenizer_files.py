@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chatglm3.chat_format import PREFIX, ROLES
+from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES
 from chatglm_ja.chatglm3.tokenizer import MODEL_FILE, SPACE, SPECIAL_TOKENS
 
-FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
 
 # These two are parts of words (people, philosophy): they count as special where they stand alone.
 WORD_TOKENS = tuple(token for token in SPECIAL_TOKENS if token.isalpha())
@@ -80,31 +80,33 @@ SETTINGS = {
 }
 
 
-def save(proto: Any, folder: Path) -> None:
+def save_tokenizer(proto: Any, folder: Path) -> None:
     """Write a merged model (ModelProto) as the three files."""
     (folder / MODEL_FILE).write_bytes(proto.SerializeToString())
-    fast_tokenizer(proto).save(str(folder / "tokenizer.json"))
+    build_fast_tokenizer(proto).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **SETTINGS}
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def transformers_tokenizer(proto: Any) -> Any:
+def to_transformers(proto: Any) -> Any:
     """The same in memory: what AutoTokenizer loads from the files of `save`."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=fast_tokenizer(proto), **SETTINGS)
+    return PreTrainedTokenizerFast(tokenizer_object=build_fast_tokenizer(proto), **SETTINGS)
 
 
-def copy_files(source: Path, target: Path, names: Sequence[str] = FILES) -> None:
+def copy_tokenizer_files(
+    source: Path, target: Path, names: Sequence[str] = TOKENIZER_FILES
+) -> None:
     """Put the files that `save` wrote, or some of them, into a model folder, too."""
     for name in names:
         shutil.copyfile(source / name, target / name)
 
 
-def line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+def make_line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:
     """Encodes lines as tokenizer.json will, special tokens read as text."""
-    tokenizer = fast_tokenizer(proto)
+    tokenizer = build_fast_tokenizer(proto)
     tokenizer.encode_special_tokens = True
 
     def encode(lines: Sequence[str]) -> list[list[int]]:
@@ -114,7 +116,7 @@ def line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:
     return encode
 
 
-def fast_tokenizer(proto: Any) -> Any:
+def build_fast_tokenizer(proto: Any) -> Any:
     """The same BPE (ModelProto) as a Tokenizer of the `tokenizers` library.
 
     sentencepiece merges any adjacent pair whose concatenation is a piece, best score first. The
@@ -158,8 +160,8 @@ def fast_tokenizer(proto: Any) -> Any:
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{' '.join(PREFIX)} $A",
-        pair=f"{' '.join(PREFIX)} $A $B",
-        special_tokens=[(token, vocab[token]) for token in PREFIX],
+        single=f"{' '.join(INPUT_PREFIX)} $A",
+        pair=f"{' '.join(INPUT_PREFIX)} $A $B",
+        special_tokens=[(token, vocab[token]) for token in INPUT_PREFIX],
     )
     return tokenizer

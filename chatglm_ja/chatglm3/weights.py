@@ -31,7 +31,7 @@ WEIGHT_FILES = (
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-class Checkpoint:
+class BaseWeights:
     """A ChatGLM3 checkpoint folder: checked as a whole on opening, read one tensor at a time.
 
     Raises DataError when a shard or a tensor is missing, left over, truncated, or has a shape
@@ -208,7 +208,7 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
     return _open_shard(folder / weight_map[name], [name]).read(name)
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of a model folder, in the order of its shards."""
     for shard_name, names in _by_shard(_weight_map(folder)).items():
         shard = _open_shard(folder / shard_name, names)
@@ -216,7 +216,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, shard.read(name)
 
 
-def describe(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def describe_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every tensor of a model folder."""
     described = {}
     for shard_name, names in _by_shard(_weight_map(folder)).items():

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from chatglm_ja.data import parallel
 from chatglm_ja.data.index import Index, read_tokens
-from chatglm_ja.data.packing import Plan
+from chatglm_ja.data.packing import PackingPlan
 from chatglm_ja.storage.files import fsync
 
 # A shard of full blocks has 256 MiB of tokens.
@@ -37,17 +37,17 @@ class _Shard:
     path: Path
     schema: pyarrow.Schema
     stems: Sequence[Path]
-    plan: Plan
+    plan: PackingPlan
     unit: np.ndarray
     offset: np.ndarray
     source: np.ndarray
     language: list[str] | None
 
 
-def write(
+def write_shards(
     folder: Path,
     name: str,
-    plan: Plan,
+    plan: PackingPlan,
     index: Index,
     documents: np.ndarray,
     *,
@@ -90,7 +90,7 @@ def write(
                 None if language is None else [language[block] for block in blocks],
             )
 
-    written = parallel.in_order(_write, shards(), min(processes, count))
+    written = parallel.map_in_order(_write, shards(), min(processes, count))
     for _ in tqdm(written, total=count, desc=f"writing {name}", unit=" shards", disable=count == 1):
         pass
 

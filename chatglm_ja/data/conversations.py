@@ -22,10 +22,10 @@ from chatglm_ja.data.readers import (
     Reject,
     check_characters,
     check_text,
-    chunks,
+    read_chunks,
+    read_records,
     record_id,
-    records,
-    rejected,
+    reject_error,
 )
 from chatglm_ja.sources import Source
 
@@ -77,9 +77,11 @@ class Conversation:
     id: str | None = None
 
 
-def conversations(chunk: Chunk, source: Source) -> Iterator[Conversation | tuple[int, Reject]]:
+def parse_conversations(
+    chunk: Chunk, source: Source
+) -> Iterator[Conversation | tuple[int, Reject]]:
     """The conversations of a chunk, in order, and its bad records with their numbers."""
-    for number, record in records(chunk, source):
+    for number, record in read_records(chunk, source):
         if isinstance(record, Reject):
             yield number, record
             continue
@@ -95,10 +97,10 @@ def read_conversations(source: Source) -> Iterator[list[Message]]:
 
     Raises DataError, with the file and the record's number, for the first one that is bad.
     """
-    for chunk in chunks(source):
-        for conversation in conversations(chunk, source):
+    for chunk in read_chunks(source):
+        for conversation in parse_conversations(chunk, source):
             if not isinstance(conversation, Conversation):
-                raise rejected(chunk.file, *conversation)
+                raise reject_error(chunk.file, *conversation)
             if conversation.messages[-1]["role"] == "assistant":
                 yield conversation.messages
 

@@ -16,10 +16,10 @@ from chatglm_ja.data.readers import (
     Chunk,
     Reject,
     check_text,
-    chunks,
+    read_chunks,
+    read_records,
     record_id,
-    records,
-    rejected,
+    reject_error,
 )
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
@@ -38,7 +38,7 @@ class Document:
     id: str | None = None
 
 
-def documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[int, Reject]]:
+def read_documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[int, Reject]]:
     """The documents of a chunk, in order, and its bad records with their numbers.
 
     Articles in the format wikitext are put together from their lines; one that goes over the end
@@ -46,7 +46,7 @@ def documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[int, Re
     """
     column = source.columns or TEXT_COLUMN
     found: Iterator[Document | tuple[int, Reject]] = (
-        _document(number, record, column, source) for number, record in records(chunk, source)
+        _document(number, record, column, source) for number, record in read_records(chunk, source)
     )
     if source.format == "records":
         yield from found
@@ -77,10 +77,10 @@ def read_texts(source: Source) -> Iterator[str]:
 
     Raises DataError, with the file and the record's number, for the first one that is bad.
     """
-    for chunk in chunks(source):
-        for document in documents(chunk, source):
+    for chunk in read_chunks(source):
+        for document in read_documents(chunk, source):
             if not isinstance(document, Document):
-                raise rejected(chunk.file, *document)
+                raise reject_error(chunk.file, *document)
             if document.text and not document.text.isspace():
                 yield document.text
 
@@ -93,10 +93,12 @@ def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
     by_language: dict[str, list[Source]] = {}
     for source in sources:
         by_language.setdefault(source.language, []).append(source)
-    return {language: in_turn(map(read_texts, group)) for language, group in by_language.items()}
+    return {
+        language: round_robin(map(read_texts, group)) for language, group in by_language.items()
+    }
 
 
-def in_turn(streams: Iterable[Iterator[str]]) -> Iterator[str]:
+def round_robin(streams: Iterable[Iterator[str]]) -> Iterator[str]:
     """The items of several streams, one from each in turn until all have ended."""
     streams = list(streams)
     while streams:

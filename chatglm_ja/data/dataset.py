@@ -19,13 +19,13 @@ from chatglm_ja.errors import DataError
 from chatglm_ja.storage.manifest import read_manifest
 
 
-def read(folder: Path, name: str, split: str) -> datasets.Dataset:
+def load_rows(folder: Path, name: str, split: str) -> datasets.Dataset:
     """The shards of a data set, `name` being pretrain or sft, as one; nothing is copied."""
     shards = sorted(folder.glob(f"{name}_{split}-*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
 
 
-def unpacked(rows: datasets.Dataset) -> datasets.Dataset:
+def unpack_rows(rows: datasets.Dataset) -> datasets.Dataset:
     """Every document or conversation of packed rows as a row of its own; no token is copied."""
     table = rows.data.table
     batches = [_unpacked_batch(batch) for batch in table.to_batches()]
@@ -71,7 +71,7 @@ def check_rows(
         )
     if longest > shape.positions:
         row = int(sizes.argmax())
-        named = titles(data, name)
+        named = source_titles(data, name)
         sources = ", ".join(named[number] for number in sorted(set(rows[row]["sources"])))
         raise DataError(
             f"the data's longest row has {longest} tokens (row {row + 1}, of {sources}), but the "
@@ -87,7 +87,7 @@ def check_rows(
         )
 
 
-def tokens(rows: datasets.Dataset) -> int:
+def count_tokens(rows: datasets.Dataset) -> int:
     """The tokens of all rows."""
     return pyarrow.compute.sum(
         pyarrow.compute.list_value_length(rows.data.table["input_ids"])
@@ -99,10 +99,10 @@ def scored_share(rows: datasets.Dataset, sample: int) -> float:
     if "labels" not in rows.column_names:
         return 1.0
     labels = [label for row in rows[:sample]["labels"] for label in row]
-    return sum(label != chat_format.IGNORE for label in labels) / max(len(labels), 1)
+    return sum(label != chat_format.IGNORE_INDEX for label in labels) / max(len(labels), 1)
 
 
-def titles(data: Path, name: str) -> list[str]:
+def source_titles(data: Path, name: str) -> list[str]:
     """The sources of a data set of step 4's folder, pretrain or sft, by number: LANGUAGE/NAME."""
     manifest = read_manifest(data)
     if manifest is None:
@@ -115,7 +115,7 @@ def titles(data: Path, name: str) -> list[str]:
         ) from None
 
 
-def language_of(title: str) -> str:
+def title_language(title: str) -> str:
     """The language of a source, or the kind of its conversations."""
     return title.split("/")[0]
 
@@ -148,7 +148,9 @@ def count_sources(rows: Any, named: Sequence[str]) -> list[SourceCount]:
     for title, *pair in zip(named, examples, tokens, strict=True):
         if pair[0]:
             found[title] = found.get(title, np.zeros(2, dtype=np.int64)) + pair
-    return [SourceCount(title, language_of(title), *pair.tolist()) for title, pair in found.items()]
+    return [
+        SourceCount(title, title_language(title), *pair.tolist()) for title, pair in found.items()
+    ]
 
 
 def check_conversations(rows: Any, data: Path, split: str, encoder: Any) -> None:
@@ -158,7 +160,7 @@ def check_conversations(rows: Any, data: Path, split: str, encoder: Any) -> None
     Step 4 writes none; what comes from elsewhere may hold some. Says which it is of the split,
     train or validation, and of what source.
     """
-    named = titles(data, "sft")
+    named = source_titles(data, "sft")
     # What an empty answer trains: the header's line break, and what ends it.
     nothing = len(chat_format.encode_text(encoder, "\n")) + 1
     before = 0
@@ -168,7 +170,7 @@ def check_conversations(rows: Any, data: Path, split: str, encoder: Any) -> None
         if not len(lengths):
             continue
         ends = np.cumsum(lengths)
-        trained = labels != chat_format.IGNORE
+        trained = labels != chat_format.IGNORE_INDEX
         edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
         untrained = np.logical_or.reduceat(trained, ends - lengths) == 0
         problems = {

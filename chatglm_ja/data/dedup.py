@@ -32,7 +32,7 @@ PAIRS_AT_ONCE = 2**16
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
-def digest(content: str | bytes) -> tuple[int, int]:
+def text_digest(content: str | bytes) -> tuple[int, int]:
     """128 bits of BLAKE2b of a text or of bytes, as two unsigned integers of 64."""
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogatepass")
@@ -40,7 +40,7 @@ def digest(content: str | bytes) -> tuple[int, int]:
     return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
 
 
-def signatures(codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def minhash_signatures(codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """MinHash signatures [texts, NUM_HASHES], uint32, of texts given as code points in a row.
 
     No text is empty; one shorter than a shingle has one: itself.
@@ -85,7 +85,7 @@ def overlap_hashes(documents: Iterable[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *grams]))
 
 
-def overlaps(ids: np.ndarray, known: np.ndarray) -> bool:
+def has_overlap(ids: np.ndarray, known: np.ndarray) -> bool:
     """Whether a tokenised text shares OVERLAP_TOKENS tokens in a row with the evaluation texts."""
     grams = rolling_hash(ids.astype(np.uint64), OVERLAP_TOKENS)
     places = np.searchsorted(known, grams)
@@ -93,7 +93,7 @@ def overlaps(ids: np.ndarray, known: np.ndarray) -> bool:
     return len(known) > 0 and bool((known[places] == grams).any())
 
 
-def repeated(keys: np.ndarray) -> np.ndarray:
+def mark_repeated(keys: np.ndarray) -> np.ndarray:
     """Which rows of keys [n, k] have occurred in an earlier row, bool [n]."""
     order = np.lexsort((np.arange(len(keys)), *keys.T))
     ordered = keys[order]
@@ -103,7 +103,7 @@ def repeated(keys: np.ndarray) -> np.ndarray:
     return same
 
 
-def near_duplicates(
+def find_near_duplicates(
     count: int,
     band: Callable[[int], np.ndarray],
     signatures_of: Callable[[np.ndarray], np.ndarray],
@@ -157,7 +157,7 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def describe(threshold: float) -> dict[str, Any]:
+def describe_method(threshold: float) -> dict[str, Any]:
     """The method, for a report."""
     return {
         "threshold": threshold,

@@ -42,11 +42,11 @@ class CorpusEncoder:
     _ids: np.ndarray
 
     def __init__(self, proto: Any) -> None:
-        if not tokenizer.is_verbatim(proto):
+        if not tokenizer.is_lossless(proto):
             raise DataError(
                 "the tokenizer normalises text or has no byte fallback: expected one from step 2"
             )
-        self._inside = tokenizer.processor(proto, dummy_prefix=False)
+        self._inside = tokenizer.make_processor(proto, dummy_prefix=False)
         texts = [
             piece.piece.replace(tokenizer.SPACE, " ")
             for piece in proto.pieces

@@ -84,13 +84,13 @@ class Index:
         keys = np.column_stack([np.array(numbers, dtype=np.uint64)[self.unit], self.identity])
         given = (self.identity != 0).any(axis=1)
         repeated = np.zeros(len(self), dtype=bool)
-        repeated[given] = dedup.repeated(keys[given])
+        repeated[given] = dedup.mark_repeated(keys[given])
         self.drop(repeated, "duplicate id")
 
     def drop_duplicates(self) -> None:
         kept = self.usable()
         repeated = np.zeros(len(self), dtype=bool)
-        repeated[kept] = dedup.repeated(self.digest[kept])
+        repeated[kept] = dedup.mark_repeated(self.digest[kept])
         self.drop(repeated, "duplicate")
 
     def drop_near_duplicates(self, threshold: float) -> None:
@@ -116,7 +116,9 @@ class Index:
 
         near = np.zeros(len(self), dtype=bool)
         if len(kept):
-            near[kept] = dedup.near_duplicates(len(kept), band, signatures, threshold, progress)
+            near[kept] = dedup.find_near_duplicates(
+                len(kept), band, signatures, threshold, progress
+            )
         self.drop(near, "near_duplicate")
 
     def _hashes(self, unit: int) -> np.ndarray:

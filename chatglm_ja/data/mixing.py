@@ -73,7 +73,7 @@ def choose_validation(
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def pools(
+def build_pools(
     sources: Sequence[Source],
     shares: Mapping[str, float],
     total_tokens: int,
@@ -123,7 +123,7 @@ def check_budgets(pools: Sequence[Pool], total_tokens: int, max_repeats: float) 
     )
 
 
-def draw(pools: Sequence[Pool], length_of: np.ndarray, seed: int) -> Draw:
+def draw_documents(pools: Sequence[Pool], length_of: np.ndarray, seed: int) -> Draw:
     """Fill every pool's budget and interleave the pools evenly.
 
     A pool is drawn from in passes, each in an order of its own; the last document is cut where

@@ -25,7 +25,7 @@ MAX_SEARCHED = 4096
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Blocks as segments of items (documents or conversations), int64 arrays.
 
     item, start, length [segments]: a segment is the tokens start .. start + length of an item
@@ -45,23 +45,23 @@ class Plan:
         before = np.concatenate([[0], np.cumsum(self.length)])[self.bounds]
         return np.diff(before)
 
-    def take(self, blocks: np.ndarray) -> "Plan":
+    def take(self, blocks: np.ndarray) -> "PackingPlan":
         """The plan of some of the blocks, in the order given."""
         sizes = np.diff(self.bounds)[blocks]
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         inside = np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes)
         segments = np.repeat(self.bounds[blocks], sizes) + inside
-        return Plan(self.item[segments], self.start[segments], self.length[segments], bounds)
+        return PackingPlan(self.item[segments], self.start[segments], self.length[segments], bounds)
 
 
-def join(plans: Sequence[Plan]) -> Plan:
+def join_plans(plans: Sequence[PackingPlan]) -> PackingPlan:
     """The blocks of several plans, one plan after the other."""
     bounds, end = [np.zeros(1, dtype=np.int64)], 0
     for plan in plans:
         bounds.append(plan.bounds[1:] + end)
         end += len(plan.item)
     empty = np.zeros(0, dtype=np.int64)
-    return Plan(
+    return PackingPlan(
         np.concatenate([empty, *(plan.item for plan in plans)]),
         np.concatenate([empty, *(plan.start for plan in plans)]),
         np.concatenate([empty, *(plan.length for plan in plans)]),
@@ -69,7 +69,7 @@ def join(plans: Sequence[Plan]) -> Plan:
     )
 
 
-def concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -> Plan:
+def plan_concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -> PackingPlan:
     """Items one after the other, cut into full blocks.
 
     The tokens after the last full block are left out, or are a shorter block with `keep_tail`.
@@ -81,7 +81,7 @@ def concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -> Pla
     blocks = np.arange(0, stop, block_size)
     cuts = np.union1d(starts[starts < stop], blocks)
     item = np.searchsorted(ends, cuts, side="right")
-    return Plan(
+    return PackingPlan(
         item,
         cuts - starts[item],
         np.diff(cuts, append=stop),
@@ -89,12 +89,12 @@ def concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -> Pla
     )
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> Plan:
+def plan_best_fit(lengths: np.ndarray, capacity: int) -> PackingPlan:
     """Items whole in blocks as full as can be; longer ones in full blocks and a rest."""
     full, rest = np.divmod(lengths.astype(np.int64), capacity)
     whole = np.repeat(np.arange(len(lengths)), full)
     nth = np.arange(len(whole)) - np.repeat(np.cumsum(full) - full, full)
-    cut = Plan(
+    cut = PackingPlan(
         whole,
         nth * capacity,
         np.full(len(whole), capacity, dtype=np.int64),
@@ -107,7 +107,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Plan:
     members, sizes = fill_bins(units, capacity // unit)
     members = left[members]
     bounds = np.concatenate([[0], np.cumsum(sizes)])
-    return join([cut, Plan(members, full[members] * capacity, rest[members], bounds)])
+    return join_plans([cut, PackingPlan(members, full[members] * capacity, rest[members], bounds)])
 
 
 def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

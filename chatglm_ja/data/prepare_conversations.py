@@ -30,7 +30,7 @@ TRAIN, VALIDATION = "sft_train", "sft_validation"
 
 
 @dataclass(frozen=True)
-class Preparer:
+class ConversationPreparer:
     """Makes the unit of a chunk of conversations."""
 
     tokenizer: Path
@@ -39,7 +39,7 @@ class Preparer:
 
     def __call__(self, task: units.Task) -> dict[str, Any]:
         unit = units.Unit(file=Path(task.chunk.file).name)
-        for conversation in conversations.conversations(task.chunk, task.source):
+        for conversation in conversations.parse_conversations(task.chunk, task.source):
             if isinstance(conversation, conversations.Conversation):
                 self._add(unit, conversation)
             else:
@@ -72,13 +72,13 @@ class Preparer:
         unit.labels.append(np.array(labels, dtype=np.int32))
         unit.record.append(conversation.record)
         # Of the example: conversations that differ in what was left out are the same to a model.
-        unit.digest.append(dedup.digest(np.array(ids, dtype="<i4").tobytes()))
+        unit.digest.append(dedup.text_digest(np.array(ids, dtype="<i4").tobytes()))
         unit.identity.append(units.identity(conversation.id))
 
 
 @functools.cache
 def _tools(folder: Path) -> tuple[Any, list[int]]:
-    encoder = tokenizer.load(folder)
+    encoder = tokenizer.load_processor(folder)
     return encoder, chat_format.prefix_ids(encoder)
 
 
@@ -95,7 +95,9 @@ def contents(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[st
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> Index:
     """Turn every source into units of examples in its folder; ids that were seen are dropped."""
-    preparer = Preparer(config.tokenizer, config.max_length, config.long_conversations == "cut")
+    preparer = ConversationPreparer(
+        config.tokenizer, config.max_length, config.long_conversations == "cut"
+    )
     return make_index(preparer, config.sft_sources, folders, config, "conversations")
 
 
@@ -107,9 +109,9 @@ def write(
     train, validation = _draw(index, config, shares)
     plans = {}
     for name, documents in ((TRAIN, train), (VALIDATION, validation)):
-        plan = packing.best_fit(index.length[documents], config.max_length)
+        plan = packing.plan_best_fit(index.length[documents], config.max_length)
         plans[name] = plan.take(np.random.default_rng(config.seed).permutation(len(plan)))
-        arrow.write(
+        arrow.write_shards(
             folder, name, plans[name], index, documents,
             processes=config.num_processes, with_labels=True,
         )  # fmt: skip

@@ -32,7 +32,7 @@ TRAIN, VALIDATION = "pretrain_train", "pretrain_validation"
 
 
 @dataclass(frozen=True)
-class Preparer:
+class TextPreparer:
     """Makes the unit of a chunk of texts."""
 
     tokenizer: Path
@@ -46,7 +46,7 @@ class Preparer:
         unit = units.Unit(file=Path(task.chunk.file).name)
         batch: list[corpus.Document] = []
         characters = 0
-        for document in corpus.documents(task.chunk, task.source):
+        for document in corpus.read_documents(task.chunk, task.source):
             if not isinstance(document, corpus.Document):
                 unit.rejects.append(document)
                 continue
@@ -69,19 +69,21 @@ class Preparer:
         kept = [place for place, reason in enumerate(reasons) if reason is None]
         encoded = encoder.encode([texts[place] for place in kept])
         for place, ids in zip(kept, encoded, strict=True):
-            if overlap is not None and dedup.overlaps(ids, overlap):
+            if overlap is not None and dedup.has_overlap(ids, overlap):
                 reasons[place] = "contaminated"
                 continue
             document = batch[place]
             unit.tokens.append(np.concatenate([prefix, ids, [tokenizer.EOS_ID]], dtype=np.int32))
             unit.record.append(document.record)
-            unit.digest.append(dedup.digest(texts[place]))
+            unit.digest.append(dedup.text_digest(texts[place]))
             unit.identity.append(units.identity(document.id))
         unit.counts.update(reason for reason in reasons if reason is not None)
         if self.with_signatures:
             lengths = np.array([len(text) for text in texts], dtype=np.int64)
             keep = np.array([reason is None for reason in reasons], dtype=bool)
-            unit.signatures.append(dedup.signatures(codes[np.repeat(keep, lengths)], lengths[keep]))
+            unit.signatures.append(
+                dedup.minhash_signatures(codes[np.repeat(keep, lengths)], lengths[keep])
+            )
 
 
 @functools.cache
@@ -89,8 +91,8 @@ def _tools(
     folder: Path, overlap_file: Path | None
 ) -> tuple[CorpusEncoder, np.ndarray, np.ndarray | None]:
     """The tokenizer, the ids that begin a document, evaluation n-grams: once for a process."""
-    encoder = CorpusEncoder(tokenizer.read_model(folder / tokenizer.MODEL_FILE))
-    prefix = np.array(chat_format.prefix_ids(tokenizer.load(folder)), dtype=np.int32)
+    encoder = CorpusEncoder(tokenizer.read_proto(folder / tokenizer.MODEL_FILE))
+    prefix = np.array(chat_format.prefix_ids(tokenizer.load_processor(folder)), dtype=np.int32)
     overlap = None if overlap_file is None else np.load(overlap_file, allow_pickle=False)
     return encoder, prefix, overlap
 
@@ -115,12 +117,12 @@ def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> Index:
     overlap_file = None
     if config.decontaminate:
         overlap_file = folders[0] / "overlap.npy"
-        encoder = tokenizer.load(config.tokenizer)
+        encoder = tokenizer.load_processor(config.tokenizer)
         texts = (text for source in config.decontaminate for text in corpus.read_texts(source))
         cleaned = (cleaning.clean(text, config.unicode_form) for text in texts)
         grams = dedup.overlap_hashes(encoder.encode(text, return_type="numpy") for text in cleaned)
         np.save(overlap_file, grams, allow_pickle=False)
-    preparer = Preparer(
+    preparer = TextPreparer(
         config.tokenizer,
         config.unicode_form,
         config.min_characters,
@@ -142,34 +144,38 @@ def write(
     usable = index.usable()
     kept_back = np.concatenate([np.zeros(0, np.int64), *held.values()])
     trainable = usable[~np.isin(usable, kept_back)]
-    pools = mixing.pools(
+    pools = mixing.build_pools(
         config.sources, shares, config.total_tokens, trainable, index.source, index.length
     )
     mixing.check_budgets(pools, config.total_tokens, config.max_repeats)
-    drawn = mixing.draw(pools, index.length, config.seed)
+    drawn = mixing.draw_documents(pools, index.length, config.seed)
     if config.packing == "concat":
-        plan = packing.concat(drawn.length, config.block_size)
+        plan = packing.plan_concat(drawn.length, config.block_size)
     else:
-        plan = packing.best_fit(drawn.length, config.block_size)
+        plan = packing.plan_best_fit(drawn.length, config.block_size)
         # The blocks of the longest documents come first: no order to train in.
         plan = plan.take(np.random.default_rng(config.seed).permutation(len(plan)))
     if not len(plan):
         raise DataError(
             f"{config.total_tokens} tokens do not fill a block of {config.block_size}: ask for more"
         )
-    arrow.write(folder, TRAIN, plan, index, drawn.document, processes=config.num_processes)
+    arrow.write_shards(folder, TRAIN, plan, index, drawn.document, processes=config.num_processes)
 
     plans = {
-        language: packing.concat(index.length[documents], config.block_size, keep_tail=True)
+        language: packing.plan_concat(index.length[documents], config.block_size, keep_tail=True)
         for language, documents in held.items()
     }
     shifted, before = [], 0
     for language, part in plans.items():
-        shifted.append(packing.Plan(part.item + before, part.start, part.length, part.bounds))
+        shifted.append(
+            packing.PackingPlan(part.item + before, part.start, part.length, part.bounds)
+        )
         before += len(held[language])
     labels = [language for language, part in plans.items() for _ in range(len(part))]
-    validation = packing.join(shifted)
-    arrow.write(folder, VALIDATION, validation, index, kept_back, processes=1, language=labels)
+    validation = packing.join_plans(shifted)
+    arrow.write_shards(
+        folder, VALIDATION, validation, index, kept_back, processes=1, language=labels
+    )
     return _counts(index, config, shares, plan, drawn, held)
 
 
@@ -194,7 +200,7 @@ def _counts(
     index: Index,
     config: PrepareDataConfig,
     shares: Mapping[str, float],
-    plan: packing.Plan,
+    plan: packing.PackingPlan,
     drawn: mixing.Draw,
     held: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
@@ -237,11 +243,11 @@ def _counts(
         "train_shares": {name: round(n / total, 4) for name, n in train.items()},
         "validation_tokens": {name: int(index.length[ids].sum()) for name, ids in held.items()},
         "documents_cut": _cut(plan),
-        "near_duplicates": dedup.describe(config.near_duplicates),
+        "near_duplicates": dedup.describe_method(config.near_duplicates),
         "sources": sources,
     }
 
 
-def _cut(plan: packing.Plan) -> int:
+def _cut(plan: packing.PackingPlan) -> int:
     """How many drawn documents lie in more than one block."""
     return int((np.bincount(plan.item) > 1).sum()) if len(plan.item) else 0

@@ -72,12 +72,12 @@ class ParquetRows:
     stop: int
 
 
-def rejected(file: str, number: int, reject: Reject) -> DataError:
+def reject_error(file: str, number: int, reject: Reject) -> DataError:
     """The error of those who stop at a bad record."""
     return DataError(f"{file} record {number}: {reject.reason} ({reject.detail})")
 
 
-def chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """Cut a source into chunks; DataError when it is not there at all."""
     files = source.files()
     for path in files:
@@ -92,7 +92,7 @@ def chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
         yield from _dataset_chunks(source, chunk_bytes)
 
 
-def records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
+def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
     """The numbered records of a chunk that satisfy the source's `where`."""
     for number, record in _all_records(chunk):
         if source.where is None or isinstance(record, Reject):
@@ -329,7 +329,7 @@ def _parquet_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
         first += group.num_rows
 
 
-def fetch(source: Source) -> Any:
+def load_hub_dataset(source: Source) -> Any:
     """The train split of a data set by name, which `datasets` downloads once and maps into memory.
 
     Raises DataError when that fails.
@@ -347,7 +347,7 @@ def fetch(source: Source) -> Any:
 
 
 def _dataset_chunks(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
-    rows = fetch(source)
+    rows = load_hub_dataset(source)
     table = rows.with_format("arrow")
     per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
     for start in range(0, len(rows), per_chunk):

@@ -86,7 +86,7 @@ def link_files(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-class Rejects:
+class RejectsFile:
     """The file of all bad records, and the limit of their share.
 
     path        the file, to be published with the result

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
 from chatglm_ja.data import dedup, parallel
-from chatglm_ja.data.readers import Chunk, Reject, chunks
+from chatglm_ja.data.readers import Chunk, Reject, read_chunks
 from chatglm_ja.sources import Source
 from chatglm_ja.storage import files
 
@@ -108,7 +108,7 @@ NO_IDENTITY = (0, 0)
 
 def identity(value: str | None) -> tuple[int, int]:
     """The digest of a record's id; zeros for none, or an empty one."""
-    return dedup.digest(value) if value else NO_IDENTITY
+    return dedup.text_digest(value) if value else NO_IDENTITY
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def prepare(
 
     def tasks() -> Iterator[Task]:
         for number, source in enumerate(sources):
-            for index, chunk in enumerate(chunks(source)):
+            for index, chunk in enumerate(read_chunks(source)):
                 begun.append((folders[number] / f"{index:06d}", number))
                 yield Task(source, chunk, begun[-1][0])
 
@@ -165,7 +165,7 @@ def prepare(
     read: Counter[int] = Counter()
     bad: Counter[int] = Counter()
     with tqdm(desc=description, unit="B", unit_scale=True) as bar:
-        for meta in parallel.in_order(_Once(function), tasks(), processes):
+        for meta in parallel.map_in_order(_Once(function), tasks(), processes):
             stem, number = begun[len(units)]
             units.append(Finished(stem, number, meta))
             bar.update(meta["bytes"])

@@ -75,7 +75,7 @@ def ask(
 ) -> dict[str, list[Answer]]:
     """The answers to all prompts (token ids), by way."""
     return {
-        way: generation.answer(
+        way: generation.generate_answers(
             model, encoder, prompts, max_new_tokens,
             sampling=GREEDY if way == "greedy" else sampling, seed=seed, batch_size=batch_size,
             title=f"{title}, {way}",
@@ -84,14 +84,14 @@ def ask(
     }  # fmt: skip
 
 
-def measure(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, Any]:
+def measure_answers(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, Any]:
     """How some answers are, to questions of these kinds (a language, or code), as shares of them;
     `in_language` is None where no kind is one whose letters can be told."""
     fits: list[bool] = []
     for kind in dict.fromkeys(kinds):
         texts = [answer.text for answer, of in zip(answers, kinds, strict=True) if of == kind]
         fits += cleaning.in_language(texts, kind) or []
-    parts = [repetition.units(answer.text) for answer in answers]
+    parts = [repetition.split_units(answer.text) for answer in answers]
     return {
         "questions": len(answers),
         "in_language": sum(fits) / len(fits) if fits else None,
@@ -101,7 +101,7 @@ def measure(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def by_question(
+def answers_by_question(
     asked: Sequence[tuple[str, str]], given: Mapping[str, Sequence[Answer]]
 ) -> list[dict[str, Any]]:
     """For every (kind, question) the answers to it."""
@@ -115,12 +115,16 @@ def by_question(
     ]
 
 
-def by_kind(kinds: Sequence[str], given: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
+def measures_by_kind(
+    kinds: Sequence[str], given: Mapping[str, Sequence[Answer]]
+) -> list[dict[str, Any]]:
     """The measures of every kind and way."""
     rows = []
     for kind in dict.fromkeys(kinds):
         places = [place for place, of in enumerate(kinds) if of == kind]
         for way, answers in given.items():
             of_kind = [answers[place] for place in places]
-            rows.append({"kind": kind, "way": way, **measure(of_kind, [kind] * len(of_kind))})
+            rows.append(
+                {"kind": kind, "way": way, **measure_answers(of_kind, [kind] * len(of_kind))}
+            )
     return rows

@@ -21,7 +21,7 @@ from chatglm_ja.chatglm3 import chat_format, loading
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, likelihood, multiple_choice
-from chatglm_ja.evaluation.harness import Tasks
+from chatglm_ja.evaluation.harness import HarnessTasks
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.models import Stage
@@ -36,16 +36,16 @@ Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Material:
+class EvaluationData:
     """What the stages are measured on."""
 
     texts: Mapping[str, Sequence[str]]
     questions: Sequence[tuple[str, str]]  # (language or code, question)
     conversations: Mapping[str, Sequence[answers.Talk]]
-    choices: Mapping[str, Sequence[multiple_choice.Question]]
+    choices: Mapping[str, Sequence[multiple_choice.ChoiceQuestion]]
 
 
-def read(config: EvalConfig) -> Material:
+def read_data(config: EvalConfig) -> EvaluationData:
     """Read all of it, before any model is loaded. DataError for what is empty or bad."""
     texts = {
         language: corpus.take_characters(all_texts, config.max_chars)
@@ -55,22 +55,22 @@ def read(config: EvalConfig) -> Material:
         if not any(of_language):
             raise DataError(f"--sources hold no {language} text: there is nothing to score")
     prompts = answers.read_prompts(config.prompts, list(texts))
-    return Material(
+    return EvaluationData(
         texts,
         [(language, question) for language in prompts for question in prompts[language]],
         answers.read_held_out(config.conversations),
-        multiple_choice.read(config.choices),
+        multiple_choice.read_questions(config.choices),
     )
 
 
 class Evaluation:
     """Measures the stages one after the other, the base first: the others are compared with it."""
 
-    def __init__(self, config: EvalConfig, material: Material) -> None:
+    def __init__(self, config: EvalConfig, material: EvaluationData) -> None:
         self.config = config
         self.material = material
         self.sampling = generation.Sampling(config.temperature, config.top_p)
-        self.tasks = Tasks(config.harness_tasks, config.harness_folder, config.harness_limit)
+        self.tasks = HarnessTasks(config.harness_tasks, config.harness_folder, config.harness_limit)
         self.task_manager = self.tasks.open() if config.harness_tasks else None
         self._ids: dict[str, list[list[int]]] = {}  # of the base, of the texts that are compared
         self._base_logits: dict[str, loading.Logits] = {}
@@ -115,10 +115,12 @@ class Evaluation:
             "name": stage.name,
             "languages": languages,
             "kept": self._kept(model, encoder),
-            "answers": answers.by_question(material.questions, own),
-            "answering": {way: answers.measure(of_way, kinds) for way, of_way in own.items()},
-            "held_out": answers.by_kind(held_out_kinds, rest),
-            "choices": multiple_choice.evaluate(
+            "answers": answers.answers_by_question(material.questions, own),
+            "answering": {
+                way: answers.measure_answers(of_way, kinds) for way, of_way in own.items()
+            },
+            "held_out": answers.measures_by_kind(held_out_kinds, rest),
+            "choices": multiple_choice.score_questions(
                 model,
                 encoder,
                 material.choices,
@@ -171,7 +173,7 @@ class Evaluation:
             # From where the first token of the text is predicted.
             parts = [
                 (values[len(prefix) - 1 :], total[len(prefix) - 1 :])
-                for values, total in loading.logits(model, ids, self._base_rows)
+                for values, total in loading.compute_logits(model, ids, self._base_rows)
             ]
             found = (torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
             if is_base:

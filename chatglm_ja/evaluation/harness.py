@@ -20,7 +20,7 @@ ROUNDS = 1000  # bootstrap rounds for the errors of metrics that are not means
 
 
 @dataclass(frozen=True)
-class Tasks:
+class HarnessTasks:
     """The tasks to run, by name; `folder` has more of them, `limit` is documents of each, or 0."""
 
     names: Sequence[str]

@@ -31,7 +31,7 @@ from chatglm_ja.training.model import token_losses
 
 
 @dataclass(frozen=True)
-class Score:
+class TextScore:
     """What a model made of some texts."""
 
     characters: int
@@ -55,7 +55,7 @@ class Score:
 Window = tuple[tuple[int, ...], int]  # input_ids, how many at their start are context only
 
 
-def windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]:
+def cut_windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]:
     """Cut a text into windows of at most `size` tokens, in which every token is scored once.
 
     The first `context` ids (the prefix) are not scored. Later windows repeat half a window of
@@ -76,12 +76,12 @@ def score_texts(
     batch_size: int,
     *,
     title: str = "scoring",
-) -> Score:
+) -> TextScore:
     """Score texts with a GlmForCausalLM and the sentencepiece processor of its tokenizer."""
     scores = score_each(model, encoder, texts, window, batch_size, title=title)
     if not any(score.characters for score in scores):
         raise DataError("there is no text to score: the held-out file is empty")
-    return Score(
+    return TextScore(
         characters=sum(score.characters for score in scores),
         bytes=sum(score.bytes for score in scores),
         tokens=sum(score.tokens for score in scores),
@@ -97,14 +97,16 @@ def score_each(
     batch_size: int,
     *,
     title: str = "scoring",
-) -> list[Score]:
+) -> list[TextScore]:
     """The score of every text by itself; windows of different ones are batched together."""
     prefix = chat_format.prefix_ids(encoder)
     encoded = [(text, chat_format.encode_text(encoder, text)) for text in texts]
-    cuts = [list(windows([*prefix, *ids], len(prefix), window)) for _, ids in encoded]
+    cuts = [list(cut_windows([*prefix, *ids], len(prefix), window)) for _, ids in encoded]
     nats = iter(_nats(model, list(itertools.chain(*cuts)), batch_size, title))
     return [
-        Score(len(text), len(text.encode()), len(ids), sum(itertools.islice(nats, len(of_text))))
+        TextScore(
+            len(text), len(text.encode()), len(ids), sum(itertools.islice(nats, len(of_text)))
+        )
         for (text, ids), of_text in zip(encoded, cuts, strict=True)
     ]
 
@@ -168,7 +170,7 @@ def _nats(model: Any, cuts: Sequence[Window], batch_size: int, title: str) -> li
     for batch in tqdm(batches, desc=title, unit=" batches", leave=False, delay=1):
         longest = len(cuts[batch[-1]][0])
         input_ids = torch.full((len(batch), longest), UNK_ID)
-        labels = torch.full((len(batch), longest), chat_format.IGNORE)
+        labels = torch.full((len(batch), longest), chat_format.IGNORE_INDEX)
         for row, index in enumerate(batch):
             ids, context = cuts[index]
             input_ids[row, : len(ids)] = torch.tensor(ids)

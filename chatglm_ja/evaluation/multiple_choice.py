@@ -19,16 +19,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm_ja.data.readers import Record, Reject, check_characters, chunks, records, rejected
+from chatglm_ja.data.readers import (
+    Record,
+    Reject,
+    check_characters,
+    read_chunks,
+    read_records,
+    reject_error,
+)
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import likelihood
 from chatglm_ja.sources import Source
 
-WAYS = ("acc", "acc_norm", "acc_gain")
+METRICS = ("acc", "acc_norm", "acc_gain")
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A text, what may follow it, and which of that is right, from 0."""
 
     text: str
@@ -36,16 +43,16 @@ class Question:
     answer: int
 
 
-def read(sources: Iterable[Source]) -> dict[str, list[Question]]:
+def read_questions(sources: Iterable[Source]) -> dict[str, list[ChoiceQuestion]]:
     """The questions by language. DataError for a source without any, or with a bad one."""
-    questions: dict[str, list[Question]] = {}
+    questions: dict[str, list[ChoiceQuestion]] = {}
     for source in sources:
         found = []
-        for chunk in chunks(source):
-            for number, record in records(chunk, source):
+        for chunk in read_chunks(source):
+            for number, record in read_records(chunk, source):
                 question = record if isinstance(record, Reject) else _question(record)
                 if isinstance(question, Reject):
-                    raise rejected(chunk.file, number, question)
+                    raise reject_error(chunk.file, number, question)
                 found.append(question)
         if not found:
             raise DataError(f"source {source.title} holds no question: expected multiple choice")
@@ -53,7 +60,7 @@ def read(sources: Iterable[Source]) -> dict[str, list[Question]]:
     return questions
 
 
-def _question(record: Record) -> Question | Reject:
+def _question(record: Record) -> ChoiceQuestion | Reject:
     text, choices, answer = (record.get(name) for name in ("question", "choices", "answer"))
     if not isinstance(text, str) or not text:
         return Reject("no question", f"expected text in 'question', found {text!r}")
@@ -70,13 +77,13 @@ def _question(record: Record) -> Question | Reject:
     for part in (text, *choices):
         if reject := check_characters(part):
             return reject
-    return Question(text, tuple(choices), answer)
+    return ChoiceQuestion(text, tuple(choices), answer)
 
 
-def evaluate(
+def score_questions(
     model: Any,
     encoder: Any,
-    questions: Mapping[str, Sequence[Question]],
+    questions: Mapping[str, Sequence[ChoiceQuestion]],
     window: int,
     batch_size: int,
     *,
@@ -95,7 +102,7 @@ def evaluate(
     )
     rows = {}
     for language, of_language in questions.items():
-        right = dict.fromkeys(WAYS, 0)
+        right = dict.fromkeys(METRICS, 0)
         for question in of_language:
             given, alone = next(nats), next(nats)
             costs = {
@@ -103,12 +110,12 @@ def evaluate(
                 "acc_norm": [c / len(t) for c, t in zip(given, question.choices, strict=True)],
                 "acc_gain": [c - a for c, a in zip(given, alone, strict=True)],
             }
-            for way in WAYS:
+            for way in METRICS:
                 right[way] += costs[way].index(min(costs[way])) == question.answer
         count = len(of_language)
         rows[language] = {
             "questions": count,
             "chance": sum(1 / len(question.choices) for question in of_language) / count,
-            **{way: right[way] / count for way in WAYS},
+            **{way: right[way] / count for way in METRICS},
         }
     return rows

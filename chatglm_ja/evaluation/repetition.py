@@ -18,7 +18,7 @@ _SINGLE = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0
 _UNITS = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s]")
 
 
-def units(text: str) -> list[str]:
+def split_units(text: str) -> list[str]:
     """The words, single characters and marks of a text, without the space between them."""
     return _UNITS.findall(text)
 

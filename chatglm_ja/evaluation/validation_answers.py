@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 Sample = dict[str, Any]
 
 
-def show(config: SftConfig) -> None:
+def print_samples(config: SftConfig) -> None:
     """Let the merged model answer `config.samples` questions of every kind, and print the answers.
 
     The model is published already: whatever happens here costs the samples only.
     """
     if not is_main_process():
         return
-    rows = dataset.unpacked(dataset.read(config.data, "sft", "validation"))
-    kinds = [dataset.language_of(title) for title in dataset.titles(config.data, "sft")]
+    rows = dataset.unpack_rows(dataset.load_rows(config.data, "sft", "validation"))
+    kinds = [dataset.title_language(title) for title in dataset.source_titles(config.data, "sft")]
     places: dict[str, list[int]] = {kind: [] for kind in kinds}
     for place, (number,) in enumerate(rows["sources"]):
         places[kinds[number]].append(place)
@@ -55,7 +55,7 @@ def show(config: SftConfig) -> None:
 
 
 def _answered(config: SftConfig, asked: Sequence[tuple[str, Any]]) -> list[Sample]:
-    encoder = tokenizer.load(config.output_dir)
+    encoder = tokenizer.load_processor(config.output_dir)
     splits = [_split(row["labels"]) for _, row in asked]
     prompts = [row["input_ids"][:start] for (_, row), (start, _) in zip(asked, splits, strict=True)]
     model = models.load_model(config.output_dir)
@@ -97,9 +97,9 @@ def describe(samples: Sequence[Sample]) -> str:
 
 def _split(labels: Sequence[int]) -> tuple[int, int]:
     """Where a conversation's first answer begins, and what ends it stands."""
-    start = next(place for place, label in enumerate(labels) if label != chat_format.IGNORE)
+    start = next(place for place, label in enumerate(labels) if label != chat_format.IGNORE_INDEX)
     rest = range(start, len(labels))
-    end = next((place for place in rest if labels[place] == chat_format.IGNORE), len(labels))
+    end = next((place for place in rest if labels[place] == chat_format.IGNORE_INDEX), len(labels))
     return start, end - 1
 
 

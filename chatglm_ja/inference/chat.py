@@ -33,7 +33,7 @@ class ChatOptions:
 NO_ANSWER = "(no answer)"  # shown for an answer without text
 
 
-def reply(
+def stream_reply(
     model: Any,
     encoder: Any,
     messages: Sequence[Message],
@@ -49,13 +49,13 @@ def reply(
     """
     window = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, window // 2)
-    prompt = fitting_prompt(encoder, messages, window - max_new_tokens)
-    return generation.stream(
+    prompt = build_fitting_prompt(encoder, messages, window - max_new_tokens)
+    return generation.stream_answer(
         model, encoder, prompt, max_new_tokens, sampling=sampling, seconds=seconds
     )
 
 
-def fitting_prompt(encoder: Any, messages: Sequence[Message], room: int) -> list[int]:
+def build_fitting_prompt(encoder: Any, messages: Sequence[Message], room: int) -> list[int]:
     """The ids of a prompt of at most `room` tokens, without the oldest exchanges if need be."""
     lengths = [len(chat_format.message_ids(encoder, message)) for message in messages]
     room -= len(chat_format.build_prompt_ids(encoder, []))
@@ -71,7 +71,7 @@ def fitting_prompt(encoder: Any, messages: Sequence[Message], room: int) -> list
 CLEAR, EXIT = "/clear", "/exit"
 
 
-def talk(model: Any, encoder: Any, max_new_tokens: int, sampling: Sampling) -> None:
+def chat_in_terminal(model: Any, encoder: Any, max_new_tokens: int, sampling: Sampling) -> None:
     """Until the end of the input, or /exit. Ctrl-C ends the answer at hand, or the talk.
 
     Raises ConfigError without an input.
@@ -108,7 +108,7 @@ def _exchange(
     messages = [*before, {"role": "user", "content": text}]
     answer = ""
     try:
-        pieces = reply(model, encoder, messages, max_new_tokens, sampling=sampling)
+        pieces = stream_reply(model, encoder, messages, max_new_tokens, sampling=sampling)
         with closing(pieces):
             for piece in pieces:
                 answer += piece

@@ -87,7 +87,7 @@ class Answer:
     stopped: bool
 
 
-def answer(
+def generate_answers(
     model: Any,
     encoder: Any,
     prompts: Sequence[Sequence[int]],
@@ -125,7 +125,7 @@ def answer(
     return [answers[index] for index in range(len(prompts))]
 
 
-def stream(
+def stream_answer(
     model: Any,
     encoder: Any,
     prompt: Sequence[int],

@@ -50,10 +50,10 @@ class Stage:
         from chatglm_ja.chatglm3 import loading, tokenizer
         from chatglm_ja.chatglm3.loading import compute_dtype
 
-        encoder = tokenizer.processor(self.tokenizer_model())
+        encoder = tokenizer.make_processor(self.tokenizer_model())
         try:
             if self.name == "base":
-                model = loading.load_base(self.folder, compute_dtype()).to(device())
+                model = loading.load_base(self.folder, compute_dtype()).to(choose_device())
             else:
                 model = load_model(self.folder)
         except torch.OutOfMemoryError:
@@ -73,15 +73,15 @@ class Stage:
         """The tokenizer as transformers' own, for tools that want one."""
         from chatglm_ja.chatglm3 import tokenizer_files
 
-        return tokenizer_files.transformers_tokenizer(self.tokenizer_model())
+        return tokenizer_files.to_transformers(self.tokenizer_model())
 
     def tokenizer_model(self) -> Any:
         """The sentencepiece model (ModelProto), with the special tokens among its pieces."""
         from chatglm_ja.chatglm3 import tokenizer
 
         if self.name == "base":
-            return tokenizer.with_special_tokens(tokenizer.read_base(self.folder))
-        return tokenizer.read_model(self.folder / tokenizer.MODEL_FILE)
+            return tokenizer.add_special_tokens(tokenizer.read_base_proto(self.folder))
+        return tokenizer.read_proto(self.folder / tokenizer.MODEL_FILE)
 
 
 def finished_stages(stages: Sequence[Stage]) -> list[Stage]:
@@ -115,10 +115,10 @@ def load_model(folder: Path) -> Any:
     from chatglm_ja.chatglm3.loading import compute_dtype
 
     model: Any = loading.load_glm(folder, GlmForCausalLM, compute_dtype())
-    return model.to(device()).eval()
+    return model.to(choose_device()).eval()
 
 
-def device() -> str:
+def choose_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -45,7 +45,7 @@ INDENT = re.compile(r"^[ \t]+", re.MULTILINE)
 Talks = dict[str, list[chat.Message]]  # side -> messages
 
 
-def check(port: int) -> None:
+def check_port(port: int) -> None:
     """Raises ConfigError if Gradio is missing or the port taken, before any model is loaded."""
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("--web needs Gradio: run `pip install -r requirements-extras.txt`")
@@ -64,8 +64,8 @@ def serve(stages: Sequence[Stage], first: Stage, options: ChatOptions, port: int
     """Serve the page until Ctrl-C; `first` answers on the left."""
     models = Models(stages)
     models.get(first.name)
-    page = build(models, first.name, options)
-    launch(page, port)
+    page = build_page(models, first.name, options)
+    launch_page(page, port)
     log.info("talk to it at http://%s:%d (Ctrl-C ends)", HOST, port)
     try:
         threading.Event().wait()
@@ -73,7 +73,7 @@ def serve(stages: Sequence[Stage], first: Stage, options: ChatOptions, port: int
         page.close(verbose=False)
 
 
-def launch(page: Any, port: int) -> None:
+def launch_page(page: Any, port: int) -> None:
     """Begin to serve a page, to this machine only; returns at once."""
     from gradio.themes import Default
 
@@ -147,7 +147,7 @@ class Sessions:
         del self._questions[session]
 
 
-def answers(
+def stream_answers(
     models: Models,
     names: Sequence[str],
     talks: Talks,
@@ -190,7 +190,7 @@ def answers(
         for side, name in zip(SIDES, names, strict=True):
             if name != NOBODY:
                 model, encoder = models.get(name)
-                pieces = chat.reply(
+                pieces = chat.stream_reply(
                     model, encoder, asked[side], max_new_tokens, sampling=sampling, seconds=seconds
                 )
                 streams.append(stack.enter_context(closing(pieces)))
@@ -216,7 +216,7 @@ def _shown(messages: Sequence[chat.Message]) -> list[chat.Message]:
     return [{**message, "content": safe(message["content"])} for message in messages]
 
 
-def build(models: Models, first: str, options: ChatOptions) -> Any:
+def build_page(models: Models, first: str, options: ChatOptions) -> Any:
     """The page as Gradio's Blocks."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
@@ -245,7 +245,7 @@ def build(models: Models, first: str, options: ChatOptions) -> Any:
             yield text, *unchanged[1:]
             return
         try:
-            for said in answers(
+            for said in stream_answers(
                 models,
                 (left, right),
                 talks,

@@ -15,7 +15,7 @@ import numpy as np
 
 from chatglm_ja import plots
 from chatglm_ja.chatglm3 import tokenizer
-from chatglm_ja.chatglm3.chat_format import IGNORE
+from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
 from chatglm_ja.data.index import Index, read_tokens
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.reports import render
@@ -155,7 +155,7 @@ def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
 
 def _examples(config: PrepareDataConfig, index: Index, examples: np.ndarray) -> Iterator[str]:
     """A short conversation of every source, as HTML."""
-    encoder = tokenizer.load(config.tokenizer)
+    encoder = tokenizer.load_processor(config.tokenizer)
     for number, source in enumerate(index.sources):
         mine = examples[index.source[examples] == number]
         if not len(mine):
@@ -187,7 +187,7 @@ def marked(encoder: Any, ids: list[int], labels: list[int]) -> str:
 
     trained = False
     for token, label in zip(ids, labels, strict=True):
-        if (label != IGNORE) != trained:
+        if (label != IGNORE_INDEX) != trained:
             end_run()
             out.append("</mark>" if trained else "<mark>")
             trained = not trained

@@ -185,7 +185,7 @@ def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
     yield (
         "Segmentation",
         "Held-out lines that the merged tokenizer cuts as the base does.",
-        segmentation.table(results["segmentation"]),
+        segmentation.segmentation_table(results["segmentation"]),
     )
     yield (
         "Distance from the base",
@@ -298,7 +298,7 @@ def _steps(steps: Mapping[str, Any]) -> Iterator[str]:
 def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     """Training and validation loss over the steps, as inline SVG."""
     figure, axes = plots.figure(7, 3.2)
-    loss_plot.draw(axes, history)
+    loss_plot.draw_losses(axes, history)
     axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -17,7 +17,7 @@ from chatglm_ja import plots
 from chatglm_ja.chatglm3.tokenizer import SPECIAL_TOKENS
 from chatglm_ja.reports import render
 from chatglm_ja.vocabulary import segmentation
-from chatglm_ja.vocabulary.merging import Merge
+from chatglm_ja.vocabulary.merging import MergedVocabulary
 from chatglm_ja.vocabulary.policies import GUARANTEES
 from chatglm_ja.vocabulary.segmentation import Segmentation
 
@@ -32,8 +32,12 @@ REASONS = {
 }
 
 
-def build(
-    policy: str, merged: Merge, languages: Mapping[str, Segmentation], before: Any, after: Any
+def build_report(
+    policy: str,
+    merged: MergedVocabulary,
+    languages: Mapping[str, Segmentation],
+    before: Any,
+    after: Any,
 ) -> Report:
     """The report of a merge, measured on each language's lines with two processors."""
     rows = {}
@@ -60,7 +64,7 @@ def build(
     }
 
 
-def headline(merged: Merge) -> str:
+def headline(merged: MergedVocabulary) -> str:
     """What became of the learned pieces, as a log line."""
     counts, added = merged.counts(), set(merged.added)
     # Under the policy `all` some are named there that are added all the same.
@@ -106,7 +110,7 @@ def html_page(report: Report) -> str:
         *examples,
         "<h2>Languages</h2>",
         "<p>Measured on held-out lines.</p>",
-        render.table(*segmentation.table(report["languages"])),
+        render.table(*segmentation.segmentation_table(report["languages"])),
         _chart(report),
         render.table(
             ["language", "promised lines", "new pieces used", "of the tokens", "tokenizer.json"],

@@ -14,7 +14,7 @@ from chatglm_ja.reports import markdown
 
 log = logging.getLogger(__name__)
 
-FILE = "model_card.md"  # in step 7's folder
+CARD_FILE = "model_card.md"  # in step 7's folder
 README = "README.md"  # the same in the model's
 LICENCE = "MODEL_LICENSE"  # ChatGLM3-6B's, as published beside its weights
 
@@ -140,7 +140,7 @@ def place(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
     They are not among the files of its manifest: the model stays the same. A folder that cannot
     be written to is left as it is, with a word.
     """
-    copies = {results_dir / FILE: model_dir / README}
+    copies = {results_dir / CARD_FILE: model_dir / README}
     if (base_dir / LICENCE).is_file():
         copies[base_dir / LICENCE] = model_dir / LICENCE
     try:

@@ -30,7 +30,7 @@ from chatglm_ja.storage.files import MANIFEST, FileRecord
 
 log = logging.getLogger(__name__)
 
-PREFIX = "step-"
+FOLDER_PREFIX = "step-"
 DAMAGED = "damaged-"
 
 
@@ -86,7 +86,7 @@ class Checkpoints:
         Yields None if the disk has less than `needed` bytes free: the run continues with a warning,
         and the next checkpoint may find space.
         """
-        final = self.folder / f"{PREFIX}{step:06d}"
+        final = self.folder / f"{FOLDER_PREFIX}{step:06d}"
         working = self.folder / f".{final.name}.writing"
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(working, ignore_errors=True)
@@ -123,15 +123,15 @@ class Checkpoints:
     def _newest_first(self) -> list[Path]:
         found = [
             path
-            for path in self.folder.glob(f"{PREFIX}*")
-            if path.is_dir() and path.name.removeprefix(PREFIX).isdecimal()
+            for path in self.folder.glob(f"{FOLDER_PREFIX}*")
+            if path.is_dir() and path.name.removeprefix(FOLDER_PREFIX).isdecimal()
         ]
         return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """Return the step after which a checkpoint was written."""
-    return int(path.name.removeprefix(PREFIX))
+    return int(path.name.removeprefix(FOLDER_PREFIX))
 
 
 def _free_name(path: Path) -> Path:

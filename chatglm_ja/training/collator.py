@@ -29,7 +29,7 @@ class Collator:
         shape = (len(rows), longest)
         batch = {
             "input_ids": torch.full(shape, UNK_ID),
-            "labels": torch.full(shape, chat_format.IGNORE),
+            "labels": torch.full(shape, chat_format.IGNORE_INDEX),
             "position_ids": torch.zeros(shape, dtype=torch.int64),
         }
         for index, row in enumerate(rows):
@@ -42,6 +42,6 @@ class Collator:
             for length in [*pieces, longest - size]:
                 batch["position_ids"][index, start : start + length] = torch.arange(length)
                 if length:
-                    batch["labels"][index, start] = chat_format.IGNORE
+                    batch["labels"][index, start] = chat_format.IGNORE_INDEX
                 start += length
         return batch

@@ -48,7 +48,7 @@ LOSS_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Trained:
+class ParameterCounts:
     """Numbers of parameters that a run trains, and that it leaves as they are."""
 
     lora: int
@@ -60,17 +60,17 @@ class Trained:
         return self.lora + self.embeddings
 
 
-def trained_parameters(shape: ModelShape, config: TrainingConfig) -> Trained:
+def trained_parameters(shape: ModelShape, config: TrainingConfig) -> ParameterCounts:
     """With --embedding-rows new the model's tokenizer says how many rows that is."""
     lora = shape.lora_weights(config.lora_rank) if config.learning_rate else 0
     rows = 0
     if config.train_embeddings:
         rows = shape.rows
         if config.embedding_rows == "new":
-            rows -= chat_format.first_new_id(tokenizer.load(config.model))
+            rows -= chat_format.first_new_id(tokenizer.load_processor(config.model))
     embeddings = 2 * rows * shape.hidden
     total = shape.layer_weights + shape.embedding_weights
-    return Trained(lora, embeddings, total - embeddings)
+    return ParameterCounts(lora, embeddings, total - embeddings)
 
 
 def activation_bytes(shape: ModelShape, rank: int, length: int) -> int:
@@ -95,7 +95,7 @@ def activation_bytes(shape: ModelShape, rank: int, length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """How a step's blocks are divided: blocks in a pass, passes of each process, processes."""
 
     micro_batch: int
@@ -103,7 +103,7 @@ class Plan:
     processes: int
 
     @classmethod
-    def of(cls, config: TrainingConfig, processes: int) -> "Plan":
+    def of(cls, config: TrainingConfig, processes: int) -> "BatchPlan":
         """The processes divide the global batch evenly: `config` has been checked for that."""
         share = config.global_batch_size // processes
         micro = max(n for n in range(1, min(share, config.micro_batch_size) + 1) if share % n == 0)
@@ -113,8 +113,8 @@ class Plan:
         return f"{self.micro_batch} rows x {self.accumulation} passes x {self.processes} processes"
 
 
-def memory(
-    shape: ModelShape, trained: Trained, config: TrainingConfig, processes: int
+def estimate_memory(
+    shape: ModelShape, trained: ParameterCounts, config: TrainingConfig, processes: int
 ) -> list[tuple[str, float]]:
     """What training holds on each GPU at its fullest moment: (what, GB).
 
@@ -123,7 +123,7 @@ def memory(
     moments and the gradients. All that is frozen is in half precision. The fullest moment is when
     the backward pass begins, or ends.
     """
-    plan = Plan.of(config, processes)
+    plan = BatchPlan.of(config, processes)
     tokens = plan.micro_batch * config.block_size
     zero = processes > 1 or config.deepspeed is not None
     held: list[tuple[str, float]] = [("frozen weights", 2 * trained.frozen)]
@@ -173,7 +173,7 @@ def bucket_elements(shape: ModelShape, config: TrainingConfig) -> int:
 
 
 def flops_per_token(
-    shape: ModelShape, trained: Trained, context: float, scored: float = 1.0
+    shape: ModelShape, trained: ParameterCounts, context: float, scored: float = 1.0
 ) -> float:
     """Floating-point operations that a trained token needs, forward and backward.
 
@@ -209,13 +209,13 @@ def peak_tflops(device: str) -> float | None:
     return None
 
 
-def describe(config: TrainingConfig) -> str:
+def describe_costs(config: TrainingConfig) -> str:
     """The table of --estimate."""
     gpus = config.estimate or 1
     shape = read_shape(config.model)
-    plan = Plan.of(config, gpus)
+    plan = BatchPlan.of(config, gpus)
     trained = trained_parameters(shape, config)
-    items = memory(shape, trained, config, gpus)
+    items = estimate_memory(shape, trained, config, gpus)
     total = sum(size for _, size in items)
     tokens = config.global_batch_size * config.block_size
     lines = [
@@ -235,7 +235,7 @@ def describe(config: TrainingConfig) -> str:
 
 
 def _times(
-    shape: ModelShape, trained: Trained, config: TrainingConfig, plan: Plan
+    shape: ModelShape, trained: ParameterCounts, config: TrainingConfig, plan: BatchPlan
 ) -> Iterable[str]:
     """How long a billion tokens take on cards of several kinds, and what is sent meanwhile."""
     mfu = USUAL_MFU[config.gradient_checkpointing, config.compile]
@@ -255,7 +255,7 @@ def _times(
         )
 
 
-def sent_per_step(trained: Trained, plan: Plan) -> tuple[float, float]:
+def sent_per_step(trained: ParameterCounts, plan: BatchPlan) -> tuple[float, float]:
     """GB of gradients and of weights that one GPU sends in a step under ZeRO-2, in half precision.
 
     Gradients are all-reduced after every pass (DeepSpeed's default, of which each GPU then keeps

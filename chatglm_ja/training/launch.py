@@ -33,8 +33,8 @@ def main() -> None:
     except DistError as error:
         place = f"{arguments.master_addr}:{arguments.master_port}"
         print(
-            f"error: the processes cannot meet at {place} ({watchdog.reason(error)}): another run "
-            "may use it, set MASTER_PORT to a free one",
+            f"error: the processes cannot meet at {place} ({watchdog.first_sentence(error)}): "
+            "another run may use it; set MASTER_PORT to a free port",
             file=sys.stderr,
         )
         sys.exit(1)

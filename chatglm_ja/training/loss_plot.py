@@ -16,7 +16,7 @@ import numpy as np
 from chatglm_ja import plots
 from chatglm_ja.training.validation import curves
 
-FILE = "loss.png"
+LOSS_PLOT_FILE = "loss.png"
 # The warm-up and the first steps after it, where the loss falls from its start, are left out.
 SKIPPED_SHARE = 0.1
 MIN_POINTS = 5
@@ -52,7 +52,7 @@ def fit(tokens: np.ndarray, losses: np.ndarray) -> PowerLaw | None:
     return PowerLaw(math.exp(offset), -float(slope), int(tokens.max()))
 
 
-def draw(
+def draw_losses(
     axis: Any, history: Sequence[Mapping[str, Any]], tokens_per_step: int = 1, scale: str = "linear"
 ) -> None:
     """Training and validation losses over the tokens, or over the steps, on one axis."""
@@ -69,7 +69,7 @@ def draw(
         axis.plot(*zip(*shown, strict=True), label=label, **style)
 
 
-def write(
+def plot_losses(
     history: Sequence[Mapping[str, Any]], tokens_per_step: int, folder: Path
 ) -> PowerLaw | None:
     """Draw the Trainer's log as `folder`/loss.png; returns the fitted law, if there is one."""
@@ -82,7 +82,7 @@ def write(
     law = fit(tokens, losses)
     figure, axes = plots.figure(10, 3.6, ncols=2)
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
-        draw(axis, history, tokens_per_step, scale)
+        draw_losses(axis, history, tokens_per_step, scale)
         if law is not None:
             ahead = np.geomspace(SKIPPED_SHARE * law.tokens, 10 * law.tokens, 50)
             ahead = ahead if scale == "log" else ahead[ahead <= 2 * law.tokens]
@@ -91,5 +91,5 @@ def write(
         axis.set(xscale=scale, yscale=scale, xlabel="tokens", ylabel="nats per token")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(frameon=False, fontsize=8)
-    plots.save_png(figure, folder / FILE)
+    plots.save_png(figure, folder / LOSS_PLOT_FILE)
     return law

@@ -26,7 +26,7 @@ from chatglm_ja.errors import DataError
 ADAPTER = "adapter"
 MAX_SHARD_BYTES = 2 * 10**9
 # Names in an adapter are those in the model with this before them.
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 CONFIGS = ("config.json", "generation_config.json")
 VERIFIED_IDS = 64  # ids that both models read for `verify_logits`, over the whole vocabulary
 # Differences of logits, of the largest: what another order of sums makes in float32, deep models
@@ -47,9 +47,9 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
     scale = settings["lora_alpha"] / settings["r"]
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights.stored_tensors(model_dir):
-            weight = adapter.pop(PREFIX + name, None)
-            module = PREFIX + name.removesuffix(".weight")
+        for name, tensor in weights.iterate_tensors(model_dir):
+            weight = adapter.pop(PEFT_PREFIX + name, None)
+            module = PEFT_PREFIX + name.removesuffix(".weight")
             down = adapter.pop(f"{module}.lora_A.weight", None)
             up = adapter.pop(f"{module}.lora_B.weight", None)
             if weight is not None:
@@ -73,13 +73,13 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
     for name in CONFIGS:
         if (model_dir / name).is_file():
             shutil.copyfile(model_dir / name, output_dir / name)
-    tokenizer_files.copy_files(model_dir, output_dir)
+    tokenizer_files.copy_tokenizer_files(model_dir, output_dir)
     _verify_shapes(model_dir, output_dir)
 
 
 def _verify_shapes(model_dir: Path, output_dir: Path) -> None:
     """Reopen what was written: fully trained embeddings have been saved empty by others."""
-    before, after = (weights.describe(folder) for folder in (model_dir, output_dir))
+    before, after = (weights.describe_tensors(folder) for folder in (model_dir, output_dir))
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             raise DataError(
@@ -106,7 +106,7 @@ def verify_logits(model_dir: Path, output_dir: Path) -> float:
     expected = logits(model_dir, output_dir / ADAPTER)
     found = logits(output_dir, None)
     difference = ((expected - found).abs().max() / expected.abs().max()).item()
-    dtypes = {dtype for dtype, _ in weights.describe(output_dir).values()}
+    dtypes = {dtype for dtype, _ in weights.describe_tensors(output_dir).values()}
     # Every weight was rounded to the stored dtype.
     stored = max(torch.finfo(weights.DTYPES[dtype]).eps for dtype in dtypes)
     allowed = max(8 * stored, ROUNDING)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from chatglm_ja.chatglm3.chat_format import IGNORE
+from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
 from chatglm_ja.training import costs
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _losses(
 ) -> torch.Tensor:
     """Cross entropies in float32; with the reduction "sum" they may be summed already."""
     targets = labels[:, 1:]
-    trained = targets != IGNORE
+    trained = targets != IGNORE_INDEX
     rows = hidden[:, :-1][trained]
     if torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
@@ -131,5 +131,5 @@ class GlmForTraining(GlmForCausalLM):
             return CausalLMOutputWithPast(loss=token_losses(hidden, self.lm_head.weight, labels))
         total = token_losses_sum(hidden, self.lm_head.weight, labels)
         if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORE).sum()
+            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
         return CausalLMOutputWithPast(loss=total / num_items_in_batch)

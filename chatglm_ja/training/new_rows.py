@@ -43,13 +43,13 @@ class NewRowsHead(_Rows):
         return F.linear(hidden, self.weight)
 
 
-def split(model: Any, first: int) -> None:
+def split_embeddings(model: Any, first: int) -> None:
     """Let only the rows from id `first` on of a model's two embedding matrices learn."""
     model.set_input_embeddings(NewRowsEmbedding(model.get_input_embeddings().weight.data, first))
     model.set_output_embeddings(NewRowsHead(model.get_output_embeddings().weight.data, first))
 
 
-def join(model: Any, embedding_rows: torch.Tensor, head_rows: torch.Tensor) -> None:
+def join_embeddings(model: Any, embedding_rows: torch.Tensor, head_rows: torch.Tensor) -> None:
     """Undo `split`: plain matrices, with what was learned in place of the last rows of those given,
     which are as they were stored: training may have held the old rows in another precision."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

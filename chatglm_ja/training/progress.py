@@ -87,7 +87,7 @@ class Progress(TrainerCallback):
             more = "" if bits is None else f" ({bits:.3f} bits/char)"
             parts.append(f"{language} {loss:.4f}{more}")
         if self.sources and source_losses.are_scored(logs):
-            table = "\n".join(source_losses.describe(self.sources, state.log_history))
+            table = "\n".join(source_losses.describe_losses(self.sources, state.log_history))
             self.bar.write(table, file=sys.stderr)
         if len(parts) > 1:
             self.bar.write(" | ".join(parts), file=sys.stderr)

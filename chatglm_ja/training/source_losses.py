@@ -16,7 +16,7 @@ from typing import Any
 from chatglm_ja.data.dataset import SourceCount
 from chatglm_ja.training.validation import LOSS, SOURCE, TOKENS
 
-FILE = "sources.json"
+SOURCES_FILE = "sources.json"
 History = Sequence[Mapping[str, Any]]  # the Trainer's log
 
 
@@ -24,7 +24,7 @@ def are_scored(logs: Iterable[str]) -> bool:
     return any(name.startswith(SOURCE) for name in logs)
 
 
-def losses(sources: Sequence[SourceCount], history: History) -> list[dict[str, Any]]:
+def losses_by_source(sources: Sequence[SourceCount], history: History) -> list[dict[str, Any]]:
     """Every source with its validation losses before training and after, of so many tokens.
 
     None for what was not scored: a source of which no conversation is kept for validation, or a
@@ -48,10 +48,10 @@ def _scored(history: History) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     return (before or [{}])[0], (after or [{}])[-1]
 
 
-def describe(sources: Sequence[SourceCount], history: History) -> list[str]:
+def describe_losses(sources: Sequence[SourceCount], history: History) -> list[str]:
     """The table's lines; before training its last column is left out."""
     is_trained = bool(_scored(history)[1])
-    rows = losses(sources, history)
+    rows = losses_by_source(sources, history)
     width = max(map(len, ["source", *(row["source"] for row in rows)]))
     head = f"{'source':<{width}}  language{'examples':>10}{'tokens':>13}{'loss before':>13}"
     lines = [head + (f"{'after':>9}" if is_trained else "")]
@@ -65,6 +65,6 @@ def describe(sources: Sequence[SourceCount], history: History) -> list[str]:
     return lines
 
 
-def write(sources: Sequence[SourceCount], history: History, folder: Path) -> None:
-    text = json.dumps(losses(sources, history), indent=1, ensure_ascii=False)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+def write_source_losses(sources: Sequence[SourceCount], history: History, folder: Path) -> None:
+    text = json.dumps(losses_by_source(sources, history), indent=1, ensure_ascii=False)
+    (folder / SOURCES_FILE).write_text(text + "\n", encoding="utf-8")

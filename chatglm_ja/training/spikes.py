@@ -20,7 +20,7 @@ RECENT_PASSES = 20
 FIRST_PASSES = 3
 
 
-class Guard:
+class SpikeGuard:
     """Judges the passes and steps of a run; steps count from 1.
 
     max_jump       times the usual loss that a pass may have

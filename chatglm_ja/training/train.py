@@ -54,7 +54,7 @@ from chatglm_ja.training.trainer import (
     stored_embeddings,
 )
 from chatglm_ja.training.validation import Validation
-from chatglm_ja.training.watchdog import Watch
+from chatglm_ja.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ RUNTIME = "train_runtime"
 SAMPLED_ROWS = 256
 
 
-def precision(config: TrainingConfig) -> torch.dtype:
+def choose_dtype(config: TrainingConfig) -> torch.dtype:
     """The dtype of the frozen weights and of the computation."""
     if config.precision != "auto":
         chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -84,8 +84,8 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     log.info("loading %s", config.model)
     model: Any = load_glm(config.model, GlmForTraining, dtype)
     if config.embedding_rows == "new":
-        encoder = tokenizer.load(config.model)
-        new_rows.split(model, chat_format.first_new_id(encoder))
+        encoder = tokenizer.load_processor(config.model)
+        new_rows.split_embeddings(model, chat_format.first_new_id(encoder))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     lora = LoraConfig(
@@ -131,8 +131,8 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         text = json.dumps(_repeatable(history), indent=1, sort_keys=True)
         (working / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
         if sources:
-            source_losses.write(sources, history, working)
-        fit = loss_plot.write(history, result["tokens_per_step"], working)
+            source_losses.write_source_losses(sources, history, working)
+        fit = loss_plot.plot_losses(history, result["tokens_per_step"], working)
         if fit is not None:
             log.info("%s", fit.describe())
         gc.collect()  # the trainer and its callbacks hold each other, and all that was trained
@@ -162,7 +162,7 @@ def train(
     def advice() -> str:
         return "start it again" if checkpoints is None else checkpoints.describe_resume()
 
-    with Watch(config.stall_seconds, advice) as watch:
+    with Watchdog(config.stall_seconds, advice) as watch:
         return _train(config, name, output_dir, checkpoints, watch)
 
 
@@ -171,7 +171,7 @@ def _train(
     name: str,
     output_dir: Path | None,
     checkpoints: Checkpoints | None,
-    watch: Watch,
+    watch: Watchdog,
 ) -> dict[str, Any]:
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
@@ -179,10 +179,10 @@ def _train(
         if config.deepspeed is not None:
             _build_no_kernel()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = costs.Plan.of(config, world_size)
+    plan = costs.BatchPlan.of(config, world_size)
     shape = base_config.read_shape(config.model)
     train_set, validation = _read_data(config, name, shape)
-    dtype = precision(config)
+    dtype = choose_dtype(config)
     # PEFT and the Trainer draw from the global generators: the same seed on every rank.
     set_seed(config.seed)
     arguments = _trainer_arguments(config, plan, dtype, output_dir)
@@ -192,7 +192,7 @@ def _train(
         arguments.eval_on_start = False
     model = load_for_training(config, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens_per_step = config.global_batch_size * dataset.tokens(train_set) // len(train_set)
+    tokens_per_step = config.global_batch_size * dataset.count_tokens(train_set) // len(train_set)
     log.info(
         "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
         trained / 1e6,
@@ -205,7 +205,9 @@ def _train(
     _say_what_is_lost(config, plan, len(train_set))
     scored, sources = None, []
     if config.evaluations:
-        scored = Validation.of(validation, config.data, name, tokenizer.load(config.model))
+        scored = Validation.of(
+            validation, config.data, name, tokenizer.load_processor(config.model)
+        )
         if name == "sft":
             sources = dataset.count_sources(train_set, scored.titles)
     trainer = ResumableTrainer(
@@ -231,7 +233,7 @@ def _train(
         raise StoppedError(
             f"at step {trainer.state.global_step} of {trainer.state.max_steps}: {watch.advice()}"
         )
-    weights = training_state.weights(trainer, output_dir is not None)
+    weights = training_state.trained_weights(trainer, output_dir is not None)
     if output_dir is not None:
         _save_adapter(config, trainer.accelerator.unwrap_model(trainer.model_wrapped), weights,
                       output_dir / ADAPTER)  # fmt: skip
@@ -248,7 +250,7 @@ def _train(
     }
 
 
-def _say_what_is_lost(config: TrainingConfig, plan: costs.Plan, rows: int) -> None:
+def _say_what_is_lost(config: TrainingConfig, plan: costs.BatchPlan, rows: int) -> None:
     """On the way of the gradients, and of the data."""
     if plan.accumulation > 1 and config.deepspeed is not None:
         log.info(
@@ -289,7 +291,9 @@ def _save_adapter(
         model.get_parameter(name).data = value
     if config.embedding_rows == "new":
         names = (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
-        new_rows.join(model.get_base_model(), *(read_tensor(config.model, name) for name in names))
+        new_rows.join_embeddings(
+            model.get_base_model(), *(read_tensor(config.model, name) for name in names)
+        )
     # Its name alone: where it lies on this machine means nothing elsewhere.
     model.peft_config["default"].base_model_name_or_path = config.model.resolve().name
     model.save_pretrained(folder, save_embedding_layers=config.train_embeddings)
@@ -298,9 +302,9 @@ def _save_adapter(
 
 def _read_data(config: TrainingConfig, name: str, shape: base_config.ModelShape) -> tuple[Any, Any]:
     """The rows to train on and to score; raises DataError when they do not fit."""
-    train_set = dataset.read(config.data, name, "train")
-    validation = dataset.read(config.data, name, "validation")
-    encoder = tokenizer.load(config.model) if name == "sft" else None
+    train_set = dataset.load_rows(config.data, name, "train")
+    validation = dataset.load_rows(config.data, name, "validation")
+    encoder = tokenizer.load_processor(config.model) if name == "sft" else None
     for split, rows in (("train", train_set), ("validation", validation)):
         dataset.check_rows(rows, config.block_size, shape, config.data, name)
         if encoder is not None:
@@ -310,7 +314,7 @@ def _read_data(config: TrainingConfig, name: str, shape: base_config.ModelShape)
             f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
         )
     if not config.packing:
-        train_set, validation = dataset.unpacked(train_set), dataset.unpacked(validation)
+        train_set, validation = dataset.unpack_rows(train_set), dataset.unpack_rows(validation)
     if len(train_set) < config.global_batch_size:
         raise DataError(
             f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "
@@ -320,7 +324,7 @@ def _read_data(config: TrainingConfig, name: str, shape: base_config.ModelShape)
 
 
 def _trainer_arguments(
-    config: TrainingConfig, plan: costs.Plan, dtype: torch.dtype, output_dir: Path | None
+    config: TrainingConfig, plan: costs.BatchPlan, dtype: torch.dtype, output_dir: Path | None
 ) -> TrainingArguments:
     """The settings in the Trainer's words."""
     arguments = TrainingArguments(

@@ -22,15 +22,15 @@ from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from chatglm_ja.chatglm3.chat_format import IGNORE
+from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
 from chatglm_ja.chatglm3.weights import read_tensor
 from chatglm_ja.training import collator, costs, training_state
 from chatglm_ja.training.checkpoints import Checkpoints
-from chatglm_ja.training.merge_lora import PREFIX
+from chatglm_ja.training.merge_lora import PEFT_PREFIX
 from chatglm_ja.training.settings import TrainingConfig
-from chatglm_ja.training.spikes import Guard
+from chatglm_ja.training.spikes import SpikeGuard
 from chatglm_ja.training.validation import ALL_LOSS, SOURCE, Validation, token_sources
-from chatglm_ja.training.watchdog import Watch
+from chatglm_ja.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def stored_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Ten
     """
     for name, parameter in model.named_parameters():
         if name.endswith(EMBEDDINGS) and parameter.requires_grad:
-            stored = name.removeprefix(PREFIX).removesuffix(".new").removesuffix(".weight")
+            stored = name.removeprefix(PEFT_PREFIX).removesuffix(".new").removesuffix(".weight")
             yield name, read_tensor(folder, f"{stored}.weight")[-len(parameter) :].float()
 
 
@@ -62,7 +62,7 @@ class ResumableTrainer(Trainer):
         model: Any,
         validation: Validation | None,
         checkpoints: Checkpoints | None,
-        watch: Watch,
+        watch: Watchdog,
         tokens_per_step: int,
         flops_per_token: float,
         **kwargs: Any,
@@ -80,7 +80,7 @@ class ResumableTrainer(Trainer):
         self.last_logged = (time.monotonic(), 0)  # when, by a clock without pauses; step
         fixed = config.block_size if config.compile and config.packing else 0
         self.collate = collator.Collator(config.document_mask, fixed)
-        self.guard = Guard(config.max_loss_jump, config.max_skipped_steps)
+        self.guard = SpikeGuard(config.max_loss_jump, config.max_skipped_steps)
         self.last_norm = torch.zeros(())
         self.signal_seen = False  # by this process; `should_stop` is what all agree on
         self.should_stop = False
@@ -102,7 +102,7 @@ class ResumableTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        trained = (inputs["labels"][:, 1:] != IGNORE).sum()
+        trained = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         # One exchange for all; the loss of a process is its share of the step's mean, times their
         # number.
         values = (
@@ -192,7 +192,7 @@ class ResumableTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, loader: Any, checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, loader, None)
         if checkpoint is not None:
-            progress = training_state.load(self, Path(checkpoint))
+            progress = training_state.load_state(self, Path(checkpoint))
             self.add_callback(_GoOn(self, progress))
         elif self.is_deepspeed_enabled:
             # Its float32 masters were made from half precision.
@@ -215,11 +215,11 @@ class ResumableTrainer(Trainer):
         self.watch.progress()
         with self.pause():
             if self.checkpoints is not None and self.is_world_process_zero():
-                size = training_state.size(self)
+                size = training_state.state_bytes(self)
                 with self.checkpoints.write(self.state.global_step, size) as folder:
-                    training_state.save(self, folder, self.guard.state())
+                    training_state.save_state(self, folder, self.guard.state())
             else:
-                training_state.save(self, None, self.guard.state())
+                training_state.save_state(self, None, self.guard.state())
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         model = model or self.model
@@ -281,7 +281,7 @@ class ResumableTrainer(Trainer):
             chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
             batch = self._prepare_inputs(self.collate(chunk))
             losses = model(**batch, reduction="none").loss.double()
-            trained = batch["labels"][:, 1:] != IGNORE
+            trained = batch["labels"][:, 1:] != IGNORE_INDEX
             sources = token_sources(chunk, batch["labels"].shape[1])[:, 1:].to(trained.device)
             sums.index_add_(1, sources[trained], torch.stack([losses, torch.ones_like(losses)]))
         nats, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()

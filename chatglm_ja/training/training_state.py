@@ -20,7 +20,7 @@ WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "ra
 TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
 
 
-def save(trainer: Any, folder: Path | None, more: Mapping[str, Any]) -> None:
+def save_state(trainer: Any, folder: Path | None, more: Mapping[str, Any]) -> None:
     """Write the state of a Trainer into `folder`; all processes call this, one gives a folder.
 
     `more` goes into the progress that `load` returns.
@@ -54,12 +54,12 @@ def save(trainer: Any, folder: Path | None, more: Mapping[str, Any]) -> None:
     (folder / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
 
 
-def size(trainer: Any) -> int:
+def state_bytes(trainer: Any) -> int:
     """About how many bytes `save` writes."""
     return costs.CHECKPOINT_BYTES * sum(parameter.numel() for _, parameter in _trained(trainer))
 
 
-def weights(trainer: Any, wanted: bool) -> dict[str, torch.Tensor]:
+def trained_weights(trainer: Any, wanted: bool) -> dict[str, torch.Tensor]:
     """What is trained, by the parameter's name, whole and in float32 on the CPU.
 
     All processes call this; those that do not want the weights get none.
@@ -79,7 +79,7 @@ def set_weights(trainer: Any, values: Mapping[str, torch.Tensor]) -> None:
             _put(trainer, parameter, "", values[name])
 
 
-def load(trainer: Any, folder: Path) -> dict[str, Any]:
+def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
     """Put a saved state into a Trainer whose model and optimizer are prepared; returns progress."""
     progress = dict(json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
     weights = load_file(folder / WEIGHTS)

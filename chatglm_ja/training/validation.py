@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chatglm_ja.data.dataset import language_of, titles
+from chatglm_ja.data.dataset import source_titles, title_language
 
 # Names in the Trainer's log; that of a language or source stands between prefix and suffix.
 ALL_LOSS = "validation_loss"
@@ -42,7 +42,7 @@ class Validation:
             for row in rows:
                 text = encoder.decode(row["input_ids"])
                 characters[row["language"]] = characters.get(row["language"], 0) + len(text)
-        return cls(rows, titles(data, name), characters)
+        return cls(rows, source_titles(data, name), characters)
 
     def metrics(self, nats: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
         """Entries for the Trainer's log, from the sum of the losses and the trained tokens of every
@@ -53,7 +53,7 @@ class Validation:
         for title, *pair in zip(self.titles, nats, tokens, strict=True):
             if pair[1]:
                 # Sources of one name count as one.
-                for group, name in ((languages, language_of(title)), (sources, title)):
+                for group, name in ((languages, title_language(title)), (sources, title)):
                     group[name] = group.get(name, np.zeros(2)) + pair
         metrics = {}
         for language, (loss, count) in languages.items():

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from chatglm_ja.cli import say_last
+from chatglm_ja.cli import print_last_line
 from chatglm_ja.errors import UserError
 
 LONGEST_REASON = 160
@@ -25,7 +25,7 @@ class LostError(UserError):
     """Another process of the run has ended, or does not answer."""
 
 
-class Watch:
+class Watchdog:
     """Ends this process when others are lost: `with Watch(...) as watch: ... watch.progress() ...`
 
     seconds     without progress after which the process ends
@@ -42,7 +42,7 @@ class Watch:
         """Say that this process has done something since the last time."""
         self._last = time.monotonic()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.progress()
             threading.Thread(target=self._watch, daemon=True).start()
@@ -57,7 +57,7 @@ class Watch:
         self._over.set()
         if error is not None and _is_of_a_lost_process(error):
             raise LostError(
-                f"another process of the run has ended ({reason(error)}): {self.advice()}"
+                f"another process of the run has ended ({first_sentence(error)}): {self.advice()}"
             ) from None
 
     def _watch(self) -> None:
@@ -69,7 +69,7 @@ class Watch:
                 self.progress()  # this process was stopped itself, by Ctrl-Z or a scheduler
             waited = woken - self._last
             if waited > self.seconds:
-                say_last(
+                print_last_line(
                     f"error: rank {os.environ['RANK']}: no progress for {waited:.0f} s, another "
                     f"process of the run stands still: {self.advice()}"
                 )
@@ -84,7 +84,7 @@ def _is_of_a_lost_process(error: BaseException) -> bool:
     )
 
 
-def reason(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """The first sentence of what a library says, without the place in its sources."""
     text = re.sub(r"^\[[^]]*:\d+\] ", "", str(error).partition("\n")[0])
     return text.partition(". ")[0][:LONGEST_REASON]

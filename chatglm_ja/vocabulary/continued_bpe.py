@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from chatglm_ja.chatglm3.tokenizer import SPACE, processor, with_special_tokens
+from chatglm_ja.chatglm3.tokenizer import SPACE, add_special_tokens, make_processor
 
 Ints = NDArray[np.integer]
 
@@ -70,7 +70,7 @@ def learn(
     Fewer than `count` come back when no pair occurs `min_occurrences` times.
     """
     characters = _characters(base, lines, character_coverage, admits)[:count]
-    with_characters = with_special_tokens(base, characters)
+    with_characters = add_special_tokens(base, characters)
     symbols = _Symbols(with_characters, admits)
     segments = _segments(with_characters, lines, symbols, num_threads)
     state = _State(segments, symbols, max_piece_length, min_occurrences)
@@ -155,7 +155,7 @@ def _segments(proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: i
     admitted character or with a single token are left out.
     """
     # The dummy prefix stands only at the start of a whole document.
-    encoder = processor(proto, dummy_prefix=False)
+    encoder = make_processor(proto, dummy_prefix=False)
     counts: Counter[bytes] = Counter()
     for batch in _batches(lines):
         encoded = encoder.encode([line for line, _ in batch], num_threads=num_threads)

@@ -111,15 +111,15 @@ def base_subtokens(processor: Any, first_new_id: int) -> list[list[int]]:
     The merged tokenizer's own base part is used: a model of all pieces below `first_new_id`,
     without the dummy prefix, because a piece stands inside a text.
     """
-    proto = tokenizer.parse_model(processor.serialized_model_proto(), Path("merged tokenizer"))
+    proto = tokenizer.parse_proto(processor.serialized_model_proto(), Path("merged tokenizer"))
     # sentencepiece reads its own mark of a space as one.
     pieces = [piece.piece for piece in proto.pieces[first_new_id:]]
     del proto.pieces[first_new_id:]
-    return tokenizer.processor(proto, dummy_prefix=False).encode(pieces)
+    return tokenizer.make_processor(proto, dummy_prefix=False).encode(pieces)
 
 
 def resize_checkpoint(
-    base: weights.Checkpoint,
+    base: weights.BaseWeights,
     tokenizer_dir: Path,
     output_dir: Path,
     *,
@@ -135,11 +135,11 @@ def resize_checkpoint(
     Also writes the tokenizer and a generation configuration with ChatGLM3's three stop ids, in
     which the padding rows are suppressed. Returns counts of rows; see `verify`.
     """
-    processor = tokenizer.load(tokenizer_dir)
-    base_proto = tokenizer.read_base(base.folder)
+    processor = tokenizer.load_processor(tokenizer_dir)
+    base_proto = tokenizer.read_base_proto(base.folder)
     old_ids = len(base_proto.pieces) + len(tokenizer.SPECIAL_TOKENS)
     vocabulary = processor.get_piece_size()
-    kept = tokenizer.with_special_tokens(base_proto).pieces
+    kept = tokenizer.add_special_tokens(base_proto).pieces
     if [p.piece for p in kept] != [
         processor.id_to_piece(i) for i in range(min(old_ids, vocabulary))
     ]:
@@ -165,13 +165,13 @@ def resize_checkpoint(
     weights.write_sharded(progress, output_dir, max_shard_bytes)
     padding = list(range(vocabulary, rows))
     _write_configs(base, output_dir, output_layout, rows, chat_format.stop_ids(processor), padding)
-    has_own_code = output_layout == "chatglm" and remote_code.copy_patched(
+    has_own_code = output_layout == "chatglm" and remote_code.copy_patched_code(
         base.folder, output_dir, len(base_proto.pieces)
     )
     # ChatGLM3's own tokenizer code reads the sentencepiece model and nothing else.
-    names = (tokenizer.MODEL_FILE,) if has_own_code else tokenizer_files.FILES
-    tokenizer_files.copy_files(tokenizer_dir, output_dir, names)
-    verify(base, output_dir, output_layout, old_ids, rows)
+    names = (tokenizer.MODEL_FILE,) if has_own_code else tokenizer_files.TOKENIZER_FILES
+    tokenizer_files.copy_tokenizer_files(tokenizer_dir, output_dir, names)
+    verify_rows(base, output_dir, output_layout, old_ids, rows)
     return {
         "old_rows": base.config["padded_vocab_size"],
         "new_rows": rows,
@@ -182,7 +182,7 @@ def resize_checkpoint(
 
 
 def _write_configs(
-    base: weights.Checkpoint,
+    base: weights.BaseWeights,
     folder: Path,
     output_layout: Layout,
     rows: int,
@@ -204,8 +204,8 @@ def _write_configs(
     ).save_pretrained(folder)
 
 
-def verify(
-    base: weights.Checkpoint, folder: Path, output_layout: Layout, old_ids: int, rows: int
+def verify_rows(
+    base: weights.BaseWeights, folder: Path, output_layout: Layout, old_ids: int, rows: int
 ) -> None:
     """Reopen a resized model: the number of rows, the dtype, and the base's rows bit by bit."""
     for old_name in (tensor_names.EMBEDDING, tensor_names.OUTPUT_LAYER):
@@ -227,17 +227,17 @@ def verify_logits(base_dir: Path, folder: Path, output_layout: Layout, old_ids: 
     """
     from transformers import GlmForCausalLM
 
-    processor = tokenizer.load(folder)
+    processor = tokenizer.load_processor(folder)
     prompts = [
         [*chat_format.prefix_ids(processor), *processor.encode(text)] for text in VERIFIED_TEXTS
     ]
 
-    before = loading.logits(loading.load_base(base_dir, torch.float32), prompts, old_ids)
+    before = loading.compute_logits(loading.load_base(base_dir, torch.float32), prompts, old_ids)
     if output_layout == "chatglm":
         resized = loading.load_base(folder, torch.float32)
     else:
         resized = loading.load_glm(folder, GlmForCausalLM, torch.float32).eval()
-    after = loading.logits(resized, prompts, old_ids)
+    after = loading.compute_logits(resized, prompts, old_ids)
     for text, (old, _), (new, _) in zip(VERIFIED_TEXTS, before, after, strict=True):
         if not torch.equal(old, new):
             worst = (old - new).abs().max().item()

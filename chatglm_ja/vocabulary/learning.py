@@ -22,8 +22,8 @@ from typing import Any
 import sentencepiece
 
 from chatglm_ja.chatglm3.tokenizer import (
-    parse_model,
-    read_model,
+    parse_proto,
+    read_proto,
 )
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary.policies import admits
@@ -36,7 +36,7 @@ JA_MODEL_FILE = "ja_bpe.model"
 # --- Step 1: learning --------------------------------------------------------------------------
 
 
-def train(
+def train_sentencepiece(
     lines: Iterable[str],
     *,
     vocab_size: int,
@@ -81,12 +81,12 @@ def train(
             f"sentencepiece could not learn {vocab_size} pieces from this text ({reason}): change "
             "--vocab-size or give more text"
         ) from None
-    proto = parse_model(model.getvalue(), Path(JA_MODEL_FILE))
+    proto = parse_proto(model.getvalue(), Path(JA_MODEL_FILE))
     proto.trainer_spec.ClearField("num_threads")
     return proto
 
 
-def continue_base(
+def continue_merges(
     base: Any,
     lines: Iterable[str],
     policy: str,
@@ -140,7 +140,7 @@ def save_learned(proto: Any, folder: Path) -> None:
 def read_learned(path: Path) -> Any:
     """The ModelProto of step 1's folder, or of any sentencepiece BPE model file."""
     path = path / JA_MODEL_FILE if path.is_dir() else path
-    return read_model(path)
+    return read_proto(path)
 
 
 # --- Step 2: merging ---------------------------------------------------------------------------

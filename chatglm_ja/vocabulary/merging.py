@@ -9,16 +9,16 @@ from typing import Any
 
 from chatglm_ja.chatglm3.tokenizer import (
     SPECIAL_TOKENS,
-    encode_documents,
-    processor,
-    with_special_tokens,
+    add_special_tokens,
+    encode_texts,
+    make_processor,
 )
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary.policies import admits
 
 
 @dataclass
-class Merge:
+class MergedVocabulary:
     """A merged model (ModelProto) and what became of every Japanese piece."""
 
     proto: Any
@@ -35,14 +35,14 @@ class Merge:
         }
 
 
-def merge(
+def merge_pieces(
     base: Any,
     japanese: Any,
     policy: str,
     *,
     max_new_pieces: int = 0,
     ranking_texts: Iterable[str] = (),
-) -> Merge:
+) -> MergedVocabulary:
     """Append the pieces of `japanese` (ModelProto) that `policy` admits to `base` (ModelProto).
 
     Pieces that could never be produced are left out, except under `all`, which keeps and only
@@ -69,7 +69,7 @@ def merge(
         "unreachable": unreachable,
     }
     if max_new_pieces and len(chosen) > max_new_pieces:
-        use = uses(base, chosen, ranking_texts)
+        use = count_uses(base, chosen, ranking_texts)
         if not any(use.values()):
             raise DataError(
                 "--ranking-sources hold no text that any new piece occurs in: give other texts "
@@ -84,7 +84,7 @@ def merge(
         if policy == "all":  # the two lists name pieces that are added all the same
             for reason in ("unspellable", "unreachable"):
                 dropped[reason] = _without(dropped[reason], past)
-    return Merge(with_special_tokens(base, chosen), chosen, dropped)
+    return MergedVocabulary(add_special_tokens(base, chosen), chosen, dropped)
 
 
 def _without(pieces: list[str], left_out: Iterable[str]) -> list[str]:
@@ -99,7 +99,7 @@ def _unreachable(base: Any, pieces: list[str]) -> list[str]:
     those of the piece alone: it is reachable if and only if it encodes to itself. The dummy
     prefix is switched off for that, because a piece can stand anywhere.
     """
-    encoder = processor(with_special_tokens(base, pieces), dummy_prefix=False)
+    encoder = make_processor(add_special_tokens(base, pieces), dummy_prefix=False)
     # sentencepiece reads its own mark of a space as one.
     encoded = encoder.encode(pieces)
     return [
@@ -109,16 +109,16 @@ def _unreachable(base: Any, pieces: list[str]) -> list[str]:
     ]
 
 
-def uses(base: Any, pieces: list[str], texts: Iterable[str]) -> dict[str, int]:
+def count_uses(base: Any, pieces: list[str], texts: Iterable[str]) -> dict[str, int]:
     """How many merges into each new piece the merged tokenizer makes on these texts.
 
     That is how often the piece remains as a token, or is a part of a longer one that does. Each
     merge makes the texts one token shorter.
     """
-    proto = with_special_tokens(base, pieces)
-    encoder = processor(proto)
+    proto = add_special_tokens(base, pieces)
+    encoder = make_processor(proto)
     tokens: Counter[int] = Counter()
-    for ids in encode_documents(encoder, texts, num_threads=1):
+    for ids in encode_texts(encoder, texts, num_threads=1):
         tokens.update(ids)
     ranks = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
     use = {piece: tokens[encoder.piece_to_id(piece)] for piece in pieces}

@@ -44,7 +44,7 @@ class Segmentation:
         }
 
 
-def compare(
+def compare_segmentation(
     before: Any,
     after: Any,
     texts: Iterable[str],
@@ -83,7 +83,9 @@ def compare(
     return result
 
 
-def samples(before: Any, after: Any, texts: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def sample_sentences(
+    before: Any, after: Any, texts: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
     """A sentence of every language as both cut it; `new` tells which pieces after are new ones."""
     first_new_id = before.get_piece_size()
     shown = []
@@ -101,7 +103,9 @@ def samples(before: Any, after: Any, texts: Mapping[str, Sequence[str]]) -> list
     return shown
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+def segmentation_table(
+    rows: Mapping[str, Mapping[str, float]],
+) -> tuple[list[str], list[list[str]]]:
     """Head and lines of a table of `Segmentation.row()` by language."""
     head = ["language", "lines", "segmented as before", "tokens/char before", "tokens/char after"]
     body = []
@@ -112,7 +116,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list
     return head, body
 
 
-def check_promises(languages: Mapping[str, Segmentation], policy: str) -> None:
+def check_guarantee(languages: Mapping[str, Segmentation], policy: str) -> None:
     """Raise DataError when a line changed that the policy's guarantee covers, or when the two
     forms of the tokenizer disagree on a line (under `all`, unspellable pieces make them)."""
     for language, result in languages.items():

@@ -12,8 +12,8 @@ from tests.conftest import FIXTURES, SHARED, needs_real_tokenizer
 
 @needs_real_tokenizer
 def test_prompt_ids_are_those_of_chatglm3() -> None:
-    base = tokenizer.read_model(SHARED / "chatglm3-6b" / "tokenizer.model")
-    encoder = tokenizer.processor(tokenizer.with_special_tokens(base))
+    base = tokenizer.read_proto(SHARED / "chatglm3-6b" / "tokenizer.model")
+    encoder = tokenizer.make_processor(tokenizer.add_special_tokens(base))
     cases = json.loads((FIXTURES / "chat_prompts.json").read_text(encoding="utf-8"))
     assert len(cases) >= 5
     for case in cases:
@@ -31,10 +31,10 @@ def test_only_answers_and_their_ends_are_trained(encoder: Any, conversation: Any
     ids, labels = chat_format.build_example(encoder, conversation)
     assert len(ids) == len(labels)
     trained = [
-        index for index, label in zip(ids, labels, strict=True) if label != chat_format.IGNORE
+        index for index, label in zip(ids, labels, strict=True) if label != chat_format.IGNORE_INDEX
     ]
     assert all(
-        label in (chat_format.IGNORE, index) for index, label in zip(ids, labels, strict=True)
+        label in (chat_format.IGNORE_INDEX, index) for index, label in zip(ids, labels, strict=True)
     )
     user = encoder.piece_to_id("<|user|>")
     expected = [

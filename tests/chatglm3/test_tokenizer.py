@@ -28,12 +28,12 @@ def base_folder(folder: Path, proto: Any, **config: Any) -> Path:
 
 
 def test_a_base_needs_only_its_tokenizer_and_config(base_proto: Any, tmp_path: Path) -> None:
-    assert tokenizer.read_base(base_folder(tmp_path, base_proto)) == base_proto
+    assert tokenizer.read_base_proto(base_folder(tmp_path, base_proto)) == base_proto
 
 
 def test_a_merged_tokenizer_is_refused_as_base(merge: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="merged already"):
-        tokenizer.read_base(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
+        tokenizer.read_base_proto(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
 
 
 def test_a_base_without_room_for_the_special_tokens_is_refused(
@@ -41,14 +41,14 @@ def test_a_base_without_room_for_the_special_tokens_is_refused(
 ) -> None:
     rows = len(base_proto.pieces) + 8
     with pytest.raises(DataError, match=f"padded_vocab_size {rows}"):
-        tokenizer.read_base(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
-    tokenizer.read_base(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
+        tokenizer.read_base_proto(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
+    tokenizer.read_base_proto(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a model", b"\x00" * 100])
 def test_rubbish_is_no_sentencepiece_model(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a sentencepiece model"):
-        tokenizer.parse_model(data, tmp_path / "x.model")
+        tokenizer.parse_proto(data, tmp_path / "x.model")
 
 
 def test_a_unigram_model_is_refused(base_proto: Any, tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_a_unigram_model_is_refused(base_proto: Any, tmp_path: Path) -> None:
     proto.CopyFrom(base_proto)
     proto.trainer_spec.model_type = 1
     with pytest.raises(DataError, match=r"x\.model is a unigram model"):
-        tokenizer.parse_model(proto.SerializeToString(), tmp_path / "x.model")
+        tokenizer.parse_proto(proto.SerializeToString(), tmp_path / "x.model")
 
 
 def test_documents_are_encoded_in_order(encoder: Any) -> None:
     texts = demo_texts("ja", 30, "heldout")
-    encoded = list(tokenizer.encode_documents(encoder, iter(texts), num_threads=2, batch=7))
+    encoded = list(tokenizer.encode_texts(encoder, iter(texts), num_threads=2, batch=7))
     assert encoded == [encoder.encode(text) for text in texts]

@@ -61,10 +61,10 @@ def test_any_text_gives_the_same_ids(fast: Any, encoder: Any, text: str) -> None
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """ChatGLM3-6B's tokenizer with the article's pieces, in both forms."""
     folder = tmp_path_factory.mktemp("real")
-    base = tokenizer.read_base(SHARED / "chatglm3-6b")
+    base = tokenizer.read_base_proto(SHARED / "chatglm3-6b")
     learned = learning.read_learned(SHARED / "reference" / "ja_bpe.model")
-    tokenizer_files.save(merging.merge(base, learned, "japanese").proto, folder)
-    return AutoTokenizer.from_pretrained(folder), tokenizer.load(folder)
+    tokenizer_files.save_tokenizer(merging.merge_pieces(base, learned, "japanese").proto, folder)
+    return AutoTokenizer.from_pretrained(folder), tokenizer.load_processor(folder)
 
 
 @needs_real_tokenizer

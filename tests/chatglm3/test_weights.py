@@ -66,7 +66,7 @@ def test_the_resized_model_computes_the_same_over_the_old_ids(
 
 
 def test_names_and_shapes_survive_the_round_trip(base_dir: Path) -> None:
-    base = weights.Checkpoint(base_dir)
+    base = weights.BaseWeights(base_dir)
     back = tensor_names.to_chatglm(dict(base.glm_tensors()))
     assert back.keys() == tensor_names.expected_shapes(base.config).keys()
     for name, tensor in back.items():
@@ -139,7 +139,7 @@ def test_a_broken_checkpoint_is_named(
     folder = copy_of(base_dir, tmp_path / "base")
     damage(folder)
     with pytest.raises(DataError, match=message):
-        weights.Checkpoint(folder)
+        weights.BaseWeights(folder)
 
 
 # --- pytorch_model-*.bin -------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def as_bin(folder: Path) -> list[Path]:
 def test_bin_shards_are_the_same_checkpoint(base_dir: Path, tmp_path: Path, copy_of: Copy) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
     as_bin(folder)
-    old, new = weights.Checkpoint(base_dir), weights.Checkpoint(folder)
+    old, new = weights.BaseWeights(base_dir), weights.BaseWeights(folder)
     assert new.dtype == old.dtype == torch.float16
     tensors = dict(new.glm_tensors())
     assert tensors.keys() == dict(old.glm_tensors()).keys()
@@ -193,7 +193,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     tensors = torch.load(shard, weights_only=True)
     torch.save({**tensors, "bomb": Bomb(tmp_path / "trace")}, shard)
     with pytest.raises(DataError, match=f"{shard.name} holds more than tensors, and code in it"):
-        weights.Checkpoint(folder)
+        weights.BaseWeights(folder)
     assert not (tmp_path / "trace").exists()
 
 
@@ -205,7 +205,7 @@ def test_a_truncated_bin_is_refused(
     shard = as_bin(folder)[0]
     shard.write_bytes(shard.read_bytes()[:kept])
     with pytest.raises(DataError, match=f"{shard.name} is truncated, damaged or too old|no dict"):
-        weights.Checkpoint(folder)
+        weights.BaseWeights(folder)
 
 
 def test_a_bin_that_is_no_dictionary_is_refused(
@@ -214,4 +214,4 @@ def test_a_bin_that_is_no_dictionary_is_refused(
     folder = copy_of(base_dir, tmp_path / "base")
     torch.save([torch.ones(2)], as_bin(folder)[0])
     with pytest.raises(DataError, match="is no dictionary of tensors"):
-        weights.Checkpoint(folder)
+        weights.BaseWeights(folder)

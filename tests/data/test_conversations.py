@@ -8,7 +8,7 @@ import pytest
 
 from chatglm_ja.data import conversations
 from chatglm_ja.data.conversations import Conversation, read_messages
-from chatglm_ja.data.readers import Reject, chunks
+from chatglm_ja.data.readers import Reject, read_chunks
 from chatglm_ja.sources import Source
 
 Q_AND_A = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -111,7 +111,7 @@ def test_records_keep_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source("ja", str(path))
-    first, bad, last = conversations.conversations(next(chunks(source)), source)
+    first, bad, last = conversations.parse_conversations(next(read_chunks(source)), source)
     assert first == Conversation(1, Q_AND_A, "1")
     assert isinstance(bad, tuple)
     assert bad[0] == 2

@@ -8,7 +8,7 @@ import pytest
 
 from chatglm_ja.data import corpus
 from chatglm_ja.data.corpus import Document
-from chatglm_ja.data.readers import chunks
+from chatglm_ja.data.readers import read_chunks
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 
@@ -32,7 +32,7 @@ def test_documents_know_their_record_and_id(tmp_path: Path) -> None:
     rows = [{"body": "x", "key": 7}, {"body": 5, "key": 8}, {"body": "z"}]
     path = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, rows)) + "\n").path
     source = Source("en", path, columns="body", id_column="key")
-    first, bad, last = corpus.documents(next(chunks(source)), source)
+    first, bad, last = corpus.read_documents(next(read_chunks(source)), source)
     assert first == Document(1, "x", "7")
     assert isinstance(bad, tuple)
     assert (bad[0], bad[1].reason) == (3, "wrong type")
@@ -52,7 +52,7 @@ def test_wikitext_rows_are_articles(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
     path = write(tmp_path / "a.jsonl", lines).path
     source = Source("en", path, format="wikitext")
-    assert list(corpus.documents(next(chunks(source)), source)) == [
+    assert list(corpus.read_documents(next(read_chunks(source)), source)) == [
         Document(2, "First\nA well-known text.\nPart\nMore."),
         Document(8, "Second\nIts text."),
     ]

@@ -26,9 +26,9 @@ def test_shards_are_read_as_one_and_not_copied(
         monkeypatch.setattr(arrow, "SHARD_TOKENS", 9_000)
     assert len(list(parts.glob("pretrain_train-*-of-00005.arrow"))) == 5
     allocated = pyarrow.total_allocated_bytes()
-    rows = dataset.read(parts, "pretrain", "train")
+    rows = dataset.load_rows(parts, "pretrain", "train")
     assert pyarrow.total_allocated_bytes() - allocated < 20_000
-    assert rows[:] == dataset.read(whole, "pretrain", "train")[:]
+    assert rows[:] == dataset.load_rows(whole, "pretrain", "train")[:]
     assert str(rows.features["input_ids"].feature) == "Value('int32')"
 
 
@@ -38,7 +38,7 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
         {"input_ids": [1, 2, 3], "lengths": [3]},
     ]
     batch = collator.Collator(document_mask=True)(rows)
-    ignore = chat_format.IGNORE
+    ignore = chat_format.IGNORE_INDEX
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[ignore, 6, 7, ignore, 9], [ignore, 2, 3, ignore, ignore]]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
@@ -53,12 +53,12 @@ def test_rows_are_padded_to_a_length(data_dir: Path) -> None:
     batch = collator.Collator(document_mask=True, length=5)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [
-        [chat_format.IGNORE, 2, 3, chat_format.IGNORE, chat_format.IGNORE]
+        [chat_format.IGNORE_INDEX, 2, 3, chat_format.IGNORE_INDEX, chat_format.IGNORE_INDEX]
     ]
 
 
 def test_rows_that_do_not_fit_are_refused(data_dir: Path, resized_dir: Path) -> None:
-    rows = dataset.read(data_dir, "pretrain", "train")
+    rows = dataset.load_rows(data_dir, "pretrain", "train")
     largest = max(max(ids) for ids in rows["input_ids"])
     shape = replace(base_config.read_shape(resized_dir), rows=largest + 1, positions=64)
     dataset.check_rows(rows, 64, shape, data_dir, "pretrain")
@@ -74,9 +74,9 @@ def test_rows_that_do_not_fit_are_refused(data_dir: Path, resized_dir: Path) -> 
 
 @pytest.mark.parametrize(("name", "split"), [("pretrain", "validation"), ("sft", "train")])
 def test_unpacked_rows_are_the_documents_one_by_one(data_dir: Path, name: str, split: str) -> None:
-    rows = dataset.read(data_dir, name, split)
+    rows = dataset.load_rows(data_dir, name, split)
     allocated = pyarrow.total_allocated_bytes()
-    apart = dataset.unpacked(rows)
+    apart = dataset.unpack_rows(rows)
     tokens = sum(map(sum, rows["lengths"]))
     assert pyarrow.total_allocated_bytes() - allocated < 4 * tokens
     expected = []
@@ -97,15 +97,15 @@ def test_unpacked_rows_are_the_documents_one_by_one(data_dir: Path, name: str, s
 
 
 def test_only_answers_are_scored_in_conversations(data_dir: Path) -> None:
-    assert dataset.scored_share(dataset.read(data_dir, "pretrain", "train"), 9) == 1.0
-    bins = dataset.read(data_dir, "sft", "train")
+    assert dataset.scored_share(dataset.load_rows(data_dir, "pretrain", "train"), 9) == 1.0
+    bins = dataset.load_rows(data_dir, "sft", "train")
     labels = torch.tensor([label for row in bins[:2]["labels"] for label in row])
     assert dataset.scored_share(bins, 2) == pytest.approx(
-        (labels != chat_format.IGNORE).float().mean()
+        (labels != chat_format.IGNORE_INDEX).float().mean()
     )
 
 
 def test_tokens_are_counted_without_reading_rows(data_dir: Path) -> None:
     for name in ("pretrain", "sft"):
-        rows = dataset.read(data_dir, name, "train")
-        assert dataset.tokens(rows) == sum(map(len, rows["input_ids"]))
+        rows = dataset.load_rows(data_dir, name, "train")
+        assert dataset.count_tokens(rows) == sum(map(len, rows["input_ids"]))

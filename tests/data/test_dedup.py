@@ -10,7 +10,7 @@ from chatglm_ja.data import cleaning, dedup
 
 def sign(texts: list[str]) -> np.ndarray:
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
-    return dedup.signatures(cleaning.code_points(texts), lengths)
+    return dedup.minhash_signatures(cleaning.code_points(texts), lengths)
 
 
 def shingles(text: str) -> set[str]:
@@ -52,7 +52,7 @@ def test_a_signature_does_not_depend_on_the_batch() -> None:
 def find(texts: list[str], threshold: float) -> list[bool]:
     signatures = sign(texts)
     size = dedup.BAND_SIZE
-    found = dedup.near_duplicates(
+    found = dedup.find_near_duplicates(
         len(texts),
         lambda band: signatures[:, band * size : (band + 1) * size],
         lambda indices: signatures[indices],
@@ -86,8 +86,8 @@ def test_the_first_of_linked_texts_stays() -> None:
 
 def test_repeats_are_all_but_the_first() -> None:
     keys = np.array([[1, 2], [3, 4], [1, 2], [1, 3], [1, 2]], dtype=np.uint64)
-    assert dedup.repeated(keys).tolist() == [False, False, True, False, True]
-    assert dedup.repeated(np.zeros((0, 2), dtype=np.uint64)).tolist() == []
+    assert dedup.mark_repeated(keys).tolist() == [False, False, True, False, True]
+    assert dedup.mark_repeated(np.zeros((0, 2), dtype=np.uint64)).tolist() == []
 
 
 def test_thirteen_tokens_in_a_row_are_an_overlap() -> None:
@@ -96,13 +96,13 @@ def test_thirteen_tokens_in_a_row_are_an_overlap() -> None:
     known = dedup.overlap_hashes(evaluation)
     assert len(known) == 20 * 38
     noise = rng.integers(0, 60_000, 100, dtype=np.int32)
-    assert not dedup.overlaps(noise, known)
+    assert not dedup.has_overlap(noise, known)
     for size, expected in ((13, True), (12, False)):
         text = np.concatenate([noise, evaluation[7][20 : 20 + size], noise])
-        assert dedup.overlaps(text, known) is expected
-    assert not dedup.overlaps(evaluation[0][:5], known)
-    assert not dedup.overlaps(noise, dedup.overlap_hashes([]))
+        assert dedup.has_overlap(text, known) is expected
+    assert not dedup.has_overlap(evaluation[0][:5], known)
+    assert not dedup.has_overlap(noise, dedup.overlap_hashes([]))
 
 
 def test_digests_tell_texts_apart() -> None:
-    assert dedup.digest("あ") == dedup.digest("あ") != dedup.digest("い")
+    assert dedup.text_digest("あ") == dedup.text_digest("あ") != dedup.text_digest("い")

@@ -23,13 +23,13 @@ ODD = [
 
 
 def check(merged: Any, texts: list[str], corpus_encoder: CorpusEncoder | None = None) -> None:
-    processor = tokenizer.processor(merged)
+    processor = tokenizer.make_processor(merged)
     found = (corpus_encoder or CorpusEncoder(merged)).encode(texts)
     assert [ids.tolist() for ids in found] == [processor.encode(text) for text in texts]
     assert all(ids.dtype == np.int32 for ids in found)
 
 
-def test_all_kinds_of_texts(merge: merging.Merge) -> None:
+def test_all_kinds_of_texts(merge: merging.MergedVocabulary) -> None:
     encoder = CorpusEncoder(merge.proto)
     for texts in (ODD, ODD[::-1], [], [""], ["", ""], demo_texts("ja", 60) + ODD):
         check(merge.proto, texts, encoder)
@@ -37,20 +37,20 @@ def test_all_kinds_of_texts(merge: merging.Merge) -> None:
         check(merge.proto, [text])
 
 
-def test_documents(merge: merging.Merge) -> None:
+def test_documents(merge: merging.MergedVocabulary) -> None:
     for language in ("ja", "zh", "en"):
         check(merge.proto, demo_texts(language, 400))
 
 
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(st.text(st.characters(codec="utf-8")), max_size=5))
-def test_arbitrary_texts(texts: list[str], merge: merging.Merge) -> None:
+def test_arbitrary_texts(texts: list[str], merge: merging.MergedVocabulary) -> None:
     check(merge.proto, texts)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_texts_of_pieces(data: st.DataObject, merge: merging.Merge) -> None:
+def test_texts_of_pieces(data: st.DataObject, merge: merging.MergedVocabulary) -> None:
     """Halves of pieces beside each other: what could be joined and is not, and the reverse."""
     pieces = st.sampled_from([piece.piece for piece in merge.proto.pieces])
     part = st.builds(lambda p, i, j: p[i : i + j], pieces, st.integers(0, 3), st.integers(1, 8))
@@ -58,7 +58,7 @@ def test_texts_of_pieces(data: st.DataObject, merge: merging.Merge) -> None:
 
 
 def test_a_small_table_and_a_short_memory_cost_no_exactness(
-    merge: merging.Merge, monkeypatch: pytest.MonkeyPatch
+    merge: merging.MergedVocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pairs that share a place in the table, and stretches that are forgotten again."""
     monkeypatch.setattr(fast_encoder, "PAIR_BITS", 8)
@@ -69,7 +69,7 @@ def test_a_small_table_and_a_short_memory_cost_no_exactness(
         check(merge.proto, texts[start : start + 10], encoder)
 
 
-def test_pieces_that_the_user_defined_are_never_cut(merge: merging.Merge) -> None:
+def test_pieces_that_the_user_defined_are_never_cut(merge: merging.MergedVocabulary) -> None:
     proto = type(merge.proto)()
     proto.CopyFrom(merge.proto)
     for piece in ("a\n\nb", "。。", "\n\n"):
@@ -77,7 +77,7 @@ def test_pieces_that_the_user_defined_are_never_cut(merge: merging.Merge) -> Non
     check(proto, ["xa\n\nby", "文。。。文", "\n\n\n\n", "a\n\n\nb", *ODD])
 
 
-def test_another_kind_of_tokenizer_is_refused(merge: merging.Merge) -> None:
+def test_another_kind_of_tokenizer_is_refused(merge: merging.MergedVocabulary) -> None:
     proto = type(merge.proto)()
     proto.CopyFrom(merge.proto)
     proto.normalizer_spec.remove_extra_whitespaces = True
@@ -88,7 +88,7 @@ def test_another_kind_of_tokenizer_is_refused(merge: merging.Merge) -> None:
 @needs_real_tokenizer
 @pytest.mark.parametrize("language", ["ja", "zh", "en"])
 def test_the_real_tokenizer(language: str) -> None:
-    base = tokenizer.read_base(Path(SHARED / "chatglm3-6b"))
-    learned = tokenizer.read_model(SHARED / "reference" / "ja_bpe.model")
-    proto = merging.merge(base, learned, "japanese").proto
+    base = tokenizer.read_base_proto(Path(SHARED / "chatglm3-6b"))
+    learned = tokenizer.read_proto(SHARED / "reference" / "ja_bpe.model")
+    proto = merging.merge_pieces(base, learned, "japanese").proto
     check(proto, demo_texts(language, 300) + ODD)

@@ -24,7 +24,7 @@ def make_pools(sources: list[Source], sizes: list[int], total: int, **changes: A
     source_of, length_of = corpus_of(sizes)
     documents = np.arange(len(source_of))
     shares = changes.get("shares", SHARES)
-    pools = mixing.pools(sources, shares, total, documents, source_of, length_of)
+    pools = mixing.build_pools(sources, shares, total, documents, source_of, length_of)
     return pools, source_of, length_of
 
 
@@ -40,7 +40,7 @@ def test_parts_are_whole_and_add_up() -> None:
 
 def test_shares_are_exact_and_interleaved() -> None:
     pools, source_of, length_of = make_pools(LANGUAGES, [4000, 900, 900], 100_000)
-    drawn = mixing.draw(pools, length_of, seed=0)
+    drawn = mixing.draw_documents(pools, length_of, seed=0)
     owner = source_of[drawn.document]
     tokens = np.array([drawn.length[owner == n].sum() for n in range(3)])
     assert tokens.tolist() == [76_000, 12_000, 12_000]
@@ -55,7 +55,7 @@ def test_shares_are_exact_and_interleaved() -> None:
 
 def test_the_seed_decides_the_draw() -> None:
     pools, _, length_of = make_pools(LANGUAGES, [4000, 900, 900], 100_000)
-    first, same, other = (mixing.draw(pools, length_of, seed) for seed in (0, 0, 1))
+    first, same, other = (mixing.draw_documents(pools, length_of, seed) for seed in (0, 0, 1))
     assert (first.document == same.document).all()
     assert first.document.tolist() != other.document.tolist()
 
@@ -63,7 +63,7 @@ def test_the_seed_decides_the_draw() -> None:
 def test_a_pool_is_repeated_evenly_up_to_its_limit() -> None:
     length_of = np.full(100, 10, dtype=np.int32)
     pool = Pool("ja", np.arange(100), 1000, 2500)
-    drawn = mixing.draw([pool], length_of, seed=0)
+    drawn = mixing.draw_documents([pool], length_of, seed=0)
     uses = np.bincount(drawn.document, minlength=100)
     assert drawn.length.sum() == 2500
     assert set(uses.tolist()) == {2, 3}
@@ -100,7 +100,7 @@ def test_weights_divide_a_language_among_its_sources() -> None:
     assert [(pool.name, pool.budget) for pool in pools] == [
         ("ja/wiki", 3000), ("ja/books", 1000), ("zh", 4000),
     ]  # fmt: skip
-    drawn = mixing.draw(pools, length_of, 0)
+    drawn = mixing.draw_documents(pools, length_of, 0)
     owner = source_of[drawn.document]
     assert [int(drawn.length[owner == n].sum()) for n in range(2)] == [3000, 1000]
     assert drawn.length[owner >= 2].sum() == 4000

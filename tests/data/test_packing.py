@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from chatglm_ja.data import packing
-from chatglm_ja.data.packing import Plan
+from chatglm_ja.data.packing import PackingPlan
 
 
-def pack(plan: Plan, items: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+def pack(plan: PackingPlan, items: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     """The blocks' tokens and lengths, put together piece by piece."""
     blocks = []
     for first, end in zip(plan.bounds, plan.bounds[1:], strict=False):
@@ -36,7 +36,7 @@ def random_items(count: int, longest: int) -> list[list[int]]:
 def test_concat_keeps_every_token_in_order(keep_tail: bool) -> None:
     random.seed(0)
     items = random_items(50, 40)
-    blocks = pack(packing.concat(sizes(items), 16, keep_tail), items)
+    blocks = pack(packing.plan_concat(sizes(items), 16, keep_tail), items)
     stream = [token for item in items for token in item]
     kept = len(stream) if keep_tail else len(stream) // 16 * 16
     assert [token for ids, _ in blocks for token in ids] == stream[:kept]
@@ -46,20 +46,21 @@ def test_concat_keeps_every_token_in_order(keep_tail: bool) -> None:
 
 def test_concat_marks_where_documents_begin() -> None:
     items = [[1, 1, 1, 0], [2, 2, 0], [3, 3, 3, 3, 0]]
-    blocks = pack(packing.concat(sizes(items), 4), items)
+    blocks = pack(packing.plan_concat(sizes(items), 4), items)
     assert blocks == [([1, 1, 1, 0], [4]), ([2, 2, 0, 3], [3, 1]), ([3, 3, 3, 0], [4])]
 
 
 def test_nothing_packs_into_nothing() -> None:
-    for plan in (packing.concat(np.array([], dtype=int), 4), packing.concat(np.array([3]), 4),
-                 packing.best_fit(np.array([], dtype=int), 4), packing.join([])):  # fmt: skip
+    nothing, short = np.array([], dtype=int), np.array([3])
+    plans = [packing.plan_concat(nothing, 4), packing.plan_concat(short, 4)]
+    for plan in [*plans, packing.plan_best_fit(nothing, 4), packing.join_plans([])]:
         assert len(plan) == len(plan.item) == 0
 
 
 def test_best_fit_cuts_only_what_is_longer_than_a_block() -> None:
     random.seed(3)
     items = random_items(200, 90)
-    blocks = pack(packing.best_fit(sizes(items), 32), items)
+    blocks = pack(packing.plan_best_fit(sizes(items), 32), items)
     pieces: dict[int, list[int]] = {}
     for ids, lengths in blocks:
         assert len(ids) == sum(lengths) <= 32
@@ -79,7 +80,7 @@ def test_large_blocks_are_filled_in_units_of_tokens(monkeypatch: pytest.MonkeyPa
     random.seed(6)
     for capacity in (500, 512, 1001):
         lengths = np.array([random.randint(1, 2 * capacity) for _ in range(300)] + [capacity] * 3)
-        plan = packing.best_fit(lengths, capacity)
+        plan = packing.plan_best_fit(lengths, capacity)
         assert plan.block_lengths().max() <= capacity
         assert np.bincount(plan.item, weights=plan.length).tolist() == lengths.tolist()
         assert lengths.sum() / (len(plan) * capacity) > 0.9
@@ -88,12 +89,12 @@ def test_large_blocks_are_filled_in_units_of_tokens(monkeypatch: pytest.MonkeyPa
 def test_a_plan_takes_blocks_in_any_order() -> None:
     random.seed(4)
     items = random_items(40, 20)
-    plan = packing.concat(sizes(items), 8)
+    plan = packing.plan_concat(sizes(items), 8)
     order = np.random.default_rng(0).permutation(len(plan))[:10]
     blocks = pack(plan, items)
     assert pack(plan.take(order), items) == [blocks[index] for index in order]
     assert plan.take(order).block_lengths().tolist() == [8] * 10
-    joined = packing.join([plan, plan.take(order)])
+    joined = packing.join_plans([plan, plan.take(order)])
     assert pack(joined, items) == blocks + [blocks[index] for index in order]
 
 

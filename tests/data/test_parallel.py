@@ -39,7 +39,7 @@ def test_results_come_in_order(processes: int) -> None:
             drawn.append(number)
             yield number
 
-    results = parallel.in_order(slow_square, items(), processes)  # type: ignore[arg-type]
+    results = parallel.map_in_order(slow_square, items(), processes)  # type: ignore[arg-type]
     assert next(results) == 0
     assert len(drawn) <= 2 * processes
     assert list(results) == [number**2 for number in range(1, 20)]
@@ -48,12 +48,12 @@ def test_results_come_in_order(processes: int) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_error_is_the_caller_s(processes: int) -> None:
     with pytest.raises(DataError, match="bad item 3"):
-        list(parallel.in_order(fail, range(9), processes))
+        list(parallel.map_in_order(fail, range(9), processes))
 
 
 def test_a_killed_process_is_one_line() -> None:
     with pytest.raises(DataError, match=r"one of 2 processes was killed.*lower --num-processes"):
-        list(parallel.in_order(die, range(9), 2))
+        list(parallel.map_in_order(die, range(9), 2))
 
 
 def test_processes_end_with_their_parent(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def dialogue(*turns: str) -> dict[str, Any]:
 
 def examples(folder: Path) -> list[tuple[list[int], list[int]]]:
     found = []
-    for row in dataset.read(folder, "sft", "train"):
+    for row in dataset.load_rows(folder, "sft", "train"):
         start = 0
         for length in row["lengths"]:
             span = slice(start, start + length)
@@ -58,7 +58,7 @@ def test_kinds_have_their_shares(tmp_path: Path, merged_dir: Path) -> None:
     counts = write_sft(tmp_path, config)
     assert counts["train_examples"] == {"ja": 104, "zh": 44, "en": 18, "code": 34}
     assert sum(counts["validation_examples"].values()) == 20
-    rows = dataset.read(tmp_path, "sft", "train")
+    rows = dataset.load_rows(tmp_path, "sft", "train")
     assert sum(map(len, rows["lengths"])) == 200
     sources = [number for row in rows for number in row["sources"]]
     assert [sources.count(number) for number in range(4)] == [104, 44, 18, 34]
@@ -77,7 +77,7 @@ def test_every_source_gives_conversations_for_validation(tmp_path: Path, merged_
     write_sft(tmp_path, config)
     found = {}
     for split in ("train", "validation"):
-        rows = dataset.read(tmp_path, "sft", split)
+        rows = dataset.load_rows(tmp_path, "sft", split)
         numbers = [number for row in rows for number in row["sources"]]
         found[split] = [numbers.count(number) for number in range(3)]
     assert found["validation"] == [11, 1, 0]
@@ -102,13 +102,13 @@ def test_the_first_of_each_source_are_kept_back(
 
 
 def test_bins_hold_whole_conversations(data_dir: Path) -> None:
-    rows = dataset.read(data_dir, "sft", "train")
+    rows = dataset.load_rows(data_dir, "sft", "train")
     assert sum(len(lengths) for lengths in rows["lengths"]) == 8
     for row in rows:
         assert len(row["input_ids"]) == len(row["labels"]) == sum(row["lengths"]) <= 256
     for ids, labels in examples(data_dir):
         assert ids[-1] == labels[-1] == EOS_ID
-        assert labels[0] == chat_format.IGNORE
+        assert labels[0] == chat_format.IGNORE_INDEX
 
 
 def test_examples_are_those_of_the_format(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
@@ -142,7 +142,7 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     shortened = [rows[0]["messages"][0], *rows[0]["messages"][3:]]
     assert chat_format.build_example(encoder, shortened) in examples(tmp_path)
     for _, labels in examples(tmp_path):
-        assert any(label != chat_format.IGNORE for label in labels)
+        assert any(label != chat_format.IGNORE_INDEX for label in labels)
 
     other = tmp_path / "drop"
     other.mkdir()
@@ -177,7 +177,7 @@ def test_bins_are_full(merged_dir: Path, tmp_path: Path) -> None:
     )
     lengths = np.array(random.Random(0).choices(index.length.tolist(), k=10_000))
     for capacity in (256, 512, 1024):
-        plan = packing.best_fit(lengths, capacity)
+        plan = packing.plan_best_fit(lengths, capacity)
         assert lengths.sum() / (len(plan) * capacity) >= 0.99
 
 
@@ -209,7 +209,7 @@ def test_bad_conversations_are_written_down(tmp_path: Path, merged_dir: Path) ->
     index = prepare_conversations.prepare(
         config, unit_folders(tmp_path / "units", config.sft_sources)
     )
-    resume.Rejects(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
+    resume.RejectsFile(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [(r["source"], r["line"], r["reason"]) for r in rejects] == [
         ("ja/a", 5, "empty answer"), ("ja/a", 8, "duplicate id"), ("ja/a", 10, "empty list"),

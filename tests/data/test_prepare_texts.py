@@ -13,7 +13,7 @@ from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
 from chatglm_ja.data import arrow, corpus, dataset, prepare_texts, readers, units
 from chatglm_ja.data.index import Index, read_tokens
-from chatglm_ja.data.resume import Rejects
+from chatglm_ja.data.resume import RejectsFile
 from chatglm_ja.data.settings import parse_shares
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
@@ -28,7 +28,7 @@ def write(folder: Path, name: str, texts: list[str]) -> Source:
 
 def documents(folder: Path, split: str) -> list[list[int]]:
     """The tokens between the ends of documents, from the blocks."""
-    stream = [t for ids in dataset.read(folder, "pretrain", split)["input_ids"] for t in ids]
+    stream = [t for ids in dataset.load_rows(folder, "pretrain", split)["input_ids"] for t in ids]
     parts: list[list[int]] = [[]]
     for token in stream:
         parts[-1].append(token)
@@ -50,7 +50,7 @@ def test_blocks_hold_the_documents_with_real_ends(
         merged_dir, [source], total_tokens=total, block_size=32, packing=packing
     )
     counts = write_pretraining(tmp_path, config)
-    rows = dataset.read(tmp_path, "pretrain", "train")
+    rows = dataset.load_rows(tmp_path, "pretrain", "train")
     lost = counts["tail_tokens_dropped"]
     assert lost == (total % 32 if packing == "concat" else 0)
     assert sum(map(len, rows["input_ids"])) == total - lost
@@ -76,7 +76,7 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -
         merged_dir, sources, total_tokens=60_000, block_size=512, packing="best_fit"
     )
     counts = write_pretraining(tmp_path, config)
-    rows = dataset.read(tmp_path, "pretrain", "train")
+    rows = dataset.load_rows(tmp_path, "pretrain", "train")
     prefix = prepare_texts._tools(merged_dir, None)[1].tolist()
     begun = whole = 0
     for row in rows:
@@ -103,9 +103,11 @@ def test_shares_are_exact(tmp_path: Path, merged_dir: Path, encoder: Any) -> Non
     )
     counts = write_pretraining(tmp_path, config)
     assert counts["train_tokens"] == {"ja": 4864, "zh": 768, "en": 768}
-    stream = [t for ids in dataset.read(tmp_path, "pretrain", "train")["input_ids"] for t in ids]
+    stream = [
+        t for ids in dataset.load_rows(tmp_path, "pretrain", "train")["input_ids"] for t in ids
+    ]
     assert len(stream) == 6400
-    kinds = list(dataset.read(tmp_path, "pretrain", "train"))
+    kinds = list(dataset.load_rows(tmp_path, "pretrain", "train"))
     by_source = np.zeros(3)
     for row in kinds:
         for number, length in zip(row["sources"], row["lengths"], strict=True):
@@ -136,14 +138,14 @@ def test_no_validation_document_is_trained_on(tmp_path: Path, merged_dir: Path) 
     assert not validation & train
     assert len(train) > 200
     assert counts["sources"][0]["duplicate"] == 400
-    rows = dataset.read(tmp_path, "pretrain", "validation")
+    rows = dataset.load_rows(tmp_path, "pretrain", "validation")
     assert sum(map(len, rows["input_ids"])) == counts["validation_tokens"]["ja"] <= 200
 
 
 def test_validation_rows_say_their_language(data_dir: Path) -> None:
-    rows = dataset.read(data_dir, "pretrain", "train")
+    rows = dataset.load_rows(data_dir, "pretrain", "train")
     assert len(rows) == 8000 // 64
-    validation = dataset.read(data_dir, "pretrain", "validation")
+    validation = dataset.load_rows(data_dir, "pretrain", "validation")
     assert set(validation["language"]) == {"ja", "zh", "en"}
     for row in validation:
         assert {("ja", "zh", "en")[number] for number in row["sources"]} == {row["language"]}
@@ -204,7 +206,7 @@ def test_processes_and_interruptions_change_no_byte(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "CHUNK_BYTES", 20_000)
-    monkeypatch.setattr(readers.chunks, "__defaults__", (20_000,))
+    monkeypatch.setattr(readers.read_chunks, "__defaults__", (20_000,))
     monkeypatch.setattr(arrow, "SHARD_TOKENS", 3000)
     sources = flawed(tmp_path)
     settings: dict[str, Any] = {
@@ -217,7 +219,7 @@ def test_processes_and_interruptions_change_no_byte(
         folder.mkdir(exist_ok=True)
         config = prepare_config(merged_dir, sources, **settings | changes)
         index = prepare_texts.prepare(config, unit_folders(folder / "texts", sources))
-        Rejects(folder / "rejects.jsonl", tmp_path / "report", 0.05).check(index)
+        RejectsFile(folder / "rejects.jsonl", tmp_path / "report", 0.05).check(index)
         prepare_texts.write(index, config, parse_shares(config.shares), folder)
         return made(folder)
 
@@ -229,7 +231,7 @@ def test_processes_and_interruptions_change_no_byte(
 
     # Interrupted while reading, then while writing the shards.
     left = 4
-    whole = prepare_texts.Preparer.__call__
+    whole = prepare_texts.TextPreparer.__call__
 
     def failing(self: Any, task: Any) -> Any:
         nonlocal left
@@ -238,17 +240,17 @@ def test_processes_and_interruptions_change_no_byte(
             raise KeyboardInterrupt
         return whole(self, task)
 
-    monkeypatch.setattr(prepare_texts.Preparer, "__call__", failing)
+    monkeypatch.setattr(prepare_texts.TextPreparer, "__call__", failing)
     with pytest.raises(KeyboardInterrupt):
         make("three")
-    monkeypatch.setattr(prepare_texts.Preparer, "__call__", whole)
+    monkeypatch.setattr(prepare_texts.TextPreparer, "__call__", whole)
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "three/texts").glob("*/*.json")}
     assert len(finished) == 4
     monkeypatch.setattr(arrow, "_rows", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make("three")
     monkeypatch.undo()
-    monkeypatch.setattr(readers.chunks, "__defaults__", (20_000,))
+    monkeypatch.setattr(readers.read_chunks, "__defaults__", (20_000,))
     monkeypatch.setattr(arrow, "SHARD_TOKENS", 3000)
     (tmp_path / "three/pretrain_train-00000-of-00007.part").unlink()
     # What was damaged meanwhile is made again.
@@ -270,7 +272,7 @@ def test_the_seed_and_only_the_seed_draws_other_documents(tmp_path: Path, merged
         write_pretraining(
             tmp_path / name, prepare_config(merged_dir, [source], total_tokens=4000, seed=seed)
         )
-        blocks.append(dataset.read(tmp_path / name, "pretrain", "train")["input_ids"][:])
+        blocks.append(dataset.load_rows(tmp_path / name, "pretrain", "train")["input_ids"][:])
     assert blocks[0] == blocks[1] != blocks[2]
 
 
@@ -281,7 +283,7 @@ def test_bad_records_are_written_down_and_too_many_stop(tmp_path: Path, merged_d
     config = prepare_config(merged_dir, [Source("ja", str(path))])
     index = prepare_texts.prepare(config, unit_folders(tmp_path / "texts", config.sources))
     report = tmp_path / "report.jsonl"
-    Rejects(tmp_path / "rejects.jsonl", report, 0.03).check(index)
+    RejectsFile(tmp_path / "rejects.jsonl", report, 0.03).check(index)
     assert not report.exists()
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [(r["file"], r["line"], r["reason"]) for r in rejects] == [
@@ -294,14 +296,14 @@ def test_bad_records_are_written_down_and_too_many_stop(tmp_path: Path, merged_d
         match=r"more than 2.00% of the records are bad in ja/a: 3 of 100 records \(broken JSON 1, "
         r"missing column 1, wrong type 1\): see .*report.jsonl, then mend them or raise --max-rej",
     ):
-        Rejects(tmp_path / "rejects.jsonl", report, 0.02).check(index)
+        RejectsFile(tmp_path / "rejects.jsonl", report, 0.02).check(index)
     assert len(report.read_text().splitlines()) == 3
 
 
 def test_a_hopeless_source_ends_the_reading_early(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers.chunks, "__defaults__", (1000,))
+    monkeypatch.setattr(readers.read_chunks, "__defaults__", (1000,))
     monkeypatch.setattr(units, "EARLY_RECORDS", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "列の名前が違う"}\n' * 20_000)

@@ -23,8 +23,8 @@ def write(path: Path, content: str | bytes) -> Source:
 def read(source: Source, chunk_bytes: int = readers.CHUNK_BYTES) -> list[tuple[int, Any]]:
     return [
         pair
-        for chunk in readers.chunks(source, chunk_bytes)
-        for pair in readers.records(chunk, source)
+        for chunk in readers.read_chunks(source, chunk_bytes)
+        for pair in readers.read_records(chunk, source)
     ]
 
 
@@ -68,7 +68,7 @@ def test_a_data_set_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "train.jsonl").write_text(lines, encoding="utf-8")
     monkeypatch.setattr(Source, "is_local", lambda source: False)
     source = Source("ja", str(folder))
-    assert len(list(readers.chunks(source, 1000))) > 5
+    assert len(list(readers.read_chunks(source, 1000))) > 5
     assert [record["text"] for _, record in read(source, 1000)] == texts
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="neither a file here nor a data set that could be loaded"):
@@ -137,7 +137,7 @@ def test_an_endless_line_is_passed_over_and_never_held(
     source = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
     held = [
         len(chunk.payload)
-        for chunk in readers.chunks(source, 100)
+        for chunk in readers.read_chunks(source, 100)
         if isinstance(chunk.payload, bytes)
     ]
     assert max(held) < 300
@@ -194,7 +194,7 @@ def test_groups_of_rows_are_cut(tmp_path: Path) -> None:
     texts = [f"{i}" * 100 for i in range(3000)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     source = Source("ja", str(tmp_path / "a.parquet"))
-    assert len(list(readers.chunks(source, 20_000))) == readers.MAX_PARTS
+    assert len(list(readers.read_chunks(source, 20_000))) == readers.MAX_PARTS
     assert [(n, r["text"]) for n, r in read(source, 20_000)] == list(enumerate(texts, 1))
 
 
@@ -207,7 +207,7 @@ def test_a_condition_on_a_column_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_is_no_damage(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
     source = Source("ja", str(tmp_path / "a.parquet"))
-    (chunk,) = readers.chunks(source)
+    (chunk,) = readers.read_chunks(source)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(FileNotFoundError):
-        list(readers.records(chunk, source))
+        list(readers.read_records(chunk, source))

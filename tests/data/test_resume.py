@@ -80,7 +80,7 @@ def test_sources_of_one_name_are_counted_apart(tmp_path: Path) -> None:
     index = index_of(
         tmp_path, Unit("same.jsonl", found=8, rejects=bad), Unit("same.jsonl", found=9)
     )
-    rejects = resume.Rejects(tmp_path / "rejects.jsonl", tmp_path / "report", 0.1)
+    rejects = resume.RejectsFile(tmp_path / "rejects.jsonl", tmp_path / "report", 0.1)
     with pytest.raises(
         DataError, match=r"ja/same: 2 of 10 records \(broken JSON 1, wrong type 1\)"
     ):
@@ -93,7 +93,7 @@ def test_a_source_without_records_and_a_lost_file_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = Unit("a.gz", found=999, rejects=[(1000, Reject("damaged gzip", "the rest is lost"))])
-    rejects = resume.Rejects(tmp_path / "rejects.jsonl", tmp_path / "report", 0.01)
+    rejects = resume.RejectsFile(tmp_path / "rejects.jsonl", tmp_path / "report", 0.01)
     rejects.check(index_of(tmp_path, lost))
     assert "ja/same: a.gz, damaged gzip: the rest is lost" in caplog.text
     with pytest.raises(DataError, match=r"source ja/same \(ja=1/same.jsonl\) holds no record"):

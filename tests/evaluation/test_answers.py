@@ -23,7 +23,7 @@ def test_every_prompt_is_asked_greedy_and_sampled(monkeypatch: pytest.MonkeyPatc
         asked.append((arguments[2], sampling))
         return [Answer(str(sampling.temperature), 1, True)]
 
-    monkeypatch.setattr(generation, "answer", answer)
+    monkeypatch.setattr(generation, "generate_answers", answer)
     warm = generation.Sampling(0.5, 0.9)
     given = answers.ask("model", "encoder", [[1, 2]], 9, warm, "title")
     assert asked == [([[1, 2]], generation.GREEDY), ([[1, 2]], warm)]
@@ -37,7 +37,7 @@ def test_answers_are_measured_by_language_end_and_repetition() -> None:
         Answer("no no no no no", 5, False),
         Answer("Dim x", 5, True),
     ]
-    measured = answers.measure(given, ["ja", "ja", "en", "code"])
+    measured = answers.measure_answers(given, ["ja", "ja", "en", "code"])
     assert measured == {
         "questions": 4,
         "in_language": pytest.approx(2 / 3),  # of code it is not told
@@ -45,8 +45,8 @@ def test_answers_are_measured_by_language_end_and_repetition() -> None:
         "repeated": pytest.approx(0.5 / 4),
         "longest_loop": 5,
     }
-    assert answers.measure(given[3:], ["code"])["in_language"] is None
-    rows = answers.by_kind(["ja", "ja", "en", "code"], {"greedy": given})
+    assert answers.measure_answers(given[3:], ["code"])["in_language"] is None
+    rows = answers.measures_by_kind(["ja", "ja", "en", "code"], {"greedy": given})
     assert [(row["kind"], row["way"], row["questions"]) for row in rows] == [
         ("ja", "greedy", 2),
         ("en", "greedy", 1),
@@ -57,7 +57,7 @@ def test_answers_are_measured_by_language_end_and_repetition() -> None:
 
 def test_answers_stand_beside_their_question() -> None:
     given = {"greedy": [Answer("a", 1, True)], "sampled": [Answer("b", 2, False)]}
-    (row,) = answers.by_question([("ja", "q")], given)
+    (row,) = answers.answers_by_question([("ja", "q")], given)
     assert row["question"] == "q"
     assert row["greedy"] == {"text": "a", "tokens": 1, "stopped": True}
     assert row["sampled"]["text"] == "b"

@@ -58,7 +58,7 @@ def measured(
     prompts = tmp_path_factory.mktemp("prompts") / "p.yaml"
     prompts.write_text("ja: [あなたは誰ですか]\ncode: [Write a Basic example.]\n")
     config = changed(config, prompts=prompts)
-    run = evaluate.Evaluation(config, evaluate.read(config))
+    run = evaluate.Evaluation(config, evaluate.read_data(config))
     return [run.of_stage(stage, is_last=stage is stages[-1]) for stage in stages]
 
 
@@ -81,9 +81,9 @@ def test_another_model_is_not_the_base(
         model.model.norm.weight[0] += 0.5
     other = tmp_path / "other"
     model.save_pretrained(other)
-    encoder = tokenizer.load(resized_dir)
+    encoder = tokenizer.load_processor(resized_dir)
     (other / "tokenizer.model").write_bytes((resized_dir / "tokenizer.model").read_bytes())
-    material = evaluate.read(config)
+    material = evaluate.read_data(config)
     run = evaluate.Evaluation(config, material)
     run.of_stage(stages[0], is_last=False)
     row = run.of_stage(Stage("resized", other), is_last=False)["kept"]["zh"]
@@ -130,7 +130,7 @@ def test_questions_are_asked_of_all_and_held_out_ones_of_the_last(
         assert results["answering"]["greedy"]["questions"] == 2
         model, encoder = stage.load()
         prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": questions[0]}])
-        (given,) = generation.answer(model, encoder, [prompt], 5)
+        (given,) = generation.generate_answers(model, encoder, [prompt], 5)
         assert results["answers"][0]["greedy"]["text"] == given.text
         assert results["choices"]["zh"]["questions"] == 25
         assert results["harness"] == []
@@ -149,7 +149,7 @@ def test_a_model_smaller_than_its_tokenizer_is_one_line(
 
 def test_a_window_beyond_the_model_is_one_line(config: EvalConfig, stages: list[Stage]) -> None:
     config = changed(config, window=300)
-    run = evaluate.Evaluation(config, evaluate.read(config))
+    run = evaluate.Evaluation(config, evaluate.read_data(config))
     with pytest.raises(ConfigError, match="--window 300 is more than the 256 positions of"):
         run.of_stage(stages[0], is_last=False)
 
@@ -160,7 +160,7 @@ def test_empty_held_out_text_is_one_line(config: EvalConfig, tmp_path: Path, con
     path.write_text(content)
     sources = (*config.sources, Source("en", str(path)))
     with pytest.raises(DataError, match="--sources hold no en text: there is nothing to score"):
-        evaluate.read(changed(config, sources=sources))
+        evaluate.read_data(changed(config, sources=sources))
 
 
 def test_the_latest_model_is_the_last_that_is_there(

@@ -8,7 +8,7 @@ import pytest
 
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation import harness, likelihood, multiple_choice
-from chatglm_ja.evaluation.harness import Tasks
+from chatglm_ja.evaluation.harness import HarnessTasks
 from chatglm_ja.inference.models import Stage
 from chatglm_ja.sources import Source
 from tests.conftest import demo_texts
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manager(folder: Path) -> Any:
-    return Tasks(["next_line"], folder, 0).open()
+    return HarnessTasks(["next_line"], folder, 0).open()
 
 
 @pytest.mark.parametrize("name", ["base", "resized"])
@@ -75,16 +75,16 @@ def test_accuracy_is_the_same_as_our_own(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     stage = Stage(name, base_dir if name == "base" else resized_dir)
     model, encoder = stage.load()
-    questions = multiple_choice.read([Source("ja", str(folder / "questions.jsonl"))])
-    own = multiple_choice.evaluate(model, encoder, questions, 256, 8)["ja"]
-    tasks = Tasks(["next_line"], folder, 0)
+    questions = multiple_choice.read_questions([Source("ja", str(folder / "questions.jsonl"))])
+    own = multiple_choice.score_questions(model, encoder, questions, 256, 8)["ja"]
+    tasks = HarnessTasks(["next_line"], folder, 0)
     rows = tasks.run(manager, model, encoder, stage.auto_tokenizer(), 256, 8)
     found = {row["metric"]: row["value"] for row in rows}
     assert found["acc"] == pytest.approx(own["acc"])
     # The harness counts the line break of a choice among its characters, as we do.
     assert found["acc_norm"] == pytest.approx(own["acc_norm"])
     assert all(row["task"] == "next_line" and 0 < row["stderr"] < 0.1 for row in rows)
-    limited = Tasks(["next_*"], folder, 4).run(
+    limited = HarnessTasks(["next_*"], folder, 4).run(
         manager, model, encoder, stage.auto_tokenizer(), 256, 8
     )
     assert limited[0]["value"] in (0, 0.25, 0.5, 0.75, 1)
@@ -99,7 +99,7 @@ def test_whole_texts_are_scored_as_ours(
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "rolling.yaml").write_text(ROLLING.format(data=data))
-    tasks = Tasks(["rolling"], tmp_path, 0)
+    tasks = HarnessTasks(["rolling"], tmp_path, 0)
     stage = Stage("resized", resized_dir)
     model, encoder = stage.load()
     (row,) = tasks.run(tasks.open(), model, encoder, stage.auto_tokenizer(), 256, 8)
@@ -110,17 +110,17 @@ def test_whole_texts_are_scored_as_ours(
 def test_data_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "lost.yaml").write_text(ROLLING.format(data=tmp_path / "nowhere.jsonl"))
     with pytest.raises(ConfigError, match=r"cannot load the task rolling: .*nowhere"):
-        Tasks(["rolling"], tmp_path, 0).open()
+        HarnessTasks(["rolling"], tmp_path, 0).open()
 
 
 def test_unknown_tasks_and_folders_are_one_line(folder: Path) -> None:
     with pytest.raises(ConfigError, match="knows no task jglue_of_nobody: `lm_eval ls tasks`"):
-        Tasks(["next_line", "jglue_of_nobody"], folder, 0).open()
+        HarnessTasks(["next_line", "jglue_of_nobody"], folder, 0).open()
     with pytest.raises(ConfigError, match="nowhere is no folder"):
-        Tasks(["next_line"], folder / "nowhere", 0).open()
+        HarnessTasks(["next_line"], folder / "nowhere", 0).open()
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install -r requirements-extras.txt"):
-        Tasks(["hellaswag"], None, 0).open()
+        HarnessTasks(["hellaswag"], None, 0).open()

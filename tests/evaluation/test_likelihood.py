@@ -82,7 +82,7 @@ def test_long_texts_are_scored_with_a_sliding_window(model: Any, encoder: Any) -
 def test_windows_score_every_token_once(length: int) -> None:
     ids = list(range(length))
     scored: list[int] = []
-    for window, context in likelihood.windows(ids, 2, 10):
+    for window, context in likelihood.cut_windows(ids, 2, 10):
         assert len(window) <= 10
         assert 0 < context < len(window)
         scored += window[context:]
@@ -166,7 +166,7 @@ def test_in_half_precision_losses_keep_their_digits(resized_dir: Path, encoder: 
 
 def test_logits_and_divergence(model: Any, encoder: Any) -> None:
     prompt = [*chat_format.prefix_ids(encoder), *encoder.encode("你好")]
-    ((found, total),) = loading.logits(model, [prompt], 100)
+    ((found, total),) = loading.compute_logits(model, [prompt], 100)
     with torch.inference_mode():
         expected = model(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(found, expected[:, :100])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import multiple_choice
-from chatglm_ja.evaluation.multiple_choice import Question
+from chatglm_ja.evaluation.multiple_choice import ChoiceQuestion
 from chatglm_ja.sources import Source
 from tests.conftest import DATA, demo_texts
 
@@ -22,20 +22,20 @@ def model(resized_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def questions() -> dict[str, list[Question]]:
+def questions() -> dict[str, list[ChoiceQuestion]]:
     """Lines of the demo: which one follows? Of two to four."""
     found = {}
     for language in ("ja", "zh"):
         lines = [line for text in demo_texts(language, 12) for line in text.split("\n")[:2]]
         found[language] = [
-            Question(f"{lines[n]}\n", tuple(lines[n + 1 : n + 3 + n % 3]), n % 2)
+            ChoiceQuestion(f"{lines[n]}\n", tuple(lines[n + 1 : n + 3 + n % 3]), n % 2)
             for n in range(0, 12, 2)
         ]
     return found
 
 
 def test_accuracies_are_those_of_the_definition(
-    model: Any, encoder: Any, questions: dict[str, list[Question]]
+    model: Any, encoder: Any, questions: dict[str, list[ChoiceQuestion]]
 ) -> None:
     def log_likelihood(text: str, choice: str) -> float:
         prefix, alone = chat_format.prefix_ids(encoder), encoder.encode(text)
@@ -49,7 +49,7 @@ def test_accuracies_are_those_of_the_definition(
     def best(values: list[float]) -> int:
         return max(range(len(values)), key=lambda index: values[index])
 
-    rows = multiple_choice.evaluate(model, encoder, questions, 512, 5)
+    rows = multiple_choice.score_questions(model, encoder, questions, 512, 5)
     for language, asked in questions.items():
         right = [0, 0, 0]
         for question in asked:
@@ -63,14 +63,14 @@ def test_accuracies_are_those_of_the_definition(
         row = rows[language]
         assert row["questions"] == len(asked)
         assert row["chance"] == pytest.approx(sum(1 / len(q.choices) for q in asked) / len(asked))
-        found = [row[way] * len(asked) for way in multiple_choice.WAYS]
+        found = [row[way] * len(asked) for way in multiple_choice.METRICS]
         assert found == pytest.approx(right)
 
 
 def test_the_demos_questions() -> None:
     path = str(DATA / "heldout_choice.jsonl.gz")
     sources = [Source(name, path, where=("language", name)) for name in ("ja", "zh", "en")]
-    found = multiple_choice.read(sources)
+    found = multiple_choice.read_questions(sources)
     assert {language: len(asked) for language, asked in found.items()} == {
         "ja": 25,
         "zh": 25,
@@ -105,11 +105,11 @@ def test_bad_questions(tmp_path: Path, change: dict[str, Any], message: str) -> 
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
     with pytest.raises(DataError, match=f"q.jsonl record 2: .*{message}"):
-        multiple_choice.read([Source("ja", str(path))])
+        multiple_choice.read_questions([Source("ja", str(path))])
 
 
 def test_no_question_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("")
     with pytest.raises(DataError, match="ja/q holds no question"):
-        multiple_choice.read([Source("ja", str(path))])
+        multiple_choice.read_questions([Source("ja", str(path))])

@@ -19,7 +19,7 @@ from chatglm_ja.evaluation import repetition
     ],
 )
 def test_units(text: str, units: list[str]) -> None:
-    assert repetition.units(text) == units
+    assert repetition.split_units(text) == units
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_units(text: str, units: list[str]) -> None:
     ],
 )
 def test_repeated_share(text: str, share: float) -> None:
-    assert repetition.repeated_share(repetition.units(text)) == pytest.approx(share)
+    assert repetition.repeated_share(repetition.split_units(text)) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_repeated_share(text: str, share: float) -> None:
     ],
 )
 def test_longest_loop(text: str, length: int) -> None:
-    assert repetition.longest_loop(repetition.units(text)) == length
+    assert repetition.longest_loop(repetition.split_units(text)) == length
 
 
 def test_longest_loop_is_that_of_the_definition() -> None:

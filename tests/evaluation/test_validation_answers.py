@@ -22,7 +22,7 @@ def test_questions_and_expected_answers_are_those_of_the_conversations(
     resized_dir: Path, data_dir: Path, encoder: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(data_dir, resized_dir, 5)
-    kept = list(dataset.unpacked(dataset.read(data_dir, "sft", "validation")))
+    kept = list(dataset.unpack_rows(dataset.load_rows(data_dir, "sft", "validation")))
     answered = validation_answers._answered(config, [("ja", row) for row in kept])
     assert len(answered) == 2
     for sample, row in zip(answered, kept, strict=True):
@@ -33,14 +33,14 @@ def test_questions_and_expected_answers_are_those_of_the_conversations(
         assert chat_format.build_example(encoder, messages) == (row["input_ids"], row["labels"])
         assert sample["kind"] == "ja"
         assert sample["greedy"]["tokens"] <= 3
-    validation_answers.show(config)
+    validation_answers.print_samples(config)
     assert capsys.readouterr().out == validation_answers.describe(answered) + "\n"
-    validation_answers.show(config_for(data_dir, resized_dir, 1))
+    validation_answers.print_samples(config_for(data_dir, resized_dir, 1))
     assert "ended by themselves: 0 of 1 greedy, 0 of 1 sampled" in capsys.readouterr().out
 
 
 def test_no_samples_are_asked_for(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    validation_answers.show(config_for(data_dir, Path("no model is loaded"), 0))
+    validation_answers.print_samples(config_for(data_dir, Path("no model is loaded"), 0))
     assert capsys.readouterr().out == ""
 
 
@@ -51,7 +51,7 @@ def test_a_full_gpu_is_said_in_a_line(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
 
     monkeypatch.setattr(validation_answers, "_answered", full)
-    validation_answers.show(config_for(data_dir, Path("unused"), 5))
+    validation_answers.print_samples(config_for(data_dir, Path("unused"), 5))
     (record,) = caplog.records
     assert record.message.endswith("the GPU's memory is full: CUDA out of memory")
 

@@ -179,7 +179,9 @@ def test_deep_records(merged_dir: Path, tmp_path: Path, line: str) -> None:
             (tmp_path / name).write_bytes(whole)
             source = Source("ja", str(tmp_path / name))
             found = [
-                pair for chunk in readers.chunks(source) for pair in readers.records(chunk, source)
+                pair
+                for chunk in readers.read_chunks(source)
+                for pair in readers.read_records(chunk, source)
             ]
             assert isinstance(found[0][1], Reject) == (depth > readers.MAX_DEPTH)
 
@@ -193,8 +195,8 @@ def check_records(
         path.write_bytes(content)
         source = Source(**{**vars(form), "path": str(path)})
         with refusals() as said:
-            chunks = list(readers.chunks(source, chunk_bytes))
-            read = [pair for chunk in chunks for pair in readers.records(chunk, source)]
+            chunks = list(readers.read_chunks(source, chunk_bytes))
+            read = [pair for chunk in chunks for pair in readers.read_records(chunk, source)]
             check_numbers(read)
             if ending in (".jsonl", ".txt") and source.where is None:
                 rest = content.removeprefix(b"\xef\xbb\xbf") if chunk_bytes > 2 else content
@@ -202,9 +204,9 @@ def check_records(
                 if ending == ".jsonl":
                     found = [line for line in found if not is_blank(line)]
                 assert len(read) == len(found)
-            prepare = prepare_texts.Preparer(merged_dir, "NFKC", 1, True, True, None)
+            prepare = prepare_texts.TextPreparer(merged_dir, "NFKC", 1, True, True, None)
             check_units(prepare, chunks, source, work, "t")
-            prepare_sft = prepare_conversations.Preparer(merged_dir, 64, True)
+            prepare_sft = prepare_conversations.ConversationPreparer(merged_dir, 64, True)
             check_units(prepare_sft, chunks, source, work, "c")
         assert not said, "step 4 counts what is wrong"
         with refusals():
@@ -212,7 +214,7 @@ def check_records(
         with refusals():
             assert all(conversations.read_conversations(source))
         with refusals():
-            multiple_choice.read([source])
+            multiple_choice.read_questions([source])
 
 
 def is_blank(line: bytes) -> bool:
@@ -238,7 +240,7 @@ def check_units(
         meta = prepare(units.Task(source, chunk, work / f"{to}{index}"))
         assert all(number > 0 and reason for number, reason, _ in meta["rejects"])
         if source.format == "records":
-            read = len(list(readers.records(chunk, source)))
+            read = len(list(readers.read_records(chunk, source)))
             assert meta["found"] + len(meta["rejects"]) == read
 
 
@@ -269,16 +271,18 @@ def test_conversations(
     for each in both:
         ids, labels = chat_format.build_example(each, messages)
         assert [marks[i] for i in ids if i in marks] == [*placed, "</s>"]
-        assert all(label in (chat_format.IGNORE, i) for i, label in zip(ids, labels, strict=True))
+        assert all(
+            label in (chat_format.IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True)
+        )
         prompt = chat_format.build_prompt_ids(each, messages)
         assert [marks[i] for i in prompt if i in marks] == [*placed, "<|assistant|>"]
         assert prompt[:-1] == ids[:-1]
 
 
 @pytest.fixture(scope="module")
-def both(encoder: Any, merge: merging.Merge) -> list[Any]:
+def both(encoder: Any, merge: merging.MergedVocabulary) -> list[Any]:
     """The merged tokenizer in both of its forms."""
-    return [encoder, tokenizer_files.transformers_tokenizer(merge.proto)]
+    return [encoder, tokenizer_files.to_transformers(merge.proto)]
 
 
 # --- YAML ---------------------------------------------------------------------------------------

@@ -55,12 +55,12 @@ def read_checkpoint(changes: dict[str, bytes]) -> None:
         for name, content in changes.items():
             (copy / name).write_bytes(content)
         with refusals():
-            opened = weights.Checkpoint(copy)
+            opened = weights.BaseWeights(copy)
             opened.size()
             assert sum(tensor.numel() for _, tensor in opened.glm_tensors()) > 0
         with refusals():
-            weights.describe(copy)
-            assert all(name for name, _ in weights.stored_tensors(copy))
+            weights.describe_tensors(copy)
+            assert all(name for name, _ in weights.iterate_tensors(copy))
         with refusals():
             weights.read_tensor(copy, "transformer.output_layer.weight")
 
@@ -118,7 +118,7 @@ def test_pickled_shards(data: st.DataObject, pickled: bytes) -> None:
         (copy / "config.json").symlink_to(BASE / "config.json")
         (copy / BIN_NAME).write_bytes(content)
         with refusals():
-            weights.Checkpoint(copy)
+            weights.BaseWeights(copy)
         with refusals():
             weights.read_tensor(copy, "transformer.output_layer.weight")
 
@@ -210,7 +210,7 @@ ODD_MODELS: dict[str, Callable[[Any], object]] = {
 
 
 def small_model() -> Any:
-    proto = tokenizer.parse_model(MODEL, Path("tiny"))
+    proto = tokenizer.parse_proto(MODEL, Path("tiny"))
     del proto.pieces[3 + 256 :]
     return proto
 
@@ -218,7 +218,7 @@ def small_model() -> Any:
 @st.composite
 def models(draw: st.DrawFn) -> bytes:
     """A well-formed ModelProto that is odd."""
-    proto = small_model() if draw(st.booleans()) else tokenizer.parse_model(MODEL, Path("tiny"))
+    proto = small_model() if draw(st.booleans()) else tokenizer.parse_proto(MODEL, Path("tiny"))
     score = st.floats(-1e6, 0, width=32) | st.sampled_from([0.0, math.nan, math.inf, -3.4e38])
     text = st.text(min_size=1, max_size=4) | st.sampled_from(
         [*SPELLINGS, "", "a", "し", "ます", "\0", "的的", " ", "a b", "\n", "します", "▁▁"]
@@ -259,26 +259,26 @@ def check_model(content: bytes) -> None:
         (copy / tokenizer.MODEL_FILE).write_bytes(content)
         (copy / learning.JA_MODEL_FILE).write_bytes(content)
         with refusals():
-            base = tokenizer.read_base(copy)
+            base = tokenizer.read_base_proto(copy)
             check_merge(copy, base, [PIECE(piece=text) for text in LEARNED])
         with refusals():
             learned = learning.read_learned(copy)
-            check_merge(copy, tokenizer.read_base(BASE), learned.pieces)
+            check_merge(copy, tokenizer.read_base_proto(BASE), learned.pieces)
 
 
 def check_merge(target: Path, base: Any, pieces: Iterable[Any]) -> None:
     learned = small_model()
     del learned.pieces[:]
     learned.pieces.extend(pieces)
-    merged = merging.merge(base, learned, "japanese").proto
+    merged = merging.merge_pieces(base, learned, "japanese").proto
     assert [p.piece for p in merged.pieces[:3]] == ["<unk>", "<s>", "</s>"]
     assert all(math.isfinite(piece.score) for piece in merged.pieces)
     texts = ["", "します 的 a\n", "<|user|>"]
-    tokenizer_files.save(merged, target)
-    loaded = tokenizer.load(target)
+    tokenizer_files.save_tokenizer(merged, target)
+    loaded = tokenizer.load_processor(target)
     encoded = [loaded.encode(text) for text in texts]
     assert [ids.tolist() for ids in fast_encoder.CorpusEncoder(merged).encode(texts)] == encoded
-    assert tokenizer_files.line_encoder(merged)(texts) == encoded
+    assert tokenizer_files.make_line_encoder(merged)(texts) == encoded
     chat_format.build_example(loaded, [{"role": "user", "content": text} for text in texts])
 
 

@@ -136,7 +136,7 @@ def test_a_learning_rate_that_diverges_stops_the_run(
 
 def test_a_run_that_diverges_slowly_is_stopped() -> None:
     """A tenth more at every pass: against the mean of the last ones it would never be a jump."""
-    judge = spikes.Guard(max_jump=3.0, max_skipped=5)
+    judge = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
     loss, step = 4.0, 1
     while judge.accepts(step, loss, has_tokens=True):
         judge.judge_gradients(step, 1.0)
@@ -146,10 +146,10 @@ def test_a_run_that_diverges_slowly_is_stopped() -> None:
 
 
 def test_what_is_usual_is_known_to_a_run_that_is_resumed() -> None:
-    judge = spikes.Guard(max_jump=3.0, max_skipped=5)
+    judge = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
     for step, loss in enumerate([2.0] * 20 + [4.0] * 20, start=1):
         assert judge.accepts(step, loss, has_tokens=True)
-    resumed = spikes.Guard(max_jump=3.0, max_skipped=5)
+    resumed = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
     resumed.restore(json.loads(json.dumps(judge.state())))
     assert (resumed.lowest, resumed.usual) == (2.0, 4.0)
     assert not resumed.accepts(41, 6.5, has_tokens=True)

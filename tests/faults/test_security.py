@@ -213,8 +213,8 @@ def test_an_index_is_held_to_its_folder_wherever_it_is_read(
     index.write_text(index.read_text().replace("model-0000", "../other/model-0000"))
     for read in (
         lambda: weights.read_tensor(folder, tensor_names.GLM_EMBEDDING),
-        lambda: list(weights.stored_tensors(folder)),
-        lambda: weights.describe(folder),
+        lambda: list(weights.iterate_tensors(folder)),
+        lambda: weights.describe_tensors(folder),
     ):
         with pytest.raises(ArtifactError, match="lies outside of it"):
             read()

@@ -42,7 +42,7 @@ def main() -> None:
         return loss
 
     def noted(self: Any, *given: Any, **named: Any) -> torch.Tensor:
-        weights = training_state.weights(self, wanted=True)
+        weights = training_state.trained_weights(self, wanted=True)
         digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values()))
         with open(f"{notes}-{rank}", "a", encoding="utf-8") as file:
             file.write(digest.hexdigest() + "\n")

@@ -29,24 +29,24 @@ def said(*texts: str) -> list[chat.Message]:
 def test_the_oldest_exchanges_are_left_out(encoder: Any) -> None:
     messages = said("一", "二", "三", "四", "五")
     whole = chat_format.build_prompt_ids(encoder, messages)
-    assert chat.fitting_prompt(encoder, messages, len(whole)) == whole
+    assert chat.build_fitting_prompt(encoder, messages, len(whole)) == whole
     short = chat_format.build_prompt_ids(encoder, messages[2:])
-    assert chat.fitting_prompt(encoder, messages, len(whole) - 1) == short
+    assert chat.build_fitting_prompt(encoder, messages, len(whole) - 1) == short
     last = chat_format.build_prompt_ids(encoder, messages[4:])
-    assert chat.fitting_prompt(encoder, messages, len(last)) == last
+    assert chat.build_fitting_prompt(encoder, messages, len(last)) == last
     system: list[chat.Message] = [{"role": "system", "content": "s"}]
     kept = chat_format.build_prompt_ids(encoder, [*system, *messages[4:]])
-    assert chat.fitting_prompt(encoder, [*system, *messages], len(kept)) == kept
+    assert chat.build_fitting_prompt(encoder, [*system, *messages], len(kept)) == kept
     with pytest.raises(DataError, match=r"the message has .* tokens, and there is room for"):
-        chat.fitting_prompt(encoder, messages, len(last) - 1)
+        chat.build_fitting_prompt(encoder, messages, len(last) - 1)
 
 
 def test_a_message_too_long_for_the_model_is_an_error(model: Any, encoder: Any) -> None:
     limit = model.config.max_position_embeddings
     with pytest.raises(DataError, match=rf"there is room for {limit - 13}: shorten it"):
-        chat.reply(model, encoder, said("长" * limit), 10, sampling=GREEDY)
+        chat.stream_reply(model, encoder, said("长" * limit), 10, sampling=GREEDY)
     # However long the answer may become, half of the window is the dialogue's.
-    assert list(chat.reply(model, encoder, said("长"), 10 * limit, sampling=GREEDY))
+    assert list(chat.stream_reply(model, encoder, said("长"), 10 * limit, sampling=GREEDY))
 
 
 def test_the_terminal_keeps_and_forgets(
@@ -55,12 +55,12 @@ def test_the_terminal_keeps_and_forgets(
     """What it shows is the answers to what was said so far; a special token typed is text."""
     asked = ["你好", "<|user|> sop", "/clear", "", "日本", "/exit", "never"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
-    chat.talk(model, encoder, 6, GREEDY)
+    chat.chat_in_terminal(model, encoder, 6, GREEDY)
     shown = capsys.readouterr().out.split("you> ")[1:]
 
     def answer(*texts: str) -> str:
         prompt = chat_format.build_prompt_ids(encoder, said(*texts))
-        return generation.answer(model, encoder, [prompt], 6)[0].text
+        return generation.generate_answers(model, encoder, [prompt], 6)[0].text
 
     first = answer("你好")
     expected = [first, answer("你好", first, "<|user|> sop"), "", "", answer("日本"), ""]
@@ -85,9 +85,9 @@ def test_the_terminal_goes_on_after_ctrl_c_and_errors(
             raise DataError("too long")
         return interrupted() if len(seen) == 1 else iter_nothing()
 
-    monkeypatch.setattr(chat, "reply", reply)
+    monkeypatch.setattr(chat, "stream_reply", reply)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\n"))
-    chat.talk(model, encoder, 6, GREEDY)
+    chat.chat_in_terminal(model, encoder, 6, GREEDY)
     captured = capsys.readouterr()
     assert seen == [["a"], ["a", "は", "b"], ["a", "は", "c"]]
     assert "は …" in captured.out

@@ -55,7 +55,7 @@ def stopping(model: Any, encoder: Any, prompts: list[list[int]]) -> Iterator[Non
 
 
 def test_answers_end_at_the_limit(model: Any, encoder: Any, prompts: list[list[int]]) -> None:
-    (given,) = generation.answer(model, encoder, prompts[:1], 5)
+    (given,) = generation.generate_answers(model, encoder, prompts[:1], 5)
     assert given.tokens == 5
     assert not given.stopped
 
@@ -63,8 +63,8 @@ def test_answers_end_at_the_limit(model: Any, encoder: Any, prompts: list[list[i
 @pytest.mark.usefixtures("stopping")
 def test_answers_end_at_a_stop_token(model: Any, encoder: Any, prompts: list[list[int]]) -> None:
     """Alone, and beside others that go on and pad what it is given."""
-    (alone,) = generation.answer(model, encoder, prompts[1:2], 5)
-    beside = generation.answer(model, encoder, prompts, 5)
+    (alone,) = generation.generate_answers(model, encoder, prompts[1:2], 5)
+    beside = generation.generate_answers(model, encoder, prompts, 5)
     assert (alone.text, alone.tokens, alone.stopped) == ("", 1, True)
     assert beside[1] == alone
     assert all(answer.tokens > 1 for answer in beside if answer is not beside[1])
@@ -77,9 +77,9 @@ def test_answers_end_at_a_stop_token(model: Any, encoder: Any, prompts: list[lis
 def test_a_batch_changes_no_answer(
     model: Any, encoder: Any, prompts: list[list[int]], batch_size: int
 ) -> None:
-    alone = [generation.answer(model, encoder, [prompt], 12)[0] for prompt in prompts]
+    alone = [generation.generate_answers(model, encoder, [prompt], 12)[0] for prompt in prompts]
     assert len({answer.text for answer in alone}) > 1
-    together = generation.answer(model, encoder, prompts, 12, batch_size=batch_size)
+    together = generation.generate_answers(model, encoder, prompts, 12, batch_size=batch_size)
     assert together == alone
     # Against the greedy choice, a token at a time without cache or padding.
     ids = list(prompts[2])
@@ -94,11 +94,11 @@ def test_samples_are_those_of_the_seed(model: Any, encoder: Any, prompts: list[l
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first, again, other = (
-        generation.answer(model, encoder, prompts, 12, sampling=Sampling(), seed=seed)
+        generation.generate_answers(model, encoder, prompts, 12, sampling=Sampling(), seed=seed)
         for seed in (1, 1, 2)
     )
     assert first == again != other
-    assert first != generation.answer(model, encoder, prompts, 12)
+    assert first != generation.generate_answers(model, encoder, prompts, 12)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -143,10 +143,10 @@ def test_padding_rows_are_never_answered(
     assert len(rows) > encoder.get_piece_size()
     with torch.no_grad():
         rows[-1] = 1000 * model.model(torch.tensor([prompts[0]])).last_hidden_state[0, -1]
-    (given,) = generation.answer(model, encoder, prompts[:1], 3)
+    (given,) = generation.generate_answers(model, encoder, prompts[:1], 3)
     with torch.no_grad():
         rows[-1] = 0
-    assert given == generation.answer(model, encoder, prompts[:1], 3)[0]
+    assert given == generation.generate_answers(model, encoder, prompts[:1], 3)[0]
 
 
 def test_a_streamed_answer_is_the_answer(
@@ -157,7 +157,7 @@ def test_a_streamed_answer_is_the_answer(
     for prompt in prompts:
         for sampling in (GREEDY, Sampling(temperature=2.0, top_p=1.0, top_k=0)):
             torch.manual_seed(3)
-            pieces = list(generation.stream(model, encoder, prompt, 40, sampling=sampling))
+            pieces = list(generation.stream_answer(model, encoder, prompt, 40, sampling=sampling))
             torch.manual_seed(3)
             ids = generation._generate(
                 model, encoder, torch.tensor([prompt]), torch.ones(1, len(prompt)), 40, sampling
@@ -201,7 +201,7 @@ def test_bytes_that_are_no_character_are_shown_at_the_end(encoder: Any) -> None:
 def test_closing_a_stream_stops_the_writer(
     model: Any, encoder: Any, prompts: list[list[int]]
 ) -> None:
-    stream = generation.stream(model, encoder, prompts[0], 1500, sampling=GREEDY)
+    stream = generation.stream_answer(model, encoder, prompts[0], 1500, sampling=GREEDY)
     next(stream)
     assert threading.active_count() > 1
     before = threading.active_count()
@@ -211,13 +211,13 @@ def test_closing_a_stream_stops_the_writer(
 
 def test_a_stream_ends_in_time(model: Any, encoder: Any, prompts: list[list[int]]) -> None:
     start = time.monotonic()
-    list(generation.stream(model, encoder, prompts[0], 1900, sampling=GREEDY, seconds=0.3))
+    list(generation.stream_answer(model, encoder, prompts[0], 1900, sampling=GREEDY, seconds=0.3))
     assert time.monotonic() - start < 5
 
 
 def test_what_goes_wrong_in_a_stream_is_raised(model: Any, encoder: Any) -> None:
     with pytest.raises(IndexError):
-        list(generation.stream(model, encoder, [10**6], 5, sampling=GREEDY))
+        list(generation.stream_answer(model, encoder, [10**6], 5, sampling=GREEDY))
 
 
 def test_speed_is_of_the_tokens_after_the_first(model: Any, encoder: Any) -> None:

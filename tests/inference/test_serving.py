@@ -59,12 +59,12 @@ def server(resized_dir: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def expected(resized_dir: Path) -> str:
-    encoder = tokenizer.load(resized_dir)
+    encoder = tokenizer.load_processor(resized_dir)
     # As the chat template breaks what would become a special token.
     message = {"role": "user", "content": QUESTION.replace("<|user|>", "< |user|>")}
     prompt = chat_format.build_prompt_ids(encoder, [message])
     model = models.load_model(resized_dir).float()
-    return generation.answer(model, encoder, [prompt], 12)[0].text
+    return generation.generate_answers(model, encoder, [prompt], 12)[0].text
 
 
 def test_the_lines_on_the_card_run(resized_dir: Path, capsys: pytest.CaptureFixture) -> None:

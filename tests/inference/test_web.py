@@ -74,7 +74,7 @@ def answers(models: web.Models, text: str, names: tuple[str, str], **more: Any) 
         "seconds": 60.0,
         "stopped": threading.Event(),
     }
-    return list(web.answers(models, names, text=text, **{**settings, **more}))
+    return list(web.stream_answers(models, names, text=text, **{**settings, **more}))
 
 
 def test_both_sides_answer_and_remember(models: web.Models, model: Any, encoder: Any) -> None:
@@ -85,7 +85,7 @@ def test_both_sides_answer_and_remember(models: web.Models, model: Any, encoder:
     asked = {"role": "user", "content": "日本"}
     for side in web.SIDES:
         prompt = chat_format.build_prompt_ids(encoder, [*before[side], asked])
-        text = generation.answer(model, encoder, [prompt], 8)[0].text
+        text = generation.generate_answers(model, encoder, [prompt], 8)[0].text
         expected = [*before[side], asked, {"role": "assistant", "content": text}]
         assert states[-1][side] == expected
     assert before["right"] == []  # not changed in place
@@ -123,12 +123,12 @@ def test_a_stop_leaves_what_was_said(models: web.Models) -> None:
 
 
 def test_a_port_in_use_is_one_line(free_port: int) -> None:
-    web.check(free_port)
+    web.check_port(free_port)
     with socket.socket() as other:
         other.bind((web.HOST, free_port))
         other.listen()
         with pytest.raises(ConfigError, match=f"--port {free_port} of this machine cannot be used"):
-            web.check(free_port)
+            web.check_port(free_port)
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def page(models: web.Models, options: ChatOptions, free_port: int) -> Iterator[A
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extras.txt")
-    served = web.build(models, "sft", options)
-    web.launch(served, free_port)
+    served = web.build_page(models, "sft", options)
+    web.launch_page(served, free_port)
     try:
         with playwright.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
@@ -182,7 +182,7 @@ def test_a_question_is_typed_and_its_answer_read_as_it_grows(page: Any, models: 
     assert bubbles(page, "left") == kept
     model, encoder = models.get("sft")
     prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": question}])
-    assert len(kept[1]) < len(generation.answer(model, encoder, [prompt], 128)[0].text)
+    assert len(kept[1]) < len(generation.generate_answers(model, encoder, [prompt], 128)[0].text)
     # A second model joins for the next question, and knows nothing of the first.
     page.get_by_label("Compare with").click()
     page.get_by_role("option", name="base").click()
@@ -206,7 +206,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.25)
             yield f"{number} "
 
-    monkeypatch.setattr(chat, "reply", reply)
+    monkeypatch.setattr(chat, "stream_reply", reply)
 
 
 @pytest.mark.usefixtures("slow")

@@ -148,8 +148,8 @@ def test_memory_is_what_a_gpu_showed(
     total = shape.layer_weights + shape.embedding_weights
     trained = costs.trained_parameters(shape, config_6b())
     if config.embedding_rows == "new":
-        trained = costs.Trained(trained.lora, new, total - new)
-    items = costs.memory(shape, trained, config, processes)
+        trained = costs.ParameterCounts(trained.lora, new, total - new)
+    items = costs.estimate_memory(shape, trained, config, processes)
     assert sum(size for _, size in items) == pytest.approx(measured_gb, rel=0.02)
 
 
@@ -166,7 +166,7 @@ def test_memory_is_what_a_gpu_showed(
 def test_a_global_batch_is_shared_out(
     batch: int, micro: int, processes: int, expected: tuple[int, int]
 ) -> None:
-    plan = costs.Plan.of(config_6b(global_batch_size=batch, micro_batch_size=micro), processes)
+    plan = costs.BatchPlan.of(config_6b(global_batch_size=batch, micro_batch_size=micro), processes)
     assert (plan.micro_batch, plan.accumulation) == expected
     assert plan.micro_batch * plan.accumulation * processes == batch
 
@@ -210,10 +210,10 @@ def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> Non
     config = config_6b(
         model=base_dir, estimate=4, deepspeed=PROJECT / "ds_zero2.json", embedding_rows="all"
     )
-    text = costs.describe(config)
+    text = costs.describe_costs(config)
     assert "16,384 tokens = 4 GPUs x 1 passes x 4 blocks x 1024 tokens" in text
     shape = base_config.read_shape(base_dir)
-    items = costs.memory(shape, costs.trained_parameters(shape, config), config, 4)
+    items = costs.estimate_memory(shape, costs.trained_parameters(shape, config), config, 4)
     assert f"{sum(size for _, size in items):.2f}" in text
     settings = json.loads((PROJECT / "ds_zero2.json").read_text())
     shape = base_config.read_shape(base_dir)
@@ -231,7 +231,7 @@ def test_the_hours_are_those_of_the_measured_speed() -> None:
     shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
     config = config_6b(gradient_checkpointing=True, compile=True)
     trained = costs.trained_parameters(shape, config)
-    lines = "\n".join(costs._times(shape, trained, config, costs.Plan(4, 1, 4)))
+    lines = "\n".join(costs._times(shape, trained, config, costs.BatchPlan(4, 1, 4)))
     assert "at 30% of a card's peak" in lines
     measured = 1e9 / (4 * 11_547) / 3600
     (found,) = re.findall(r"H100 (\S+) h", lines)
@@ -240,18 +240,18 @@ def test_the_hours_are_those_of_the_measured_speed() -> None:
 
 def test_what_is_sent_is_what_deepspeed_sends() -> None:
     """All gradients in a ring twice, the weights once; in GB, in half precision."""
-    trained = costs.Trained(lora=100_000_000, embeddings=400_000_000, frozen=0)
-    assert costs.sent_per_step(trained, costs.Plan(4, 1, 2)) == pytest.approx((1.0, 0.5))
-    assert costs.sent_per_step(trained, costs.Plan(4, 3, 4)) == pytest.approx((4.5, 0.75))
+    trained = costs.ParameterCounts(lora=100_000_000, embeddings=400_000_000, frozen=0)
+    assert costs.sent_per_step(trained, costs.BatchPlan(4, 1, 2)) == pytest.approx((1.0, 0.5))
+    assert costs.sent_per_step(trained, costs.BatchPlan(4, 3, 4)) == pytest.approx((4.5, 0.75))
 
 
 def test_every_item_of_the_memory() -> None:
     """By hand, of 4 GPUs with checkpointing: in GB, bytes times numbers over 10^9."""
     shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
     config = config_6b(gradient_checkpointing=True)
-    trained = costs.Trained(lora=16_658_432, embeddings=643_825_664, frozen=5_710_907_392)
+    trained = costs.ParameterCounts(lora=16_658_432, embeddings=643_825_664, frozen=5_710_907_392)
     assert costs.trained_parameters(shape, config) == trained
-    found = dict(costs.memory(shape, trained, config, 4))
+    found = dict(costs.estimate_memory(shape, trained, config, 4))
     tokens, width, ffn = 4 * 1024, 4096, 13_696
     layer = tokens * (12 * width + 10 * width + 2 * 1024 + 4 * 32 + 8 * ffn + 96 + 8 + 256)
     expected = {
@@ -265,5 +265,7 @@ def test_every_item_of_the_memory() -> None:
     }
     assert found == pytest.approx({name: size / 1e9 for name, size in expected.items()})
     # With little to keep, the loss is larger than a layer, and the end fuller than the beginning.
-    small = dict(costs.memory(shape, trained, config_6b(block_size=64, micro_batch_size=1), 1))
+    small = dict(
+        costs.estimate_memory(shape, trained, config_6b(block_size=64, micro_batch_size=1), 1)
+    )
     assert small["gradients"] == pytest.approx(4 * 660_484_096 / 1e9)

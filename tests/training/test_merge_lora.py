@@ -44,13 +44,13 @@ def test_what_is_not_trained_is_copied_and_the_rest_computed(
 ) -> None:
     merge_lora.write_merged(resized_dir, adapted)
     adapter = load_file(adapted / merge_lora.ADAPTER / "adapter_model.safetensors")
-    before, after = (dict(weights.stored_tensors(f)) for f in (resized_dir, adapted))
+    before, after = (dict(weights.iterate_tensors(f)) for f in (resized_dir, adapted))
     assert before.keys() == after.keys()
     for name, old in before.items():
-        module = merge_lora.PREFIX + name.removesuffix(".weight")
+        module = merge_lora.PEFT_PREFIX + name.removesuffix(".weight")
         expected = old
-        if merge_lora.PREFIX + name in adapter:
-            expected = adapter[merge_lora.PREFIX + name].to(old.dtype)
+        if merge_lora.PEFT_PREFIX + name in adapter:
+            expected = adapter[merge_lora.PEFT_PREFIX + name].to(old.dtype)
         elif f"{module}.lora_A.weight" in adapter:
             up, down = (adapter[f"{module}.lora_{x}.weight"].double() for x in "BA")
             expected = (old.double() + 6 / 4 * up @ down).to(old.dtype)
@@ -70,14 +70,14 @@ def test_an_adapter_of_another_shape_is_refused(adapted: Path, resized_dir: Path
 
 
 def test_a_tensor_without_a_place_is_refused(adapted: Path, resized_dir: Path) -> None:
-    name = merge_lora.PREFIX + "model.layers.9.mlp.down_proj.lora_A.weight"
+    name = merge_lora.PEFT_PREFIX + "model.layers.9.mlp.down_proj.lora_A.weight"
     change(adapted, name, torch.zeros(4, 4))
     with pytest.raises(DataError, match=r"layers\.9\.mlp\.down_proj\.lora_A\.weight, which"):
         merge_lora.write_merged(resized_dir, adapted)
 
 
 def test_half_a_pair_of_matrices_is_refused(adapted: Path, resized_dir: Path) -> None:
-    change(adapted, merge_lora.PREFIX + "model.layers.1.mlp.down_proj.lora_B.weight", None)
+    change(adapted, merge_lora.PEFT_PREFIX + "model.layers.1.mlp.down_proj.lora_B.weight", None)
     with pytest.raises(DataError, match=r"one of the two LoRA matrices of model\.layers\.1\.mlp"):
         merge_lora.write_merged(resized_dir, adapted)
 
@@ -86,7 +86,7 @@ def test_a_model_in_float32_is_merged_and_verified(resized_dir: Path, adapted: P
     """Another order of sums than PEFT's is no error."""
     single = adapted / "single"
     GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).save_pretrained(single)
-    tokenizer_files.copy_files(resized_dir, single)
+    tokenizer_files.copy_tokenizer_files(resized_dir, single)
     assert (single / "model.safetensors").is_file()
     merge_lora.write_merged(single, adapted)
     assert merge_lora.verify_logits(single, adapted) < 1e-4
@@ -108,9 +108,9 @@ def test_a_merged_model_that_computes_something_else_is_noticed(
 def test_a_written_tensor_of_another_dtype_is_noticed(
     adapted: Path, resized_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = weights.stored_tensors
+    stored = weights.iterate_tensors
     monkeypatch.setattr(
-        weights, "stored_tensors", lambda f: ((name, t.float()) for name, t in stored(f))
+        weights, "iterate_tensors", lambda f: ((name, t.float()) for name, t in stored(f))
     )
     with pytest.raises(DataError, match="was written as"):
         merge_lora.write_merged(resized_dir, adapted)

@@ -32,7 +32,7 @@ def test_the_loss_is_the_plain_cross_entropy() -> None:
     hidden = torch.randn(3, 400, 16, requires_grad=True)
     weight = torch.randn(500, 16, requires_grad=True)
     labels = torch.randint(0, 500, (3, 400))
-    labels[0, 50:300] = chat_format.IGNORE
+    labels[0, 50:300] = chat_format.IGNORE_INDEX
     loss = token_losses_sum(hidden, weight, labels)
     loss.backward()
     ours = hidden.grad, weight.grad
@@ -54,7 +54,7 @@ def test_the_loss_is_the_same_on_a_torch_that_lacks_it(
     hidden = torch.randn(3, 1200, 16, requires_grad=True)
     weight = torch.randn(500, 16, requires_grad=True)
     labels = torch.randint(0, 500, (3, 1200))
-    labels[0, 50:300] = chat_format.IGNORE
+    labels[0, 50:300] = chat_format.IGNORE_INDEX
     found: list[tuple[torch.Tensor, ...]] = []
     caplog.set_level("INFO")
     model._say_that_the_loss_is_plain.cache_clear()
@@ -149,9 +149,9 @@ def test_packed_conversations_train_as_padded_ones(
     model: Any, data_dir: Path, rows_a_pass: int
 ) -> None:
     """Loss and gradient of a step, packed into bins, and one a row in several padded passes."""
-    bins = dataset.read(data_dir, "sft", "train")
+    bins = dataset.load_rows(data_dir, "sft", "train")
     collate = collator.Collator(document_mask=True)
-    trained = sum(label != chat_format.IGNORE for row in bins["labels"] for label in row)
+    trained = sum(label != chat_format.IGNORE_INDEX for row in bins["labels"] for label in row)
 
     def step(rows: Any, size: int) -> tuple[float, torch.Tensor]:
         model.zero_grad()
@@ -164,7 +164,7 @@ def test_packed_conversations_train_as_padded_ones(
         return total, torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
     loss, gradient = step(bins, len(bins))
-    apart = dataset.unpacked(bins)
+    apart = dataset.unpack_rows(bins)
     assert len(apart) > 2 * len(bins)
     padded_loss, padded_gradient = step(apart, rows_a_pass)
     assert padded_loss == pytest.approx(loss, rel=1e-5)
@@ -174,7 +174,7 @@ def test_packed_conversations_train_as_padded_ones(
 def test_logits_in_a_bin_are_those_of_the_conversation_alone(model: Any, data_dir: Path) -> None:
     """By transformers' own forward pass, and to 1e-5 of the largest logit."""
     plain = GlmForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
-    bins = dataset.read(data_dir, "sft", "train")
+    bins = dataset.load_rows(data_dir, "sft", "train")
     batch = collator.Collator(document_mask=True, length=256)([bins[i] for i in range(len(bins))])
     model.eval()
     with torch.inference_mode():
@@ -209,7 +209,7 @@ def test_single_losses_are_those_of_the_tokens(
         -logits[row, place - 1].double().log_softmax(-1)[label].item()
         for row, labels in enumerate(batch["labels"].tolist())
         for place, label in enumerate(labels)
-        if label != chat_format.IGNORE
+        if label != chat_format.IGNORE_INDEX
     ]
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
@@ -223,6 +223,6 @@ def test_without_the_document_mask_attention_crosses_documents(
     losses = []
     for masked in (True, False):
         batch = collator.Collator(masked)([row])
-        batch["labels"][0, : len(documents[0]) + 1] = chat_format.IGNORE
+        batch["labels"][0, : len(documents[0]) + 1] = chat_format.IGNORE_INDEX
         losses.append(model(**batch).loss.item())
     assert abs(losses[0] - losses[1]) > 1e-4

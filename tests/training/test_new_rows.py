@@ -14,7 +14,7 @@ from tests.training.runs import checkpoints_in, config_for
 
 
 def first_new(folder: Path) -> int:
-    return tokenizer.load(folder).piece_to_id("<|observation|>") + 1
+    return tokenizer.load_processor(folder).piece_to_id("<|observation|>") + 1
 
 
 def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
         name: model.get_parameter(name).grad
         for name in (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
     }
-    new_rows.split(model, first)
+    new_rows.split_embeddings(model, first)
     split = model(ids).logits
     assert torch.equal(split, whole)
     split.square().mean().backward()
@@ -40,7 +40,7 @@ def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
         assert torch.allclose(part.new.grad, grad[first:], atol=1e-7)
     stored = GlmForCausalLM.from_pretrained(resized_dir)
     names = (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
-    new_rows.join(model, *(stored.get_parameter(name).detach() for name in names))
+    new_rows.join_embeddings(model, *(stored.get_parameter(name).detach() for name in names))
     assert torch.equal(model(ids).logits, whole)
     assert sorted(model.state_dict()) == sorted(
         GlmForCausalLM.from_pretrained(resized_dir).state_dict()

@@ -52,9 +52,9 @@ def test_counts_are_those_of_the_rows(data_dir: Path, example: Callable[..., Exa
     assert dataset.count_sources(rows, ["ja/a", "ja/a"]) == [
         SourceCount("ja/a", "ja", 4, sum(lengths))
     ]
-    packed = dataset.read(data_dir, "sft", "train")
+    packed = dataset.load_rows(data_dir, "sft", "train")
     assert dataset.count_sources(packed, ["ja/x"]) == dataset.count_sources(
-        dataset.unpacked(packed), ["ja/x"]
+        dataset.unpack_rows(packed), ["ja/x"]
     )
 
 
@@ -62,7 +62,9 @@ def test_good_conversations_pass(
     data_dir: Path, encoder: Any, example: Callable[..., Example]
 ) -> None:
     for split in ("train", "validation"):
-        dataset.check_conversations(dataset.read(data_dir, "sft", split), data_dir, split, encoder)
+        dataset.check_conversations(
+            dataset.load_rows(data_dir, "sft", split), data_dir, split, encoder
+        )
     rows = rows_of([example("はい")], [example("1", "b")])  # answers of one token
     dataset.check_conversations(rows, data_dir, "train", encoder)
 
@@ -135,22 +137,22 @@ def test_losses_stand_beside_those_before(tmp_path: Path) -> None:
         {"step": 5, "loss": 2.0},
         {"step": 9, "source_ja/a_loss": 1.5, "source_ja/a_tokens": 90.0},
     ]
-    before = source_losses.describe(sources, history[:1])
+    before = source_losses.describe_losses(sources, history[:1])
     assert before[0].split() == ["source", "language", "examples", "tokens", "loss", "before"]
     assert before[1].split() == ["ja/a", "ja", "1,000", "50,000", "3.0000"]
-    after = source_losses.describe(sources, history)
+    after = source_losses.describe_losses(sources, history)
     assert after[1].split() == ["ja/a", "ja", "1,000", "50,000", "3.0000", "1.5000"]
     # Nothing of this one was kept for validation.
     assert after[2].split() == ["zh/b", "zh", "5", "60", "-", "-"]
     assert len({len(line) for line in after}) == 1
-    source_losses.write(sources, history, tmp_path)
-    first, second = json.loads((tmp_path / source_losses.FILE).read_text())
+    source_losses.write_source_losses(sources, history, tmp_path)
+    first, second = json.loads((tmp_path / source_losses.SOURCES_FILE).read_text())
     assert first == {
         "source": "ja/a", "language": "ja", "examples": 1000, "tokens": 50_000,
         "scored_tokens": 90.0, "loss_before": 3.0, "loss": 1.5,
     }  # fmt: skip
     assert second["loss"] is None
     # A run that began without evaluations does not know what was before.
-    late = source_losses.losses(sources, history[1:])[0]
+    late = source_losses.losses_by_source(sources, history[1:])[0]
     assert (late["loss_before"], late["loss"]) == (None, 1.5)
-    assert source_losses.describe(sources, history[1:])[1].split()[-2:] == ["-", "1.5000"]
+    assert source_losses.describe_losses(sources, history[1:])[1].split()[-2:] == ["-", "1.5000"]

@@ -148,11 +148,11 @@ def test_conversations_are_scored_by_kind_and_by_source(
     history = train.train(config, "sft", None)["history"]
     model = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
     nats = tokens = 0.0
-    for row in dataset.unpacked(dataset.read(data, "sft", "validation")):
+    for row in dataset.unpack_rows(dataset.load_rows(data, "sft", "validation")):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
         with torch.inference_mode():
             scores = model(ids).logits[0, :-1].log_softmax(-1)
-        at = (labels != chat_format.IGNORE).nonzero()[:, 0]
+        at = (labels != chat_format.IGNORE_INDEX).nonzero()[:, 0]
         nats -= scores[at, labels[at]].sum().item()
         tokens += len(at)
     scored = [entry for entry in history if "validation_loss" in entry]
@@ -162,7 +162,7 @@ def test_conversations_are_scored_by_kind_and_by_source(
     assert [entry.get("source_ja/help_tokens") for entry in scored] == [tokens, None, None, tokens]
     said = capsys.readouterr().err
     before, after = (scored[i]["source_ja/help_loss"] for i in (0, 3))
-    rows = dataset.read(data, "sft", "train")
+    rows = dataset.load_rows(data, "sft", "train")
     counted = f"{sum(map(len, rows['lengths'])):,}", f"{sum(map(sum, rows['lengths'])):,}"
     table = [line.split() for line in said.splitlines() if line.startswith("ja/help")]
     assert table[0] == ["ja/help", "ja", *counted, f"{before:.4f}"]
@@ -174,11 +174,11 @@ def test_a_bad_conversation_is_refused_before_the_model_is_loaded(
     resized_dir: Path, data_dir: Path, tmp_path: Path, copy_of: Any, split: str
 ) -> None:
     data = copy_of(data_dir, tmp_path / "data")
-    rows = dataset.read(data_dir, "sft", split)[:]
-    rows["labels"][-1] = [chat_format.IGNORE] * len(rows["labels"][-1])
+    rows = dataset.load_rows(data_dir, "sft", split)[:]
+    rows["labels"][-1] = [chat_format.IGNORE_INDEX] * len(rows["labels"][-1])
     (path,) = data.glob(f"sft_{split}-*.arrow")
     path.unlink()
-    features = dataset.read(data_dir, "sft", split).features
+    features = dataset.load_rows(data_dir, "sft", split).features
     with ArrowWriter(path=str(path), features=features) as writer:
         for row in zip(*rows.values(), strict=True):
             writer.write(dict(zip(rows, row, strict=True)))
@@ -206,7 +206,7 @@ def test_packed_conversations_train_as_padded_ones(
 ) -> None:
     """The same conversations in a step give the same losses and the same weights; the gradients
     themselves are compared in tests/training/test_model.py."""
-    bins = dataset.read(data_dir, "sft", "train")
+    bins = dataset.load_rows(data_dir, "sft", "train")
     conversations = sum(map(len, bins["lengths"]))
     assert conversations > 2 * len(bins)
     losses, weights = [], []
@@ -230,9 +230,9 @@ def test_bits_per_character_are_those_of_the_text(
 ) -> None:
     """Against the plain model, a document at a time, its logits in full."""
     model = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
-    encoder = tokenizer.load(resized_dir)
+    encoder = tokenizer.load_processor(resized_dir)
     nats = characters = 0.0
-    for row in dataset.read(data_dir, "pretrain", "validation"):
+    for row in dataset.load_rows(data_dir, "pretrain", "validation"):
         start = 0
         for length in row["lengths"] if row["language"] == "zh" else []:
             ids = torch.tensor(row["input_ids"][start : start + length])
@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_a_number_stops_at_once(
     model = GlmForCausalLM.from_pretrained(resized_dir)
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
-    tokenizer_files.copy_files(resized_dir, broken)
+    tokenizer_files.copy_tokenizer_files(resized_dir, broken)
     config = config_for(broken, data_dir, tmp_path, max_steps=50)
     with pytest.raises(DataError, match="the training loss is nan at step 1: lower"):
         train.train(config, "pretrain", None)
@@ -440,7 +440,7 @@ def test_data_of_a_larger_vocabulary_is_refused(
 def test_fp16_needs_a_gpu(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, precision="fp16")
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        train.precision(config)
+        train.choose_dtype(config)
 
 
 def test_a_learning_rate_of_zero_leaves_the_transformer_as_it_is(
@@ -449,8 +449,8 @@ def test_a_learning_rate_of_zero_leaves_the_transformer_as_it_is(
     config = config_for(resized_dir, data_dir, tmp_path, learning_rate=0.0, max_steps=2)
     train.train(config, "pretrain", tmp_path)
     merge_lora.write_merged(resized_dir, tmp_path)
-    before = dict(stored_weights.stored_tensors(resized_dir))
-    after = dict(stored_weights.stored_tensors(tmp_path))
+    before = dict(stored_weights.iterate_tensors(resized_dir))
+    after = dict(stored_weights.iterate_tensors(tmp_path))
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD}
 
@@ -458,10 +458,10 @@ def test_a_learning_rate_of_zero_leaves_the_transformer_as_it_is(
 def test_no_validation_rows_are_refused_unless_none_are_asked_for(
     resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = dataset.read
+    read = dataset.load_rows
     monkeypatch.setattr(
         dataset,
-        "read",
+        "load_rows",
         lambda *names: read(*names).select(range(0 if names[2] == "validation" else 64)),
     )
     config = config_for(resized_dir, data_dir, tmp_path, max_steps=1)

@@ -26,8 +26,8 @@ def learn(base_proto: Any, lines: Counter[str], policy: str, count: int, **chang
 def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: str) -> Counter[str]:
     """How often each admitted pair stands in the lines, as the tokenizer with `pieces` cuts them;
     named by the piece that it would make."""
-    proto = tokenizer.with_special_tokens(base_proto, pieces)
-    encoder = tokenizer.processor(proto, dummy_prefix=False)
+    proto = tokenizer.add_special_tokens(base_proto, pieces)
+    encoder = tokenizer.make_processor(proto, dummy_prefix=False)
     counts: Counter[tuple[str, str]] = Counter()
     for line, weight in lines.items():
         tokens = [proto.pieces[index] for index in encoder.encode(line)]
@@ -100,7 +100,7 @@ def test_rare_pairs_are_not_learned(base_proto: Any) -> None:
 
 def test_characters_come_first_and_by_coverage(base_proto: Any) -> None:
     """込 has no piece in this base: three bytes until it gets one."""
-    base = tokenizer.processor(base_proto)
+    base = tokenizer.make_processor(base_proto)
     missing = [c for c in "込辻峠働" if base.piece_to_id(c) == tokenizer.UNK_ID]
     assert len(missing) >= 2
     frequent, rare = missing[:2]

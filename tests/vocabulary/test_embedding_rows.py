@@ -24,7 +24,7 @@ def resized(base: Path, tokenizer_dir: Path, output: Path, **changes: Any) -> di
         "pad_to_multiple": 64, "max_shard_bytes": 400_000, "seed": 0, **changes,
     }  # fmt: skip
     return embedding_rows.resize_checkpoint(
-        weights.Checkpoint(base), tokenizer_dir, output, **settings
+        weights.BaseWeights(base), tokenizer_dir, output, **settings
     )
 
 
@@ -48,7 +48,7 @@ def test_new_rows_are_the_means_of_their_subtokens(
     """Computed again from the base tokenizer itself: its ids after the dummy prefix."""
     old = load_file(base_dir / "model-00001-of-00003.safetensors")[tensor_names.EMBEDDING]
     new = weights.read_tensor(resized_dir, tensor_names.GLM_EMBEDDING)
-    base = tokenizer.processor(base_proto)
+    base = tokenizer.make_processor(base_proto)
     mark = base.encode("\n")[0]
     for offset, piece in enumerate(merge.added[:200]):
         # After a line break, which no merge crosses, the text is encoded as inside a document.
@@ -134,7 +134,7 @@ def test_there_and_back_again(base_dir: Path, merged_dir: Path, tmp_path: Path) 
     """glm and chatglm hold the same bits, and the latter reads as the former."""
     for name in ("glm", "chatglm"):
         resized(base_dir, merged_dir, tmp_path / name, output_layout=name)
-    back = weights.Checkpoint(tmp_path / "chatglm")
+    back = weights.BaseWeights(tmp_path / "chatglm")
     config = json.loads((tmp_path / "chatglm" / "config.json").read_text())
     base_config = json.loads((base_dir / "config.json").read_text())
     rows = back.tensor(tensor_names.EMBEDDING).shape[0]
@@ -175,13 +175,13 @@ def test_the_original_layout_is_not_trained_on(
 def test_a_tokenizer_of_another_base_is_refused(
     base_dir: Path, base_proto: Any, tmp_path: Path
 ) -> None:
-    other = tokenizer.with_special_tokens(base_proto, ["あ"])
+    other = tokenizer.add_special_tokens(base_proto, ["あ"])
     other.pieces[1000].piece, other.pieces[1001].piece = (
         other.pieces[1001].piece,
         other.pieces[1000].piece,
     )
     (tmp_path / "tokenizer").mkdir()
-    tokenizer_files.save(other, tmp_path / "tokenizer")
+    tokenizer_files.save_tokenizer(other, tmp_path / "tokenizer")
     with pytest.raises(DataError, match="was merged with another base"):
         resized(base_dir, tmp_path / "tokenizer", tmp_path / "model")
     (tmp_path / "bare").mkdir()

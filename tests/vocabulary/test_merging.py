@@ -22,7 +22,9 @@ def train(texts: Any, vocab_size: int = 2500, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "character_coverage": 0.9995, "num_threads": 1, "settings": TRAINER_SETTINGS, **changes
     }  # fmt: skip
-    return learning.train(corpus.training_lines(texts, {}), vocab_size=vocab_size, **settings)
+    return learning.train_sentencepiece(
+        corpus.training_lines(texts, {}), vocab_size=vocab_size, **settings
+    )
 
 
 def model_of(base_proto: Any, *pieces: str) -> Any:
@@ -143,7 +145,7 @@ def test_too_little_text_is_one_clear_error(base_proto: Any) -> None:
 
 
 def continued(base_proto: Any, texts: list[str], vocab_size: int, policy: str = "japanese") -> Any:
-    return learning.continue_base(
+    return learning.continue_merges(
         base_proto,
         corpus.training_lines(texts, {}),
         policy,
@@ -155,25 +157,27 @@ def continued(base_proto: Any, texts: list[str], vocab_size: int, policy: str = 
 
 
 def test_continuing_wastes_no_piece_and_compresses_better(
-    base_proto: Any, merge: merging.Merge
+    base_proto: Any, merge: merging.MergedVocabulary
 ) -> None:
     """As many new pieces from the same text: none dropped, held-out Japanese shorter."""
     control_and_bytes = 3 + 256
     size = control_and_bytes + len(merge.added)
     learned = continued(base_proto, demo_texts("ja", 300), size)
     assert len(learned.pieces) == size
-    from_base = merging.merge(base_proto, learned, "japanese")
+    from_base = merging.merge_pieces(base_proto, learned, "japanese")
     assert len(from_base.added) == len(merge.added)
     assert not any(from_base.dropped.values())
     texts = demo_texts("ja", 80, "heldout")
-    tokens = [sum(map(len, tokenizer.processor(m.proto).encode(texts))) for m in (merge, from_base)]
+    tokens = [
+        sum(map(len, tokenizer.make_processor(m.proto).encode(texts))) for m in (merge, from_base)
+    ]
     assert tokens[1] < tokens[0]
 
 
 @pytest.mark.parametrize("policy", ["kana", "japanese", "han"])
 def test_continuing_learns_only_what_the_policy_admits(base_proto: Any, policy: str) -> None:
     learned = continued(base_proto, demo_texts("ja", 40), 259 + 300, policy)
-    merged = merging.merge(base_proto, learned, policy)
+    merged = merging.merge_pieces(base_proto, learned, policy)
     assert len(merged.added) == 300
 
 
@@ -196,19 +200,19 @@ def test_new_pieces_rank_below_the_base_in_the_order_learned(base_proto: Any, me
 
 
 def test_every_new_piece_is_produced_by_a_text(merge: Any) -> None:
-    encoder = tokenizer.processor(merge.proto, dummy_prefix=False)
+    encoder = tokenizer.make_processor(merge.proto, dummy_prefix=False)
     for piece in merge.added:
         assert encoder.encode(piece.replace("▁", " "), out_type=str) == [piece]
 
 
 def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
-    base = tokenizer.processor(base_proto)
+    base = tokenizer.make_processor(base_proto)
     known = next(p.piece for p in base_proto.pieces if p.type == p.NORMAL and len(p.piece) > 1)
     assert base.piece_to_id("閠") == tokenizer.UNK_ID  # no piece of its own
     # No piece joins かね or ますか, so that nothing leads to ますかね.
     pieces = [*"のますかね", "ます"]
     japanese = model_of(base_proto, known, "qzxq", "閠の", *pieces, "ますかね")
-    merged = merging.merge(base_proto, japanese, "japanese")
+    merged = merging.merge_pieces(base_proto, japanese, "japanese")
     assert merged.added == pieces
     assert merged.dropped == {
         "already_known": [known],
@@ -217,7 +221,7 @@ def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
         "unreachable": ["ますかね"],
     }
     assert merged.counts()["unreachable"] == 1
-    everything = merging.merge(base_proto, japanese, "all")
+    everything = merging.merge_pieces(base_proto, japanese, "all")
     assert everything.added == ["qzxq", "閠の", *pieces, "ますかね"]
     assert everything.dropped["unspellable"] == ["閠の"]
     assert "ますかね" in everything.dropped["unreachable"]
@@ -226,18 +230,20 @@ def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
 def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Path) -> None:
     learned = learning.read_learned(ja_dir)
     texts = demo_texts("ja", 100)
-    full = merging.merge(base_proto, learned, "japanese")
+    full = merging.merge_pieces(base_proto, learned, "japanese")
     limit = len(full.added) // 2
-    best = merging.merge(base_proto, learned, "japanese", max_new_pieces=limit, ranking_texts=texts)
+    best = merging.merge_pieces(
+        base_proto, learned, "japanese", max_new_pieces=limit, ranking_texts=texts
+    )
     assert len(best.added) == limit
     assert best.added == [piece for piece in full.added if piece in set(best.added)]
     assert set(best.dropped["past_max_new_pieces"]) == set(full.added) - set(best.added)
-    encoder = tokenizer.processor(best.proto, dummy_prefix=False)
+    encoder = tokenizer.make_processor(best.proto, dummy_prefix=False)
     assert encoder.encode(best.added, out_type=str) == [[piece] for piece in best.added]
 
     def tokens(pieces: list[str]) -> int:
-        proto = tokenizer.with_special_tokens(base_proto, pieces)
-        return sum(map(len, tokenizer.processor(proto).encode(texts)))
+        proto = tokenizer.add_special_tokens(base_proto, pieces)
+        return sum(map(len, tokenizer.make_processor(proto).encode(texts)))
 
     # Half the pieces by use do more than half of the work, and more than the other half.
     none, half, every = tokens([]), tokens(best.added), tokens(full.added)
@@ -248,17 +254,17 @@ def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Pa
 def test_a_limit_under_all_lists_what_it_keeps(base_proto: Any) -> None:
     pieces = ["ます", *"ますかね", "ますかね"]
     arguments: dict[str, Any] = {"max_new_pieces": 3, "ranking_texts": ["ますます"]}
-    merged = merging.merge(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+    merged = merging.merge_pieces(base_proto, model_of(base_proto, *pieces), "all", **arguments)
     assert merged.added == ["ます", "ま", "す"]
     assert merged.dropped["unreachable"] == []
     assert merged.dropped["past_max_new_pieces"] == ["か", "ね", "ますかね"]
     arguments["ranking_texts"] = ["english"]
     with pytest.raises(DataError, match="hold no text that any new piece occurs in"):
-        merging.merge(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+        merging.merge_pieces(base_proto, model_of(base_proto, *pieces), "all", **arguments)
 
 
 def test_special_tokens_are_never_pieces(base_proto: Any) -> None:
-    merged = merging.merge(base_proto, model_of(base_proto, "sop", "eop", "qzxq"), "all")
+    merged = merging.merge_pieces(base_proto, model_of(base_proto, "sop", "eop", "qzxq"), "all")
     assert merged.added == ["qzxq"]
     assert merged.dropped["already_known"] == ["sop", "eop"]
 
@@ -277,7 +283,7 @@ def test_a_model_that_sentencepiece_refuses_is_damaged(
 
 def test_uses_are_the_merges_that_a_text_needs(base_proto: Any) -> None:
     pieces = [*"しますかで", "ます", "します", "しますか"]
-    use = merging.uses(base_proto, pieces, ["します", "しますか", "ます。しますか", "です"])
+    use = merging.count_uses(base_proto, pieces, ["します", "しますか", "ます。しますか", "です"])
     assert {piece: use[piece] for piece in pieces[5:]} == {"ます": 4, "します": 3, "しますか": 2}
     assert (use["し"], use["す"], use["で"]) == (3, 5, 1)
 
@@ -288,14 +294,14 @@ def test_uses_are_the_merges_that_a_text_needs(base_proto: Any) -> None:
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Any]:
     return (
-        tokenizer.read_base(SHARED / "chatglm3-6b"),
+        tokenizer.read_base_proto(SHARED / "chatglm3-6b"),
         learning.read_learned(SHARED / "reference" / "ja_bpe.model"),
     )
 
 
 @needs_real_tokenizer
 def test_policy_all_adds_what_the_article_added(real: tuple[Any, Any]) -> None:
-    merged = merging.merge(*real, "all")
+    merged = merging.merge_pieces(*real, "all")
     assert len(merged.added) == 13_756
     assert len(merged.proto.pieces) == 78_554
     assert merged.dropped["unreachable"]
@@ -304,17 +310,17 @@ def test_policy_all_adds_what_the_article_added(real: tuple[Any, Any]) -> None:
 @needs_real_tokenizer
 def test_the_articles_sample_takes_at_most_67_tokens(real: tuple[Any, Any]) -> None:
     sample = (SHARED / "parity" / "sample_ja.txt").read_text(encoding="utf-8").rstrip("\n")
-    merged = merging.merge(*real, "japanese")
-    assert len(tokenizer.processor(real[0]).encode(sample)) == 125
-    assert len(tokenizer.processor(merged.proto).encode(sample)) <= 67
+    merged = merging.merge_pieces(*real, "japanese")
+    assert len(tokenizer.make_processor(real[0]).encode(sample)) == 125
+    assert len(tokenizer.make_processor(merged.proto).encode(sample)) <= 67
 
 
 @needs_real_tokenizer
 @pytest.mark.parametrize("policy", ["japanese", "kana"])
 def test_chinese_and_english_stay(real: tuple[Any, Any], policy: str) -> None:
-    merged = merging.merge(*real, policy)
-    before, after = map(tokenizer.processor, (real[0], merged.proto))
+    merged = merging.merge_pieces(*real, policy)
+    before, after = map(tokenizer.make_processor, (real[0], merged.proto))
     for language in ("zh", "en"):
         texts = demo_texts(language, 1000)
-        result = segmentation.compare(before, after, texts, policy)
+        result = segmentation.compare_segmentation(before, after, texts, policy)
         assert result.identical == result.lines > 1000

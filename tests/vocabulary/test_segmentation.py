@@ -15,71 +15,73 @@ from tests.conftest import demo_texts
 
 @pytest.fixture
 def before(base_proto: Any) -> Any:
-    return tokenizer.processor(tokenizer.with_special_tokens(base_proto))
+    return tokenizer.make_processor(tokenizer.add_special_tokens(base_proto))
 
 
 def test_chinese_and_english_are_segmented_as_before(before: Any, merge: Any) -> None:
-    after = tokenizer.processor(merge.proto)
+    after = tokenizer.make_processor(merge.proto)
     for language in ("zh", "en"):
-        result = segmentation.compare(before, after, demo_texts(language, 300), "japanese")
+        result = segmentation.compare_segmentation(
+            before, after, demo_texts(language, 300), "japanese"
+        )
         assert result.lines > 1000
         # One Chinese page quotes Japanese numerals (壱弐参): the only line that may change.
         assert result.covered >= result.lines - 1
         assert result.identical >= result.covered and not result.broken
     texts = demo_texts("ja", 80, "heldout")
-    japanese = segmentation.compare(before, after, texts, "japanese")
+    japanese = segmentation.compare_segmentation(before, after, texts, "japanese")
     assert japanese.tokens_after < 0.8 * japanese.tokens_before
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
     ids = [index for line in after.encode(lines) for index in line]
     new = [index for index in ids if index >= before.get_piece_size()]
     assert japanese.used == set(new)
     assert japanese.row()["new_token_share"] == len(new) / len(ids)
-    segmentation.check_promises({"ja": japanese}, "japanese")
+    segmentation.check_guarantee({"ja": japanese}, "japanese")
 
 
 def test_a_broken_promise_is_noticed(base_proto: Any, before: Any) -> None:
     """A piece without kana, as the article's merge adds them, changes a Chinese line."""
     piece = "".join(before.encode("打开文件夹。", out_type=str)[-2:])
     assert before.piece_to_id(piece) == tokenizer.UNK_ID
-    after = tokenizer.processor(tokenizer.with_special_tokens(base_proto, [piece]))
+    after = tokenizer.make_processor(tokenizer.add_special_tokens(base_proto, [piece]))
     texts = ["打开文件夹。\nin the other\nひらがな。"]
-    result = segmentation.compare(before, after, texts, "japanese")
+    result = segmentation.compare_segmentation(before, after, texts, "japanese")
     assert result.lines == 3 and result.covered == 2
     assert result.broken == result.changed == ["打开文件夹。"]
     with pytest.raises(DataError, match="1 zh lines that the policy japanese must leave"):
-        segmentation.check_promises({"zh": result}, "japanese")
-    result = segmentation.compare(before, after, texts, "all")
+        segmentation.check_guarantee({"zh": result}, "japanese")
+    result = segmentation.compare_segmentation(before, after, texts, "all")
     assert result.changed and not result.broken
-    segmentation.check_promises({"zh": result}, "all")
+    segmentation.check_guarantee({"zh": result}, "all")
 
 
 def test_a_tokenizer_json_that_differs_is_noticed(before: Any, merge: Any) -> None:
-    after = tokenizer.processor(merge.proto)
-    right = tokenizer_files.line_encoder(merge.proto)
-    result = segmentation.compare(before, after, ["あ\nです"], "japanese", right)
+    after = tokenizer.make_processor(merge.proto)
+    right = tokenizer_files.make_line_encoder(merge.proto)
+    result = segmentation.compare_segmentation(before, after, ["あ\nです"], "japanese", right)
     assert not result.rust_differs
-    result = segmentation.compare(
+    result = segmentation.compare_segmentation(
         before, after, ["あ\nです"], "japanese", lambda lines: [ids[:-1] for ids in right(lines)]
     )
     assert result.rust_differs == ["あ", "です"]
     with pytest.raises(DataError, match=r"other ids than tokenizer\.model for 2 ja lines"):
-        segmentation.check_promises({"ja": result}, "japanese")
+        segmentation.check_guarantee({"ja": result}, "japanese")
 
 
 def test_no_lines_are_no_proof() -> None:
     with pytest.raises(DataError, match="hold no zh text"):
-        segmentation.check_promises({"zh": segmentation.Segmentation()}, "japanese")
+        segmentation.check_guarantee({"zh": segmentation.Segmentation()}, "japanese")
 
 
 def test_the_report_says_what_happened(base_proto: Any, before: Any, ja_dir: Path) -> None:
-    merged = merging.merge(base_proto, learning.read_learned(ja_dir), "han")
-    after = tokenizer.processor(merged.proto)
+    merged = merging.merge_pieces(base_proto, learning.read_learned(ja_dir), "han")
+    after = tokenizer.make_processor(merged.proto)
     texts = {"ja": demo_texts("ja", 20, "heldout"), "zh": ["<b>線です</b>"]}
     languages = {
-        language: segmentation.compare(before, after, lines, "han")
+        language: segmentation.compare_segmentation(before, after, lines, "han")
         for language, lines in texts.items()
     }
-    report = merge_report.build("han", merged, languages, before, after)
+    report = merge_report.build_report("han", merged, languages, before, after)
     zh = report["languages"]["zh"]
     assert zh["changed"][0]["line"] == "<b>線です</b>"
     assert "".join(zh["changed"][0]["after"]) == "▁<b>線です</b>"
@@ -106,7 +108,7 @@ def test_the_fates_of_the_pieces_are_said(
     learned = type(base_proto)()
     for piece in (known, "ょ", "Ж", "ょЖあ"):
         learned.pieces.add(piece=piece, score=0.0, type=learned.SentencePiece.NORMAL)
-    merged = merging.merge(base_proto, learned, policy)
+    merged = merging.merge_pieces(base_proto, learned, policy)
     sizes = f"{len(base_proto.pieces):,} of the base and 9 special tokens"
     assert merge_report.headline(merged) == (
         f"{added} pieces added to {sizes}: {len(merged.proto.pieces):,} ids; 1 in the base already"
