@@ -1,5 +1,5 @@
 # make demo     everything from an empty folder: environment, base model, steps 1 to 7
-# make test     the tests (builds the environment first)
+# make test     the tests, in parallel (builds the environment first)
 # make check    ruff, mypy, and the tests
 # make faults   kills, full disks, damaged files, lost processes; rewrites docs/reliability.md
 # make audit    known vulnerabilities of the pinned packages; needs the network
@@ -18,7 +18,7 @@ PYTHON3 ?= $(shell for p in python3 python3.12 python3.11; do \
 
 .PHONY: demo test check faults audit extras clean
 
-# Install a requirements file; shown are the downloads, and the last lines of what goes wrong.
+# Install a requirements file; print the downloads and, on failure, the last lines of the log.
 define install
 	@$(VENV)/bin/pip install -r $(1) 2>$(VENV)/install.log \
 	| sed -un 's/^ *Downloading \([^ ]*\).* (\(.*\))$$/  \1 (\2)/p' \
@@ -36,14 +36,17 @@ demo: $(VENV)/ready
 	$(PYTHON) step6_train_sft.py
 	$(PYTHON) step7_eval.py
 
+# One thread per process: several processes with several threads each would slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+
 test: $(VENV)/extras
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 check: $(VENV)/extras
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 faults: $(VENV)/extras
 	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest tests/faults --thorough --reliability docs/reliability.md

@@ -47,7 +47,7 @@ def main() -> None:
                 seed=config.seed,
             )
         )
-        if config.compares_logits(base.size()):
+        if config.should_compare_logits(base.size()):
             old_ids = output.counts["kept"]
             embedding_rows.verify_logits(config.base_model, folder, config.layout, old_ids)
             log.info("logits over the %d old ids are those of the base, bit by bit", old_ids)

@@ -1,9 +1,9 @@
-"""How settings become a command line: a frozen dataclass whose fields are the flags.
+"""Settings as frozen dataclasses whose fields become the flags of a command line.
 
-A field carries its help text and its limits; `parse` turns the class into an argument parser,
-takes the defaults from the profile in `constants.py`, and reports every value out of range and
-every contradiction at once, before anything is loaded. Nothing here imports a large library,
-so that `--help` answers at once. The classes of the steps are in config.py.
+A field carries its help text and its limits. `parse` turns the class into an argument parser, takes
+defaults from the profile in constants.py, and reports all values out of range and all contradictions
+at once, before anything is loaded. No large library is imported here, so `--help` answers at once.
+Each room's settings.py holds the classes of its steps.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from chatglm_ja.sources import Source, read_argument
 
 VERIFIED_BYTES = 10**9  # models up to this size are loaded for verification by default
 REPORTS_BYTES = 20 * 10**6  # a generous allowance for reports, curves and tables
+CORES = len(os.sched_getaffinity(0))
 
 
 def setting(
@@ -33,10 +34,10 @@ def setting(
     high: float = math.inf,
     affects_result: bool = True,
 ) -> Any:
-    """A dataclass field with what the command line says about it and its inclusive limits.
+    """Declare a dataclass field with its help text and its inclusive limits.
 
-    `affects_result=False` marks what may differ between two runs of the same result (threads,
-    logging), so that it is not compared when a finished step is run again.
+    `affects_result=False` marks settings that do not change the result, such as the number of
+    threads. They are not compared when a finished step is run again.
     """
     metadata = {"help": help, "low": low, "high": high, "affects_result": affects_result}
     return field(default=default, metadata=metadata)
@@ -44,14 +45,14 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What all steps have in common."""
+    """The settings that all steps have."""
 
     output_dir: Path = setting("folder to publish the result as")
-    overwrite: bool = setting("make the result again if it exists", False, affects_result=False)
-    check: bool = setting("check settings and inputs, then stop", False, affects_result=False)
+    overwrite: bool = setting("replace an existing result", False, affects_result=False)
+    check: bool = setting("check settings and inputs, then exit", False, affects_result=False)
     verify: bool | None = setting(
-        "hash all files that go in, and compare the logits of a model that comes out with what "
-        "they should be; by default large ones are left out: files over 1 GiB, models over 1 GB",
+        "hash every input file and compare the output model's logits with the expected ones; the "
+        "default skips files over 1 GiB and models over 1 GB",
         None,
         affects_result=False,
     )
@@ -62,28 +63,28 @@ class StepConfig:
             raise ConfigError("; ".join(problems))
 
     def contradictions(self) -> list[str]:
-        """What is wrong with the settings together; one sentence each."""
+        """Return what is wrong with the settings together, one sentence each."""
         return []
 
     def disk_bytes(self) -> int:
         """Estimate the disk space that the step takes."""
         return REPORTS_BYTES
 
-    def compares_logits(self, size: int) -> bool:
-        """Whether to load a model of so many bytes, and what it should agree with, for `verify`."""
+    def should_compare_logits(self, size: int) -> bool:
+        """Return whether a model of `size` bytes is to be loaded and verified."""
         return size <= VERIFIED_BYTES if self.verify is None else self.verify
 
     def arguments(self) -> dict[str, Any]:
-        """The settings that shape the result, without the paths: inputs count by content."""
-        chosen = {}
+        """Return the settings that shape the result. Paths are left out: inputs count by content."""
+        arguments = {}
         for entry in dataclasses.fields(self):
             if not entry.metadata["affects_result"] or "Path" in str(entry.type):
                 continue
             value = getattr(self, entry.name)
             if "Source" in str(entry.type):
                 value = [source.settings() for source in value]
-            chosen[entry.name] = value
-        return chosen
+            arguments[entry.name] = value
+        return arguments
 
     def _limits(self) -> list[str]:
         problems = []
@@ -96,6 +97,7 @@ class StepConfig:
 
 
 def flag(name: str) -> str:
+    """Return the flag of a field: --learning-rate for learning_rate."""
     return "--" + name.replace("_", "-")
 
 
@@ -103,7 +105,7 @@ Config = TypeVar("Config", bound=StepConfig)
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+    """An argument parser that raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists the flags)")
@@ -115,7 +117,7 @@ def parse(
     defaults: Mapping[str, Any],
     argv: Sequence[str] | None = None,
 ) -> Config:
-    """Read the command line of a step; `defaults` (the profile's) go before the class's own."""
+    """Parse the command line of a step; `defaults`, the profile's, override those of the class."""
     parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -136,20 +138,22 @@ def parse(
         )
     unknown = sorted(defaults.keys() - hints.keys())
     if unknown:
-        raise ConfigError(f"constants.py sets {', '.join(unknown)}, which this step does not have")
+        raise ConfigError(
+            f"constants.py sets {', '.join(unknown)}, which is not a setting of this step"
+        )
     values = vars(parser.parse_args(argv))
     for entry in dataclasses.fields(config):
         if values[entry.name] is None and entry.default is dataclasses.MISSING:
             raise ConfigError(f"{flag(entry.name)} is not set: {entry.metadata['help']}")
         if isinstance(values[entry.name], list):
             values[entry.name] = tuple(values[entry.name])
-            if hints[entry.name] == tuple[Source, ...]:  # each argument gave a list of them
+            if hints[entry.name] == tuple[Source, ...]:  # one argument may name several
                 values[entry.name] = tuple(itertools.chain.from_iterable(values[entry.name]))
     return config(**values)
 
 
 def _argument_type(hint: Any) -> dict[str, Any]:
-    """How argparse reads a field of this type."""
+    """Return the keyword arguments of add_argument for a field of this type."""
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
@@ -164,6 +168,3 @@ def _argument_type(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": hint.__name__.upper()}
-
-
-CORES = len(os.sched_getaffinity(0))

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from chatglm_ja.vocabulary import learning, merging
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 from tests.pipeline import PROJECT, SMALL, Runner
 
+# Under nohup, or in the background of a script, SIGINT is ignored, and child processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 FIXTURES = PROJECT / "tests" / "fixtures"
 DATA = PROJECT / "demo" / "data"
 SHARED = PROJECT.parent / "shared"
@@ -29,6 +33,13 @@ needs_real_tokenizer = pytest.mark.skipif(
     not (SHARED / "chatglm3-6b" / "tokenizer.model").is_file(),
     reason="needs ChatGLM3-6B's tokenizer.model in ../shared/chatglm3-6b",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run all tests of the finished pipeline in one pytest-xdist worker, which builds it once."""
+    for item in items:
+        if "pipeline" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("pipeline"))
 
 
 def demo_texts(language: str, count: int, split: str = "train") -> list[str]:

@@ -1,8 +1,10 @@
-"""The steps as programs, on an artifact root of a test's own."""
+"""Running the steps as programs, with an artifact root of a test's own."""
 
 import json
 import os
 import re
+import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS = sorted(path.name for path in PROJECT.glob("step[1-7]_*.py"))
 
-# A smaller demo: the flags that make every step take seconds.
+# Flags for a smaller demo, in which every step takes seconds.
 SMALL = {
     "demo/build_base_model.py": "--vocab-size 3000 --hidden-size 64 --num-layers 2 --steps 8",
     "step1_train_tokenizer.py": "--vocab-size 2500",
@@ -26,27 +28,40 @@ SMALL = {
 }
 
 
+def free_port() -> str:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def child_cpu_seconds() -> float:
+    """Return the CPU time of all finished child processes; other load on the machine adds nothing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def flags_of(program: str) -> set[str]:
-    """The flags that a program of the project takes, by the list of its --help."""
+    """Return the flags that a program's --help lists."""
     command = [sys.executable, str(PROJECT / program), "--help"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = said.partition("\noptions:\n")[2].splitlines()
-    # A flag stands two columns from the edge; what it is for, further to the right.
+    # Flags are indented by two columns, their help texts by more.
     named = [re.split(r"  +", line.strip())[0] for line in lines if re.match(r"  -", line)]
     return {flag for line in named for flag in re.findall(r"--[\w-]+", line)}
 
 
 class Runner:
-    """Runs the project's programs on an artifact root of its own."""
+    """Runs the project's programs with an artifact root of its own."""
 
     def __init__(self, artifacts: Path) -> None:
         self.root = artifacts
         self.folder = artifacts / "demo"
-        self.said: dict[str, str] = {}  # what the steps of the finished pipeline printed
+        self.said: dict[str, str] = {}  # what each step printed
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")},
             "CHATGLM_JA_ARTIFACTS": str(artifacts),
-            # The CPU is what is tested: on a GPU bf16 would change the fourth digit.
+            # Test on the CPU: on a GPU, bf16 would change the fourth digit.
             "CUDA_VISIBLE_DEVICES": "",
         }
 
@@ -70,7 +85,7 @@ class Runner:
         return self.run(script, *SMALL[name].split(), *flags, **environment)
 
     def losses(self, folder: Path, kind: str) -> list[float]:
-        """All training ("loss") or validation ("eval_") losses of a run, in order."""
+        """Return all training ("loss") or validation ("eval_") losses of a run, in order."""
         history = json.loads((folder / "history.json").read_text())
         return [
             value
@@ -81,12 +96,12 @@ class Runner:
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
-    """The one line that a user sees when a step refuses."""
+    """Return the one error line of a step that failed."""
     return only_error(result.returncode, result.stderr)
 
 
 def only_error(status: int, said: str) -> str:
-    """The same of a program that ended with a status and wrote to standard error."""
+    """Return the one error line of a program, given its exit status and standard error."""
     assert status == 1, said
     assert "Traceback" not in said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]

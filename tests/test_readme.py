@@ -127,20 +127,23 @@ def test_the_design_names_every_module() -> None:
     assert listed == {name for name in modules if not name.endswith("__init__.py")}
 
 
-PROGRAMS = [*STEPS, *(f"benchmarks/{path.name}" for path in (PROJECT / "benchmarks").glob("*.py"))]
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_flag_that_a_document_gives_a_program_exists(program: str) -> None:
-    """In commands, wherever they stand."""
+def documented_flags(program: str) -> set[str]:
+    """Return the flags that the documents pass to a program in commands, wherever they stand."""
     launcher = program.replace(".py", "_multi_gpu.sh")
     command = re.compile(rf"(?:python|bash) (?:{program}|{launcher})([^\n`#]*)")
-    lines = [
-        line
-        for path in documents()
-        for line in command.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
-    ]
-    flags = {flag for line in lines for flag in re.findall(r"--[\w-]+", line)}
-    if not flags:
-        return
-    assert flags - flags_of(program) == set()
+    texts = [path.read_text(encoding="utf-8").replace("\\\n", " ") for path in documents()]
+    lines = [line for text in texts for line in command.findall(text)]
+    return {flag for line in lines for flag in re.findall(r"--[\w-]+", line)}
+
+
+PROGRAMS = [*STEPS, *(f"benchmarks/{path.name}" for path in (PROJECT / "benchmarks").glob("*.py"))]
+DOCUMENTED = [program for program in PROGRAMS if documented_flags(program)]
+
+
+def test_most_programs_are_documented_with_flags() -> None:
+    assert len(DOCUMENTED) > len(PROGRAMS) / 2
+
+
+@pytest.mark.parametrize("program", DOCUMENTED)
+def test_every_flag_that_a_document_gives_a_program_exists(program: str) -> None:
+    assert documented_flags(program) <= flags_of(program)

@@ -139,7 +139,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         torch.cuda.empty_cache()
         log.info("merging the adapter")
         merge_lora.write_merged(config.model, working)
-        if config.compares_logits(disk.weights_bytes(config.model)):
+        if config.should_compare_logits(disk.weights_bytes(config.model)):
             difference = merge_lora.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
         output.counts.update(result, speed=_speed(history))
