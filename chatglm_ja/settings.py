@@ -1,9 +1,9 @@
 """Settings as frozen dataclasses whose fields become the flags of a command line.
 
 A field carries its help text and its limits. `parse` turns the class into an argument parser, takes
-defaults from the profile in constants.py, and reports all values out of range and all contradictions
-at once, before anything is loaded. No large library is imported here, so `--help` answers at once.
-Each room's settings.py holds the classes of its steps.
+defaults from the profile in constants.py, and reports every value out of range and every
+contradiction at once, before anything is loaded. No large library is imported here, so `--help`
+answers at once. Each room's settings.py holds the classes of its steps.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class StepConfig:
         return size <= VERIFIED_BYTES if self.verify is None else self.verify
 
     def arguments(self) -> dict[str, Any]:
-        """Return the settings that shape the result. Paths are left out: inputs count by content."""
+        """Return the settings that shape the result, without paths: inputs count by content."""
         arguments = {}
         for entry in dataclasses.fields(self):
             if not entry.metadata["affects_result"] or "Path" in str(entry.type):

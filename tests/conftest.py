@@ -20,7 +20,7 @@ from chatglm_ja.vocabulary import learning, merging
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 from tests.pipeline import PROJECT, SMALL, Runner
 
-# Under nohup, or in the background of a script, SIGINT is ignored, and child processes inherit that.
+# In the background of a script, or under nohup, SIGINT is ignored: child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIXTURES = PROJECT / "tests" / "fixtures"

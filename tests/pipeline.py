@@ -36,7 +36,7 @@ def free_port() -> str:
 
 
 def child_cpu_seconds() -> float:
-    """Return the CPU time of all finished child processes; other load on the machine adds nothing."""
+    """Return the CPU time of all finished child processes, which other load does not change."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
