@@ -76,7 +76,7 @@ def test_translations_are_in_step_with_the_english_readme(name: str) -> None:
 def test_a_translation_that_is_behind_is_noticed() -> None:
     text = ENGLISH.read_text(encoding="utf-8")
     for old, new in (
-        ("## Licences", "### Licences"),
+        ("## Licenses", "### Licenses"),
         ("python step7_eval.py --chat", "python step7_eval.py --talk"),
         ("**4.126**", "**4.127**"),
         ("`--stall-seconds`", "`--stall-minutes`"),
