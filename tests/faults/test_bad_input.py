@@ -1,4 +1,4 @@
-"""What a user can give by mistake, to every step: one line that says what to do, no traceback."""
+"""User mistakes, for every step: a one-line error that says what to do, and no traceback."""
 
 import json
 import os
@@ -19,18 +19,18 @@ LINE = "番号と名前だけの短い文書を、とても長い一行に書い
 
 @dataclass(frozen=True)
 class Case:
-    """`flags` for a step, after the files that `prepare` puts into {tmp} are there."""
+    """Flags for a step, run after `prepare` has put its files into {tmp}."""
 
     title: str
     step: int
     flags: str
-    says: str  # a part of the line
+    says: str  # part of the error message
     prepare: Callable[["Files"], object] = lambda files: None
 
 
 @dataclass(frozen=True)
 class Files:
-    """A folder for bad input, and copies of the pipeline's own folders to be broken."""
+    """A folder for bad input and for copies of the pipeline's folders to corrupt."""
 
     tmp: Path
     made: Path
@@ -39,19 +39,19 @@ class Files:
         (self.tmp / name).write_text(text, encoding="utf-8")
 
     def copied(self, pattern: str) -> Path:
-        """A file of one of the pipeline's folders, which is copied first."""
+        """Copy one of the pipeline's folders; return the file that matches `pattern`."""
         folder = pattern.partition("/")[0]
         shutil.copytree(self.made / folder, self.tmp / folder)
         return min(self.tmp.glob(pattern))
 
     def edited(self, name: str, **changes: object) -> None:
-        """A JSON file with other entries."""
+        """Copy a folder and change entries of a JSON file in it."""
         path = self.copied(name)
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def flip(path: Path) -> None:
-    """One byte of a file, in its middle."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -62,7 +62,7 @@ def truncate(path: Path) -> None:
 
 
 def lead_out(index: Path) -> None:
-    """Let an index of weights name a file of another folder."""
+    """Make an index of weights name a file in another folder."""
     index.write_text(index.read_text().replace("model-00001-of", "../base/model-00001-of"))
 
 
