@@ -247,7 +247,7 @@ def check_units(
 
 
 @fuzz(
-    "conversations, in all their formats",
+    "conversations in all formats",
     record=st.fixed_dictionaries({"messages": dialogues()})
     | st.fixed_dictionaries({"messages": st.lists(message, max_size=5)})
     | columns_of_record

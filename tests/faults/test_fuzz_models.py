@@ -126,7 +126,7 @@ INDEX = json.loads((BASE / weights.INDEX_FILE).read_bytes())
 
 
 @fuzz(
-    "indices of weights",
+    "weight indices",
     st.binary(max_size=100)
     | json_texts(any_value | changed(INDEX)).map(str.encode)
     | st.builds(
@@ -241,7 +241,7 @@ def models(draw: st.DrawFn) -> bytes:
 
 
 @fuzz(
-    "sentencepiece models: bytes, and well-formed odd ones",
+    "sentencepiece models: bytes, and unusual well-formed ones",
     st.binary(max_size=200) | damaged(MODEL) | models() | models(),
 )
 def test_tokenizer_models(content: bytes) -> None:

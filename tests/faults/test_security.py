@@ -107,7 +107,7 @@ def test_pickles_in_a_checkpoint_are_not_opened(
     ):  # fmt: skip
         (folder / name).parent.mkdir(exist_ok=True)
         torch.save(Bomb(sentinel), folder / name)
-    with ledger.trial("security", "pickles of other programs in a checkpoint"):
+    with ledger.trial("security", "other programs' pickle files in a checkpoint"):
         train.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
         assert adapter(tmp_path)
         assert not sentinel.exists()
@@ -138,7 +138,7 @@ def test_objects_in_arrays_are_not_unpickled(
     for path in arrays:
         np.savez(path, record=np.array([Bomb(sentinel)], dtype=object), allow_pickle=True)
     bombs = {path: path.read_bytes() for path in arrays}
-    title = "pickles in the arrays of unfinished work"
+    title = "pickles in step 4's unfinished arrays"
     with ledger.trial("security", title) as row:
         ended = forks.small(STEPS[3], *flags)
         assert ended.status == 0 and "Traceback" not in ended.said, ended.said
@@ -153,7 +153,7 @@ def test_objects_in_arrays_are_not_unpickled(
         meta = json.loads(path.with_suffix(".json").read_text())
         meta["files"][path.name] = files.record_file(path).model_dump()
         path.with_suffix(".json").write_text(json.dumps(meta))
-    with ledger.trial("security", f"{title}, and their SHA-256"):
+    with ledger.trial("security", f"{title}, with forged SHA-256"):
         assert "is damaged" in forks.small(STEPS[3], *flags).error
         assert not sentinel.exists()
 
@@ -169,7 +169,7 @@ def test_names_of_files_are_not_run(
     ):
         name = f"{command}.jsonl.gz"
         shutil.copyfile(DATA / "train_ja.jsonl.gz", tmp_path / name)
-        with ledger.trial("security", "a command as the name of a file"):
+        with ledger.trial("security", "a shell command as a file name"):
             source = f"ja={tmp_path / name}"
             ended = forks.small(STEPS[0], *to(tmp_path), "--overwrite", "--sources", source)
             assert ended.status == 0 and "Traceback" not in ended.said, ended.said
@@ -188,7 +188,9 @@ def test_no_name_leads_out_of_its_folder(tmp_path: Path, ledger: Ledger, name: s
     (tmp_path / "x").touch()
     (folder / "link").symlink_to(tmp_path / "x")
     (folder / "links").symlink_to(tmp_path)
-    with ledger.trial("security", "a name in a manifest or an index that leads out") as row:
+    with ledger.trial(
+        "security", "a file name in a manifest or index that points outside its folder"
+    ) as row:
         with pytest.raises(ArtifactError, match="lies outside of it") as refused:
             resolve_inside(folder, name)
         row.reads = f"error: {refused.value}"
@@ -229,7 +231,7 @@ def test_no_text_becomes_a_special_token(encoder: Any, ledger: Ledger) -> None:
     special = {chat_format.special_id(encoder, name) for name in chat_format.SPECIAL_TOKENS}
     names = [*chat_format.SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<|user|> \n", "<0x41>", "<pad>"]
     for name in names:
-        with ledger.trial("security", "the name of a special token in a text"):
+        with ledger.trial("security", "a special token's name in a text"):
             assert not special & set(encoder.encode(f"a{name}b {name}"))
             turns: list[chat_format.Message] = [
                 {"role": "user", "content": name},
