@@ -1,21 +1,21 @@
-"""Step 4's speed and memory: from texts to blocks on disk, beside others' ways.
+"""Measure step 4's speed and memory, from texts to packed blocks on disk, against other programs.
 
-Texts that step 4's filters would drop are left out beforehand, so that all ways have the same to
-do. Every way runs in a process of its own that is bound to one core, in turn, --repeats times;
-shown are medians, in MB of UTF-8 text per second, and the ratio to bare sentencepiece:
+Texts that step 4's filters would drop are removed beforehand, so that all programs do the same
+work. Each program runs in its own process, bound to one core, in turn, --repeats times. The output
+shows medians in MB of UTF-8 text per second, and the ratio to bare sentencepiece:
 
-    sentencepiece          encode() of all texts, which are in memory; nothing is kept
-    tokenizers             encode_batch() of the same, with tokenizer.json
-    step 4, no near dup.   .jsonl files to shards: read, clean, filter, tokenise, drop exact
-                           duplicates, mix, pack, write; one process
-    step 4                 the same with the search for near duplicates, as it is by default
-    LLaMA-Factory          the same files with its own preprocessing, if --llamafactory names its
+    sentencepiece          encode() on all texts, held in memory; the ids are discarded
+    tokenizers             encode_batch() on the same texts, with tokenizer.json
+    step 4, no near dup.   .jsonl files to shards: read, clean, filter, tokenize, deduplicate
+                           exactly, mix, pack, write; one process
+    step 4                 the same with the near-duplicate search, which is the default
+    LLaMA-Factory          its own preprocessing of the same files, if --llamafactory names its
                            interpreter; benchmarks/llamafactory_data.py says how to install it
 
     python benchmarks/data.py --tokenizer STEP2_DIR --memory-gb 1 \\
         --llamafactory lf/bin/python --sources ja=ja.jsonl zh=zh.jsonl en=en.jsonl
 
---memory-gb N makes N GB of text out of the sources' lines, drawn at random, and measures the peak
+--memory-gb N generates N GB of text from randomly drawn lines of the sources and measures the peak
 memory of step 4's processes on it.
 """
 
@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 from measuring import PROJECT, Ratio
 from tokenizers import Tokenizer
@@ -58,7 +58,7 @@ LLAMAFACTORY = "LLaMA-Factory"
 
 
 def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:
-    """Step 4's defaults; what it makes of conversations is not measured."""
+    """Return step 4's defaults; conversations are not part of the benchmark."""
     languages = dict.fromkeys(source.language for source in sources)
     return PrepareDataConfig(
         output_dir=Path("unused"),
@@ -82,24 +82,24 @@ def unit_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
 
 
 def prepare(config: PrepareDataConfig, output: Path) -> int:
-    """All texts to shards, in the proportions in which they are there; returns the tokens."""
+    """Turn all texts into shards, in their own proportions; return the number of tokens."""
     index = prepare_texts.prepare(config, unit_folders(output, config))
     tokens = {source.language: 0 for source in config.sources}
     for number, source in enumerate(config.sources):
         tokens[source.language] += int(index.length[index.source == number].sum())
-    # Blocks for all tokens: what is dropped as duplicate or kept for validation, repeats fill.
+    # Fill blocks for all tokens: repeats replace duplicates and validation documents.
     config = dataclasses.replace(config, total_tokens=sum(tokens.values()))
     counts = prepare_texts.write(index, config, tokens, output)
     return sum(counts["train_tokens"].values())
 
 
 def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
-    """Run one of the ways in this process; its seconds and, for step 4, its tokens."""
+    """Run one of the programs in this process; return its seconds and its number of tokens."""
     work: Callable[[], Any]
     if way in (STEP, NO_NEAR):
         near = {"near_duplicates": 0.0} if way == NO_NEAR else {}
         config = settings(folder, sources, num_processes=1, **near)
-        # Neither the tokenizer's loading nor the libraries' are measured, as with the others.
+        # Loading the tokenizer and the libraries is not measured, as for the other programs.
         prepare_texts._tools(folder, None)
         import datasets  # noqa: F401
 
@@ -133,7 +133,7 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
 
 
 def in_own_process(command: list[str], core: int | None, work_dir: Path) -> dict[str, Any]:
-    """The last line of what a program prints, as JSON; bound to a core if one is given."""
+    """Run a program, bound to `core` unless it is None; return its last line of output as JSON."""
     environment = os.environ | {"BENCHMARK_DIR": str(work_dir), "TOKENIZERS_PARALLELISM": "false"}
     bind = None if core is None else lambda: os.sched_setaffinity(0, {core})
     done = subprocess.run(
@@ -145,7 +145,7 @@ def in_own_process(command: list[str], core: int | None, work_dir: Path) -> dict
 
 
 def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
-    """Copies of the sources, as .jsonl, of the texts that no filter drops."""
+    """Write .jsonl copies of the sources without the texts that a filter drops; return them."""
     made = []
     for number, source in enumerate(sources):
         texts = [cleaning.clean(text, "NFC") for text in corpus.read_texts(source)]
@@ -161,7 +161,7 @@ def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
 
 
 def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
-    """Files of about `size` bytes, in the sources' proportions, of lines drawn at random."""
+    """Write `size` bytes of randomly drawn lines to files, in the sources' proportions."""
     rng = random.Random(0)
     texts = {k: list(group) for k, group in corpus.texts_by_language(sources).items()}
     total = sum(len(text.encode()) for group in texts.values() for text in group)
@@ -180,8 +180,10 @@ def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
 
 
 def peak_memory(folder: Path, sources: list[Source], output: Path) -> dict[str, Any]:
-    """Step 4 with all cores in this process and its children: seconds, and the peak of the memory
-    resident in all of them together, looked at ten times a second."""
+    """Run step 4 on all cores; return seconds, tokens and the peak resident memory.
+
+    The memory is that of this process and its children together, sampled ten times a second.
+    """
     peak = 0
     finished = threading.Event()
 
@@ -201,7 +203,7 @@ def peak_memory(folder: Path, sources: list[Source], output: Path) -> dict[str, 
 
 
 def resident_bytes() -> int:
-    """What this process and its children have in memory; pages that they share count for each."""
+    """Return the resident bytes of this process and its children; shared pages count for each."""
     children = Path("/proc/self/task").glob("*/children")
     pids = ["self", *(pid for file in children for pid in file.read_text().split())]
     total = 0
@@ -270,9 +272,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="output folder of step 2")
     parser.add_argument("--sources", nargs="+", required=True, metavar="LANGUAGE=FILE.jsonl")
-    parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--llamafactory", help="interpreter of an environment that has it")
-    parser.add_argument("--memory-gb", type=float, default=0.0, help="(default: not measured)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per program (default: 5)")
+    parser.add_argument("--llamafactory", help="Python interpreter of its environment")
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        default=0.0,
+        help="GB of text for the memory measurement (default: none)",
+    )
     parser.add_argument("--work-dir", type=Path, help="folder for temporary files")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,8 +1,8 @@
-"""How new embedding rows should start: every way of step 3, at step 0 and after equal training.
+"""Compare initializations of the new embedding rows at step 0 and after the same training.
 
-Prints a Markdown table: bits per character on the held-out pages of the demo, for each --init and
---output-bias. Steps 1, 2 and 4 of the demo must have run (`make demo`); steps 3 and 5 are run here
-into a temporary folder.
+Prints a Markdown table: bits per character on the demo's held-out pages for each --init and
+--output-bias. Steps 1, 2 and 4 of the demo must have run (`make demo`). Steps 3 and 5 run here, in
+a temporary folder.
 
     python benchmarks/embedding_init.py --max-steps 100
 """
@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-# Beside this file; it makes the project's modules importable.
+# In this folder; importing it makes the project's package importable.
 from measuring import step_command
 
 import constants
@@ -33,11 +33,11 @@ WAYS = [
 ]
 
 
-MAX_CHARS = 40_000  # of each language
+MAX_CHARS = 40_000  # per language
 
 
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
-    """Bits per character of a model folder, a text for each language."""
+    """Return the bits per character of a model folder, formatted, for each language."""
     model, encoder = models.load_model(folder), tokenizer.load_processor(folder)
     window, batch_size = constants.EVALUATION["window"], 16
     return [
@@ -55,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--max-steps", type=int, default=100, help="of step 5 (default: 100)")
+    parser.add_argument(
+        "--max-steps", type=int, default=100, help="optimizer steps of step 5 (default: 100)"
+    )
     steps = parser.parse_args().max_steps
     texts = {
         language: corpus.take_characters(documents, MAX_CHARS)

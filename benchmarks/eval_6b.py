@@ -1,8 +1,9 @@
-"""What step 7 takes at the size of ChatGLM3-6B, on one GPU, without its weights.
+"""Time step 7 at the size of ChatGLM3-6B on one GPU, without its weights.
 
-A model of the shape that DIR/config.json gives has random weights, and what step 7 does with one is
-timed: one answer alone, a batch of answers, and the scoring of the demo's held-out Chinese, with
-the number of rows before and after the vocabulary was extended. The tokenizer is the base's.
+A model with random weights in the shape that DIR/config.json gives performs step 7's operations:
+one answer at batch size 1, a batch of answers, and scoring the demo's held-out Chinese texts. Each
+is timed with the number of embedding rows before and after the vocabulary is extended. The
+tokenizer is the base's.
 
     python benchmarks/eval_6b.py --base-model DIR          # config.json and tokenizer.model
     python benchmarks/eval_6b.py --base-model DIR --layers 2 --answers 2      # on a CPU
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's modules importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 import torch
 from measuring import Ratio
@@ -48,9 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-model", type=Path, required=True, help="config and tokenizer")
-    parser.add_argument("--layers", type=int, help="default: those of config.json")
-    parser.add_argument("--answers", type=int, default=128, help="answers at once")
+    parser.add_argument(
+        "--base-model", type=Path, required=True, help="folder with config.json and tokenizer.model"
+    )
+    parser.add_argument("--layers", type=int, help="number of layers (default: from config.json)")
+    parser.add_argument(
+        "--answers", type=int, default=128, help="batch size of the answers (default: 128)"
+    )
     options = parser.parse_args()
     config = dict(read_config(options.base_model))
     config["num_layers"] = options.layers or config["num_layers"]

@@ -1,19 +1,19 @@
-"""LoRA and embeddings together, or one after the other: the article's finding, on the demo.
+"""Compare training LoRA and the embeddings together with training one after the other.
 
 The article reports that training both embedding matrices first, with the transformer frozen, and
-LoRA on the transformer afterwards, ended at a loss of 3.2 where training both together reached 2.7.
-Here step 5 trains the demo's model
+LoRA afterwards, ended at a loss of 3.2, where training both together reached 2.7. This benchmark
+repeats the comparison on the demo's model with the demo's learning rates. Step 5 trains
 
-    together            as it does by itself, one pass over the data
+    together            both, its default, for one epoch
     in turn             the embeddings for half of the same tokens, then LoRA for the other half
     in turn, twice      the embeddings for all of the tokens, then LoRA for all of them again
 
-with the demo's learning rates. Steps 1 to 4 of the demo must have run.
+Steps 1 to 4 of the demo must have run.
 
     python benchmarks/joint_training.py --work-dir SCRATCH
 
-Prints the bits per character of the validation texts at the end of each way and draws them all
-along the way: joint_training.png in --work-dir. Finished runs there are not done again.
+Prints the final bits per character of the validation texts and plots their curves in
+joint_training.png in --work-dir. Finished runs in --work-dir are not repeated.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 from measuring import step_command
 
@@ -30,9 +30,9 @@ from chatglm_ja.cli import run
 from chatglm_ja.errors import DataError
 
 LANGUAGES = ("ja", "zh", "en")
-# The transformer frozen, and the embeddings frozen.
+# Flags that freeze the transformer, and flags that freeze the embeddings.
 EMBEDDINGS_ONLY = ("--learning-rate=0",)
-LORA_ONLY = ("--no-train-embeddings", "--seed=43")  # the blocks come in another order
+LORA_ONLY = ("--no-train-embeddings", "--seed=43")  # another order of the blocks
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder that is kept")
-    parser.add_argument("flags", nargs="*", help="more flags of step 5, after --")
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="folder for runs and the plot; kept"
+    )
+    parser.add_argument("flags", nargs="*", help="additional flags for step 5, after --")
     options = parser.parse_args()
     options.work_dir.mkdir(parents=True, exist_ok=True)
     together, steps = train(options, "together")
@@ -68,7 +70,7 @@ def main() -> None:
 def in_turn(
     options: argparse.Namespace, name: str, *flags: str
 ) -> list[tuple[float, dict[str, float]]]:
-    """The embeddings first, then LoRA on what they became: one curve."""
+    """Train the embeddings, then LoRA on the result; return both curves as one."""
     first, _ = train(options, f"{name}_embeddings", *EMBEDDINGS_ONLY, *flags)
     folder = options.work_dir / f"{name}_embeddings"
     second, _ = train(options, f"{name}_lora", f"--model={folder}", *LORA_ONLY, *flags)
@@ -78,7 +80,7 @@ def in_turn(
 def train(
     options: argparse.Namespace, name: str, *flags: str
 ) -> tuple[list[tuple[float, dict[str, float]]], int]:
-    """Run step 5 into a folder of the work folder; its curve and its steps."""
+    """Run step 5 into a folder of --work-dir; return its curve and its number of steps."""
     folder = options.work_dir / name
     command = step_command("step5_train_pt", folder)
     command += ["--evaluations=8", *flags, *options.flags]

@@ -1,15 +1,15 @@
-"""How fast LLaMA-Factory 0.9.5 prepares pretraining data: load, tokenise, pack, save to disk.
+"""Time how LLaMA-Factory 0.9.5 prepares pretraining data: load, tokenize, pack, save to disk.
 
-A yardstick for step 4. It calls LLaMA-Factory's own functions the way `llamafactory-cli train` does
-for `stage: pt` with `tokenized_path`: its argument parser (which turns packing on), load_tokenizer,
-and get_dataset, which reads the .jsonl files ({"text": ...} a line), appends the end token to every
-document, tokenises, cuts blocks of --cutoff-len tokens, and writes an Arrow data set. Only
-get_dataset is timed, not the imports nor the loading of the tokenizer. The template is LLaMA-
-Factory's placeholder "empty": stage pt formats nothing.
+This is the baseline for step 4. It calls LLaMA-Factory's own functions as `llamafactory-cli train`
+does for `stage: pt` with `tokenized_path`: its argument parser (which turns packing on),
+load_tokenizer, and get_dataset. get_dataset reads the .jsonl files (one {"text": ...} per line),
+appends the end token to every document, tokenizes, cuts blocks of --cutoff-len tokens, and writes
+an Arrow data set. Only get_dataset is timed, not imports or loading the tokenizer. The template is
+LLaMA-Factory's placeholder "empty", because stage pt formats nothing.
 
-LLaMA-Factory pins older libraries than this project, so it needs an environment of its own. The
-torchvision and torchaudio that it pulls in do not import beside a CPU build of torch; it runs
-without the first and is content with an empty module in place of the second:
+LLaMA-Factory pins older libraries than this project, so it needs its own environment. The
+torchvision and torchaudio that it pulls in cannot be imported with a CPU build of torch. It runs
+without torchvision, and accepts an empty module as torchaudio:
 
     python3.11 -m venv lf
     lf/bin/pip install torch==2.13.0 llamafactory==0.9.5
@@ -19,12 +19,12 @@ without the first and is content with an empty module in place of the second:
     lf/bin/python benchmarks/llamafactory_data.py --tokenizer STEP2_DIR \\
         --files docs_ja.jsonl docs_zh.jsonl docs_en.jsonl --output-dir NEW_DIR
 
-Prints one line of JSON; everything that the libraries say goes to stderr. Every run is cold as far
-as Hugging Face's caches go: they lie in a temporary folder. The file system's cache is warm, since
-the bytes of the texts are counted first.
+Prints one line of JSON; the libraries' own output goes to stderr. Hugging Face's caches are in a
+temporary folder, so they are cold in every run. The file system's cache is warm, because the texts'
+bytes are counted first.
 
-With --workers 1, LLaMA-Factory tokenises in its only process, and there the tokenizers library uses
-every core that it may; with more workers, each has one thread. To measure one core, bind the
+With --workers 1, LLaMA-Factory tokenizes in its only process, where the tokenizers library uses
+every available core. With more workers, each has one thread. To measure a single core, bind the
 process to it (Linux: `taskset -c 0 lf/bin/python ...`).
 """
 
@@ -41,7 +41,7 @@ from typing import Any
 
 
 def count_text_bytes(files: list[Path]) -> int:
-    """UTF-8 bytes of the texts."""
+    """Return the UTF-8 bytes of the texts."""
     total = 0
     for file in files:
         with open(file, encoding="utf-8") as lines:
@@ -50,18 +50,18 @@ def count_text_bytes(files: list[Path]) -> int:
 
 
 def set_environment(scratch: Path) -> None:
-    """Must come before the first import of a library that reads these."""
+    """Set the variables that libraries read at import; call it before the first import."""
     os.environ |= {
         "HF_HOME": str(scratch / "huggingface"),
         "HF_DATASETS_CACHE": str(scratch / "huggingface" / "datasets"),
         "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # with several GPUs it insists on a distributed launch
+        "CUDA_VISIBLE_DEVICES": "",  # with several GPUs it requires a distributed launch
         "LLAMAFACTORY_VERBOSITY": "WARNING",
     }
 
 
 def write_dataset_info(files: list[Path], folder: Path) -> list[str]:
-    """Describe the files to LLaMA-Factory, each as a data set; returns their names."""
+    """Declare each file to LLaMA-Factory as a data set; return the names."""
     described = {
         f"file_{number}": {"file_name": str(file.resolve()), "columns": {"prompt": "text"}}
         for number, file in enumerate(files)
@@ -71,7 +71,7 @@ def write_dataset_info(files: list[Path], folder: Path) -> list[str]:
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Prepare the files once; what to print."""
+    """Prepare the files once; return the measurements."""
     set_environment(scratch)
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "bytes": size,
         "mb_per_s": round(size / 1e6 / seconds, 3),
-        "tokens": blocks * options.cutoff_len,  # every block is full: it drops what is left over
+        "tokens": blocks * options.cutoff_len,  # every block is full: it drops the remainder
         "blocks": blocks,
         "llamafactory": importlib.metadata.version("llamafactory"),
         "workers": options.workers,
@@ -118,17 +118,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder for AutoTokenizer")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder that AutoTokenizer loads"
+    )
     parser.add_argument("--files", type=Path, nargs="+", required=True, help=".jsonl files")
-    parser.add_argument("--cutoff-len", type=int, default=1024, help="tokens in a block")
-    parser.add_argument("--workers", type=int, default=1, help="preprocessing_num_workers")
+    parser.add_argument(
+        "--cutoff-len", type=int, default=1024, help="tokens per block (default: 1024)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="value of preprocessing_num_workers (default: 1)"
+    )
     parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder")
     options = parser.parse_args()
     for path in (options.tokenizer, *options.files):
         if not path.exists():
             parser.error(f"{path} does not exist")
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
-        # LLaMA-Factory would load what lies there and prepare nothing.
+        # LLaMA-Factory would load the existing files and prepare nothing.
         parser.error(f"{options.output_dir} is not empty: choose another --output-dir")
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):

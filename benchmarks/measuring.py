@@ -1,12 +1,11 @@
-"""What the benchmarks share: the project on the import path, the steps' command lines, Markdown
-tables, and the last line of each, from which run.py makes docs/benchmarks.md.
+"""Shared code of the benchmarks: import path, command lines of the steps, tables, and results.
 
-A benchmark is a program of its own. It prints its tables as Markdown and ends with one line of
-JSON: the ratios by which it judges, each with the aim that was set for it if there was one, the
-versions of other programs it compares with, and whatever else it found.
+A benchmark is a stand-alone program. It prints its tables as Markdown and ends with one line of
+JSON, from which run.py writes docs/benchmarks.md. The line holds the benchmark's ratios, each with
+its goal if there is one, the versions of the programs it compares with, and other figures.
 
-What measures the memory of its children must stay small itself, and one file is run by the
-interpreter of another environment: nothing but the standard library is imported here.
+This module imports only the standard library. A benchmark that measures its children's memory must
+stay small itself, and one benchmark runs under the interpreter of another environment.
 """
 
 import json
@@ -23,7 +22,7 @@ sys.path.insert(0, str(PROJECT))
 
 @dataclass(frozen=True)
 class Ratio:
-    """One measured figure divided by another one of the same run."""
+    """A measured figure divided by another one from the same run, and its goal."""
 
     what: str
     value: float
@@ -31,20 +30,20 @@ class Ratio:
 
 
 def step_command(name: str, output: Path, **paths: Path) -> list[str]:
-    """The command line of one of the seven steps."""
+    """Return the command line of one of the seven steps."""
     inputs = [f"--{flag.replace('_', '-')}={path}" for flag, path in paths.items()]
     return [sys.executable, str(PROJECT / f"{name}.py"), f"--output-dir={output}", *inputs]
 
 
 def emptied(folder: Path) -> Path:
-    """The folder, with nothing in it: to be filled, and renamed when it is whole."""
+    """Create an empty folder, replacing an existing one; rename it once it is complete."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown: the first column to the left, figures to the right."""
+    """Return a Markdown table with the first column left-aligned and the others right-aligned."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     lines.insert(1, "|---" + "|---:" * (len(head) - 1) + "|")
     return "\n".join(lines)
@@ -55,6 +54,6 @@ def conclude(
     versions: Mapping[str, Mapping[str, str]] | None = None,
     **figures: Any,
 ) -> None:
-    """Print the last line; `versions` are those of the programs that were compared with."""
+    """Print the final line of JSON; `versions` are those of the programs compared with."""
     found = {"ratios": [asdict(ratio) for ratio in ratios], "versions": versions or {}}
     print(json.dumps(found | figures))

@@ -1,15 +1,17 @@
-"""What the comparisons with LLaMA-Factory 0.9.5 share: training.py and sft.py import it.
+"""Shared code of the comparisons with LLaMA-Factory 0.9.5, training.py and sft.py.
 
-A way to train is a step of this project or `llamafactory-cli train`, and each is told the same
-Recipe in its own words: LoRA on all projections, AdamW, a cosine with the same warm-up, float32 on
-the CPU, nothing scored and nothing saved in between, no gradient checkpointing.
+A way to train is either a step of this project or `llamafactory-cli train`. Each receives the same
+Recipe as its own flags or settings: LoRA on all projections, AdamW, a cosine schedule with the same
+warm-up, float32 on the CPU, no evaluation and no checkpoint during training, and no gradient
+checkpointing.
 
-Every run is a process of its own with all cores, and the ways take turns. Tokens per second are
-those of the Trainer's own `train_runtime`, so neither imports nor loading and saving count; peak
-memory is that of the process from its start to its end, the saving or merging included.
+Every run is a separate process with all cores, and the ways take turns. Tokens/s use the Trainer's
+own `train_runtime`, which excludes imports, loading and saving. Peak memory is the process's
+maximum from start to end, including saving or merging.
 
 A child's peak memory is at least that of its parent, and LLaMA-Factory's interpreter imports this
-file too: torch, and what needs it, must not be imported here, nor by what measures.
+file too. Therefore neither this module nor the measuring process may import torch or anything that
+needs it.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 from measuring import Ratio, step_command
 from tqdm import tqdm
 
@@ -41,18 +43,18 @@ FIELDS = ("tokens_per_second", "peak_gb")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a way is told."""
+    """The training settings given to every way."""
 
     steps: int
-    rows: int  # of a step
-    micro_batch: int  # rows of a pass
-    block_size: int  # tokens of the longest row
+    rows: int  # per step
+    micro_batch: int  # rows per micro-batch
+    block_size: int  # tokens in the longest row
     learning_rate: float
     lora_rank: int
     lora_alpha: int
 
     def flags(self) -> list[str]:
-        """For steps 5 and 6."""
+        """Return the flags for steps 5 and 6."""
         return [
             f"--max-steps={self.steps}",
             f"--global-batch-size={self.rows}",
@@ -64,18 +66,18 @@ class Recipe:
             f"--lora-alpha={self.lora_alpha}",
             "--precision=fp32",
             "--logging-steps=1",
-            f"--save-steps={self.steps}",  # after the last step they save no checkpoint
+            f"--save-steps={self.steps}",  # no checkpoint is saved after the last step
             "--evaluations=0",
             "--tracker=none",
             f"--seed={SEED}",
         ]
 
     def settings(self) -> dict[str, Any]:
-        """For LLaMA-Factory."""
+        """Return the settings for LLaMA-Factory."""
         return {
             "do_train": True,
             "template": "empty",
-            "dataset": "rows",  # it wants a name, and loads tokenized_path
+            "dataset": "rows",  # a name is required; the data comes from tokenized_path
             "cutoff_len": self.block_size,
             "finetuning_type": "lora",
             "lora_rank": self.lora_rank,
@@ -103,14 +105,14 @@ class Recipe:
 class Way:
     """One way to train."""
 
-    command: Callable[[Path], list[str]]  # its command line, given its output folder
+    command: Callable[[Path], list[str]]  # output folder -> command line
     steps: int
-    tokens: int  # that a run learns from
+    tokens: int  # trained on in one run
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of a way gave."""
+    """The measurements of one run of a way."""
 
     tokens_per_second: float
     peak_gb: float
@@ -122,16 +124,18 @@ class Run:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--llamafactory", required=True, help="interpreter of an environment that has it"
+        "--llamafactory", required=True, help="Python interpreter of its environment"
     )
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder that is kept")
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="folder for inputs and logs; kept"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="runs of each way (default: 2)")
 
 
 def check_arguments(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, paths: Sequence[Path]
 ) -> None:
-    """End with a word about what is wrong; `paths` must exist."""
+    """Exit with an error if an argument is wrong or one of `paths` does not exist."""
     for name in ("steps", "rounds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -144,7 +148,7 @@ def check_arguments(
 
 
 def step_way(name: str, recipe: Recipe, tokens: int, *flags: str, **paths: Path) -> Way:
-    """Step 5 or 6, with what is special to a comparison as `flags`."""
+    """Return step 5 or 6 as a way, with additional `flags`."""
 
     def command(output: Path) -> list[str]:
         return [*step_command(name, output, **paths), *recipe.flags(), *flags]
@@ -153,8 +157,10 @@ def step_way(name: str, recipe: Recipe, tokens: int, *flags: str, **paths: Path)
 
 
 def llamafactory_way(interpreter: str, recipe: Recipe, tokens: int, **settings: str) -> Way:
-    """LLaMA-Factory, with what is special to a comparison as `settings`; its recipe goes into a
-    file beside the output."""
+    """Return LLaMA-Factory as a way, with additional `settings`.
+
+    Its recipe is written to a file beside the output folder.
+    """
 
     def command(output: Path) -> list[str]:
         text = json.dumps(settings | recipe.settings() | {"output_dir": str(output)}, indent=1)
@@ -169,7 +175,7 @@ def llamafactory_way(interpreter: str, recipe: Recipe, tokens: int, **settings: 
 
 
 def environment(work_dir: Path) -> dict[str, str]:
-    """The same for all: all cores, no GPU, no network, no caches of earlier runs elsewhere."""
+    """Return the environment of every run: all cores, no GPU, no network, its own cache."""
     return os.environ | {
         "CHATGLM_JA_PROFILE": "demo",
         "CUDA_VISIBLE_DEVICES": "",
@@ -181,7 +187,7 @@ def environment(work_dir: Path) -> dict[str, str]:
 
 
 def run_program(command: list[str], work_dir: Path, name: str) -> float:
-    """Run a program to its end, what it says going to `name`.log; its peak resident memory in GB.
+    """Run a program with its output in `name`.log; return its peak resident memory in GB.
 
     Raises DataError with the end of the log if it fails.
     """
@@ -201,7 +207,7 @@ def run_program(command: list[str], work_dir: Path, name: str) -> float:
 
 
 def versions(interpreter: str) -> dict[str, dict[str, str]]:
-    """LLaMA-Factory's packages. Raises DataError if it is not installed."""
+    """Return the versions of LLaMA-Factory's packages; raise DataError if it is not installed."""
     theirs = ("llamafactory", "torch", "transformers", "peft")
     code = f"import importlib.metadata as m; print(*map(m.version, {theirs}))"
     done = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=False)
@@ -218,7 +224,7 @@ def versions(interpreter: str) -> dict[str, dict[str, str]]:
 
 
 def take_turns(ways: Mapping[str, Way], rounds: int, work_dir: Path) -> dict[str, list[Run]]:
-    """The runs of all ways, one way after the other, as many times as asked."""
+    """Run all ways in turn, `rounds` times; return the runs of each."""
     runs: dict[str, list[Run]] = {title: [] for title in ways}
     with tqdm(total=rounds * len(ways), desc="training", unit=" runs") as bar:
         for _ in range(rounds):
@@ -242,8 +248,7 @@ def run_way(title: str, way: Way, work_dir: Path) -> Run:
 
 
 def read_history(output: Path) -> tuple[list[float], float]:
-    """The loss of every step as it was logged, and the seconds that Trainer.train() took, of either
-    program."""
+    """Return every step's logged loss and the seconds of Trainer.train(), for either program."""
 
     def read(name: str) -> Any:
         return json.loads((output / name).read_text(encoding="utf-8"))
@@ -265,14 +270,14 @@ def median(runs: Sequence[Run], field: str) -> float:
 
 
 def ratios(runs: Mapping[str, list[Run]], field: str, against: str) -> dict[str, float]:
-    """The median of every way, divided by that of one of them."""
+    """Return the median of every way divided by the median of `against`."""
     return {way: median(runs[way], field) / median(runs[against], field) for way in runs}
 
 
 def compared(
     runs: Mapping[str, list[Run]], way: str, against: str, speed_aim: str = "", memory_aim: str = ""
 ) -> list[Ratio]:
-    """The speed and memory of one way, to another."""
+    """Return the ratios of one way's speed and memory to another's."""
     aims = dict(zip(FIELDS, (speed_aim, memory_aim), strict=True))
     names = dict(zip(FIELDS, ("tokens/s", "peak memory"), strict=True))
     return [
@@ -282,5 +287,5 @@ def compared(
 
 
 def recorded(runs: Mapping[str, list[Run]]) -> dict[str, Any]:
-    """All single runs, for the line of JSON."""
+    """Return all individual runs, for the line of JSON."""
     return {"cores": CORES, "runs": {way: [asdict(run) for run in of] for way, of in runs.items()}}

@@ -1,8 +1,9 @@
-"""Step 3 at the size of ChatGLM3-6B: peak memory and time, against copying the files.
+"""Measure step 3's peak memory and time at the size of ChatGLM3-6B, against copying the files.
 
 Writes a checkpoint of random float16 weights with the shapes that DIR/config.json gives (12.5 GB in
-7 shards for ChatGLM3-6B), runs step 3 on it in a process of its own, and copies the checkpoint with
-cp and sync. Needs three times the checkpoint's size on disk, less if --work-dir holds it already.
+7 shards for ChatGLM3-6B), runs step 3 on it in its own process, and copies the checkpoint with cp
+and sync. Needs three times the checkpoint's size in disk space, less if --work-dir already has the
+checkpoint.
 
     python benchmarks/resize_6b.py --base-model DIR --tokenizer STEP2_DIR --work-dir SCRATCH
 """
@@ -16,7 +17,7 @@ import subprocess
 import time
 from pathlib import Path
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 import torch
 from measuring import Ratio, step_command
@@ -43,7 +44,7 @@ def write_random_checkpoint(source: Path, folder: Path) -> None:
     for name, shape in tqdm(shapes.items(), desc="random checkpoint", unit=" tensors"):
         size = math.prod(shape)
         tensor = noise.repeat(-(-size // len(noise)))[:size].reshape(shape)
-        tensor.view(-1)[0] = len(weight_map) + len(pending)  # no two tensors alike
+        tensor.view(-1)[0] = len(weight_map) + len(pending)  # makes all tensors different
         pending[name] = tensor
         written += tensor.nbytes
         if written >= total * (shard + 1) / SHARDS or len(weight_map) + len(pending) == len(shapes):
@@ -60,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-model", type=Path, required=True, help="config and tokenizer")
+    parser.add_argument(
+        "--base-model", type=Path, required=True, help="folder with config.json and tokenizer.model"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="output folder of step 2")
     parser.add_argument("--work-dir", type=Path, required=True, help="folder on a large disk")
     arguments = parser.parse_args()

@@ -1,19 +1,19 @@
-"""Every claim of speed and memory, measured again in one run; writes docs/benchmarks.md.
+"""Run all speed and memory benchmarks in one session and write docs/benchmarks.md.
 
-Runs the other programs of this folder one after the other, each alone on the machine, and puts
-their ratios, their tables, the machine and all versions on one page. What cannot be measured here,
-for want of a GPU, of ChatGLM3-6B's files or of LLaMA-Factory, is named there with what it needs.
+Runs the other programs of this folder one after the other, each alone on the machine. The page
+holds their ratios and tables, the machine, and all versions. A benchmark that cannot run here, for
+lack of a GPU, of ChatGLM3-6B's files or of LLaMA-Factory, is listed with what it needs.
 
     python benchmarks/run.py --work-dir SCRATCH --base-model CHATGLM3_6B_DIR \\
         --ja-tokenizer ja_bpe.model --llamafactory lf/bin/python \\
         --sources ja=docs_ja.jsonl.gz zh=docs_zh.jsonl.gz en=docs_en.jsonl.gz
 
-An hour on two cores; 60 GB of disk for step 3 at 6B size. Of CHATGLM3_6B_DIR only config.json and
-tokenizer.model are read, --ja-tokenizer is a sentencepiece model (here: the article's), and
-llamafactory_data.py says how LLaMA-Factory is installed. Steps 1 to 5 of the demo are run first
-unless they are finished. --work-dir keeps what each benchmark printed, and the page as far as it
-has come; docs/benchmarks.md is replaced when all that can be measured has been, and not by a part
-of the benchmarks (--only).
+Takes an hour on two cores, and 60 GB of disk space for step 3 at 6B size. From CHATGLM3_6B_DIR only
+config.json and tokenizer.model are read. --ja-tokenizer is a sentencepiece model (here: the
+article's). llamafactory_data.py says how to install LLaMA-Factory. Steps 1 to 5 of the demo are run
+first unless they are finished. --work-dir keeps each benchmark's output and a draft of the page.
+docs/benchmarks.md is replaced only when every benchmark that can run has succeeded, and never with
+--only.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 from measuring import PROJECT, step_command, table
 
 from chatglm_ja.cli import run
@@ -51,13 +51,16 @@ PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "peft", "dee
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A program of this folder. In its flags {option} stands for the value of an option of run.py,
-    or of what is made from some (MADE_FROM), without which it cannot run."""
+    """A program of this folder.
+
+    In its flags, {option} is replaced by the value of an option of run.py or by an input that
+    prepare() makes (MADE_FROM). Without a value the benchmark cannot run.
+    """
 
     title: str
     script: str
     flags: str = ""
-    may_use: tuple[str, ...] = ()  # options that are handed on if they are given
+    may_use: tuple[str, ...] = ()  # options that are passed on if given
     gpu: bool = False
 
     @property
@@ -65,7 +68,7 @@ class Benchmark:
         return [name for _, name, _, _ in string.Formatter().parse(self.flags) if name]
 
 
-# What there is when prepare() has run, and which options it takes.
+# The inputs that prepare() makes, and the options that each requires.
 MADE_FROM: dict[str, tuple[str, ...]] = {
     "demo": (), "tokenizer": ("base_model", "ja_tokenizer"), "conversations": ()
 }  # fmt: skip
@@ -118,11 +121,11 @@ BENCHMARKS = (
 
 @dataclass
 class Section:
-    """What became of a benchmark."""
+    """The result of a benchmark: a section of the page."""
 
     benchmark: Benchmark
     said: str = ""  # its tables
-    missing: str = ""  # why it did not run, or did not end well
+    missing: str = ""  # why it did not run, or failed
     minutes: float = 0.0
     ratios: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -135,7 +138,7 @@ def main() -> None:
     possible = [section for section in sections if not section.missing]
     if not possible:
         raise DataError(f"nothing can be measured: {sections[0].missing}")
-    state = revision()  # what is measured may change on the disk meanwhile
+    state = revision()  # before the files can change on disk
     values = prepare(arguments, possible)
     draft = arguments.work_dir / PAGE.name
     for number, section in enumerate(possible, 1):
@@ -158,12 +161,21 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work-dir", type=Path, required=True, help="folder on a large disk")
-    parser.add_argument("--base-model", type=Path, help="config.json and tokenizer.model")
+    parser.add_argument(
+        "--base-model", type=Path, help="folder with config.json and tokenizer.model"
+    )
     parser.add_argument("--ja-tokenizer", type=Path, help="a sentencepiece BPE model of Japanese")
-    parser.add_argument("--sources", nargs="+", metavar="LANGUAGE=FILE", help="texts: ja, zh, en")
-    parser.add_argument("--llamafactory", help="interpreter of an environment that has it")
+    parser.add_argument(
+        "--sources", nargs="+", metavar="LANGUAGE=FILE", help="texts in ja, zh and en"
+    )
+    parser.add_argument("--llamafactory", help="Python interpreter of its environment")
     scripts = [benchmark.script for benchmark in BENCHMARKS]
-    parser.add_argument("--only", nargs="+", choices=scripts, help="not all of them")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=scripts,
+        help="run only these benchmarks; writes a draft in --work-dir",
+    )
     arguments = parser.parse_args()
     for path in (arguments.base_model, arguments.ja_tokenizer):
         if path and not path.exists():
@@ -180,7 +192,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def missing(benchmark: Benchmark, arguments: argparse.Namespace) -> str:
-    """Why a benchmark cannot run here; empty if it can."""
+    """Return why a benchmark cannot run here, or an empty string."""
     if benchmark.gpu and shutil.which("nvidia-smi") is None:
         return "not measured in this run: it needs a GPU"
     options = [option for name in benchmark.values for option in MADE_FROM.get(name, (name,))]
@@ -196,8 +208,10 @@ def flag(name: str) -> str:
 
 
 def prepare(arguments: argparse.Namespace, sections: Sequence[Section]) -> dict[str, Any]:
-    """Run the demo's steps 1 to 5 and make what the benchmarks start from; the values of all
-    options, and the folders of what was made."""
+    """Run the demo's steps 1 to 5 and make the benchmarks' inputs.
+
+    Returns the values of all options and the folders of the inputs.
+    """
     work_dir: Path = arguments.work_dir
     work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, conversations = work_dir / "tokenizer", work_dir / "conversations"
@@ -220,7 +234,7 @@ def prepare(arguments: argparse.Namespace, sections: Sequence[Section]) -> dict[
 
 
 def measure(section: Section, values: Mapping[str, Any]) -> None:
-    """Run a benchmark and keep what it said; what it shows while it works is on the screen."""
+    """Run a benchmark and keep its standard output; its progress goes to the terminal."""
     benchmark = section.benchmark
     quoted = {name: words(value) for name, value in values.items()}
     flags = benchmark.flags.format(**quoted)
@@ -245,12 +259,12 @@ def measure(section: Section, values: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Without the user's choice of a profile: the demo's is the one that is measured."""
+    """Return the environment without the user's profile, since the demo's is measured."""
     return {k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")}
 
 
 def words(value: Any) -> str:
-    """The value of an option as it stands in a shell."""
+    """Return the value of an option, quoted for a shell."""
     return shlex.join(map(str, value if isinstance(value, list) else [value]))
 
 
@@ -297,8 +311,7 @@ def described(section: Section) -> list[str]:
 
 
 def own_command(arguments: argparse.Namespace) -> str:
-    """run.py's command line; of paths the names alone, since folders differ from machine to
-    machine."""
+    """Return run.py's command line with file names only, since folders differ between machines."""
     parts = ["python benchmarks/run.py --work-dir SCRATCH"]
     for name in ("base_model", "ja_tokenizer"):
         if value := getattr(arguments, name):
@@ -315,7 +328,7 @@ def own_command(arguments: argparse.Namespace) -> str:
 
 
 def machine() -> str:
-    """The processor, or the GPU, and the memory."""
+    """Describe the processor, the memory and, if there are any, the GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
@@ -332,7 +345,7 @@ def machine() -> str:
 
 
 def revision() -> str:
-    """The commit that is measured, and whether files differ from it."""
+    """Return the measured commit, and whether tracked files differ from it."""
     said = []
     for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]):
         done = subprocess.run(
@@ -346,7 +359,7 @@ def revision() -> str:
 
 
 def versions(sections: Sequence[Section]) -> list[list[str]]:
-    """This project's packages, and those of what it was compared with."""
+    """Return the package versions of this project and of the programs compared with."""
     own = {name: importlib.metadata.version(name) for name in PACKAGES}
     found = {"this project": {"Python": platform.python_version()} | own}
     for section in sections:

@@ -1,44 +1,44 @@
-"""Fine-tuning's speed: packed bins, padded rows, LLaMA-Factory 0.9.5; the same conversations.
+"""Compare fine-tuning speed on the same conversations: packed, padded, and LLaMA-Factory 0.9.5.
 
-How many trained tokens, those of the answers, are learned from in a second: by step 6 with the bins
-that step 4 packed, by step 6 with --no-packing, and by LLaMA-Factory in `stage: sft` as it is by
-default, without packing. All start from the demo's model after step 5 and have the same token ids
-and labels: LLaMA-Factory loads step 4's conversations, each a row of its own, as its own
-preprocessing would have saved them. It loads the model in float32, for it trains in the stored
-dtype and fails on a CPU with float16. The recipe is the same: LoRA of rank 16 on all projections,
-the embeddings frozen, AdamW, a cosine with the same warm-up, float32 on the CPU, nothing scored and
-nothing saved in between.
+The measure is trained tokens (those of the answers) per second. It is taken for step 6 with the
+bins that step 4 packed, for step 6 with --no-packing, and for LLaMA-Factory in `stage: sft` with
+its default of no packing. All start from the demo's model after step 5 and use the same token ids
+and labels: LLaMA-Factory loads step 4's conversations, one per row, as its own preprocessing would
+have saved them. It loads the model in float32, because it trains in the stored dtype and fails on a
+CPU with float16. The recipe is the same: LoRA of rank 16 on all projections, embeddings frozen,
+AdamW, a cosine schedule with the same warm-up, float32 on the CPU, no evaluation and no checkpoint
+during training.
 
-A run is one pass over the data, less what fills no step. A step takes 8 bins, of 256 tokens in the
-demo, or N conversations: as many as 8 bins hold on average, rounded up to passes of 8, in the demo
-40. `8 x 5` are five passes of 8 rows, whose gradients are accumulated:
+A run is one epoch without its incomplete last step. A step takes 8 bins, of 256 tokens in the demo,
+or N conversations: as many as 8 bins hold on average, rounded up to a multiple of 8 (40 in the
+demo). `8 x 5` is 5 micro-batches of 8 rows with gradient accumulation:
 
-    step 6, packed             the 8 bins in one pass, attention inside conversations
-    step 6, padded, 8 x N/8    conversations padded to the longest of a pass
-    step 6, padded, N x 1      the same in one pass
-    LLaMA-Factory, 1 x N       no padding but to a multiple of 8 tokens, which it always does
+    step 6, packed             the 8 bins as one micro-batch, attention inside conversations
+    step 6, padded, 8 x N/8    conversations padded to the longest of a micro-batch
+    step 6, padded, N x 1      the same as one micro-batch
+    LLaMA-Factory, 1 x N       padding only to a multiple of 8 tokens, which it always adds
     LLaMA-Factory, 8 x N/8     as step 6, padded
-    LLaMA-Factory, N x 1       the same in one pass
+    LLaMA-Factory, N x 1       the same as one micro-batch
 
 All but the first learn from the same conversations in the same order, and their losses agree.
 
-Every run is a process of its own with all cores. The ways take turns, --rounds times; shown are
-medians. Tokens per second are those of the Trainer's own `train_runtime`, so neither imports nor
-loading and saving count; peak memory is that of the process from its start to its end, the saving
-or merging included. A run's tokens are taken to be its rows times the mean of all rows, which
---steps of less than a pass makes an estimate. Padding is the share of the positions computed on
-that hold no token, with the rows in a random order that is not that of the runs.
+Every run is a separate process with all cores. The ways take turns, --rounds times; the output
+shows medians. Tokens/s use the Trainer's own `train_runtime`, which excludes imports, loading and
+saving. Peak memory is the process's maximum from start to end, including saving or merging. The
+tokens of a run are computed as its rows times the mean of all rows, which is an estimate if --steps
+is less than an epoch. Padding is the share of computed positions without a token, with the rows in
+a random order that differs from the runs' order.
 
-It is not only padding in which step 6 and LLaMA-Factory differ: LLaMA-Factory computes the logits
-of all positions, step 6 those of trained tokens. Not measured are LLaMA-Factory's own packing, and
-batches of rows of similar length, which neither makes by default.
+Padding is not the only difference between step 6 and LLaMA-Factory: LLaMA-Factory computes the
+logits of all positions, step 6 only those of trained tokens. LLaMA-Factory's own packing and
+batches of rows of similar length are not measured, because neither program uses them by default.
 
-LLaMA-Factory needs an environment of its own; benchmarks/llamafactory_data.py says which. Steps 1
-to 5 of the demo must have run.
+LLaMA-Factory needs its own environment; benchmarks/llamafactory_data.py says how to install it.
+Steps 1 to 5 of the demo must have run.
 
     python benchmarks/sft.py --llamafactory lf/bin/python --work-dir SCRATCH
 
-Prints a table and a line of JSON. --work-dir keeps the logs and what LLaMA-Factory loads.
+Prints a table and a line of JSON. --work-dir keeps the logs and LLaMA-Factory's inputs.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Beside this file; they make the project's package importable.
+# In this folder; importing them makes the project's package importable.
 import measuring
 import peer
 from measuring import Ratio
@@ -67,7 +67,7 @@ MICRO_BATCH = 8
 LEARNING_RATE = 2e-3
 LORA_RANK = 16
 LORA_ALPHA = 32
-LLAMAFACTORY_MULTIPLE = 8  # its collator pads to a multiple of so many tokens
+LLAMAFACTORY_MULTIPLE = 8  # its collator pads to a multiple of this many tokens
 
 PACKED = "step 6, packed"
 PADDED = "step 6, padded, {} x {}"
@@ -76,23 +76,23 @@ LLAMAFACTORY = "LLaMA-Factory, {} x {}"
 
 @dataclass(frozen=True)
 class Rows:
-    """Step 4's training rows: their numbers of tokens, packed and one by one."""
+    """The token counts of step 4's training rows, as packed bins and as single conversations."""
 
     bins: list[int]
     conversations: list[int]
     block_size: int
-    trained_share: float  # of the tokens
+    trained_share: float  # share of tokens that are trained
 
     @property
     def conversations_per_step(self) -> int:
-        """As many as BINS_PER_STEP bins hold, in whole passes of MICRO_BATCH."""
+        """As many as BINS_PER_STEP bins hold, rounded up to a multiple of MICRO_BATCH."""
         mean = BINS_PER_STEP * len(self.conversations) / len(self.bins)
         return MICRO_BATCH * math.ceil(mean / MICRO_BATCH)
 
 
 @dataclass(frozen=True)
 class WayWithPadding:
-    """One way to train, and the share of padding in what it computes on."""
+    """One way to train, and the share of padding among its computed positions."""
 
     way: Way
     padding: float
@@ -102,7 +102,7 @@ def main() -> None:
     arguments = parse_arguments()
     versions = peer.versions(arguments.llamafactory)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    # Libraries that this process must not load (peer.py says why) are loaded in another one.
+    # Another process loads the libraries that this one must not load (see peer.py).
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         rows = apart.submit(prepare, arguments).result()
     ways = ways_to_train(arguments, rows)
@@ -118,14 +118,20 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", type=Path, default=DEMO / "step5_pt", help="step 5 (default: the demo's)"
+        "--model",
+        type=Path,
+        default=DEMO / "step5_pt",
+        help="output folder of step 5 (default: the demo's)",
     )
     parser.add_argument(
-        "--data", type=Path, default=DEMO / "step4_data", help="step 4 (default: the demo's)"
+        "--data",
+        type=Path,
+        default=DEMO / "step4_data",
+        help="output folder of step 4 (default: the demo's)",
     )
     peer.add_arguments(parser)
     parser.add_argument(
-        "--steps", type=int, help="optimizer steps of each way (default: a pass over the data)"
+        "--steps", type=int, help="optimizer steps of each way (default: one epoch)"
     )
     arguments = parser.parse_args()
     peer.check_arguments(parser, arguments, [arguments.model, arguments.data])
@@ -136,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(arguments: argparse.Namespace) -> Rows:
-    """What LLaMA-Factory starts from, made anew each time; run in a process of its own."""
+    """Write LLaMA-Factory's inputs from scratch; run this in a separate process."""
     import datasets
 
     from chatglm_ja.data import dataset
@@ -149,7 +155,9 @@ def prepare(arguments: argparse.Namespace) -> Rows:
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(arguments.model, model, ignore=shutil.ignore_patterns("adapter"))
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    text = json.dumps(config | {"dtype": "float32"}, indent=1)  # what it loads the weights as
+    text = json.dumps(
+        config | {"dtype": "float32"}, indent=1
+    )  # the dtype in which it loads the weights
     (model / "config.json").write_text(text + "\n", encoding="utf-8")
 
     bins = dataset.load_rows(arguments.data, "sft", "train")
@@ -223,7 +231,7 @@ def ways_to_train(arguments: argparse.Namespace, rows: Rows) -> dict[str, WayWit
 def recipe_for(
     arguments: argparse.Namespace, rows: Rows, lengths: Sequence[int], rows_per_step: int
 ) -> Recipe:
-    """All of a step's rows in one pass; raises DataError when there are not enough rows."""
+    """Return a recipe with one micro-batch per step; raise DataError if there are too few rows."""
     steps = arguments.steps or max(1, len(lengths) // rows_per_step)
     if steps * rows_per_step > len(lengths):
         raise DataError(
@@ -242,12 +250,12 @@ def recipe_for(
 
 
 def tokens_learned(recipe: Recipe, lengths: Sequence[int]) -> int:
-    """The tokens in a run's rows, whichever these are: of the mean length."""
+    """Estimate the tokens in a run's rows from the mean length of all rows."""
     return round(recipe.steps * recipe.rows * sum(lengths) / len(lengths))
 
 
 def padding_share(lengths: Sequence[int], micro_batch: int, multiple: int = 1) -> float:
-    """The share of padding when rows in a random order are padded to the longest of each pass."""
+    """Return the share of padding when random micro-batches are padded to their longest row."""
     order = random.Random(peer.SEED).sample(lengths, len(lengths))
     passes = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     computed = sum(len(rows) * math.ceil(max(rows) / multiple) * multiple for rows in passes)
@@ -290,7 +298,7 @@ def print_table(
 
 
 def compared(runs: Mapping[str, list[Run]]) -> list[Ratio]:
-    """Packed bins to every other way."""
+    """Return the ratios of packed bins to every other way."""
     others = [title for title in runs if title != PACKED]
     return [ratio for title in others for ratio in peer.compared(runs, PACKED, title, "1.7")]
 

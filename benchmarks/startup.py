@@ -1,7 +1,7 @@
-"""How soon a step answers: `--help`, and `--check` of a step that is finished.
+"""Time a step's `--help`, and `--check` on a finished step.
 
-Each command is a process of its own and runs --rounds times; the first run, which reads the
-libraries from the disk, does not count. Shown are medians. Steps 1 to 5 of the demo must have run.
+Each command is a separate process and runs --rounds times. The first run, which reads the libraries
+from disk, does not count. The output shows medians. Steps 1 to 5 of the demo must have run.
 
     python benchmarks/startup.py
 """
@@ -19,7 +19,7 @@ FINISHED = STEPS[:5]
 
 
 def seconds(command: list[str], rounds: int) -> float:
-    """The median time of a command, which must succeed."""
+    """Return the median time of a command, which must succeed."""
     taken = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each command (default: 5)")
     rounds = parser.parse_args().rounds
     shown: dict[str, float] = {}
     rows = []

@@ -1,33 +1,32 @@
-"""Speed and memory of steps 5 and 6 at the size of ChatGLM3-6B, on one GPU, without its weights.
+"""Measure speed and memory of steps 5 and 6 at ChatGLM3-6B's size on one GPU, without its weights.
 
 A model of ChatGLM3-6B's shape (28 layers of width 4096, 78,592 embedding rows) gets random weights,
-blocks of 1024 random tokens are written as step 4 would write them, and training.train, which is
-what step 5 calls, runs on them in a process of its own for each scenario:
+and blocks of 1024 random tokens are written in step 4's format. For each scenario, training.train,
+which step 5 calls, runs on them in its own process:
 
-    4090 x 4     one process's share of four under ZeRO-2, with gradient checkpointing, and no more
-                 than 24 GiB of memory
-    share of 4   the same without checkpointing, in all of the GPU's memory
+    4090 x 4     one rank's share of four under ZeRO-2, with gradient checkpointing, limited to 24
+                 GiB of memory
+    share of 4   the same without gradient checkpointing, with all of the GPU's memory
     one GPU      a single process without DeepSpeed
-    SFT          conversations of --conversations, a folder of step 4 with bins of 1024 tokens: LoRA
-                 only, a single process; packed, or padded with as many conversations a step
-    ...          and what --compile and other settings make of them
+    SFT          conversations from --conversations, a folder of step 4 with bins of 1024 tokens:
+                 LoRA only, a single process; packed, or padded with as many conversations per step
+    ...          variants with --compile and other settings
 
-For a share, the process is number 0 of four in a process group that does nothing ("fake", torch's
-own for tests). DeepSpeed then holds and updates exactly what it would hold on one of four GPUs: a
-quarter of the float32 weights, Adam's moments and gradients. What is represented: all memory but
-NCCL's own buffers, and all arithmetic. What is not: the time to send gradients and weights, and the
-speed of the card, which is that of the GPU at hand.
+For a share, the process is rank 0 of four in a process group that sends nothing ("fake", torch's
+own for tests). DeepSpeed then holds and updates exactly what it would on one of four GPUs: a
+quarter of the float32 weights, Adam's moments and gradients. The measurement covers all memory
+except NCCL's own buffers, and all computation. It does not cover the time to send gradients and
+weights, and the speed is that of the GPU it runs on.
 
     python benchmarks/train_6b.py --work-dir /dev/shm/6b            # 13 GB, made once
     python benchmarks/train_6b.py --work-dir DIR --scenarios "4090 x 4" "one GPU"
 
-    python step4_prepare_data.py --max-length 1024 --output-dir DATA     # of the demo's profile
+    python step4_prepare_data.py --max-length 1024 --output-dir DATA     # with the demo's profile
     python benchmarks/train_6b.py --work-dir DIR --conversations DATA --scenarios "SFT, packed" ...
 
 New rows and conversations need --tokenizer, the output folder of step 2. Prints a table: the
-estimate of --estimate, the peak that was measured, tokens/s (of conversations: without padding) and
-MFU (medians over the last steps).
-`--layers 2 --hidden 256` tries the script itself on a CPU.
+estimate of --estimate, the measured peak, tokens/s (for conversations, without padding) and MFU
+(medians over the last steps). `--layers 2 --hidden 256` tests the script itself on a CPU.
 """
 
 import argparse
@@ -41,18 +40,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 from measuring import PROJECT, Ratio, emptied
 from tqdm import tqdm
 
 BLOCK_SIZE = 1024
 LOGGING_STEPS = 4
-WARM_UP = 1  # lines of the log whose speed does not count
+WARM_UP = 1  # log lines excluded from the speed
 GIB = 2**30
 
-# Settings by the names of TrainingConfig; `ranks`, `gib` and `name` (of the data set) are this
-# script's own.
+# Settings of TrainingConfig, and three of this script's own: `ranks`, `gib` (memory limit) and
+# `name` (data set).
 SHARE: dict[str, Any] = {"ranks": 4, "micro_batch_size": 4, "deepspeed": PROJECT / "ds_zero2.json"}
 ONE: dict[str, Any] = {"ranks": 1, "micro_batch_size": 4}
 RTX_4090: dict[str, Any] = {**SHARE, "gib": 24, "gradient_checkpointing": True}
@@ -85,14 +84,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work-dir", type=Path, required=True, help="model and data: 13 GB")
-    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, help="default: all")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=78_592)
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="folder for model and data, 13 GB; kept"
+    )
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, help="(default: all)")
+    parser.add_argument("--steps", type=int, default=20, help="(default: 20)")
+    parser.add_argument("--layers", type=int, default=28, help="(default: 28)")
+    parser.add_argument("--hidden", type=int, default=4096, help="width (default: 4096)")
+    parser.add_argument("--rows", type=int, default=78_592, help="(default: 78592)")
     parser.add_argument("--tokenizer", type=Path, help="output folder of step 2")
-    parser.add_argument("--conversations", type=Path, help="output folder of step 4")
+    parser.add_argument(
+        "--conversations", type=Path, help="output folder of step 4 with bins of 1024 tokens"
+    )
     parser.add_argument("--measure", choices=SCENARIOS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps < 2 * LOGGING_STEPS:
@@ -125,7 +128,7 @@ def main() -> None:
 
 
 def compared(found: Mapping[str, dict[str, Any]]) -> list[Ratio]:
-    """Compiled to not compiled, and packed to padded, of what was measured."""
+    """Return the speed ratios of compiled to not compiled, and of packed to padded."""
     pairs = [(f"{name}, compiled", name) for name in found]
     pairs += [(name, PADDED_AS_USUAL) for name in found if name.startswith("SFT, packed")]
     return [
@@ -139,7 +142,7 @@ def compared(found: Mapping[str, dict[str, Any]]) -> list[Ratio]:
 
 
 def row(name: str, found: dict[str, Any] | str) -> list[str]:
-    """Of the table; a scenario that failed says why."""
+    """Return a row of the table; if the scenario failed, with the reason."""
     if isinstance(found, str):
         return [name, "", "", "", "", f"failed: {found}"]
     return [
@@ -153,8 +156,10 @@ def row(name: str, found: dict[str, Any] | str) -> list[str]:
 
 
 def in_a_process(name: str, folder: Path) -> dict[str, Any] | str:
-    """Measure a scenario in a fresh process: its figures, or why it failed. What it said is
-    kept."""
+    """Measure a scenario in a fresh process and keep its log.
+
+    Returns the figures, or why it failed.
+    """
     command = [sys.executable, *sys.argv, "--measure", name]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     (folder / f"{name}.log").write_text(ended.stderr, encoding="utf-8")
@@ -164,7 +169,7 @@ def in_a_process(name: str, folder: Path) -> dict[str, Any] | str:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train in this process, number 0 of `ranks`; tokens/s are those of one GPU."""
+    """Train in this process as rank 0 of `ranks`; return the figures, with tokens/s of one GPU."""
     settings = dict(SCENARIOS[name])
     ranks, gib = settings.pop("ranks"), settings.pop("gib", None)
     data_set = settings.pop("name", "pretrain")
@@ -184,7 +189,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if data_set == "sft":
         data = options.conversations
         if not settings.get("packing", True):
-            # As many conversations as a packed step has, in whole passes.
+            # As many conversations as a packed step has, in whole micro-batches.
             bins = dataset.load_rows(data, data_set, "train")
             wanted = ONE["micro_batch_size"] * len(dataset.unpack_rows(bins)) / len(bins)
             blocks *= max(1, round(wanted / blocks))
@@ -219,7 +224,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def join_group_of(ranks: int) -> None:
-    """Make this process number 0 of a group in which nothing is sent."""
+    """Make this process rank 0 of a process group that sends nothing."""
     import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -231,7 +236,7 @@ def join_group_of(ranks: int) -> None:
 
 
 def make_model(options: argparse.Namespace) -> None:
-    """Random weights in the layout that step 3 writes, unless they are there."""
+    """Write random weights in step 3's layout unless they exist."""
     folder = options.work_dir / "model"
     if folder.is_dir():
         return
@@ -275,7 +280,7 @@ def make_model(options: argparse.Namespace) -> None:
 
 
 def make_data(options: argparse.Namespace) -> None:
-    """Blocks of two to four documents of random ids, as step 4 writes them."""
+    """Write blocks of two to four documents of random ids in step 4's format unless they exist."""
     folder = options.work_dir / "data"
     if folder.is_dir():
         return

@@ -1,25 +1,25 @@
-"""Continued pretraining's speed and memory, beside LLaMA-Factory 0.9.5: one model, the same blocks.
+"""Compare speed and memory of continued pretraining with LLaMA-Factory 0.9.5 on one model and data.
 
-The model is a ChatGLM3 of 4 layers and width 256 with random weights, but with the real tokenizer:
-steps 2 and 3 add all pieces of a Japanese BPE model, which gives it 78,592 embedding rows, and step
-4 packs the demo's texts into blocks of 1024 tokens. Step 5 and `llamafactory-cli train` then start
-from that folder and learn these blocks, --steps times 4 of them, with the same recipe: LoRA of rank
-8 on all projections and both embeddings in full, one learning rate, AdamW, a cosine with the same
-warm-up, float32 on the CPU, nothing scored and nothing saved in between.
+The model is a ChatGLM3 of 4 layers and width 256 with random weights and the real tokenizer. Steps
+2 and 3 add all pieces of a Japanese BPE model, which gives it 78,592 embedding rows, and step 4
+packs the demo's texts into blocks of 1024 tokens. Step 5 and `llamafactory-cli train` start from
+that folder and train on these blocks, 4 per step for --steps steps, with the same recipe: LoRA of
+rank 8 on all projections and both embeddings in full, a single learning rate, AdamW, a cosine
+schedule with the same warm-up, float32 on the CPU, no evaluation and no checkpoint during training.
 
-Every run is a process of its own with all cores. The ways take turns, --rounds times; shown are
-medians. Tokens per second are those of the Trainer's own `train_runtime`, so neither imports nor
-loading and saving count; peak memory is that of the process from its start to its end, the saving
-or merging included. In each step all ways learn from 4 blocks:
+Every run is a separate process with all cores. The ways take turns, --rounds times; the output
+shows medians. Tokens/s use the Trainer's own `train_runtime`, which excludes imports, loading and
+saving. Peak memory is the process's maximum from start to end, including saving or merging. Every
+way trains on 4 blocks per step:
 
-    LLaMA-Factory, 1 x 4    micro-batches of one block, gradients accumulated: its usual way
-    LLaMA-Factory, 4 x 1    the four blocks in one pass
-    step 5                  as it is: the four blocks in one pass, attention inside documents
-    step 5, 1 x 4           the same in passes of one block: slower, in less memory
-    step 5, no mask         attention across documents, as LLaMA-Factory has it in pretraining:
-                            what the two compute is the same, and so are the losses
+    LLaMA-Factory, 1 x 4    micro-batch 1 with gradient accumulation: its default
+    LLaMA-Factory, 4 x 1    micro-batch 4
+    step 5                  its default: micro-batch 4, attention inside documents
+    step 5, 1 x 4           micro-batch 1: slower, less memory
+    step 5, no mask         attention across documents, as in LLaMA-Factory's pretraining: the
+                            computation is the same, and so are the losses
 
-LLaMA-Factory needs an environment of its own; benchmarks/llamafactory_data.py says why:
+LLaMA-Factory needs its own environment; benchmarks/llamafactory_data.py says why:
 
     python3.11 -m venv lf
     lf/bin/pip install torch==2.13.0 llamafactory==0.9.5
@@ -29,8 +29,8 @@ LLaMA-Factory needs an environment of its own; benchmarks/llamafactory_data.py s
     python benchmarks/training.py --base-model CHATGLM3_6B_DIR --ja-tokenizer ja_bpe.model \\
         --llamafactory lf/bin/python --work-dir SCRATCH
 
-Of CHATGLM3_6B_DIR only config.json and tokenizer.model are read. What is prepared stays in
---work-dir (0.3 GB) and is taken from there the next time. Prints a table and a line of JSON.
+From CHATGLM3_6B_DIR only config.json and tokenizer.model are read. The prepared inputs stay in
+--work-dir (0.3 GB) and are reused. Prints a table and a line of JSON.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Beside this file; they make the project's package importable.
+# In this folder; importing them makes the project's package importable.
 import measuring
 import peer
 from measuring import Ratio
@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from chatglm_ja.cli import run
 
-# The proportions are ChatGLM3-6B's as far as four layers of this width allow.
+# ChatGLM3-6B's proportions, as far as four layers of this width allow.
 SMALL = {
     "num_layers": 4,
     "hidden_size": 256,
@@ -74,7 +74,7 @@ OURS_NO_MASK = "step 5, no mask"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all ways start from: the model, and its blocks in both forms."""
+    """The inputs of all ways: the model, and the blocks in both formats."""
 
     model: Path
     data: Path
@@ -102,10 +102,13 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--base-model", type=Path, required=True, help="ChatGLM3-6B's config.json, tokenizer.model"
+        "--base-model", type=Path, required=True, help="folder with config.json and tokenizer.model"
     )
     parser.add_argument(
-        "--ja-tokenizer", type=Path, required=True, help="output of step 1, or a BPE model file"
+        "--ja-tokenizer",
+        type=Path,
+        required=True,
+        help="output folder of step 1, or a BPE model file",
     )
     peer.add_arguments(parser)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
@@ -120,7 +123,7 @@ def base_dir(arguments: argparse.Namespace) -> Path:
 
 
 def data_dir(arguments: argparse.Namespace) -> Path:
-    """As many blocks as the steps take, so that every way learns each of them once."""
+    """Return the folder of exactly the blocks that the steps take, each trained on once."""
     return Path(arguments.work_dir, f"step4_{arguments.steps * BLOCKS_PER_STEP}_blocks")
 
 
@@ -132,12 +135,12 @@ def blocks_dir(arguments: argparse.Namespace) -> Path:
 
 
 def prepare(arguments: argparse.Namespace) -> Prepared:
-    """The model and the blocks; what an earlier run finished is left as it is."""
+    """Make the model and the blocks, reusing what an earlier run finished."""
     work_dir: Path = arguments.work_dir
     work_dir.mkdir(parents=True, exist_ok=True)
     base, tokenizer, model = base_dir(arguments), work_dir / "step2", work_dir / "step3"
     data, blocks = data_dir(arguments), blocks_dir(arguments)
-    # This file again, for what needs libraries that this process must not load.
+    # Run this file again for tasks whose libraries this process must not load.
     again = [__file__, *sys.argv[1:], "--task"]
     tasks: dict[str, list[str]] = {}
     if not base.exists():
@@ -152,7 +155,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         f"--total-tokens={arguments.steps * BLOCKS_PER_STEP * BLOCK_SIZE}",
         f"--block-size={BLOCK_SIZE}",
         "--validation-tokens=0",
-        # Conversations are not trained on here, but step 4 wants some.
+        # Step 4 requires conversations, although they are not used here.
         "--sft-examples=4",
         "--sft-validation-examples=0",
     ]
@@ -164,9 +167,9 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
 
 
 def write_random_base(source: Path, folder: Path) -> None:
-    """A small ChatGLM3 of random weights, laid out as published, with `source`'s tokenizer.
+    """Write a small random ChatGLM3 in the published layout, with `source`'s tokenizer.
 
-    In float32: LLaMA-Factory trains in the stored dtype, and with float16 it fails on a CPU.
+    Its weights are float32: LLaMA-Factory trains in the stored dtype and fails on a CPU in float16.
     """
     import torch
     from transformers import GlmForCausalLM
@@ -191,15 +194,17 @@ def write_random_base(source: Path, folder: Path) -> None:
 
 
 def write_blocks(data: Path, folder: Path) -> None:
-    """Step 4's blocks as LLaMA-Factory's own preprocessing saves them, for its `tokenized_path`;
-    run by its interpreter."""
+    """Convert step 4's blocks to the format of LLaMA-Factory's `tokenized_path`.
+
+    Runs under LLaMA-Factory's interpreter.
+    """
     import datasets
 
     shards = sorted(data.glob("pretrain_train-*.arrow"))
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(s)) for s in shards])
     blocks = rows.to_dict()["input_ids"]
     masks = [[1] * len(block) for block in blocks]
-    # The labels are its collator's.
+    # Its collator makes the labels.
     saved = datasets.Dataset.from_dict({"input_ids": blocks, "attention_mask": masks})
     unfinished = measuring.emptied(folder.with_suffix(".unfinished"))
     datasets.DatasetDict({"train": saved}).save_to_disk(str(unfinished))
@@ -249,8 +254,10 @@ def ways_to_train(arguments: argparse.Namespace, prepared: Prepared) -> dict[str
 
 
 def over_predicted(run: Run) -> Run:
-    """LLaMA-Factory's Trainer divides a block's loss by its 1024 tokens, of which nothing predicts
-    the first: here its losses too are means over the 1023 others."""
+    """Rescale LLaMA-Factory's losses to means over the 1023 predicted tokens of a block.
+
+    Its Trainer divides by all 1024, but the first token is not predicted.
+    """
     return replace(run, losses=[loss * BLOCK_SIZE / (BLOCK_SIZE - 1) for loss in run.losses])
 
 
@@ -276,8 +283,7 @@ def print_table(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> No
 
 
 def compared(runs: dict[str, list[Run]]) -> list[Ratio]:
-    """Step 5 to LLaMA-Factory as it usually runs: the way that computes the same, and
-    the one of least memory."""
+    """Return ratios to LLaMA-Factory's default, for the same computation and for least memory."""
     return [
         *peer.compared(runs, OURS_NO_MASK, USUAL, "1.5", "0.65"),
         *peer.compared(runs, OURS_ACCUMULATED, USUAL, "1.5", "0.65"),

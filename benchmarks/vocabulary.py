@@ -1,9 +1,9 @@
-"""What each way of learning the Japanese vocabulary gives, at the same number of new pieces.
+"""Compare methods of learning the Japanese vocabulary at the same number of new pieces.
 
-Prints tables as Markdown: ways of learning, policies, the article's merge beside step 2's (with
---ja-tokenizer), and the time of step 1 against bare sentencepiece. A tenth of the documents, chosen
-by the hash of their text, is held out and measured on. Chinese and English texts are only cut,
-never learned from, and are measured whole.
+Prints Markdown tables: learning methods, policies, the article's merge against step 2's (with
+--ja-tokenizer), and the time of step 1 against bare sentencepiece. A tenth of the Japanese
+documents, chosen by a hash of their text, is held out for evaluation. Chinese and English texts are
+only segmented, never learned from, so all of them are evaluated.
 
     python benchmarks/vocabulary.py --base-model DIR --ja-tokenizer ja_bpe.model \\
         --sources ja=help_ja.jsonl.gz ja=docs_ja.jsonl.gz zh=docs_zh.jsonl.gz en=help_en.jsonl.gz
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 from measuring import Ratio, step_command
 
@@ -35,7 +35,7 @@ from chatglm_ja.vocabulary import policies as piece_policies
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 
 DEFAULTS = TrainTokenizerConfig(output_dir=Path(), sources=())
-# How the article trained its Japanese model: sentencepiece's own defaults.
+# The article's settings for its Japanese model: sentencepiece's own defaults.
 ARTICLE = {
     "normalization_rule_name": "nmt_nfkc",
     "remove_extra_whitespaces": True,
@@ -52,13 +52,13 @@ def is_held_out(text: str) -> bool:
 
 
 class Ways:
-    """The ways of learning, each as a function of nothing to a Merge of `size` new pieces."""
+    """The learning methods; each returns a merged vocabulary with `size` new pieces."""
 
     def __init__(self, base: Any, texts: Sequence[str], policy: str, size: int) -> None:
         self.base, self.texts, self.policy, self.size = base, texts, policy, size
 
     def train(self, settings: dict[str, Any], vocab_size: int) -> Any:
-        """A model of `vocab_size` pieces, or of as many as the text gives."""
+        """Return a model of `vocab_size` pieces, or of as many as the text yields."""
         while True:
             try:
                 return learning.train_sentencepiece(
@@ -74,7 +74,7 @@ class Ways:
                     raise
 
     def first(self, settings: dict[str, Any]) -> merging.MergedVocabulary:
-        """The first pieces in the order learned: those of a model that is just large enough."""
+        """Merge the first pieces in learned order, just as many as `size` new pieces require."""
         learned = self.train(settings, 4 * self.size)
         normal = [p for p in learned.pieces if p.type == p.NORMAL]
         characters = [p for p in normal if len(p.piece) == 1]
@@ -180,8 +180,10 @@ def policies_table(
 
 
 def article_merge(base: Any, learned: Any) -> Any:
-    """As the article merges: every piece that the base does not have is appended with score 0, so
-    that all of them go before the base's own merges."""
+    """Merge as the article does: append every piece that the base does not have, with score 0.
+
+    All new pieces then take precedence over the base's own merges.
+    """
     merged = type(base)()
     merged.CopyFrom(base)
     known = {piece.piece for piece in base.pieces}
@@ -192,7 +194,7 @@ def article_merge(base: Any, learned: Any) -> Any:
 
 
 def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> Ratio:
-    """From the same Japanese model: lines of each language that are cut otherwise than before."""
+    """Count the lines segmented differently after each merge of the same Japanese model."""
     learned = learning.read_learned(ja_tokenizer)
     before = tokenizer.make_processor(base)
     ours = merging.merge_pieces(base, learned, "japanese")
@@ -227,7 +229,7 @@ def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> 
 
 
 def time_table(texts: Sequence[str], vocab_size: int, repeats: int) -> Ratio:
-    """Step 1 as a program against spm_train's own work in a fresh process, in turn."""
+    """Time step 1 as a program against bare sentencepiece in a fresh process, in turn."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = "".join(line + "\n" for line in corpus.training_lines(texts, {}))
@@ -263,14 +265,18 @@ def main() -> None:
     )
     parser.add_argument("--base-model", type=Path, required=True, help="ChatGLM3 folder")
     parser.add_argument(
-        "--sources", nargs="+", required=True, metavar="SPEC", help="LANGUAGE=PATH: ja, and others"
+        "--sources", nargs="+", required=True, metavar="SPEC", help="LANGUAGE=PATH; ja is required"
     )
     parser.add_argument(
-        "--ja-tokenizer", type=Path, help="the article's Japanese model, to be merged in both ways"
+        "--ja-tokenizer", type=Path, help="the article's Japanese model, to merge both ways"
     )
-    parser.add_argument("--new-pieces", type=int, default=12_000, help="(default: 12000)")
-    parser.add_argument("--policy", default="japanese", help="(default: japanese)")
-    parser.add_argument("--repeats", type=int, default=7, help="of the timing (default: 7)")
+    parser.add_argument(
+        "--new-pieces", type=int, default=12_000, help="number of new pieces (default: 12000)"
+    )
+    parser.add_argument(
+        "--policy", default="japanese", help="policy of the first table (default: japanese)"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="runs of the timing (default: 7)")
     arguments = parser.parse_args()
     base = tokenizer.read_base_proto(arguments.base_model)
     texts = {

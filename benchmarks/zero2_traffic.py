@@ -1,10 +1,10 @@
-"""How many bytes ZeRO-2 sends per optimizer step, counted by DeepSpeed's own communication log.
+"""Count the bytes that ZeRO-2 sends per optimizer step, with DeepSpeed's own communication log.
 
-Trains a few steps of step 5 in two processes, once with one pass per step and once with the same
-global batch in two, and compares the bytes of gradients that were reduced with the bytes of the
-gradients that there are. DeepSpeed reduces after every pass: with one pass a step the gradient
-travels once. What a run sends besides, to start and to save its result, is left out: each is done
-with two numbers of steps, and what the longer one sends more is that of its steps.
+Trains a few steps of step 5 in two processes, once with one micro-batch per step and once with two
+for the same global batch. Compares the bytes of gradients reduced with the total bytes of
+gradients. DeepSpeed reduces after every micro-batch, so with one micro-batch per step each gradient
+is sent once. To exclude the traffic of startup and saving, each configuration runs with two numbers
+of steps; the difference is the traffic of the additional steps.
 
     python benchmarks/zero2_traffic.py --model artifacts/demo/step3_model \\
         --data artifacts/demo/step4_data --block-size 256
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 from measuring import PROJECT, Ratio
 
@@ -34,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="output folder of step 3")
     parser.add_argument("--data", type=Path, required=True, help="output folder of step 4")
-    parser.add_argument("--block-size", type=int, required=True)
+    parser.add_argument("--block-size", type=int, required=True, help="tokens per block")
     parser.add_argument("--micro-batch-size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,14 +57,14 @@ def main() -> None:
 
 
 def per_step(micro_batch_size: int) -> dict[str, float]:
-    """Bytes that a step sends, and those of the gradients."""
+    """Return the bytes that a step reduces and gathers, and the bytes of all gradients."""
     fewer, more = (in_processes(micro_batch_size, steps) for steps in STEPS)
     sent = {k: (more[k] - fewer[k]) / (STEPS[1] - STEPS[0]) for k in ("reduced", "gathered")}
     return {"gradients": more["gradients"], **sent}
 
 
 def in_processes(micro_batch_size: int, steps: int) -> dict[str, float]:
-    """Bytes of a run under torchrun."""
+    """Train under torchrun; return the bytes sent in the whole run."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(PROCESSES)]
     command = [*torchrun, "--master_port", "29531", *sys.argv]
     command += ["--micro-batch-size", str(micro_batch_size), "--steps", str(steps)]
@@ -76,7 +76,7 @@ def in_processes(micro_batch_size: int, steps: int) -> dict[str, float]:
 
 
 def train_and_count(options: argparse.Namespace) -> None:
-    """One process's part; number 0 prints the bytes that were sent."""
+    """Train as one process of the run; rank 0 prints the bytes sent."""
     from deepspeed import comm
 
     from chatglm_ja.training import train

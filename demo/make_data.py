@@ -1,16 +1,16 @@
 """Select the demo's texts and conversations from the parallel LibreOffice help (MPL-2.0).
 
-The files in `demo/data/` are the output of this script; it is kept so that anyone can see how
-they were chosen and make them again. The input is one `help_<language>.jsonl.gz` per language
-with records {"id", "title", "text"}; one id is the same page in every language.
+This script generated the files in `demo/data/`. It documents how they were selected and can
+regenerate them. The input is one `help_<language>.jsonl.gz` per language with records {"id",
+"title", "text"}; the same id is the same page in every language.
 
-What it does, per page:
-  * drops the paragraphs of a Japanese or Chinese page that were left in English;
-  * sends 5% of the pages, chosen by the hash of their id and so the same pages in every
-    language, to the held-out files, which no step trains on, without the sentences that also
-    stand on a training page (help pages repeat each other);
-  * builds single-turn conversations of four kinds: `ja`, `zh`, `en` (explain a title, translate
-    a passage, by the language of the answer) and `code` (a Basic example from the page);
+For each page, the script
+  * drops the lines of a Japanese or Chinese page that were not translated from English;
+  * holds out 5% of the pages, chosen by a hash of their id, so the same pages in every language.
+    No step trains on held-out files, and lines that also occur on a training page are removed
+    from them (help pages repeat each other);
+  * builds single-turn conversations of four kinds: `ja`, `zh` and `en`, by the language of the
+    answer (explain a title, translate a passage), and `code` (a Basic example from the page);
   * builds multiple-choice questions from held-out pages: which of four lines, three of them from
     other pages, comes next?
 
@@ -32,11 +32,11 @@ LANGUAGES = ("ja", "zh", "en")
 MIN_PAGE_CHARS = 120
 MAX_CHARS = {"ja": 1_100_000, "zh": 1_050_000, "en": 1_300_000}
 HELD_OUT_PERCENT = 5
-# The article's SFT mix, 52 : 22 : 9 : 17, of 1,800 conversations.
+# The article's SFT mix, 52 : 22 : 9 : 17, with 1,800 conversations.
 CONVERSATIONS = {"ja": 936, "zh": 396, "en": 162, "code": 306}
-HELD_OUT_CONVERSATIONS = 25  # of each kind, or as many as there are
+HELD_OUT_CONVERSATIONS = 25  # per kind, or all if there are fewer
 CHOICES = 4
-CHOICE_QUESTIONS = 25  # in each language, at most two of a page
+CHOICE_QUESTIONS = 25  # per language, at most two per page
 CONTEXT_CHARS = {"ja": 100, "zh": 100, "en": 250}
 PASSAGE_CHARS = {"ja": (12, 90), "zh": (10, 70), "en": (25, 200)}
 ANSWER_CHARS = {"ja": 160, "zh": 120, "en": 300, "code": 400}
@@ -65,7 +65,7 @@ Page = dict[str, str]
 
 
 def read_parallel_pages(folder: Path) -> dict[str, dict[str, Page]]:
-    """Pages that exist in all three languages: id -> language -> page, sorted by id."""
+    """Return the pages that exist in all three languages: id -> language -> page, sorted by id."""
     pages: dict[str, dict[str, Page]] = {}
     for language in LANGUAGES:
         with gzip.open(folder / f"help_{language}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -75,7 +75,7 @@ def read_parallel_pages(folder: Path) -> dict[str, dict[str, Page]]:
 
 
 def is_translated(line: str, language: str) -> bool:
-    """Whether a line of a page is in the page's language (short labels and formulas count)."""
+    """Return whether a line is in the page's language; short labels and formulas count as such."""
     if language == "en":
         return not CJK.search(line)
     if language == "zh" and KANA.search(line):
@@ -93,13 +93,13 @@ def is_held_out(page_id: str) -> bool:
 
 
 def new_lines(page: Page, trained: set[str]) -> Page:
-    """The page without the lines that training pages have too."""
+    """Return the page without the lines that also occur on training pages."""
     lines = page["text"].split("\n")
     return {"id": page["id"], "text": "\n".join(line for line in lines if line not in trained)}
 
 
 def explanation(page: Page, language: str) -> str | None:
-    """The page's first full sentences after its title, or None if it starts with a list."""
+    """Return the first paragraph after the title, or None if it is a list or too long."""
     lines = [line for line in clean_text(page, language).split("\n") if line != page["title"]]
     ends = "。" if language in ("ja", "zh") else "."
     if not lines or not lines[0].endswith(ends):
@@ -133,7 +133,7 @@ def explanations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, obje
 
 
 def translations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
-    """At most two aligned lines a page and direction: the pages are translated line by line."""
+    """Yield at most two aligned lines per direction; pages are translated line by line."""
     lines = {language: page[language]["text"].split("\n") for language in LANGUAGES}
     if len({len(x) for x in lines.values()}) != 1:
         return
@@ -152,7 +152,7 @@ def translations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, obje
 
 
 def code_examples(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
-    """The page's first Basic procedure, asked for in the language of its comments."""
+    """Yield the page's first Basic procedure in each language, with a request in that language."""
     for language in LANGUAGES:
         for line in page[language]["text"].split("\n"):
             match = BASIC_PROCEDURE.search(line)
@@ -164,7 +164,7 @@ def code_examples(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, obj
 
 
 def next_lines(pages: Sequence[Page], language: str) -> list[dict[str, object]]:
-    """Questions which of four lines comes next; the wrong ones follow in other held-out pages."""
+    """Return questions: which of four lines comes next? The wrong ones are from other pages."""
     low, high = PASSAGE_CHARS[language]
     found: list[tuple[str, str, str]] = []
     for page in pages:
@@ -200,7 +200,7 @@ def next_lines(pages: Sequence[Page], language: str) -> list[dict[str, object]]:
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
-    # mtime=0: the same records give the same bytes.
+    # mtime=0 makes the bytes depend only on the records.
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as out:
         for record in records:
             out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
@@ -209,7 +209,9 @@ def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--help-corpus", type=Path, required=True, help="folder of help_*.jsonl.gz")
+    parser.add_argument(
+        "--help-corpus", type=Path, required=True, help="folder with help_*.jsonl.gz"
+    )
     folder = parser.parse_args().help_corpus
     pages = list(read_parallel_pages(folder).items())
     random.Random(0).shuffle(pages)

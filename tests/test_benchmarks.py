@@ -1,4 +1,4 @@
-"""What runs all benchmarks: each can be called as it calls it, and the page says what was found."""
+"""benchmarks/run.py calls every benchmark with flags it has, and writes the page."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ FOLDER = PROJECT / "benchmarks"
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """benchmarks/run.py, which finds what is beside it as a program does."""
+    """Import benchmarks/run.py with its folder on the import path, as when it is run."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("run")
     for name in ("run", "measuring"):
@@ -37,7 +37,7 @@ def test_every_benchmark_knows_its_flags(run: ModuleType) -> None:
         assert flags <= flags_of(f"benchmarks/{benchmark.script}"), benchmark.script
 
 
-def test_what_cannot_be_measured_says_what_it_needs(
+def test_a_benchmark_that_cannot_run_says_what_it_needs(
     run: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")  # no nvidia-smi

@@ -1,4 +1,4 @@
-"""The READMEs: what they name exists, and the translations say what the English one says."""
+"""The READMEs name only what exists, and the translations match the English one."""
 
 import re
 import subprocess
@@ -17,19 +17,19 @@ BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 @dataclass(frozen=True)
 class Section:
-    """What a section says that does not depend on the language it is written in."""
+    """The language-independent content of a section."""
 
     level: int
     commands: list[str]
-    rows: list[list[Counter[str]]]  # the figures in every cell of its tables
-    figures: Counter[str]  # in all of its text
+    rows: list[list[Counter[str]]]  # the figures in each cell of its tables
+    figures: Counter[str]  # all figures in its text
     code: Counter[str]
     links: Counter[str]
 
 
 def sections(text: str) -> list[Section]:
     found = []
-    # Headings begin a line, as comments in blocks of code do.
+    # Hide comments in code blocks, which begin a line like headings.
     bare = BLOCK.sub(lambda block: block[0].replace("#", "\0"), text)
     for part in re.split(r"^(?=#+ )", bare, flags=re.MULTILINE)[1:]:
         part = part.replace("\0", "#")
@@ -43,7 +43,7 @@ def sections(text: str) -> list[Section]:
                 rows=[[figures(cell) for cell in row] for row in rows],
                 figures=figures(prose),
                 code=Counter(re.findall(r"`([^`]+)`", prose)),
-                # Not those to the other languages.
+                # Without the links to the other languages.
                 links=Counter(re.findall(r"\]\((?!README)([^)]+)\)", prose)),
             )
         )
@@ -51,17 +51,17 @@ def sections(text: str) -> list[Section]:
 
 
 def commands(body: str) -> list[str]:
-    """The lines of a block without what is said about them, which stands after two spaces."""
+    """Return the lines of a code block without their comments, which follow two spaces."""
     return [re.split(r"  +", line.strip())[0] for line in body.splitlines()]
 
 
 def figures(text: str) -> Counter[str]:
-    """Numbers, and those that are digits of a name."""
+    """Count the numbers in a text, including digits in names."""
     return Counter(re.findall(r"\d+(?:[.,]\d+)*", text))
 
 
 @pytest.mark.parametrize("name", TRANSLATIONS)
-def test_translations_are_in_step_with_the_english_readme(name: str) -> None:
+def test_translations_match_the_english_readme(name: str) -> None:
     expected = sections(ENGLISH.read_text(encoding="utf-8"))
     found = sections((PROJECT / name).read_text(encoding="utf-8"))
     assert [section.level for section in found] == [section.level for section in expected]
@@ -73,10 +73,10 @@ def test_translations_are_in_step_with_the_english_readme(name: str) -> None:
         assert ours.figures == theirs.figures
 
 
-def test_a_translation_that_is_behind_is_noticed() -> None:
+def test_an_outdated_translation_is_detected() -> None:
     text = ENGLISH.read_text(encoding="utf-8")
     for old, new in (
-        ("## Licences", "### Licences"),
+        ("## Licenses", "### Licenses"),
         ("python step7_eval.py --chat", "python step7_eval.py --talk"),
         ("**4.126**", "**4.127**"),
         ("`--stall-seconds`", "`--stall-minutes`"),

@@ -1,4 +1,4 @@
-"""The fault tests in two lengths: a short form in `make test`, and `make faults`."""
+"""Fixtures of the fault tests: a short form runs in `make test`, all faults in `make faults`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +12,8 @@ from tests.pipeline import Runner
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="try every fault, and often")
-    parser.addoption("--reliability", type=Path, help="the page whose tables are written anew")
+    parser.addoption("--thorough", action="store_true", help="try every fault, many times")
+    parser.addoption("--reliability", type=Path, help="the page whose tables to rewrite")
 
 
 @pytest.fixture(scope="session")
@@ -23,17 +23,18 @@ def thorough(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
-    found = Ledger()
-    yield found
-    found.tables["fuzz"] |= fuzzing.entries()
+    counts = Ledger()
+    yield counts
+    counts.tables["fuzz"] |= fuzzing.count_trials()
     path = request.config.getoption("--reliability", default=None)
     if path is not None:
-        found.write(path)
+        counts.write(path)
 
 
 @pytest.fixture(scope="session")
 def forks(pipeline: Runner) -> Iterator[Forks]:
-    """Steps that start at once, on the artifacts of the finished pipeline, each with one thread."""
+    """Yield a server that starts steps without import time, one thread each, on the pipeline's
+    artifacts."""
     environment = pipeline.environment | {"OMP_NUM_THREADS": "1"}
     with Forks(environment, pipeline.root / "forked.log") as started:
         yield started

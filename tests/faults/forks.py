@@ -1,7 +1,7 @@
-"""Steps in processes that are forked from one which has imported the large libraries.
+"""Run steps in processes forked from a server that has already imported the heavy libraries.
 
-A kill at a random moment then falls into the work of the step, not into its imports, and hundreds
-of runs take minutes. Everything else is as when the script is started by hand.
+A kill at a random moment then hits the step's work instead of its imports, and hundreds of runs
+take minutes. Everything else behaves as if the script were started by hand.
 """
 
 import gc
@@ -25,18 +25,20 @@ SERVER = "import tests.faults.forks as forks; forks.serve()"
 
 @dataclass(frozen=True)
 class Ended:
-    status: int  # as of subprocess: negative for the signal that ended it
+    """A step that has ended."""
+
+    status: int  # as in subprocess: negative for the signal that ended it
     seconds: float
     said: str  # standard error
 
     @property
     def error(self) -> str:
-        """The one line that a user sees when a step refuses."""
+        """The one-line error that the user sees."""
         return only_error(self.status, self.said)
 
 
 class Forks:
-    """Starts steps: `with Forks(environment, log) as forks: forks.small("step1_....py", ...)`."""
+    """Start steps: `with Forks(environment, log) as forks: forks.small("step1_....py", ...)`."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.log = log
@@ -63,10 +65,9 @@ class Forks:
         kill_after: float | None = None,
         largest_file: int | None = None,
     ) -> Ended:
-        """Run a step of the small pipeline to its end, or send SIGKILL so many seconds after its
-        start.
+        """Run a step of the small pipeline to its end, or SIGKILL it after `kill_after` seconds.
 
-        A write that makes a file larger than `largest_file` bytes fails.
+        Writes that make a file larger than `largest_file` bytes fail.
         """
         assert self.server.stdin is not None and self.server.stdout is not None
         command = [str(PROJECT / script), *SMALL[script].split(), *flags]
@@ -77,7 +78,7 @@ class Forks:
         started = time.monotonic()
         if kill_after is not None:
             time.sleep(kill_after)
-            # It cannot have been reaped: the server waits until it has been told to.
+            # It cannot have been reaped yet: the server waits for it only when told to.
             os.kill(pid, signal.SIGKILL)
         self.server.stdin.write("wait\n")
         self.server.stdin.flush()
@@ -87,8 +88,8 @@ class Forks:
 
 
 def serve() -> None:
-    """Fork a process for every line of standard input, and say its number and its status."""
-    # What the steps import when they begin their work; nothing is computed with it here.
+    """Fork a process for every line of standard input; print its pid, then its exit status."""
+    # The modules that the steps import when they begin their work; they are not used here.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import GlmForCausalLM  # noqa: F401
 
@@ -99,7 +100,7 @@ def serve() -> None:
     import chatglm_ja.reports.merge_report
     import chatglm_ja.training.train  # noqa: F401
 
-    gc.freeze()  # or the collector of every fork would touch, and so copy, all of this
+    gc.freeze()  # otherwise every fork's collector would touch, and so copy, all of this
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
@@ -119,7 +120,7 @@ def serve() -> None:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a script as Python would, but for the interpreter's own end, which copies all memory."""
+    """Run a script as Python would, but without the interpreter's memory-copying shutdown."""
     sys.argv = [*command]
     status: object = 0
     try:

@@ -1,7 +1,7 @@
-"""Making files up at random, and what reading them may end with.
+"""Strategies that generate files at random, and the errors with which reading them may end.
 
-FUZZ_EXAMPLES is how many files each test of test_fuzz_*.py tries. A few are the same on every run;
-many are others:
+Each test of test_fuzz_*.py tries FUZZ_EXAMPLES files. Up to 50, they are the same on every run;
+above 50, they differ:
 
     FUZZ_EXAMPLES=2000 python -m pytest tests/faults -k fuzz
 """
@@ -27,7 +27,7 @@ from tests.conftest import FIXTURES
 from tests.faults.ledger import Row
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))
-SECONDS = 20  # what takes longer hangs
+SECONDS = 20  # longer counts as a hang
 LONGEST_MESSAGE = 4000
 BASE = FIXTURES / "tiny_chatglm3"
 SHARD = "model-00002-of-00003.safetensors"
@@ -45,14 +45,14 @@ HANDLED: Counter[str] = Counter()
 
 
 def fuzz(title: str, *strategies: Any, **named: Any) -> Callable[[Any], Any]:
-    """A test that is called with many inputs, which are counted."""
+    """Return a decorator that calls a test with many generated inputs and counts them."""
 
     def decorate(test: Any) -> Any:
         @functools.wraps(test)
         def counted(*given: Any, **fixtures: Any) -> None:
             try:
                 test(*given, **fixtures)
-            except Exception:  # an input that hypothesis gives up is none of them
+            except Exception:  # inputs that hypothesis discards do not count
                 TRIED[title] += 1
                 raise
             TRIED[title] += 1
@@ -63,8 +63,8 @@ def fuzz(title: str, *strategies: Any, **named: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def entries() -> dict[str, Row]:
-    """What was tried, by title, for the page."""
+def count_trials() -> dict[str, Row]:
+    """Return the number of trials by title, for docs/reliability.md."""
     return {title: Row(tried, HANDLED[title]) for title, tried in TRIED.items()}
 
 
@@ -76,7 +76,7 @@ def folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[list[str]]:
-    """What bad input may end with: a UserError of one line, or the system's own OSError."""
+    """Allow a one-line UserError or the system's own OSError; yield a list of the messages."""
 
     def too_slow(*_: Any) -> None:
         pytest.fail(f"still busy after {SECONDS} seconds")
@@ -98,7 +98,7 @@ def refusals() -> Iterator[list[str]]:
         signal.signal(signal.SIGALRM, before)
 
 
-# --- What files are made of ---------------------------------------------------------------------
+# --- Building blocks of files --------------------------------------------------------------------
 
 SPELLINGS = (*tokenizer.SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<0x0A>", tokenizer.SPACE)
 any_text = st.text(st.characters(), max_size=20) | st.sampled_from(
@@ -117,7 +117,7 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> str:
 
 
 def values(leaves: st.SearchStrategy[Any] = scalars, keys: Any = any_text) -> Any:
-    """Any JSON value."""
+    """Return a strategy for any JSON value."""
     return st.recursive(
         leaves,
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
@@ -126,7 +126,7 @@ def values(leaves: st.SearchStrategy[Any] = scalars, keys: Any = any_text) -> An
 
 
 any_value = values()
-# A depth that the parser of JSON takes may be too deep for everything else.
+# The JSON parser accepts some depths that are too deep for everything else.
 deep = st.sampled_from([90, 300, 700, 900, 950, 970, 980, 990, 1500, 5000]).flatmap(
     lambda depth: st.sampled_from(
         [nested(depth), nested(depth, '{"a":', "1" + "}")[: depth * 5] + "1" + "}" * depth]
@@ -135,13 +135,13 @@ deep = st.sampled_from([90, 300, 700, 900, 950, 970, 980, 990, 1500, 5000]).flat
 
 
 def json_texts(of: st.SearchStrategy[Any]) -> st.SearchStrategy[str]:
-    """JSON with what can be in a file and not in a Python value: repeated keys, depth."""
+    """Return a strategy for JSON text, some of it extremely deep."""
     return of.map(json.dumps) | deep | deep.map(lambda text: f'{{"text": {text}}}')
 
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes with some cut out, replaced, put in or repeated; or cut off."""
+    """Corrupt bytes: remove, replace, insert or repeat some, or truncate."""
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
         size = draw(st.sampled_from([0, 1, 2, 8, 100, len(content)]))
@@ -154,7 +154,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def changed(valid: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """A dictionary in which a few values, at any depth, are others, or gone."""
+    """Return a strategy for copies of a dictionary with entries replaced, removed or renamed."""
 
     @st.composite
     def change(draw: st.DrawFn) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What the fault tests found, as the tables of docs/reliability.md.
+"""Count the trials of the fault tests and write them into the tables of docs/reliability.md.
 
-A table lies between two marks, <!-- kills --> and <!-- end of kills -->; the rest of the page is
-written by hand.
+Each table lies between two markers, <!-- kills --> and <!-- end of kills -->. The rest of the page
+is written by hand.
 """
 
 import re
@@ -10,70 +10,73 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of every table: what its rows are, what a trial is, and what it should end with.
+# The headings of each table: fault, number of trials, and expected outcome.
 TABLES = {
-    "checkpoints": ("Fault of the newest checkpoint", "Tried", "Same weights in the end"),
-    "kills": ("SIGKILL in", "Tried", "Same bytes after the next run"),
-    "disk": ("Disk full in", "Tried", "Nothing lost, next run succeeds"),
-    "processes": ("Of two processes", "Tried", "Ended, and gone on with"),
-    "numbers": ("What goes wrong with a number", "Tried", "Skipped or stopped"),
-    "input": ("Bad input", "Tried", "One line, no traceback"),
-    "fuzz": ("Read from outside", "Inputs", "Read, or refused by a named error"),
-    "security": ("Attempt", "Tried", "Refused or harmless"),
+    "checkpoints": ("Fault in the newest checkpoint", "Trials", "Same final weights"),
+    "kills": ("SIGKILL in", "Trials", "Byte-identical after resuming"),
+    "disk": ("Disk full in", "Trials", "Nothing lost, next run succeeds"),
+    "processes": ("Of two processes", "Trials", "Ended and resumed"),
+    "numbers": ("Numerical fault", "Trials", "Skipped or stopped"),
+    "input": ("Bad input", "Trials", "One line, no traceback"),
+    "fuzz": ("External input", "Trials", "Read, or refused with a named error"),
+    "security": ("Attack", "Trials", "Refused or harmless"),
 }
 
 
 @dataclass
 class Row:
+    """The trials of one fault."""
+
     tried: int = 0
     recovered: int = 0
-    reads: str = ""  # what the user reads
+    reads: str = ""  # the message that the user reads
 
 
 class Ledger:
-    """Counts trials; one that raises has been tried, and was not recovered from."""
+    """Count trials; one that raises counts as tried but not as recovered."""
 
     def __init__(self) -> None:
         self.tables: dict[str, dict[str, Row]] = {name: {} for name in TABLES}
 
     @contextmanager
     def trial(self, table: str, fault: str) -> Iterator[Row]:
+        """Count one trial of `fault`; the block sets the row's `reads`."""
         row = self.tables[table].setdefault(fault, Row())
         row.tried += 1
         yield row
         row.recovered += 1
 
     def write(self, path: Path) -> None:
-        """Put the tables of this session into the page; others stay."""
+        """Replace the tables of this session in the page; leave the others unchanged."""
         text = path.read_text(encoding="utf-8")
         for name, rows in self.tables.items():
             if not rows:
                 continue
             cells = [
-                (*TABLES[name], "What the user reads"),
+                (*TABLES[name], "Message"),
                 ("---", "---:", "---:", "---"),
                 *(
-                    (fault, f"{row.tried:,}", f"{row.recovered:,}", _shown(row.reads))
-                    for fault, row in [*rows.items(), ("**together**", _together(rows.values()))]
+                    (fault, f"{row.tried:,}", f"{row.recovered:,}", _format_message(row.reads))
+                    for fault, row in [*rows.items(), ("**total**", _sum_rows(rows.values()))]
                 ),
             ]
             lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
             start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
             before, _, rest = text.partition(start)
-            _, found, after = rest.partition(end)
-            if not found:
-                raise ValueError(f"{path} lacks the marks {start} and {end}")
+            _, marker, after = rest.partition(end)
+            if not marker:
+                raise ValueError(f"{path} has no markers {start} and {end}")
             text = f"{before}{start}\n\n{lines}\n\n{end}{after}"
         path.write_text(text, encoding="utf-8")
 
 
-def _together(rows: Iterable[Row]) -> Row:
-    found = list(rows)
-    return Row(sum(row.tried for row in found), sum(row.recovered for row in found))
+def _sum_rows(rows: Iterable[Row]) -> Row:
+    rows = list(rows)
+    return Row(sum(row.tried for row in rows), sum(row.recovered for row in rows))
 
 
-def _shown(line: str) -> str:
-    """A line without the time, and without the folders of this test."""
+def _format_message(line: str) -> str:
+    """Return a message as Markdown code, without its time and without the test's folders."""
     line = re.sub(r"^\d\d:\d\d:\d\d ", "", line.strip())
     line = re.sub(r"(?:/[\w.+-]+)+/([\w.*+-]+)", r"…/\1", line).replace("|", "\\|")
     return f"`{line}`" if line else ""

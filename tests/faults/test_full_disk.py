@@ -1,4 +1,4 @@
-"""A disk that is full: one line, the former result as it was, and the next run succeeds."""
+"""Full disk: a one-line error, an intact previous result, and a next run that succeeds."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import STEPS, Runner
 
-# A write beyond this many bytes of a file fails, in the place where a full disk's would.
+# A write that makes a file larger than this fails, where it would fail on a full disk.
 LIMIT = 16_384
 
 
@@ -30,7 +30,7 @@ def test_a_full_disk_loses_nothing(
     root = unlocked.folder / f"full{script[4]}"
     target = root / made.name
     shutil.copytree(made, target)
-    # The inputs are where its manifest says.
+    # Link the inputs to where the manifest expects them.
     for other in unlocked.folder.iterdir():
         if other not in (made, root):
             (root / other.name).symlink_to(other)
@@ -44,5 +44,5 @@ def test_a_full_disk_loses_nothing(
             assert not list(left.rglob("*.part"))
         again = forks.small(script, *flags)
         assert again.status == 0, again.said
-        card = {"README.md"}  # which step 7 lays into step 6's folder
+        card = {"README.md"}  # step 7 writes it into step 6's folder
         assert contents(target).keys() == before.keys() - card

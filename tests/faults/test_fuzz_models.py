@@ -1,5 +1,4 @@
-"""Models, tokenizers and manifests from outside, made up at random: each is read, or refused in
-one line that names it."""
+"""Random models, tokenizers and manifests: each is read, or refused with a one-line error."""
 
 import json
 import math
@@ -47,7 +46,7 @@ from tests.storage.test_output import Config
 
 
 def read_checkpoint(changes: dict[str, bytes]) -> None:
-    """A copy of the base, some of whose files are others, read as step 3 reads it."""
+    """Read a copy of the base with some files replaced, the way step 3 reads it."""
     with folder() as copy:
         for path in BASE.iterdir():
             if path.name not in changes:
@@ -73,7 +72,7 @@ BIN_NAME = "pytorch_model.bin"
 
 @st.composite
 def shards(draw: st.DrawFn) -> bytes:
-    """A file of tensors with a header that says something else."""
+    """Draw a safetensors file whose header may not match its tensors."""
     header = draw(
         json_texts(changed(HEADER))
         | any_value.map(json.dumps)
@@ -127,7 +126,7 @@ INDEX = json.loads((BASE / weights.INDEX_FILE).read_bytes())
 
 
 @fuzz(
-    "indices of weights",
+    "weight indices",
     st.binary(max_size=100)
     | json_texts(any_value | changed(INDEX)).map(str.encode)
     | st.builds(
@@ -179,33 +178,37 @@ def without_bytes(proto: Any) -> None:
 
 
 NORMAL, UNKNOWN, CONTROL = PIECE.NORMAL, PIECE.UNKNOWN, PIECE.CONTROL
-# To a model with only the pieces that every base has.
+# Changes to a model that has only the pieces of every base.
 ODD_MODELS: dict[str, Callable[[Any], object]] = {
-    "no longer piece": lambda proto: None,
-    "no piece but characters": lambda proto: proto.pieces.add(piece="a", score=-1),
-    "a score that is no number": lambda proto: proto.pieces.add(piece="a", score=math.nan),
-    "a score without an end": lambda proto: proto.pieces.add(piece="a", score=-math.inf),
-    "a piece twice": lambda proto: proto.pieces.add(piece="<s>", score=-1),
-    "no UTF-8": lambda proto: proto.MergeFromString(b"\n\x04\n\x02\xff\xfe"),
-    "no UTF-8 twice": lambda proto: proto.MergeFromString(b"\n\x04\n\x02\xff\xfe" * 2),
+    "only the basic pieces": lambda proto: None,
+    "only single characters": lambda proto: proto.pieces.add(piece="a", score=-1),
+    "a NaN score": lambda proto: proto.pieces.add(piece="a", score=math.nan),
+    "an infinite score": lambda proto: proto.pieces.add(piece="a", score=-math.inf),
+    "a repeated piece": lambda proto: proto.pieces.add(piece="<s>", score=-1),
+    "invalid UTF-8": lambda proto: proto.MergeFromString(b"\n\x04\n\x02\xff\xfe"),
+    "invalid UTF-8 twice": lambda proto: proto.MergeFromString(b"\n\x04\n\x02\xff\xfe" * 2),
     "an empty piece": lambda proto: proto.pieces.add(piece="", score=-1),
     "a space in a piece": lambda proto: proto.pieces.add(piece="a b", score=-1),
-    "a zero in a piece": lambda proto: proto.pieces.add(piece="\0\0", score=-1),
+    "NUL in a piece": lambda proto: proto.pieces.add(piece="\0\0", score=-1),
     "no unknown piece": lambda proto: proto.pieces.pop(0),
-    "no beginning": lambda proto: proto.pieces.pop(1),
-    "no end": lambda proto: proto.pieces.pop(2),
-    "a control piece of a letter": lambda proto: proto.pieces.add(piece="a", type=CONTROL),
+    "no start token": lambda proto: proto.pieces.pop(1),
+    "no end token": lambda proto: proto.pieces.pop(2),
+    "a letter as a control piece": lambda proto: proto.pieces.add(piece="a", type=CONTROL),
     "another order": lambda proto: proto.pieces.reverse(),
-    "an end that is text": lambda proto: setattr(proto.pieces[2], "type", NORMAL),
+    "an end token of type normal": lambda proto: setattr(proto.pieces[2], "type", NORMAL),
     "more control pieces": lambda proto: proto.pieces.add(piece="<pad>", type=CONTROL),
     "a merged model": lambda proto: proto.pieces.add(piece="sop", type=CONTROL),
-    "a piece for users": lambda proto: proto.pieces.add(piece="ab", type=PIECE.USER_DEFINED),
+    "a user-defined piece": lambda proto: proto.pieces.add(piece="ab", type=PIECE.USER_DEFINED),
     "an unused piece": lambda proto: proto.pieces.add(piece="します", type=PIECE.UNUSED),
-    "a byte too few": lambda proto: proto.pieces.pop(),
-    "a mark at the end": lambda p: setattr(p.trainer_spec, "treat_whitespace_as_suffix", True),
-    "no bytes": without_bytes,
-    "a damaged map": lambda p: setattr(p.normalizer_spec, "precompiled_charsmap", b"\4\0\0\0abcd"),
-    "the other map": lambda p: setattr(p.denormalizer_spec, "precompiled_charsmap", b"\4\0\0\0a"),
+    "a missing byte piece": lambda proto: proto.pieces.pop(),
+    "whitespace as suffix": lambda p: setattr(p.trainer_spec, "treat_whitespace_as_suffix", True),
+    "no byte pieces": without_bytes,
+    "a corrupt normalizer map": lambda p: setattr(
+        p.normalizer_spec, "precompiled_charsmap", b"\4\0\0\0abcd"
+    ),
+    "a corrupt denormalizer map": lambda p: setattr(
+        p.denormalizer_spec, "precompiled_charsmap", b"\4\0\0\0a"
+    ),
 }
 
 
@@ -217,7 +220,7 @@ def small_model() -> Any:
 
 @st.composite
 def models(draw: st.DrawFn) -> bytes:
-    """A well-formed ModelProto that is odd."""
+    """Draw a well-formed but unusual ModelProto."""
     proto = small_model() if draw(st.booleans()) else tokenizer.parse_proto(MODEL, Path("tiny"))
     score = st.floats(-1e6, 0, width=32) | st.sampled_from([0.0, math.nan, math.inf, -3.4e38])
     text = st.text(min_size=1, max_size=4) | st.sampled_from(
@@ -233,12 +236,12 @@ def models(draw: st.DrawFn) -> bytes:
     for change in draw(st.lists(st.sampled_from(sorted(ODD_MODELS)), max_size=1)):
         ODD_MODELS[change](proto)
     content: bytes = proto.SerializeToString()
-    # A field that says that it is longer, a text that is no UTF-8.
+    # A field with a wrong length; a string of invalid UTF-8.
     return content + draw(st.sampled_from([b""] * 8 + [b"\n\x7f", b"\n\x04\n\x02\xff\xfe"]))
 
 
 @fuzz(
-    "sentencepiece models: bytes, and well-formed odd ones",
+    "sentencepiece models: bytes, and unusual well-formed ones",
     st.binary(max_size=200) | damaged(MODEL) | models() | models(),
 )
 def test_tokenizer_models(content: bytes) -> None:
@@ -253,7 +256,7 @@ def test_odd_tokenizer_models(change: str) -> None:
 
 
 def check_model(content: bytes) -> None:
-    """As step 2 reads the base's and step 1's, and merges; then as step 4 encodes with them."""
+    """Read the model as base and as step 1's output, merge it as step 2, tokenize as step 4."""
     with folder() as copy:
         (copy / "config.json").symlink_to(BASE / "config.json")
         (copy / tokenizer.MODEL_FILE).write_bytes(content)
@@ -288,7 +291,7 @@ STEP = "step1_x"
 
 
 def publish(path: Path) -> dict[str, Any]:
-    """A small artifact "a", made from another beside it, "base"; returns its manifest."""
+    """Publish a small artifact "a" made from another one, "base"; return its manifest."""
     for name, step, made_from in (("base", "step0_x", ()), ("a", STEP, ("step0_x",))):
         inputs = [open_artifact(path / "base", f"{other}.py") for other in made_from]
         output = Output(Config(output_dir=path / name, size=1), step, inputs)

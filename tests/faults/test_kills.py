@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the next run ends with the bytes of an undisturbed one."""
+"""SIGKILL at random moments: the resumed run's output is byte-identical."""
 
 import json
 import random
@@ -12,14 +12,14 @@ from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import STEPS, Runner
 
-KILLS = 204  # of all six steps
+KILLS = 204  # over all six steps
 SHORT_KILLS = 12
-# A checkpoint after every step, so that a kill can fall into one.
+# Save a checkpoint after every step, so that a kill can hit one.
 MORE = {5: ["--save-steps", "1"], 6: ["--save-steps", "1"], 4: ["--num-processes", "1"]}
 
 
 def files_of(folder: Path) -> Any:
-    """Size and SHA-256 of every file."""
+    """Return the size and SHA-256 of every file."""
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
 
 
@@ -40,7 +40,7 @@ def test_a_killed_step_ends_with_the_same_bytes(
         moment = moments.uniform(0, undisturbed.seconds)
         ended = forks.small(script, *flags, kill_after=moment)
         if ended.status == 0:
-            shutil.rmtree(target)  # it was quicker than the undisturbed run
+            shutil.rmtree(target)  # it finished before the kill
             continue
         assert ended.status == -9, ended.said
         kills += 1
@@ -48,7 +48,7 @@ def test_a_killed_step_ends_with_the_same_bytes(
             again = forks.small(script, *flags)
             assert again.status == 0, again.said
             assert files_of(target) == files_of(root / "undisturbed")
-            # Nothing else is left: no lock, no work, no checkpoint.
+            # Nothing else is left: no lock, no unfinished work, no checkpoint.
             left = {path.name.removesuffix(".tensorboard") for path in root.iterdir()}
             assert left == {"undisturbed", "killed"}
         shutil.rmtree(target)

@@ -1,5 +1,7 @@
-"""Nothing that is read is run, and no name leads out of its folder: each attempt has a sentinel, a
-file that would be there if it had succeeded."""
+"""Attacks: nothing read from disk is executed, and no file name points outside its folder.
+
+Each attack would create a sentinel file if it succeeded.
+"""
 
 import ast
 import json
@@ -25,13 +27,13 @@ from tests.faults.ledger import Ledger
 from tests.pipeline import PROJECT, STEPS, Runner
 from tests.training.runs import adapter, checkpoints_in, config_for, interrupt_after
 
-# What a pickle could call, and the libraries' ways around it.
+# Calls that execute what they read.
 FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load",
              "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "joblib.load"}  # fmt: skip
 
 
 class Bomb:
-    """Unpickling it creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, sentinel: Path) -> None:
         self.sentinel = sentinel
@@ -46,7 +48,7 @@ def sentinel(tmp_path: Path) -> Path:
 
 
 def to(folder: Path) -> tuple[str, str]:
-    """Where a step publishes its result."""
+    """Return the flags that make a step write into `folder`/out."""
     return "--output-dir", str(folder / "out")
 
 
@@ -92,7 +94,7 @@ def test_python_files_beside_the_weights_are_not_run(
 def test_pickles_in_a_checkpoint_are_not_opened(
     resized_dir: Path, data_dir: Path, tmp_path: Path, ledger: Ledger, sentinel: Path
 ) -> None:
-    """By the names under which the Trainer, DeepSpeed and PEFT look for theirs."""
+    """They have the names under which the Trainer, DeepSpeed and PEFT look for their own."""
     config = config_for(resized_dir, data_dir, tmp_path / "output", save_steps=2, evaluations=0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(4, patch)
@@ -105,7 +107,7 @@ def test_pickles_in_a_checkpoint_are_not_opened(
     ):  # fmt: skip
         (folder / name).parent.mkdir(exist_ok=True)
         torch.save(Bomb(sentinel), folder / name)
-    with ledger.trial("security", "pickles of other programs in a checkpoint"):
+    with ledger.trial("security", "other programs' pickle files in a checkpoint"):
         train.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
         assert adapter(tmp_path)
         assert not sentinel.exists()
@@ -126,22 +128,24 @@ def test_yaml_calls_nothing(
 def test_objects_in_arrays_are_not_unpickled(
     pipeline: Runner, forks: Forks, ledger: Ledger, sentinel: Path, tmp_path: Path
 ) -> None:
-    """In step 4's unfinished work: the unit is made again."""
+    """Step 4 rebuilds such a chunk of its unfinished work."""
     flags = [*to(tmp_path), "--num-processes", "1"]
-    forks.small(STEPS[3], *flags, "--total-tokens", "100000000")  # too few texts: the work stays
+    forks.small(
+        STEPS[3], *flags, "--total-tokens", "100000000"
+    )  # too few texts: the unfinished work stays
     arrays = sorted(tmp_path.glob("out.work/*/*.npz"))
     assert arrays
     for path in arrays:
         np.savez(path, record=np.array([Bomb(sentinel)], dtype=object), allow_pickle=True)
     bombs = {path: path.read_bytes() for path in arrays}
-    title = "pickles in the arrays of unfinished work"
+    title = "pickles in step 4's unfinished arrays"
     with ledger.trial("security", title) as row:
         ended = forks.small(STEPS[3], *flags)
         assert ended.status == 0 and "Traceback" not in ended.said, ended.said
         row.reads = next(re.findall("making .*", line)[0] for line in ended.said.splitlines()
                          if "making" in line)  # fmt: skip
         assert not sentinel.exists()
-    # The same, and their SHA-256 forged.
+    # The same attack with forged SHA-256 digests.
     shutil.rmtree(tmp_path / "out")
     forks.small(STEPS[3], *flags, "--total-tokens", "100000000")
     for path, bomb in bombs.items():
@@ -149,7 +153,7 @@ def test_objects_in_arrays_are_not_unpickled(
         meta = json.loads(path.with_suffix(".json").read_text())
         meta["files"][path.name] = files.record_file(path).model_dump()
         path.with_suffix(".json").write_text(json.dumps(meta))
-    with ledger.trial("security", f"{title}, and their SHA-256"):
+    with ledger.trial("security", f"{title}, with forged SHA-256"):
         assert "is damaged" in forks.small(STEPS[3], *flags).error
         assert not sentinel.exists()
 
@@ -165,11 +169,11 @@ def test_names_of_files_are_not_run(
     ):
         name = f"{command}.jsonl.gz"
         shutil.copyfile(DATA / "train_ja.jsonl.gz", tmp_path / name)
-        with ledger.trial("security", "a command as the name of a file"):
+        with ledger.trial("security", "a shell command as a file name"):
             source = f"ja={tmp_path / name}"
             ended = forks.small(STEPS[0], *to(tmp_path), "--overwrite", "--sources", source)
             assert ended.status == 0 and "Traceback" not in ended.said, ended.said
-            # The launcher passes what it is given on to two programs.
+            # The launcher passes its arguments on to two programs.
             flags = ["--tracker", "none", "--model", name, "--output-dir", name]
             result = pipeline.small("step5_train_pt_multi_gpu.sh", *flags, NPROC_PER_NODE="2")
             assert result.returncode == 1 and f"{name} not found" in result.stderr
@@ -184,7 +188,9 @@ def test_no_name_leads_out_of_its_folder(tmp_path: Path, ledger: Ledger, name: s
     (tmp_path / "x").touch()
     (folder / "link").symlink_to(tmp_path / "x")
     (folder / "links").symlink_to(tmp_path)
-    with ledger.trial("security", "a name in a manifest or an index that leads out") as row:
+    with ledger.trial(
+        "security", "a file name in a manifest or index that points outside its folder"
+    ) as row:
         with pytest.raises(ArtifactError, match="lies outside of it") as refused:
             resolve_inside(folder, name)
         row.reads = f"error: {refused.value}"
@@ -221,11 +227,11 @@ def test_an_index_is_held_to_its_folder_wherever_it_is_read(
 
 
 def test_no_text_becomes_a_special_token(encoder: Any, ledger: Ledger) -> None:
-    """In a document, and in every part of a conversation."""
+    """Neither in a document nor in any message of a conversation."""
     special = {chat_format.special_id(encoder, name) for name in chat_format.SPECIAL_TOKENS}
     names = [*chat_format.SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<|user|> \n", "<0x41>", "<pad>"]
     for name in names:
-        with ledger.trial("security", "the name of a special token in a text"):
+        with ledger.trial("security", "a special token's name in a text"):
             assert not special & set(encoder.encode(f"a{name}b {name}"))
             turns: list[chat_format.Message] = [
                 {"role": "user", "content": name},

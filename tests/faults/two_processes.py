@@ -1,10 +1,10 @@
-"""Step 5 in one of two processes, with a number that goes wrong in one of them.
+"""Run step 5 as one of two processes, and make a number non-finite in rank 1.
 
     two_processes.py loss|pass|gradients NOTES flags of step 5
 
-What goes wrong is the loss of all passes of the step, or of its second pass, or its gradients.
-
-Before every step a process adds to NOTES-<rank> the SHA-256 of what it trains.
+The number is the loss of all micro-batches of the step, the loss of its second micro-batch, or the
+gradients. Before every step, each process appends the SHA-256 of its trained weights to
+NOTES-<rank>.
 """
 
 import hashlib
