@@ -8,6 +8,7 @@ so that `--help` answers at once. The classes of the steps are in config.py.
 
 import argparse
 import dataclasses
+import enum
 import itertools
 import math
 import os
@@ -40,6 +41,29 @@ def setting(
     """
     metadata = {"help": help, "low": low, "high": high, "affects_result": affects_result}
     return field(default=default, metadata=metadata)
+
+
+class Choice(enum.StrEnum):
+    """The values of a flag: a member is a name and the phrase that explains it in --help.
+
+        class Layout(Choice):
+            GLM = "glm", "transformers' own class"
+
+    A subclass whose members carry more than that takes the rest in its `__init__`.
+    """
+
+    phrase: str
+
+    def __new__(cls, name: str, phrase: str, *_: Any) -> "Choice":
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.phrase = phrase
+        return member
+
+    @classmethod
+    def explain(cls) -> str:
+        """Return the names and phrases of all members, for a help text."""
+        return "; ".join(f"{member}: {member.phrase}" for member in cls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +169,8 @@ def parse(
             values[entry.name] = tuple(values[entry.name])
             if hints[entry.name] == tuple[Source, ...]:  # each argument gave a list of them
                 values[entry.name] = tuple(itertools.chain.from_iterable(values[entry.name]))
+        if _is_choice(hints[entry.name]):
+            values[entry.name] = hints[entry.name](values[entry.name])
     return config(**values)
 
 
@@ -152,6 +178,8 @@ def _argument_type(hint: Any) -> dict[str, Any]:
     """How argparse reads a field of this type."""
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
+    if _is_choice(hint):
+        return {"choices": [member.value for member in hint]}
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         return {
@@ -164,6 +192,10 @@ def _argument_type(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _is_choice(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Choice)
 
 
 CORES = len(os.sched_getaffinity(0))

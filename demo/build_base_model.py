@@ -84,9 +84,9 @@ def train_tokenizer(
     """A BPE model trained as ChatGLM3's was (its trainer_spec says how)."""
     import sentencepiece
 
-    from chatglm_ja.vocabulary.policies import admits
+    from chatglm_ja.vocabulary.policies import Policy
 
-    kana_and_kanji = {character for character in characters if admits("han", character)}
+    kana_and_kanji = {character for character in characters if Policy.HAN.admits(character)}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n")),

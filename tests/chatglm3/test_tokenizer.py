@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.errors import DataError
 from tests.conftest import FIXTURES, demo_texts
 
@@ -28,12 +29,12 @@ def base_folder(folder: Path, proto: Any, **config: Any) -> Path:
 
 
 def test_a_base_needs_only_its_tokenizer_and_config(base_proto: Any, tmp_path: Path) -> None:
-    assert tokenizer.read_base_proto(base_folder(tmp_path, base_proto)) == base_proto
+    assert Base.open(base_folder(tmp_path, base_proto)).proto == base_proto
 
 
 def test_a_merged_tokenizer_is_refused_as_base(merge: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="merged already"):
-        tokenizer.read_base_proto(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
+        Base.open(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
 
 
 def test_a_base_without_room_for_the_special_tokens_is_refused(
@@ -41,8 +42,8 @@ def test_a_base_without_room_for_the_special_tokens_is_refused(
 ) -> None:
     rows = len(base_proto.pieces) + 8
     with pytest.raises(DataError, match=f"padded_vocab_size {rows}"):
-        tokenizer.read_base_proto(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
-    tokenizer.read_base_proto(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
+        Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
+    Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a model", b"\x00" * 100])

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import learning, merging
+from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import SHARED, demo_texts, needs_real_tokenizer
 
 ODD_TEXTS = [
@@ -61,9 +63,11 @@ def test_any_text_gives_the_same_ids(fast: Any, encoder: Any, text: str) -> None
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """ChatGLM3-6B's tokenizer with the article's pieces, in both forms."""
     folder = tmp_path_factory.mktemp("real")
-    base = tokenizer.read_base_proto(SHARED / "chatglm3-6b")
+    base = Base.open(SHARED / "chatglm3-6b").proto
     learned = learning.read_learned(SHARED / "reference" / "ja_bpe.model")
-    tokenizer_files.save_tokenizer(merging.merge_pieces(base, learned, "japanese").proto, folder)
+    tokenizer_files.save_tokenizer(
+        merging.merge_pieces(base, learned, Policy.JAPANESE).proto, folder
+    )
     return AutoTokenizer.from_pretrained(folder), tokenizer.load_processor(folder)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from chatglm_ja.chatglm3 import loading, tensor_names, weights
+from chatglm_ja.chatglm3.model_files import INDEX_FILE
 from chatglm_ja.errors import DataError
 
 Copy = Callable[[Path, Path], Path]
@@ -44,7 +45,7 @@ def check_parity(model: Any, expected: dict[str, torch.Tensor], old_ids: int) ->
 def test_the_converted_base_computes_what_chatglm3_computes(
     base_dir: Path, expected: dict[str, torch.Tensor]
 ) -> None:
-    model = loading.load_base(base_dir, torch.float32)
+    model = loading.load_base(weights.BaseWeights(base_dir), torch.float32)
     check_parity(model, expected, 4096)
     for index in range(3):
         with torch.inference_mode():
@@ -58,7 +59,7 @@ def test_the_resized_model_computes_the_same_over_the_old_ids(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
     check_parity(model, expected, 4009)
-    base = loading.load_base(base_dir, torch.float32)
+    base = loading.load_base(weights.BaseWeights(base_dir), torch.float32)
     ids = expected["greedy_2"]
     with torch.inference_mode():
         before, after = base(ids).logits[..., :4009], model(ids).logits[..., :4009]
@@ -102,15 +103,15 @@ def change_dtype(folder: Path) -> None:
 
 
 def lose_tensor(folder: Path) -> None:
-    index = json.loads((folder / weights.INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     del index["weight_map"]["transformer.output_layer.weight"]
-    (folder / weights.INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
 
 
 def promise_a_tensor(folder: Path) -> None:
-    index = json.loads((folder / weights.INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     index["weight_map"]["transformer.encoder.final_layernorm.weight"] = SHARD
-    (folder / weights.INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
@@ -126,10 +127,10 @@ def promise_a_tensor(folder: Path) -> None:
         (lambda folder: break_config(folder, num_layers=2), "has a tensor .*layers.2"),
         (lambda folder: break_config(folder, model_type="llama"), "model_type is 'llama'"),
         (lambda folder: break_config(folder, rope_ratio=50), "rope_ratio is 50"),
-        (lambda folder: break_config(folder, quantization_bit=4), "quantised"),
+        (lambda folder: break_config(folder, quantization_bit=4), "quantized"),
         (lambda folder: break_config(folder, rope_ratio=500), "GLM-4"),
         (lambda folder: break_config(folder, _name_or_path="THUDM/chatglm2-6b"), "ChatGLM2"),
-        (lambda folder: (folder / weights.INDEX_FILE).unlink(), "expected ChatGLM3's weights"),
+        (lambda folder: (folder / INDEX_FILE).unlink(), "expected ChatGLM3's weights"),
         (promise_a_tensor, f"{SHARD} lacks transformer.encoder.final_layernorm.weight"),
     ],
 )
@@ -147,7 +148,7 @@ def test_a_broken_checkpoint_is_named(
 
 def as_bin(folder: Path) -> list[Path]:
     """Turn the safetensors shards of a folder into .bin shards, inv_freq among them."""
-    index = json.loads((folder / weights.INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     for path in sorted(folder.glob("model-*.safetensors")):
         tensors = load_file(path)
         if path.name == SHARD:
@@ -160,7 +161,7 @@ def as_bin(folder: Path) -> list[Path]:
     weight_map[tensor_names.IGNORED[0]] = f"pytorch_{Path(SHARD).stem}.bin"
     text = json.dumps({"weight_map": weight_map})
     (folder / "pytorch_model.bin.index.json").write_text(text)
-    (folder / weights.INDEX_FILE).unlink()
+    (folder / INDEX_FILE).unlink()
     return sorted(folder.glob("*.bin"))
 
 
@@ -204,7 +205,9 @@ def test_a_truncated_bin_is_refused(
     folder = copy_of(base_dir, tmp_path / "base")
     shard = as_bin(folder)[0]
     shard.write_bytes(shard.read_bytes()[:kept])
-    with pytest.raises(DataError, match=f"{shard.name} is truncated, damaged or too old|no dict"):
+    with pytest.raises(
+        DataError, match=f"{shard.name} is truncated, damaged or too old|not a dictionary"
+    ):
         weights.BaseWeights(folder)
 
 
@@ -213,5 +216,5 @@ def test_a_bin_that_is_no_dictionary_is_refused(
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
     torch.save([torch.ones(2)], as_bin(folder)[0])
-    with pytest.raises(DataError, match="is no dictionary of tensors"):
+    with pytest.raises(DataError, match="is not a dictionary of tensors"):
         weights.BaseWeights(folder)

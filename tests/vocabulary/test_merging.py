@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import learning, merging, policies, segmentation
+from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import PROJECT, SHARED, TRAINER_SETTINGS, demo_texts, needs_real_tokenizer
 
 
@@ -68,7 +70,7 @@ def model_of(base_proto: Any, *pieces: str) -> Any:
     ],
 )
 def test_policies(piece: str, admitted_by: str) -> None:
-    admitted = {policy for policy in policies.GUARANTEES if policies.admits(policy, piece)}
+    admitted = {policy for policy in Policy if policy.admits(piece)}
     assert admitted == {*admitted_by.split(), "all"}
 
 
@@ -79,7 +81,7 @@ def test_standard_chinese_has_no_japanese_kanji() -> None:
     assert len(gb2312) == 6763 and len(big5) > 13_000
     han = "".join(c for c in gb2312 + big5 if unicodedata.name(c, "").startswith("CJK"))
     assert len(set(han)) > 15_000
-    assert not policies.admits("japanese", han)
+    assert not Policy.JAPANESE.admits(han)
     assert len(policies.japanese_kanji()) > 300
 
 
@@ -144,7 +146,9 @@ def test_too_little_text_is_one_clear_error(base_proto: Any) -> None:
 # --- Step 1, continuing the base -----------------------------------------------------------------
 
 
-def continued(base_proto: Any, texts: list[str], vocab_size: int, policy: str = "japanese") -> Any:
+def continued(
+    base_proto: Any, texts: list[str], vocab_size: int, policy: Policy = Policy.JAPANESE
+) -> Any:
     return learning.continue_merges(
         base_proto,
         corpus.training_lines(texts, {}),
@@ -164,7 +168,7 @@ def test_continuing_wastes_no_piece_and_compresses_better(
     size = control_and_bytes + len(merge.added)
     learned = continued(base_proto, demo_texts("ja", 300), size)
     assert len(learned.pieces) == size
-    from_base = merging.merge_pieces(base_proto, learned, "japanese")
+    from_base = merging.merge_pieces(base_proto, learned, Policy.JAPANESE)
     assert len(from_base.added) == len(merge.added)
     assert not any(from_base.dropped.values())
     texts = demo_texts("ja", 80, "heldout")
@@ -174,8 +178,8 @@ def test_continuing_wastes_no_piece_and_compresses_better(
     assert tokens[1] < tokens[0]
 
 
-@pytest.mark.parametrize("policy", ["kana", "japanese", "han"])
-def test_continuing_learns_only_what_the_policy_admits(base_proto: Any, policy: str) -> None:
+@pytest.mark.parametrize("policy", [Policy.KANA, Policy.JAPANESE, Policy.HAN])
+def test_continuing_learns_only_what_the_policy_admits(base_proto: Any, policy: Policy) -> None:
     learned = continued(base_proto, demo_texts("ja", 40), 259 + 300, policy)
     merged = merging.merge_pieces(base_proto, learned, policy)
     assert len(merged.added) == 300
@@ -212,7 +216,7 @@ def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
     # No piece joins かね or ますか, so that nothing leads to ますかね.
     pieces = [*"のますかね", "ます"]
     japanese = model_of(base_proto, known, "qzxq", "閠の", *pieces, "ますかね")
-    merged = merging.merge_pieces(base_proto, japanese, "japanese")
+    merged = merging.merge_pieces(base_proto, japanese, Policy.JAPANESE)
     assert merged.added == pieces
     assert merged.dropped == {
         "already_known": [known],
@@ -221,7 +225,7 @@ def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
         "unreachable": ["ますかね"],
     }
     assert merged.counts()["unreachable"] == 1
-    everything = merging.merge_pieces(base_proto, japanese, "all")
+    everything = merging.merge_pieces(base_proto, japanese, Policy.ALL)
     assert everything.added == ["qzxq", "閠の", *pieces, "ますかね"]
     assert everything.dropped["unspellable"] == ["閠の"]
     assert "ますかね" in everything.dropped["unreachable"]
@@ -230,10 +234,10 @@ def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
 def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Path) -> None:
     learned = learning.read_learned(ja_dir)
     texts = demo_texts("ja", 100)
-    full = merging.merge_pieces(base_proto, learned, "japanese")
+    full = merging.merge_pieces(base_proto, learned, Policy.JAPANESE)
     limit = len(full.added) // 2
     best = merging.merge_pieces(
-        base_proto, learned, "japanese", max_new_pieces=limit, ranking_texts=texts
+        base_proto, learned, Policy.JAPANESE, max_new_pieces=limit, ranking_texts=texts
     )
     assert len(best.added) == limit
     assert best.added == [piece for piece in full.added if piece in set(best.added)]
@@ -254,17 +258,21 @@ def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Pa
 def test_a_limit_under_all_lists_what_it_keeps(base_proto: Any) -> None:
     pieces = ["ます", *"ますかね", "ますかね"]
     arguments: dict[str, Any] = {"max_new_pieces": 3, "ranking_texts": ["ますます"]}
-    merged = merging.merge_pieces(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+    merged = merging.merge_pieces(
+        base_proto, model_of(base_proto, *pieces), Policy.ALL, **arguments
+    )
     assert merged.added == ["ます", "ま", "す"]
     assert merged.dropped["unreachable"] == []
     assert merged.dropped["past_max_new_pieces"] == ["か", "ね", "ますかね"]
     arguments["ranking_texts"] = ["english"]
     with pytest.raises(DataError, match="hold no text that any new piece occurs in"):
-        merging.merge_pieces(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+        merging.merge_pieces(base_proto, model_of(base_proto, *pieces), Policy.ALL, **arguments)
 
 
 def test_special_tokens_are_never_pieces(base_proto: Any) -> None:
-    merged = merging.merge_pieces(base_proto, model_of(base_proto, "sop", "eop", "qzxq"), "all")
+    merged = merging.merge_pieces(
+        base_proto, model_of(base_proto, "sop", "eop", "qzxq"), Policy.ALL
+    )
     assert merged.added == ["qzxq"]
     assert merged.dropped["already_known"] == ["sop", "eop"]
 
@@ -294,14 +302,14 @@ def test_uses_are_the_merges_that_a_text_needs(base_proto: Any) -> None:
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Any]:
     return (
-        tokenizer.read_base_proto(SHARED / "chatglm3-6b"),
+        Base.open(SHARED / "chatglm3-6b").proto,
         learning.read_learned(SHARED / "reference" / "ja_bpe.model"),
     )
 
 
 @needs_real_tokenizer
 def test_policy_all_adds_what_the_article_added(real: tuple[Any, Any]) -> None:
-    merged = merging.merge_pieces(*real, "all")
+    merged = merging.merge_pieces(*real, Policy.ALL)
     assert len(merged.added) == 13_756
     assert len(merged.proto.pieces) == 78_554
     assert merged.dropped["unreachable"]
@@ -310,14 +318,14 @@ def test_policy_all_adds_what_the_article_added(real: tuple[Any, Any]) -> None:
 @needs_real_tokenizer
 def test_the_articles_sample_takes_at_most_67_tokens(real: tuple[Any, Any]) -> None:
     sample = (SHARED / "parity" / "sample_ja.txt").read_text(encoding="utf-8").rstrip("\n")
-    merged = merging.merge_pieces(*real, "japanese")
+    merged = merging.merge_pieces(*real, Policy.JAPANESE)
     assert len(tokenizer.make_processor(real[0]).encode(sample)) == 125
     assert len(tokenizer.make_processor(merged.proto).encode(sample)) <= 67
 
 
 @needs_real_tokenizer
-@pytest.mark.parametrize("policy", ["japanese", "kana"])
-def test_chinese_and_english_stay(real: tuple[Any, Any], policy: str) -> None:
+@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.KANA])
+def test_chinese_and_english_stay(real: tuple[Any, Any], policy: Policy) -> None:
     merged = merging.merge_pieces(*real, policy)
     before, after = map(tokenizer.make_processor, (real[0], merged.proto))
     for language in ("zh", "en"):
