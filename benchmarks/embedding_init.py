@@ -1,8 +1,8 @@
-"""Compare the initializations of new embedding rows, at step 0 and after equal training.
+"""How new embedding rows should start: every way of step 3, at step 0 and after equal training.
 
-Prints a Markdown table of bits per character on the held-out pages of the demo, for each --init and
---output-bias. Steps 1, 2 and 4 of the demo must have run (`make demo`); this runs steps 3 and 5 in
-a temporary folder.
+Prints a Markdown table: bits per character on the held-out pages of the demo, for each --init and
+--output-bias. Steps 1, 2 and 4 of the demo must have run (`make demo`); steps 3 and 5 are run here
+into a temporary folder.
 
     python benchmarks/embedding_init.py --max-steps 100
 """
@@ -16,37 +16,37 @@ from pathlib import Path
 from measuring import step_command
 
 import constants
-from chatglm_ja.chatglm3.tokenizer import load_processor
+from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.evaluation import likelihood
 from chatglm_ja.inference import models
-from chatglm_ja.vocabulary.initialization import Initialization
 
-# Initializations and output biases.
-CANDIDATES = [
-    (Initialization.RANDOM, 0.0),
-    (Initialization.MEAN, 0.0),
-    (Initialization.SUBTOKEN_MEAN, 0.0),
-    (Initialization.MEAN, 0.25),
-    (Initialization.SUBTOKEN_MEAN, 0.25),
-    (Initialization.SUBTOKEN_MEAN, 0.5),
-    (Initialization.SUBTOKEN_MEAN, 1.0),
+WAYS = [
+    ("random", 0.0),
+    ("mean", 0.0),
+    ("subtoken_mean", 0.0),
+    ("mean", 0.25),
+    ("subtoken_mean", 0.25),
+    ("subtoken_mean", 0.5),
+    ("subtoken_mean", 1.0),
 ]
-MAX_CHARS = 40_000  # per language
+
+
+MAX_CHARS = 40_000  # of each language
 
 
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
-    """Return the bits per character of a model folder, formatted, for each language."""
-    model, tokenizer = models.load_model(folder), load_processor(folder)
+    """Bits per character of a model folder, a text for each language."""
+    model, encoder = models.load_model(folder), tokenizer.load_processor(folder)
     window, batch_size = constants.EVALUATION["window"], 16
     return [
-        f"{likelihood.score_texts(model, tokenizer, group, window, batch_size).bits_per_char:.3f}"
+        f"{likelihood.score_texts(model, encoder, group, window, batch_size).bits_per_char:.3f}"
         for group in texts.values()
     ]
 
 
-def run_step(name: str, output: Path, *flags: str, **paths: Path) -> None:
+def step(name: str, output: Path, *flags: str, **paths: Path) -> None:
     command = [*step_command(name, output, **paths), *flags]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--max-steps", type=int, default=100, help="steps of step 5 (default: 100)")
+    parser.add_argument("--max-steps", type=int, default=100, help="of step 5 (default: 100)")
     steps = parser.parse_args().max_steps
     texts = {
         language: corpus.take_characters(documents, MAX_CHARS)
@@ -64,12 +64,12 @@ def main() -> None:
     columns = [f"{name}, {when}" for when in ("step 0", f"step {steps}") for name in texts]
     print("| init | output bias | " + " | ".join(columns) + " |")
     print("|---|---:" + "|---:" * len(columns) + "|", flush=True)
-    for init, bias in CANDIDATES:
+    for init, bias in WAYS:
         with tempfile.TemporaryDirectory() as name:
             resized, trained = Path(name) / "resized", Path(name) / "trained"
-            run_step("step3_resize_model", resized, f"--init={init}", f"--output-bias={bias}")
+            step("step3_resize_model", resized, f"--init={init}", f"--output-bias={bias}")
             flags = [f"--max-steps={steps}", "--evaluations=2"]
-            run_step("step5_train_pt", trained, *flags, model=resized)
+            step("step5_train_pt", trained, *flags, model=resized)
             row = [f"`{init}`", f"{bias:g}", *score(resized, texts), *score(trained, texts)]
         print("| " + " | ".join(row) + " |", flush=True)
 

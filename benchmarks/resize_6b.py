@@ -1,8 +1,8 @@
-"""Measure step 3 at the size of ChatGLM3-6B: peak memory, and time compared with copying the files.
+"""Step 3 at the size of ChatGLM3-6B: peak memory and time, against copying the files.
 
 Writes a checkpoint of random float16 weights with the shapes that DIR/config.json gives (12.5 GB in
-7 shards for ChatGLM3-6B), runs step 3 on it in a separate process, and copies the checkpoint with
-cp and sync. Needs disk space for three times the checkpoint, less if --work-dir has it already.
+7 shards for ChatGLM3-6B), runs step 3 on it in a process of its own, and copies the checkpoint with
+cp and sync. Needs three times the checkpoint's size on disk, less if --work-dir holds it already.
 
     python benchmarks/resize_6b.py --base-model DIR --tokenizer STEP2_DIR --work-dir SCRATCH
 """
@@ -23,19 +23,16 @@ from measuring import Ratio, step_command
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from chatglm_ja.chatglm3 import tensor_names
+from chatglm_ja.chatglm3 import tensor_names, tokenizer, weights
 from chatglm_ja.chatglm3.base_config import read_config
-from chatglm_ja.chatglm3.model_files import INDEX_FILE, MODEL_FILE
 from chatglm_ja.cli import run
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.files import write_json
 
 SHARDS = 7
 
 
 def write_random_checkpoint(source: Path, folder: Path) -> None:
-    """Write random weights with the shapes of `source`, and its config.json and tokenizer."""
-    for name in ("config.json", MODEL_FILE):
+    for name in ("config.json", tokenizer.MODEL_FILE):
         shutil.copyfile(source / name, folder / name)
     shapes = tensor_names.expected_shapes(read_config(folder))
     total = 2 * sum(math.prod(shape) for shape in shapes.values())
@@ -55,8 +52,8 @@ def write_random_checkpoint(source: Path, folder: Path) -> None:
             save_file(pending, folder / file)
             weight_map |= dict.fromkeys(pending, file)
             pending = {}
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / INDEX_FILE, content, indent=None)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / weights.INDEX_FILE).write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -75,8 +72,8 @@ def main() -> None:
         free = shutil.disk_usage(arguments.work_dir).free
         if free < needed:
             raise DataError(
-                f"{arguments.work_dir} has {free / 1e9:.0f} GB free, needs {needed / 1e9:.0f} GB: "
-                "choose another --work-dir"
+                f"{arguments.work_dir} has {free / 1e9:.0f} GB free, and {needed / 1e9:.0f} GB are "
+                "needed: choose another --work-dir"
             )
         unfinished = measuring.emptied(base.with_suffix(".unfinished"))
         write_random_checkpoint(arguments.base_model, unfinished)

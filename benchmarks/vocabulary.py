@@ -1,9 +1,9 @@
-"""Compare methods of learning the Japanese vocabulary, at the same number of new pieces.
+"""What each way of learning the Japanese vocabulary gives, at the same number of new pieces.
 
-Prints Markdown tables: methods of learning, policies, the article's merge beside step 2's (with
---ja-tokenizer), and the time of step 1 compared with bare sentencepiece. A tenth of the Japanese
-documents, chosen by the hash of their text, is held out for measuring. Chinese and English texts
-are only segmented, never learned from, and are measured whole.
+Prints tables as Markdown: ways of learning, policies, the article's merge beside step 2's (with
+--ja-tokenizer), and the time of step 1 against bare sentencepiece. A tenth of the documents, chosen
+by the hash of their text, is held out and measured on. Chinese and English texts are only cut,
+never learned from, and are measured whole.
 
     python benchmarks/vocabulary.py --base-model DIR --ja-tokenizer ja_bpe.model \\
         --sources ja=help_ja.jsonl.gz ja=docs_ja.jsonl.gz zh=docs_zh.jsonl.gz en=help_en.jsonl.gz
@@ -52,14 +52,14 @@ def is_held_out(text: str) -> bool:
     return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < HELD_OUT_BYTE
 
 
-class Methods:
-    """Methods of learning; each returns a merged vocabulary with `size` new pieces."""
+class Ways:
+    """The ways of learning, each as a function of nothing to a Merge of `size` new pieces."""
 
     def __init__(self, base: Any, texts: Sequence[str], policy: Policy, size: int) -> None:
         self.base, self.texts, self.policy, self.size = base, texts, policy, size
 
     def train(self, settings: dict[str, Any], vocab_size: int) -> Any:
-        """Train a model of `vocab_size` pieces, or of as many as the text gives."""
+        """A model of `vocab_size` pieces, or of as many as the text gives."""
         while True:
             try:
                 return learning.train_sentencepiece(
@@ -75,7 +75,7 @@ class Methods:
                     raise
 
     def first(self, settings: dict[str, Any]) -> merging.MergedVocabulary:
-        """Take the first pieces in the order learned: those of a model just large enough."""
+        """The first pieces in the order learned: those of a model that is just large enough."""
         learned = self.train(settings, 4 * self.size)
         normal = [p for p in learned.pieces if p.type == p.NORMAL]
         characters = [p for p in normal if len(p.piece) == 1]
@@ -99,12 +99,12 @@ class Methods:
         )
 
     def continued(self) -> merging.MergedVocabulary:
-        control_and_bytes = sum(piece.type != piece.NORMAL for piece in self.base.pieces)
+        kept = sum(piece.type != piece.NORMAL for piece in self.base.pieces)
         learned = learning.continue_merges(
             self.base,
             corpus.training_lines(self.texts, {}),
             self.policy,
-            vocab_size=control_and_bytes + self.size,
+            vocab_size=kept + self.size,
             character_coverage=DEFAULTS.character_coverage,
             num_threads=CORES,
             max_piece_length=DEFAULTS.max_piece_length,
@@ -121,27 +121,27 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print("\n" + measuring.table(head, rows), flush=True)
 
 
-def methods_table(methods: Methods, held_out: Sequence[str]) -> Ratio:
+def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
     ours = DEFAULTS.trainer_settings()
     candidates: dict[str, Callable[[], merging.MergedVocabulary]] = {
-        "sentencepiece, the article's settings": lambda: methods.first(ARTICLE),
-        "… mixing scripts": lambda: methods.first({**ARTICLE, "split_by_unicode_script": False}),
-        "… and identity, digits apart, spaces kept": lambda: methods.first(
+        "sentencepiece, the article's settings": lambda: ways.first(ARTICLE),
+        "… mixing scripts": lambda: ways.first({**ARTICLE, "split_by_unicode_script": False}),
+        "… and identity, digits apart, spaces kept": lambda: ways.first(
             {**ours, "add_dummy_prefix": True}
         ),
-        "… and no space before each line (`--method sentencepiece`)": lambda: methods.first(ours),
-        f"… {5 * methods.size:,} learned, the most used kept (`--max-new-pieces`)": lambda: (
-            methods.most_used(ours)
+        "… and no space before each line (`--method sentencepiece`)": lambda: ways.first(ours),
+        f"… {5 * ways.size:,} learned, the most used kept (`--max-new-pieces`)": lambda: (
+            ways.most_used(ours)
         ),
-        "base's merges continued (`--method continue`)": methods.continued,
+        "base's merges continued (`--method continue`)": ways.continued,
     }
     characters = sum(map(len, held_out))
 
     def tokens_per_char(proto: Any) -> float:
-        processor = tokenizer.make_processor(proto)
-        return sum(map(len, processor.encode(list(held_out), num_threads=CORES))) / characters
+        encoder = tokenizer.make_processor(proto)
+        return sum(map(len, encoder.encode(list(held_out), num_threads=CORES))) / characters
 
-    rows = [["base alone", "0", "", f"{tokens_per_char(methods.base):.4f}", "", ""]]
+    rows = [["base alone", "0", "", f"{tokens_per_char(ways.base):.4f}", "", ""]]
     reference = 0.0
     for name, learn in candidates.items():
         start = time.perf_counter()
@@ -181,10 +181,8 @@ def policies_table(
 
 
 def article_merge(base: Any, learned: Any) -> Any:
-    """Merge as the article does: append every piece that the base lacks with score 0.
-
-    All of them are then merged before the base's own.
-    """
+    """As the article merges: every piece that the base does not have is appended with score 0, so
+    that all of them go before the base's own merges."""
     merged = type(base)()
     merged.CopyFrom(base)
     known = {piece.piece for piece in base.pieces}
@@ -195,7 +193,7 @@ def article_merge(base: Any, learned: Any) -> Any:
 
 
 def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> Ratio:
-    """Print how many lines of each language change when the same Japanese model is merged."""
+    """From the same Japanese model: lines of each language that are cut otherwise than before."""
     learned = learning.read_learned(ja_tokenizer)
     before = tokenizer.make_processor(base)
     ours = merging.merge_pieces(base, learned, Policy.JAPANESE)
@@ -221,7 +219,7 @@ def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> 
         rows.append(row)
     head = ["merge", "pieces added", *texts]
     head[head.index("ja")] = "ja tokens/char"
-    print("\nThe article's own Japanese model, merged; lines whose segmentation changes:")
+    print("\nThe article's own Japanese model, merged; lines that are cut otherwise than before:")
     table(head, rows)
     return Ratio(
         "Chinese lines changed by step 2's merge, to those changed by the article's",
@@ -230,7 +228,7 @@ def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> 
 
 
 def time_table(texts: Sequence[str], vocab_size: int, repeats: int) -> Ratio:
-    """Time step 1 and bare sentencepiece, each in a fresh process, alternating."""
+    """Step 1 as a program against spm_train's own work in a fresh process, in turn."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = "".join(line + "\n" for line in corpus.training_lines(texts, {}))
@@ -269,14 +267,14 @@ def main() -> None:
         "--sources", nargs="+", required=True, metavar="SPEC", help="LANGUAGE=PATH: ja, and others"
     )
     parser.add_argument(
-        "--ja-tokenizer", type=Path, help="the article's Japanese model, to merge with both methods"
+        "--ja-tokenizer", type=Path, help="the article's Japanese model, to be merged in both ways"
     )
     parser.add_argument("--new-pieces", type=int, default=12_000, help="(default: 12000)")
     policies = {policy.value: policy for policy in Policy}
     parser.add_argument(
         "--policy", choices=policies, default="japanese", help="(default: japanese)"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="repeats of the timing (default: 7)")
+    parser.add_argument("--repeats", type=int, default=7, help="of the timing (default: 7)")
     arguments = parser.parse_args()
     base = Base.open(arguments.base_model).proto
     texts = {
@@ -295,9 +293,9 @@ def main() -> None:
         f"Japanese: {sum(map(len, training)):,} characters to learn from, "
         f"{sum(map(len, held_out)):,} held out; {CORES} cores"
     )
-    methods = Methods(base, training, policies[arguments.policy], arguments.new_pieces)
-    ratios = [methods_table(methods, held_out)]
-    learned = methods.train(DEFAULTS.trainer_settings(), DEFAULTS.vocab_size)
+    ways = Ways(base, training, policies[arguments.policy], arguments.new_pieces)
+    ratios = [ways_table(ways, held_out)]
+    learned = ways.train(DEFAULTS.trainer_settings(), DEFAULTS.vocab_size)
     print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
     policies_table(base, learned, {**texts, "ja": held_out}, list(Policy))
     if arguments.ja_tokenizer:

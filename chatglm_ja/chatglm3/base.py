@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.chatglm3.base_config import read_config
-from chatglm_ja.chatglm3.tokenizer import (
-    FIRST_PIECES,
-    MODEL_FILE,
-    SPECIAL_TOKENS,
-    is_lossless,
-    messages,
-    read_proto,
-)
 from chatglm_ja.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,15 +32,14 @@ class Base:
         Raises DataError for another architecture, another kind of tokenizer, a tokenizer that was
         merged already, and embeddings without rows for the nine special tokens.
         """
-        proto = read_proto(folder / MODEL_FILE)
-        config = read_config(folder)
-        _check_tokenizer(proto, folder / MODEL_FILE)
-        base = cls(folder, config, proto)
-        if config["padded_vocab_size"] < base.first_new_id:
+        path = folder / tokenizer.MODEL_FILE
+        base = cls(folder, read_config(folder), tokenizer.read_proto(path))
+        _check_tokenizer(base.proto, path)
+        rows = base.config["padded_vocab_size"]
+        if rows < base.first_new_id:
             raise DataError(
-                f"{folder / MODEL_FILE} has {len(proto.pieces)} pieces and needs "
-                f"{base.first_new_id} ids with the special tokens, but config.json has "
-                f"padded_vocab_size {config['padded_vocab_size']}"
+                f"{path} has {base.first_special_id} pieces and needs {base.first_new_id} ids with "
+                f"the special tokens, but config.json has padded_vocab_size {rows}"
             )
         return base
 
@@ -59,7 +51,7 @@ class Base:
     @property
     def first_new_id(self) -> int:
         """The id of the first piece that step 2 adds: new pieces follow the special tokens."""
-        return self.first_special_id + len(SPECIAL_TOKENS)
+        return self.first_special_id + len(tokenizer.SPECIAL_TOKENS)
 
     @functools.cached_property
     def weights(self) -> "BaseWeights":
@@ -71,22 +63,24 @@ class Base:
 
 def _check_tokenizer(proto: Any, path: Path) -> None:
     """Raise DataError unless the model is one that new pieces can be appended to."""
-    if not is_lossless(proto):
+    if not tokenizer.is_lossless(proto):
         raise DataError(
             f"{path} normalizes text or has no byte fallback, unlike ChatGLM3's: wrong base model?"
         )
-    kinds = messages.ModelProto.SentencePiece
-    first = [(piece.piece, piece.type) for piece in proto.pieces[: len(FIRST_PIECES)]]
-    if first != list(zip(FIRST_PIECES, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True)):
-        shown = ", ".join(repr(piece) for piece, _ in first)
+    kinds = tokenizer.messages.ModelProto.SentencePiece
+    expected = list(
+        zip(tokenizer.FIRST_PIECES, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True)
+    )
+    first, others = proto.pieces[: len(expected)], proto.pieces[len(expected) :]
+    if [(piece.piece, piece.type) for piece in first] != expected:
         raise DataError(
-            f"{path} begins with {shown}, expected the special pieces {', '.join(FIRST_PIECES)}: "
-            "wrong base model?"
+            f"{path} begins with {', '.join(repr(piece.piece) for piece in first)}, expected the "
+            f"special pieces {', '.join(tokenizer.FIRST_PIECES)}: wrong base model?"
         )
-    taken = [piece.piece for piece in proto.pieces if piece.piece in SPECIAL_TOKENS]
+    taken = [piece.piece for piece in proto.pieces if piece.piece in tokenizer.SPECIAL_TOKENS]
     if taken:
         raise DataError(f"{path} holds {', '.join(taken)} as pieces: it is merged already")
-    for piece in proto.pieces[len(first) :]:
+    for piece in others:
         if piece.type not in (kinds.NORMAL, kinds.BYTE):  # `tokenizers` has no other types
             raise DataError(
                 f"{path}: the piece {piece.piece!r} is of type {kinds.Type.Name(piece.type)}, "

@@ -17,20 +17,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from chatglm_ja.chatglm3 import loading, tensor_names, weights
+from chatglm_ja.chatglm3 import chat_format, loading, tensor_names, tokenizer, weights
 from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.base_config import glm_config
-from chatglm_ja.chatglm3.chat_format import prefix_ids, stop_ids
 from chatglm_ja.chatglm3.model_files import MODEL_FILE, Layout
 from chatglm_ja.chatglm3.remote_code import copy_patched_code
-from chatglm_ja.chatglm3.tokenizer import (
-    BOS_ID,
-    UNK_ID,
-    add_special_tokens,
-    load_processor,
-    make_processor,
-    read_proto,
-)
 from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import write_json
@@ -98,10 +89,11 @@ def resize_checkpoint(
     stop ids that suppresses the padding rows. Verifies the old rows in the written files. Returns
     the numbers of rows. Raises DataError if the tokenizer was merged with another base.
     """
-    proto = read_proto(tokenizer_dir / MODEL_FILE)
+    proto = tokenizer.read_proto(tokenizer_dir / MODEL_FILE)
     pieces = [piece.piece for piece in proto.pieces]
     old_ids, vocabulary = base.first_new_id, len(pieces)
-    if [piece.piece for piece in add_special_tokens(base.proto).pieces] != pieces[:old_ids]:
+    base_pieces = tokenizer.add_special_tokens(base.proto).pieces
+    if [piece.piece for piece in base_pieces] != pieces[:old_ids]:
         raise DataError(
             f"{tokenizer_dir} was merged with another base than {base.folder}: its first {old_ids} "
             "ids are other pieces; run step2_merge_tokenizer.py with this base"
@@ -109,7 +101,7 @@ def resize_checkpoint(
     # The base part of the merged tokenizer tells how new pieces were spelled before; without the
     # dummy prefix, because they stand inside texts.
     del proto.pieces[old_ids:]
-    subtokens = make_processor(proto, dummy_prefix=False).encode(pieces[old_ids:])
+    subtokens = tokenizer.make_processor(proto, dummy_prefix=False).encode(pieces[old_ids:])
     rows = padded_rows(vocabulary, pad_to_multiple)
     generator = torch.Generator().manual_seed(seed)
 
@@ -120,9 +112,8 @@ def resize_checkpoint(
                 tensor = resize_rows(tensor, old_ids, subtokens, rows, init, generator, bias)
             yield from tensor_names.to_layout(layout, name, tensor, base.config)
 
-    weights.write_sharded(
-        tqdm(resized(), desc="resizing", unit=" tensors"), output_dir, max_shard_bytes
-    )
+    progress = tqdm(resized(), desc="resizing", unit=" tensors")
+    weights.write_sharded(progress, output_dir, max_shard_bytes)
     _write_other_files(base, tokenizer_dir, output_dir, layout, vocabulary, rows)
     _verify_rows(base, output_dir, layout, rows)
     return {
@@ -149,9 +140,9 @@ def _write_other_files(
         glm_config(base.config, rows, base.weights.dtype).save_pretrained(folder)
     copy_tokenizer_files(tokenizer_dir, folder, tokenizer_files)
     GenerationConfig(
-        bos_token_id=BOS_ID,
-        eos_token_id=stop_ids(load_processor(tokenizer_dir)),
-        pad_token_id=UNK_ID,
+        bos_token_id=tokenizer.BOS_ID,
+        eos_token_id=chat_format.stop_ids(tokenizer.load_processor(tokenizer_dir)),
+        pad_token_id=tokenizer.UNK_ID,
         suppress_tokens=list(range(vocabulary, rows)) or None,
     ).save_pretrained(folder)
 
@@ -180,8 +171,9 @@ def verify_logits(base: Base, folder: Path, layout: Layout) -> None:
     from transformers import GlmForCausalLM
 
     old_ids = base.first_new_id
-    processor = load_processor(folder)
-    prompts = [[*prefix_ids(processor), *processor.encode(text)] for text in VERIFIED_TEXTS]
+    processor = tokenizer.load_processor(folder)
+    prefix = chat_format.prefix_ids(processor)
+    prompts = [[*prefix, *processor.encode(text)] for text in VERIFIED_TEXTS]
     model: Any = loading.load_base(base.weights, torch.float32)
     before = loading.compute_logits(model, prompts, old_ids)
     del model
