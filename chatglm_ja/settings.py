@@ -169,8 +169,12 @@ def parse(
             values[entry.name] = tuple(values[entry.name])
             if hints[entry.name] == tuple[Source, ...]:  # each argument gave a list of them
                 values[entry.name] = tuple(itertools.chain.from_iterable(values[entry.name]))
-        if _is_choice(hints[entry.name]):
-            values[entry.name] = hints[entry.name](values[entry.name])
+        if _is_choice(hint := hints[entry.name]):
+            if values[entry.name] not in list(hint):  # argparse does not check defaults
+                raise ConfigError(
+                    f"{flag(entry.name)} is {values[entry.name]}, expected one of {', '.join(hint)}"
+                )
+            values[entry.name] = hint(values[entry.name])
     return config(**values)
 
 

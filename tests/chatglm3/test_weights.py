@@ -24,7 +24,7 @@ def expected(base_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def check_parity(model: Any, expected: dict[str, torch.Tensor], old_ids: int) -> None:
-    """Last logits within 1e-5, and the greedy tokens, over the ids that both models have."""
+    """Compare the last logits within 1e-5, and the greedy tokens, over the ids of both models."""
     for index in range(3):
         prompt, greedy = expected[f"ids_{index}"], expected[f"greedy_{index}"]
         length = prompt.shape[1]
@@ -35,11 +35,11 @@ def check_parity(model: Any, expected: dict[str, torch.Tensor], old_ids: int) ->
         assert torch.allclose(logits[length - 1], reference, rtol=0, atol=1e-5)
         best = logits[length - 1 : -1].argmax(dim=-1)
         wanted = greedy[0, length:]
-        # A padding row of the base, which one prompt generates, is not among the old ids: what
-        # follows it had another context.
-        kept = int((wanted < old_ids).long().cumprod(dim=0).sum())
-        assert kept >= 9
-        assert torch.equal(best[:kept], wanted[:kept])
+        # One prompt generates a padding row of the base, which is not among the old ids; compare
+        # only the tokens before it.
+        count = int((wanted < old_ids).long().cumprod(dim=0).sum())
+        assert count >= 9
+        assert torch.equal(best[:count], wanted[:count])
 
 
 def test_the_converted_base_computes_what_chatglm3_computes(
@@ -134,7 +134,7 @@ def promise_a_tensor(folder: Path) -> None:
         (promise_a_tensor, f"{SHARD} lacks transformer.encoder.final_layernorm.weight"),
     ],
 )
-def test_a_broken_checkpoint_is_named(
+def test_a_broken_checkpoint_is_refused_with_its_problem(
     damage: Callable[[Path], None], message: str, base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
@@ -177,7 +177,7 @@ def test_bin_shards_are_the_same_checkpoint(base_dir: Path, tmp_path: Path, copy
 
 
 class Bomb:
-    """Unpickling it creates a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -186,7 +186,7 @@ class Bomb:
         return (Path.touch, (self.trace,))
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(
+def test_a_pickle_with_code_is_refused_without_running_it(
     base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
@@ -198,20 +198,20 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("kept", [0, 100, 5000])
+@pytest.mark.parametrize("size", [0, 100, 5000])
 def test_a_truncated_bin_is_refused(
-    kept: int, base_dir: Path, tmp_path: Path, copy_of: Copy
+    size: int, base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
     shard = as_bin(folder)[0]
-    shard.write_bytes(shard.read_bytes()[:kept])
+    shard.write_bytes(shard.read_bytes()[:size])
     with pytest.raises(
         DataError, match=f"{shard.name} is truncated, damaged or too old|not a dictionary"
     ):
         weights.BaseWeights(folder)
 
 
-def test_a_bin_that_is_no_dictionary_is_refused(
+def test_a_bin_that_is_not_a_dictionary_is_refused(
     base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")

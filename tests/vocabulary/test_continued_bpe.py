@@ -23,8 +23,10 @@ def learn(base_proto: Any, lines: Counter[str], policy: Policy, count: int, **ch
 
 
 def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: Policy) -> Counter[str]:
-    """How often each admitted pair stands in the lines, as the tokenizer with `pieces` cuts them;
-    named by the piece that it would make."""
+    """Count each admitted pair in the lines as the tokenizer with `pieces` segments them.
+
+    Pairs are named by the piece that they would make.
+    """
     proto = tokenizer.add_special_tokens(base_proto, pieces)
     encoder = tokenizer.make_processor(proto, dummy_prefix=False)
     counts: Counter[tuple[str, str]] = Counter()
@@ -49,9 +51,9 @@ def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: Polic
 @pytest.mark.parametrize("least", [1, 2])
 @pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.HAN, Policy.ALL])
 def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: Policy, least: int) -> None:
-    """Each step from scratch: cut the text with sentencepiece, count, take the best.
+    """Recompute merges from scratch: segment with sentencepiece, count, take the most frequent.
 
-    Runs of one character and repeated lines are there on purpose.
+    The lines include runs of one character and repeated lines on purpose.
     """
     lines = Counter(corpus.training_lines(demo_texts("ja", 4), {}))
     lines.update(
@@ -66,8 +68,8 @@ def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: Policy, 
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_piece_of_colliding_texts(base_proto: Any, seed: int) -> None:
-    """Few characters, so that merges stand side by side, overlap and share their neighbours."""
+def test_colliding_merges(base_proto: Any, seed: int) -> None:
+    """Few distinct characters, so that merges are adjacent, overlap and share neighbors."""
     rng = random.Random(seed)
     lines = Counter(
         {
@@ -82,8 +84,7 @@ def test_every_piece_of_colliding_texts(base_proto: Any, seed: int) -> None:
         assert counts[pieces[position]] == max(counts.values())
 
 
-def test_the_text_ends_as_the_tokenizer_cuts_it(base_proto: Any) -> None:
-    """When nothing is left to merge, the tokenizer with all pieces finds no admitted pair."""
+def test_learning_ends_when_no_admitted_pair_is_left(base_proto: Any) -> None:
     lines = Counter(["国の形を見る。", "国の形が見える。", "ななななななな"])
     learned = learn(base_proto, lines, Policy.JAPANESE, 500)
     pieces = [*learned.characters, *learned.merges]
@@ -98,7 +99,7 @@ def test_rare_pairs_are_not_learned(base_proto: Any) -> None:
 
 
 def test_characters_come_first_and_by_coverage(base_proto: Any) -> None:
-    """込 has no piece in this base: three bytes until it gets one."""
+    """込 has no piece in this base, so it is three bytes until it gets one."""
     base = tokenizer.make_processor(base_proto)
     missing = [c for c in "込辻峠働" if base.piece_to_id(c) == tokenizer.UNK_ID]
     assert len(missing) >= 2

@@ -1,4 +1,4 @@
-"""Resizing: the old rows bit by bit, the new ones as initialized, both layouts, and the checks."""
+"""Resizing: old rows bit by bit, initialized new rows, both layouts, and the verification."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
 def test_new_rows_are_the_means_of_their_subtokens(
     base_dir: Path, resized_dir: Path, base_proto: Any, merge: Any
 ) -> None:
-    """Computed again from the base tokenizer itself: its ids after the dummy prefix."""
+    """Computed from the base tokenizer itself: its ids after the dummy prefix and a line break."""
     old = load_file(base_dir / "model-00001-of-00003.safetensors")[tensor_names.EMBEDDING]
     new = weights.read_tensor(resized_dir, tensor_names.GLM_EMBEDDING)
     base = tokenizer.make_processor(base_proto)
@@ -98,7 +98,7 @@ def test_an_initialization_of_many_rows(init: Initialization) -> None:
 
 
 def test_padding_is_never_generated(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
-    """Not by greedy decoding, nor by drawing at a high temperature."""
+    """Neither by greedy decoding nor by sampling at a high temperature."""
     resized(base_dir, merged_dir, tmp_path / "model", pad_to_multiple=512)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     vocabulary = len(AutoTokenizer.from_pretrained(tmp_path / "model"))
@@ -113,7 +113,7 @@ def test_padding_is_never_generated(base_dir: Path, merged_dir: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_verification_reads_both_models(
+def test_verification_finds_a_changed_weight(
     layout: Layout, base_dir: Path, merged_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
@@ -131,8 +131,7 @@ def test_verification_reads_both_models(
         embedding_rows.verify_logits(Base.open(base_dir), folder, layout)
 
 
-def test_there_and_back_again(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
-    """glm and chatglm hold the same bits, and the latter reads as the former."""
+def test_both_layouts_hold_the_same_bits(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
     for layout in Layout:
         resized(base_dir, merged_dir, tmp_path / layout, layout=layout)
     back = weights.BaseWeights(tmp_path / "chatglm")
@@ -146,7 +145,7 @@ def test_there_and_back_again(base_dir: Path, merged_dir: Path, tmp_path: Path) 
     for name, tensor in tensors.items():
         written = weights.read_tensor(tmp_path / "glm", name)
         assert torch.equal(tensor.view(torch.int16), written.view(torch.int16))
-    # And from transformers' model back to the original names, bit by bit.
+    # Converting transformers' model back to the original names is exact, too.
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "glm").state_dict()
     again = tensor_names.to_chatglm(state)
     for name, tensor in back.tensors():
@@ -165,7 +164,7 @@ def test_the_original_layout_computes_what_chatglm3_computes(
         assert torch.allclose(logits, expected[f"logits_last_{index}"][:4009], rtol=0, atol=1e-5)
 
 
-def test_the_original_layout_is_not_trained_on(
+def test_the_original_layout_is_refused_by_later_steps(
     base_dir: Path, merged_dir: Path, tmp_path: Path
 ) -> None:
     resized(base_dir, merged_dir, tmp_path / "model", layout=Layout.CHATGLM)
@@ -192,7 +191,7 @@ def test_a_tokenizer_of_another_base_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_dtype_is_kept(
+def test_the_dtype_is_kept(
     dtype: torch.dtype, base_dir: Path, merged_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     base = copy_of(base_dir, tmp_path / "base")
@@ -247,7 +246,7 @@ def with_remote_code(folder: Path, modeling: str = MODELING, tokens: str = TOKEN
     return folder
 
 
-def test_remote_code_is_copied_and_mended(
+def test_remote_code_is_copied_and_patched(
     base_dir: Path, merged_dir: Path, merge: Any, tmp_path: Path, copy_of: Copy
 ) -> None:
     base = with_remote_code(copy_of(base_dir, tmp_path / "base"))

@@ -1,4 +1,4 @@
-"""The promise to Chinese and English is measured, and a broken one is noticed."""
+"""The guarantee of a policy is measured, and a broken one is an error; step 2's report."""
 
 import re
 from pathlib import Path
@@ -40,8 +40,8 @@ def test_chinese_and_english_are_segmented_as_before(before: Any, merge: Any) ->
     segmentation.check_guarantee({"ja": japanese}, Policy.JAPANESE)
 
 
-def test_a_broken_promise_is_noticed(base_proto: Any, before: Any) -> None:
-    """A piece without kana, as the article's merge adds them, changes a Chinese line."""
+def test_a_broken_guarantee_is_an_error(base_proto: Any, before: Any) -> None:
+    """A piece without kana, such as the article's merge adds, changes a Chinese line."""
     piece = "".join(before.encode("打开文件夹。", out_type=str)[-2:])
     assert before.piece_to_id(piece) == tokenizer.UNK_ID
     after = tokenizer.make_processor(tokenizer.add_special_tokens(base_proto, [piece]))
@@ -56,7 +56,7 @@ def test_a_broken_promise_is_noticed(base_proto: Any, before: Any) -> None:
     segmentation.check_guarantee({"zh": result}, Policy.ALL)
 
 
-def test_a_tokenizer_json_that_differs_is_noticed(before: Any, merge: Any) -> None:
+def test_a_tokenizer_json_that_differs_is_an_error(before: Any, merge: Any) -> None:
     after = tokenizer.make_processor(merge.proto)
     right = tokenizer_files.make_line_encoder(merge.proto)
     result = segmentation.compare_segmentation(before, after, ["あ\nです"], Policy.JAPANESE, right)
@@ -73,12 +73,12 @@ def test_a_tokenizer_json_that_differs_is_noticed(before: Any, merge: Any) -> No
         segmentation.check_guarantee({"ja": result}, Policy.JAPANESE)
 
 
-def test_no_lines_are_no_proof() -> None:
+def test_a_language_without_lines_is_an_error() -> None:
     with pytest.raises(DataError, match="hold no zh text"):
         segmentation.check_guarantee({"zh": segmentation.Segmentation()}, Policy.JAPANESE)
 
 
-def test_the_report_says_what_happened(base_proto: Any, before: Any, ja_dir: Path) -> None:
+def test_the_report_of_a_merge(base_proto: Any, before: Any, ja_dir: Path) -> None:
     merged = merging.merge_pieces(base_proto, learning.read_learned(ja_dir), Policy.HAN)
     after = tokenizer.make_processor(merged.proto)
     texts = {"ja": demo_texts("ja", 20, "heldout"), "zh": ["<b>線です</b>"]}
@@ -103,10 +103,10 @@ def test_the_report_says_what_happened(base_proto: Any, before: Any, ja_dir: Pat
     ("policy", "added", "left_out"),
     [
         (Policy.KANA, 1, "; 1 not admitted by the policy; 1 needs a character that has no piece"),
-        (Policy.ALL, 3, ""),  # which adds what no text encodes to as well
+        (Policy.ALL, 3, ""),  # adds unreachable pieces as well
     ],
 )
-def test_the_fates_of_the_pieces_are_said(
+def test_the_headline_counts_pieces_by_reason(
     base_proto: Any, policy: Policy, added: int, left_out: str
 ) -> None:
     known = next(p.piece for p in base_proto.pieces if p.type == p.NORMAL and len(p.piece) > 1)
