@@ -77,9 +77,9 @@ def _check_tokenizer(proto: Any, path: Path) -> None:
             f"{path} begins with {', '.join(repr(piece.piece) for piece in first)}, expected the "
             f"special pieces {', '.join(tokenizer.FIRST_PIECES)}: wrong base model?"
         )
-    taken = [piece.piece for piece in proto.pieces if piece.piece in tokenizer.SPECIAL_TOKENS]
-    if taken:
-        raise DataError(f"{path} holds {', '.join(taken)} as pieces: it is merged already")
+    special = [piece.piece for piece in proto.pieces if piece.piece in tokenizer.SPECIAL_TOKENS]
+    if special:
+        raise DataError(f"{path} holds {', '.join(special)} as pieces: it is merged already")
     for piece in others:
         if piece.type not in (kinds.NORMAL, kinds.BYTE):  # `tokenizers` has no other types
             raise DataError(

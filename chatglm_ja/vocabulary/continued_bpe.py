@@ -71,8 +71,8 @@ def learn(
     characters = _characters(base, lines, character_coverage, admits)[:count]
     with_characters = add_special_tokens(base, characters)
     symbols = _Symbols(with_characters, admits)
-    segments = _segments(with_characters, lines, symbols, num_threads)
-    state = _State(segments, symbols, max_piece_length, min_occurrences)
+    text, weights = _segments(with_characters, lines, symbols, num_threads)
+    state = _State(text, weights, symbols, max_piece_length, min_occurrences)
     merges: list[str] = []
     with tqdm(total=count - len(characters), desc="learning", unit=" pieces") as bar:
         for piece in itertools.islice(state.merge(), count - len(characters)):
@@ -135,19 +135,14 @@ class _Symbols:
         return index
 
 
-@dataclass(frozen=True)
-class _Segments:
-    """Distinct segments, END after each; the weight of a symbol is the count of its segment."""
-
-    symbols: NDArray[np.int32]
-    weights: Ints
-
-
-def _segments(proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: int) -> _Segments:
+def _segments(
+    proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: int
+) -> tuple[NDArray[np.int32], Ints]:
     """Tokenize the lines and split them into segments inside which new pieces can form.
 
     A segment ends before and after a token that never merges (bytes, digits) and before a space.
-    Segments without an admitted character or with a single token are dropped.
+    Segments without an admitted character or with a single token are dropped. Returns the symbols
+    of all distinct segments, END after each, and for every symbol the count of its segment.
     """
     # Only the start of a whole document has the dummy prefix.
     tokenizer = make_processor(proto, dummy_prefix=False)
@@ -174,21 +169,26 @@ def _segments(proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: i
     end_mark = np.array([END], dtype=np.int32).tobytes()
     flat = np.frombuffer(b"".join(key + end_mark for key in counts), dtype=np.int32).copy()
     sizes = np.array([len(key) // 4 + 1 for key in counts], dtype=np.int64)
-    return _Segments(flat, np.repeat(np.array(list(counts.values()), dtype=np.int32), sizes))
+    return flat, np.repeat(np.array(list(counts.values()), dtype=np.int32), sizes)
 
 
 class _State:
     """The text as linked symbols, and for every pair its count and candidate positions."""
 
     def __init__(
-        self, segments: _Segments, symbols: _Symbols, max_piece_length: int, min_occurrences: int
+        self,
+        text: NDArray[np.int32],
+        weights: Ints,
+        symbols: _Symbols,
+        max_piece_length: int,
+        min_occurrences: int,
     ) -> None:
+        self.text = text
+        self.weights = weights
         self.symbols = symbols
         self.max_piece_length = max_piece_length
         self.min_occurrences = min_occurrences
-        self.text = segments.symbols
-        self.weights = segments.weights
-        size = len(self.text)
+        size = len(text)
         self.following = np.arange(1, size + 1, dtype=np.int32)
         self.preceding = np.arange(-1, size - 1, dtype=np.int32)
         self.is_left = np.zeros(size, dtype=bool)  # scratch: left halves of the current merge
