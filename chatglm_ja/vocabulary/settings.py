@@ -32,8 +32,9 @@ class TrainTokenizerConfig(StepConfig):
     base_model: Path | None = setting(
         "ChatGLM3 folder; --method continue reads tokenizer.model and config.json", None
     )
-    policy: Policy = setting("pieces that --method continue may learn, as in step 2",
-                             Policy.JAPANESE)  # fmt: skip
+    policy: Policy = setting(
+        "pieces that --method continue may learn, as in step 2", Policy.JAPANESE
+    )
     vocab_size: int = setting(
         "pieces to learn, control and byte pieces included", 20_000, low=300, high=1_000_000
     )
