@@ -1,11 +1,11 @@
-"""Where everything lies and with which settings it is made: two profiles, data only.
+"""Paths and settings of the two profiles; data only.
 
 CHATGLM_JA_PROFILE    demo (default): a small ChatGLM3 and the texts in demo/data, on a CPU
                       chatglm3-6b: the real model, in the folder CHATGLM3_6B_DIR
 CHATGLM_JA_ARTIFACTS  root of all results (default: artifacts/ beside this file)
 
-STEP1 to STEP7 are the defaults of the steps' command lines. Settings that are not listed here have
-their defaults in chatglm_ja/<room>/settings.py. chatglm_ja/sources.py describes a Source.
+STEP1 to STEP7 are the defaults of the steps' command lines. Settings not listed here have their
+defaults in chatglm_ja/<room>/settings.py. For a Source see chatglm_ja/sources.py.
 """
 
 import os
@@ -31,13 +31,13 @@ STEP5_DIR = ARTIFACTS_DIR / "step5_pt"
 STEP6_DIR = ARTIFACTS_DIR / "step6_sft"
 STEP7_DIR = ARTIFACTS_DIR / "step7_eval"
 
-# The new language first; the others are to stay as they are.
+# The new language comes first; the model must not lose the others.
 LANGUAGES = ("ja", "zh", "en")
-# The article's mix: tokens of pretraining text, and numbers of conversations.
+# The article's mix: shares of pretraining tokens, and shares of conversations.
 SHARES = ("ja=76", "zh=12", "en=12")
 SFT_SHARES = ("ja=52", "zh=22", "en=9", "code=17")
 
-# What neither profile trains on: steps 2 and 7 measure on the pages, step 7 asks the questions.
+# Held out in both profiles: steps 2 and 7 measure on the pages, step 7 asks the questions.
 HELD_OUT_SOURCES = tuple(
     Source(language, f"{PROJECT_DIR}/demo/data/heldout_{language}.jsonl.gz")
     for language in LANGUAGES
@@ -111,10 +111,10 @@ else:
         Source("ja", "izumi-lab/wikipedia-ja-20230720"),
         Source("ja", "globis-university/aozorabunko-clean"),
         Source("zh", "pleisto/wikipedia-cn-20230720-filtered", columns="completion"),
-        # The article's choice; wikitext-103-raw-v1 is the same without <unk> for rare words.
+        # As in the article; wikitext-103-raw-v1 is the same text without <unk> for rare words.
         Source("en", "Salesforce/wikitext", subset="wikitext-103-v1", format="wikitext"),
     )
-    # The article's fourth Japanese set is given out on application: it is used if its file is here.
+    # The article's fourth Japanese data set is available on request; it is used if its file exists.
     _ichikara = Source(
         "ja",
         f"{PROJECT_DIR}/data/ichikara-instruction-20231221-003.json",
@@ -128,7 +128,7 @@ else:
         *([_ichikara] if Path(_ichikara.path).exists() else []),
         Source("zh", "shibing624/alpaca-zh", columns="instruction+input>output"),
         Source("zh", "LooksJuicy/ruozhiba", columns="instruction>output"),
-        # Only its label 1 marks right answers, about a thousand; the next two fill the share.
+        # Only label 1 marks correct answers, about a thousand; the next two fill the share.
         Source("en", "microsoft/wiki_qa", where=("label", "1"), columns="question>answer"),
         Source("en", "databricks/databricks-dolly-15k", columns="instruction+context>response"),
         Source("en", "HuggingFaceH4/no_robots", columns="messages"),
@@ -139,7 +139,7 @@ else:
             columns="instruction+input>output",
         ),
     )
-    # With the base's 64,798 ids 78,539: no more embedding rows than the article's model has.
+    # 78,539 ids with the base's 64,798: no more embedding rows than the article's model.
     TOKENIZER = {"method": "continue", "vocab_size": 14_000, "input_sentence_size": 1_000_000}
     DATA = {
         "total_tokens": 1_000_000_000,
@@ -153,8 +153,8 @@ else:
         "lora_alpha": 128,
         "gradient_checkpointing": True,
         "compile": True,
-        "save_steps": 1000,  # of 9 GB, half an hour on four RTX 4090
-        # On four GPUs one pass of four blocks each: ZeRO-2 sends the gradients once per step.
+        "save_steps": 1000,  # a checkpoint has 9 GB; half an hour on four RTX 4090
+        # On four GPUs, one micro-batch of four blocks each: ZeRO-2 sends gradients once per step.
         "global_batch_size": 16,
         "micro_batch_size": 4,
     }

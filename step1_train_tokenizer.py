@@ -1,6 +1,6 @@
 """Step 1: learn Japanese pieces, as a sentencepiece BPE model.
 
-With sentencepiece from characters, or by continuing the merges of the base's own tokenizer.
+sentencepiece learns them from characters, or --method continue continues the base's own merges.
 
 Reads   the Japanese sources of constants.py; for --method continue <base model>/
 Writes  <artifacts>/step1_tokenizer/  ja_bpe.model, ja_bpe.vocab
@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import constants
+from chatglm_ja.chatglm3.model_files import open_base_tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
-from chatglm_ja.storage.inputs import open_base_tokenizer, open_sources
+from chatglm_ja.storage.inputs import open_sources
 from chatglm_ja.storage.output import Output
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 
@@ -33,10 +34,10 @@ def main() -> None:
     if not output.prepare():
         return
 
-    # Large libraries load after the settings are known to be good: --help answers at once.
+    # Heavy libraries are imported only now, so that --help and errors in settings are immediate.
     from tqdm.auto import tqdm
 
-    from chatglm_ja.chatglm3 import tokenizer
+    from chatglm_ja.chatglm3.base import Base
     from chatglm_ja.vocabulary import learning
 
     with output.write() as folder:
@@ -50,7 +51,7 @@ def main() -> None:
             output.counts["lines_sampled"] = len(lines)
         if base_model:
             learned = learning.continue_merges(
-                tokenizer.read_base_proto(base_model),
+                Base.open(base_model).proto,
                 lines,
                 config.policy,
                 vocab_size=config.vocab_size,
@@ -68,11 +69,9 @@ def main() -> None:
             )
         learning.save_learned(learned, folder)
         output.counts["pieces"] = len(learned.pieces)
-    read = [f"{output.counts[what]:,} {what}" for what in ("documents", "lines", "characters")]
     log.info(
-        "learned %s pieces, control and byte pieces included, from %s",
-        f"{output.counts['pieces']:,}",
-        ", ".join(read),
+        "learned {pieces:,} pieces, control and byte pieces included, from {documents:,} "
+        "documents, {lines:,} lines, {characters:,} characters".format_map(output.counts)
     )
     log.info("pieces: %s", config.output_dir)
 

@@ -1,7 +1,7 @@
 """Step 2: merge the Japanese pieces into ChatGLM3's tokenizer.
 
-All old ids stay as they are, the 9 special tokens in their places included; new pieces follow. On
-every run the result is measured on held-out texts, and a broken promise is an error.
+Old ids do not change, the nine special tokens' included; new pieces follow. Every run checks the
+guarantee of the policy on held-out texts and publishes nothing if it is broken.
 
 Reads   <artifacts>/step1_tokenizer/, <base model>/tokenizer.model and config.json
 Writes  <artifacts>/step2_tokenizer/  tokenizer.model, tokenizer.json, tokenizer_config.json,
@@ -9,16 +9,17 @@ Writes  <artifacts>/step2_tokenizer/  tokenizer.model, tokenizer.json, tokenizer
 Run     python step2_merge_tokenizer.py
 """
 
-import json
 import logging
 from pathlib import Path
 
 import constants
+from chatglm_ja.chatglm3.model_files import open_base_tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import parse
-from chatglm_ja.storage.inputs import open_artifact_or_file, open_base_tokenizer, open_sources
+from chatglm_ja.storage.files import write_json
+from chatglm_ja.storage.inputs import open_artifact_or_file, open_sources
 from chatglm_ja.storage.output import Output
 from chatglm_ja.vocabulary.settings import MergeTokenizerConfig
 
@@ -41,14 +42,16 @@ def main() -> None:
 
     from tqdm.auto import tqdm
 
-    from chatglm_ja.chatglm3 import tokenizer, tokenizer_files
+    from chatglm_ja.chatglm3.base import Base
+    from chatglm_ja.chatglm3.tokenizer import add_special_tokens, make_processor
+    from chatglm_ja.chatglm3.tokenizer_files import make_line_encoder, save_tokenizer
     from chatglm_ja.reports import merge_report
     from chatglm_ja.vocabulary import learning, merging, segmentation
 
-    base = tokenizer.read_base_proto(config.base_model)
+    base = Base.open(config.base_model)
     learned = learning.read_learned(config.ja_tokenizer)
     merged = merging.merge_pieces(
-        base,
+        base.proto,
         learned,
         config.policy,
         max_new_pieces=config.max_new_pieces,
@@ -62,9 +65,9 @@ def main() -> None:
             f"none of the {len(learned.pieces)} pieces is new to the base under the policy "
             f"{config.policy}: give the output of step1_train_tokenizer.py"
         )
-    before = tokenizer.make_processor(tokenizer.add_special_tokens(base))
-    after = tokenizer.make_processor(merged.proto)
-    rust = tokenizer_files.make_line_encoder(merged.proto)
+    before = make_processor(add_special_tokens(base.proto))
+    after = make_processor(merged.proto)
+    rust = make_line_encoder(merged.proto)
     languages = {
         language: segmentation.compare_segmentation(
             before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
@@ -74,10 +77,9 @@ def main() -> None:
     segmentation.check_guarantee(languages, config.policy)
 
     with output.write() as folder:
-        tokenizer_files.save_tokenizer(merged.proto, folder)
+        save_tokenizer(merged.proto, folder)
         report = merge_report.build_report(config.policy, merged, languages, before, after)
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (folder / "merge_report.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "merge_report.json", report, indent=2)
         (folder / "merge_report.html").write_text(merge_report.html_page(report), encoding="utf-8")
         output.counts.update(merged.counts())
     for line in merge_report.summary(report):

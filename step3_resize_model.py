@@ -1,7 +1,7 @@
-"""Step 3: give the checkpoint rows for the new pieces, as a GlmForCausalLM of transformers.
+"""Step 3: give the checkpoint embedding rows for the new pieces, as transformers' GlmForCausalLM.
 
-The base's rows stay bit by bit, which is verified on every run. With --layout chatglm the result
-is in ChatGLM3's own layout, for tools that know only that.
+The base's rows do not change by a bit, which every run verifies. With --layout chatglm the result
+keeps ChatGLM3's own layout, for tools that know only that.
 
 Reads   <base model>/ in ChatGLM3's own layout, <artifacts>/step2_tokenizer/
 Writes  <artifacts>/step3_model/  weights, config.json, generation_config.json, tokenizer
@@ -12,9 +12,10 @@ import logging
 from pathlib import Path
 
 import constants
+from chatglm_ja.chatglm3.model_files import open_base_model
 from chatglm_ja.cli import run
 from chatglm_ja.settings import parse
-from chatglm_ja.storage.inputs import open_artifact, open_base_model
+from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.output import Output
 from chatglm_ja.vocabulary.settings import ResizeModelConfig
 
@@ -29,10 +30,11 @@ def main() -> None:
     if not output.prepare():
         return
 
-    from chatglm_ja.chatglm3 import weights
+    from chatglm_ja.chatglm3.base import Base
     from chatglm_ja.vocabulary import embedding_rows
 
-    base = weights.BaseWeights(config.base_model)
+    base = Base.open(config.base_model)
+    compares_logits = config.should_compare_logits(base.weights.size())
     with output.write() as folder:
         output.counts.update(
             embedding_rows.resize_checkpoint(
@@ -41,18 +43,17 @@ def main() -> None:
                 folder,
                 init=config.init,
                 output_bias=config.output_bias,
-                output_layout=config.layout,
+                layout=config.layout,
                 pad_to_multiple=config.pad_to_multiple,
                 max_shard_bytes=int(config.max_shard_gb * 1e9),
                 seed=config.seed,
             )
         )
-        if config.should_compare_logits(base.size()):
-            old_ids = output.counts["kept"]
-            embedding_rows.verify_logits(config.base_model, folder, config.layout, old_ids)
-            log.info("logits over the %d old ids are those of the base, bit by bit", old_ids)
+        if compares_logits:
+            embedding_rows.verify_logits(base, folder, config.layout)
+            log.info("logits over the %d old ids equal the base's bit by bit", base.first_new_id)
     log.info(
-        "%(old_rows)d rows -> %(new_rows)d: %(kept)d kept, %(initialised)d initialised, "
+        "%(old_rows)d rows -> %(new_rows)d: %(kept)d kept, %(initialised)d initialized, "
         "%(padding)d padding",
         output.counts,
     )

@@ -57,6 +57,7 @@ def main() -> None:
     from chatglm_ja.reports import eval_report
     from chatglm_ja.training import train
     from chatglm_ja.vocabulary import segmentation
+    from chatglm_ja.vocabulary.policies import Policy
 
     material = evaluate.read_data(config)
     evaluated = evaluate.Evaluation(config, material)
@@ -67,7 +68,7 @@ def main() -> None:
     results = {
         "stages": measured,
         "segmentation": {
-            language: segmentation.compare_segmentation(before, after, documents, "all").row()
+            language: segmentation.compare_segmentation(before, after, documents, Policy.ALL).row()
             for language, documents in material.texts.items()
         },
         "samples": segmentation.sample_sentences(before, after, material.texts),

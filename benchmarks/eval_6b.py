@@ -21,7 +21,7 @@ from measuring import Ratio
 
 import constants
 from chatglm_ja.chatglm3 import base_config, chat_format, tokenizer
-from chatglm_ja.chatglm3.base_config import read_config
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.loading import compute_dtype
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
@@ -57,10 +57,10 @@ def main() -> None:
         "--answers", type=int, default=128, help="batch size of the answers (default: 128)"
     )
     options = parser.parse_args()
-    config = dict(read_config(options.base_model))
+    base = Base.open(options.base_model)
+    config = dict(base.config)
     config["num_layers"] = options.layers or config["num_layers"]
-    base = tokenizer.add_special_tokens(tokenizer.read_base_proto(options.base_model))
-    encoder = tokenizer.make_processor(base)
+    encoder = tokenizer.make_processor(tokenizer.add_special_tokens(base.proto))
     source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
     texts = corpus.take_characters(corpus.read_texts(source), 25_000)
     prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": "你好"}])

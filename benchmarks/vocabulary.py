@@ -25,13 +25,14 @@ import measuring
 from measuring import Ratio, step_command
 
 from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
 from chatglm_ja.vocabulary import learning, merging, segmentation
-from chatglm_ja.vocabulary import policies as piece_policies
+from chatglm_ja.vocabulary.policies import Policy
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 
 DEFAULTS = TrainTokenizerConfig(output_dir=Path(), sources=())
@@ -54,7 +55,7 @@ def is_held_out(text: str) -> bool:
 class Ways:
     """The learning methods; each returns a merged vocabulary with `size` new pieces."""
 
-    def __init__(self, base: Any, texts: Sequence[str], policy: str, size: int) -> None:
+    def __init__(self, base: Any, texts: Sequence[str], policy: Policy, size: int) -> None:
         self.base, self.texts, self.policy, self.size = base, texts, policy, size
 
     def train(self, settings: dict[str, Any], vocab_size: int) -> Any:
@@ -158,7 +159,7 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
 
 
 def policies_table(
-    base: Any, learned: Any, texts: dict[str, list[str]], policies: Sequence[str]
+    base: Any, learned: Any, texts: dict[str, list[str]], policies: Sequence[Policy]
 ) -> None:
     before = tokenizer.make_processor(tokenizer.add_special_tokens(base))
     rows = []
@@ -197,7 +198,7 @@ def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> 
     """Count the lines segmented differently after each merge of the same Japanese model."""
     learned = learning.read_learned(ja_tokenizer)
     before = tokenizer.make_processor(base)
-    ours = merging.merge_pieces(base, learned, "japanese")
+    ours = merging.merge_pieces(base, learned, Policy.JAPANESE)
     theirs = article_merge(base, learned)
     merges = {
         "the article's": (theirs, len(theirs.pieces) - len(base.pieces)),
@@ -273,12 +274,16 @@ def main() -> None:
     parser.add_argument(
         "--new-pieces", type=int, default=12_000, help="number of new pieces (default: 12000)"
     )
+    policies = {policy.value: policy for policy in Policy}
     parser.add_argument(
-        "--policy", default="japanese", help="policy of the first table (default: japanese)"
+        "--policy",
+        choices=policies,
+        default="japanese",
+        help="policy of the first table (default: japanese)",
     )
     parser.add_argument("--repeats", type=int, default=7, help="runs of the timing (default: 7)")
     arguments = parser.parse_args()
-    base = tokenizer.read_base_proto(arguments.base_model)
+    base = Base.open(arguments.base_model).proto
     texts = {
         language: list(documents)
         for language, documents in corpus.texts_by_language(
@@ -295,11 +300,11 @@ def main() -> None:
         f"Japanese: {sum(map(len, training)):,} characters to learn from, "
         f"{sum(map(len, held_out)):,} held out; {CORES} cores"
     )
-    ways = Ways(base, training, arguments.policy, arguments.new_pieces)
+    ways = Ways(base, training, policies[arguments.policy], arguments.new_pieces)
     ratios = [ways_table(ways, held_out)]
     learned = ways.train(DEFAULTS.trainer_settings(), DEFAULTS.vocab_size)
     print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
-    policies_table(base, learned, {**texts, "ja": held_out}, list(piece_policies.GUARANTEES))
+    policies_table(base, learned, {**texts, "ja": held_out}, list(Policy))
     if arguments.ja_tokenizer:
         ratios.append(merges_table(base, arguments.ja_tokenizer, {**texts, "ja": held_out}))
     ratios.append(time_table(training, DEFAULTS.vocab_size, arguments.repeats))

@@ -8,6 +8,7 @@ answers at once. Each room's settings.py holds the classes of its steps.
 
 import argparse
 import dataclasses
+import enum
 import itertools
 import math
 import os
@@ -41,6 +42,29 @@ def setting(
     """
     metadata = {"help": help, "low": low, "high": high, "affects_result": affects_result}
     return field(default=default, metadata=metadata)
+
+
+class Choice(enum.StrEnum):
+    """The values of a flag: a member is a name and the phrase that explains it in --help.
+
+        class Layout(Choice):
+            GLM = "glm", "transformers' own class"
+
+    A subclass whose members carry more than that takes the rest in its `__init__`.
+    """
+
+    phrase: str
+
+    def __new__(cls, name: str, phrase: str, *_: Any) -> "Choice":
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.phrase = phrase
+        return member
+
+    @classmethod
+    def explain(cls) -> str:
+        """Return the names and phrases of all members, for a help text."""
+        return "; ".join(f"{member}: {member.phrase}" for member in cls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +173,12 @@ def parse(
             values[entry.name] = tuple(values[entry.name])
             if hints[entry.name] == tuple[Source, ...]:  # one argument may name several
                 values[entry.name] = tuple(itertools.chain.from_iterable(values[entry.name]))
+        if _is_choice(hint := hints[entry.name]):
+            if values[entry.name] not in list(hint):  # argparse does not check defaults
+                raise ConfigError(
+                    f"{flag(entry.name)} is {values[entry.name]}, expected one of {', '.join(hint)}"
+                )
+            values[entry.name] = hint(values[entry.name])
     return config(**values)
 
 
@@ -156,6 +186,8 @@ def _argument_type(hint: Any) -> dict[str, Any]:
     """Return the keyword arguments of add_argument for a field of this type."""
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
+    if _is_choice(hint):
+        return {"choices": [member.value for member in hint]}
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         return {
@@ -168,3 +200,7 @@ def _argument_type(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _is_choice(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Choice)

@@ -1,19 +1,18 @@
 """Build the demo's base model: a small but complete ChatGLM3 that knows Chinese and English.
 
-It has ChatGLM3's file layout in every respect (config.json of model type chatglm, fused query,
-key and value, sharded fp16 safetensors with an index, a byte-fallback BPE tokenizer.model over
-Chinese and English with nine special ids after its pieces), so that steps 2 and 3 read it exactly
-as they read the 6B model. As in the real tokenizer, which has a piece for all but two of the kanji
-in the demo's Japanese pages, kana and kanji have a piece each; the model sees no Japanese.
+Its files have ChatGLM3's layout (config.json of model type chatglm, fused query, key and value,
+sharded fp16 safetensors with an index, a byte-fallback BPE tokenizer.model over Chinese and English
+with nine special ids after its pieces), so that steps 2 and 3 read it like the 6B model. Every kana
+and kanji has a piece, as in the real tokenizer, which has one for all but two of the kanji in the
+demo's Japanese pages. The model is not trained on Japanese.
 
-Reads   demo/data/train_zh.jsonl.gz, train_en.jsonl.gz; of train_ja.jsonl.gz only which kanji occur
+Reads   demo/data/train_zh.jsonl.gz, train_en.jsonl.gz, and the kanji in train_ja.jsonl.gz
 Writes  <artifacts>/base_model/
 Run     python demo/build_base_model.py
 """
 
 import io
 import itertools
-import json
 import logging
 import math
 import random
@@ -29,6 +28,7 @@ from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import StepConfig, parse, setting
 from chatglm_ja.sources import Source
+from chatglm_ja.storage.files import write_json
 from chatglm_ja.storage.inputs import open_sources
 from chatglm_ja.storage.output import Output
 
@@ -41,14 +41,14 @@ BATCH_BLOCKS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelConfig(StepConfig):
-    sources: tuple[Source, ...] = setting("texts of the languages that the base shall know")
-    character_sources: tuple[Source, ...] = setting("texts whose Han characters get a piece each")
+    sources: tuple[Source, ...] = setting("texts of the languages that the base knows")
+    character_sources: tuple[Source, ...] = setting("texts whose Han characters get one piece each")
     vocab_size: int = setting("pieces of the base tokenizer", 8000, low=600)
-    hidden_size: int = setting("width of the model", 256, low=32)
-    num_layers: int = setting("layers of the model", 4, low=1)
+    hidden_size: int = setting("hidden size of the model", 256, low=32)
+    num_layers: int = setting("number of layers", 4, low=1)
     steps: int = setting("optimizer steps of pretraining", 500, low=1)
     learning_rate: float = setting("peak learning rate", 2e-3, low=0, high=1)
-    seed: int = setting("seed of weights and order", 0, low=0)
+    seed: int = setting("seed of the weights and the order of the texts", 0, low=0)
 
 
 DEFAULTS = {
@@ -81,12 +81,12 @@ def main() -> None:
 def train_tokenizer(
     texts: list[str], characters: set[str], config: BaseModelConfig, folder: Path
 ) -> None:
-    """A BPE model trained as ChatGLM3's was (its trainer_spec says how)."""
+    """Train a BPE model with the settings in the trainer_spec of ChatGLM3's own."""
     import sentencepiece
 
-    from chatglm_ja.vocabulary.policies import admits
+    from chatglm_ja.vocabulary.policies import Policy
 
-    kana_and_kanji = {character for character in characters if admits("han", character)}
+    kana_and_kanji = {character for character in characters if Policy.HAN.admits(character)}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n")),
@@ -106,6 +106,7 @@ def train_tokenizer(
 
 
 def chatglm_config(config: BaseModelConfig) -> dict[str, Any]:
+    """Return the content of config.json."""
     from chatglm_ja.chatglm3 import base_config, tokenizer
     from chatglm_ja.vocabulary import embedding_rows
 
@@ -131,23 +132,25 @@ def chatglm_config(config: BaseModelConfig) -> dict[str, Any]:
 
 
 def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> float:
-    """Pretrain from random weights; returns the mean loss of the last tenth, in nats a token."""
+    """Pretrain from random weights; return the mean loss of the last tenth of the steps.
+
+    The loss is in nats per token.
+    """
     import numpy as np
     import torch
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names, tokenizer, weights
+    from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names, weights
+    from chatglm_ja.chatglm3.tokenizer import EOS_ID, add_special_tokens, make_processor, read_proto
     from chatglm_ja.data import packing
     from chatglm_ja.training import collator
     from chatglm_ja.training.model import GlmForTraining
 
     torch.manual_seed(config.seed)
-    encoder = tokenizer.make_processor(
-        tokenizer.add_special_tokens(tokenizer.read_proto(folder / "tokenizer.model"))
-    )
-    prefix = chat_format.prefix_ids(encoder)
-    documents = [[*prefix, *ids, tokenizer.EOS_ID] for ids in encoder.encode(texts)]
+    tokenizer = make_processor(add_special_tokens(read_proto(folder / "tokenizer.model")))
+    prefix = chat_format.prefix_ids(tokenizer)
+    documents = [[*prefix, *ids, EOS_ID] for ids in tokenizer.encode(texts)]
     plan = packing.plan_concat(
         np.array([len(ids) for ids in documents]), BLOCK_SIZE, keep_tail=True
     )
@@ -186,8 +189,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     tensors = tensor_names.to_chatglm(model.state_dict())
     half = ((name, tensor.half().contiguous()) for name, tensor in tensors.items())
     weights.write_sharded(half, folder, max_shard_bytes=4_000_000)
-    text = json.dumps(raw_config, indent=1)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "config.json", raw_config)
     tail = losses[-math.ceil(len(losses) / 10) :]
     return sum(tail) / len(tail)
 

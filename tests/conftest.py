@@ -17,6 +17,7 @@ from chatglm_ja.sources import Source
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.manifest import Manifest
 from chatglm_ja.vocabulary import learning, merging
+from chatglm_ja.vocabulary.policies import Policy
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 from tests.pipeline import PROJECT, SMALL, Runner
 
@@ -75,7 +76,7 @@ def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def merge(base_proto: Any, ja_dir: Path) -> merging.MergedVocabulary:
-    return merging.merge_pieces(base_proto, learning.read_learned(ja_dir), "japanese")
+    return merging.merge_pieces(base_proto, learning.read_learned(ja_dir), Policy.JAPANESE)
 
 
 @pytest.fixture(scope="session")
@@ -92,17 +93,19 @@ def encoder(merged_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from chatglm_ja.chatglm3 import weights
+    from chatglm_ja.chatglm3.base import Base
+    from chatglm_ja.chatglm3.model_files import Layout
     from chatglm_ja.vocabulary import embedding_rows
+    from chatglm_ja.vocabulary.initialization import Initialization
 
     folder = tmp_path_factory.mktemp("resized")
     embedding_rows.resize_checkpoint(
-        weights.BaseWeights(base_dir),
+        Base.open(base_dir),
         merged_dir,
         folder,
-        init="subtoken_mean",
+        init=Initialization.SUBTOKEN_MEAN,
         output_bias=0.0,
-        output_layout="glm",
+        layout=Layout.GLM,
         pad_to_multiple=64,
         max_shard_bytes=400_000,
         seed=0,

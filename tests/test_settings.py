@@ -95,6 +95,15 @@ def test_a_misspelled_profile_setting_is_refused() -> None:
         parse(TrainingConfig, "", {**DEFAULTS, "lora_rnk": 1}, [])
 
 
+@pytest.mark.parametrize("name", ["init", "layout"])
+def test_an_unknown_choice_is_refused(name: str) -> None:
+    defaults = {"output_dir": Path("o"), "base_model": Path("b"), "tokenizer": Path("t")}
+    with pytest.raises(ConfigError, match="invalid choice: 'none'"):
+        parse(ResizeModelConfig, "", defaults, [f"--{name}", "none"])
+    with pytest.raises(ConfigError, match=f"--{name} is none, expected one of"):
+        parse(ResizeModelConfig, "", {**defaults, name: "none"}, [])
+
+
 def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
     defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),), "method": "continue"}
     with pytest.raises(ConfigError, match="--method continue needs --base-model"):

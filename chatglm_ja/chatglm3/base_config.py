@@ -1,17 +1,17 @@
-"""ChatGLM3's config.json: the sizes that the pipeline needs; other architectures are refused."""
+"""ChatGLM3's config.json, validated; the GlmConfig made from it; and the sizes of a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 
-# What GlmForCausalLM computes; a checkpoint that says otherwise is another architecture.
+if TYPE_CHECKING:  # torch takes a second to import, and --help needs this module
+    import torch
+
+# What GlmForCausalLM computes. A checkpoint with other values is another architecture.
 REQUIRED_CONFIG = {
     "model_type": "chatglm",
     "add_bias_linear": False,
@@ -27,20 +27,31 @@ SIZES = (
     "num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
     "multi_query_group_num", "layernorm_epsilon", "padded_vocab_size", "seq_length",
 )  # fmt: skip
-# More than any model has; the names alone of so many layers' tensors would fill a memory.
-MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000  # a corrupt number must not make us list the tensors of 10^9 layers
 MAX_SIZE = 2**31 - 1
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """ChatGLM3's config.json, with every field that the conversion needs."""
+    """Read and validate the config.json of a ChatGLM3 folder.
+
+    Raises DataError if it is missing or damaged, and for other architectures.
+    """
+    return _check_config(
+        folder / "config.json", _read(folder, "expected a ChatGLM3 checkpoint folder")
+    )
+
+
+def _read(folder: Path, expected: str) -> Any:
     path = folder / "config.json"
     try:
-        config = read_json(path)
+        return read_json(path)
     except FileNotFoundError:
-        raise DataError(f"{path} not found: expected a ChatGLM3 checkpoint folder") from None
+        raise DataError(f"{path} not found: {expected}") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error})") from None
+
+
+def _check_config(path: Path, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
     for name, expected in REQUIRED_CONFIG.items():
@@ -54,14 +65,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: rope_ratio is {config['rope_ratio']!r}: the long-context variants and GLM-4 "
             "are not supported; expected chatglm3-6b or chatglm3-6b-base"
         )
-    # In all else the second generation's file says the same; its prompts are others.
+    # ChatGLM2's config.json is otherwise the same, but its prompt format differs.
     if "chatglm2" in str(config.get("_name_or_path", "")).lower():
         raise DataError(
-            f"{path} is of ChatGLM2 ({config['_name_or_path']}): expected chatglm3-6b or "
-            "chatglm3-6b-base"
+            f"{path} is a ChatGLM2 configuration ({config['_name_or_path']}): expected chatglm3-6b "
+            "or chatglm3-6b-base"
         )
     if config.get("quantization_bit"):
-        raise DataError(f"{path}: the checkpoint is quantised; expected fp16, bf16 or fp32 weights")
+        raise DataError(f"{path}: the checkpoint is quantized; expected fp16, bf16 or fp32 weights")
     missing = [name for name in SIZES if config.get(name) is None]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}: expected a ChatGLM3 config.json")
@@ -74,12 +85,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _is_size(name: str, value: Any) -> bool:
     if name == "layernorm_epsilon":
         return isinstance(value, float) and 0 < value < 1
-    most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
-    return type(value) is int and 0 < value <= most
+    limit = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+    return type(value) is int and 0 < value <= limit
 
 
-def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: torch.dtype) -> Any:
-    """The GlmConfig of a ChatGLM3 config.json, with `vocab_size` embedding rows."""
+def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype") -> Any:
+    """Return the GlmConfig of a ChatGLM3 config.json, with `vocab_size` embedding rows."""
     from transformers import GlmConfig
 
     return GlmConfig(
@@ -109,7 +120,7 @@ def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model."""
+    """The sizes of a model; `rows` are those of each of the two embedding matrices."""
 
     layers: int
     hidden: int
@@ -117,12 +128,12 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
-    rows: int  # of each of the two embedding matrices
-    positions: int  # tokens of the longest text that the model was made for
+    rows: int
+    positions: int  # the longest context, in tokens
 
     @property
     def projections(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of the six matrices of a layer: q, k, v, o, gate_up, down."""
+        """(input, output) sizes of a layer's six matrices: q, k, v, o, gate_up, down."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return (
             (self.hidden, queries),
@@ -135,7 +146,7 @@ class ModelShape:
 
     @property
     def layer_weights(self) -> int:
-        """Parameters of all layers and the last norm: matrices, biases of q, k, v, and norms."""
+        """Parameters of all layers and the final norm: matrices, biases of q, k, v, and norms."""
         matrices = sum(i * o for i, o in self.projections)
         biases = sum(o for _, o in self.projections[:3])
         return self.layers * (matrices + biases + 2 * self.hidden) + self.hidden
@@ -146,33 +157,29 @@ class ModelShape:
         return 2 * self.rows * self.hidden
 
     def lora_weights(self, rank: int) -> int:
+        """Return the parameters of LoRA matrices of this rank on all projections."""
         return self.layers * rank * sum(i + o for i, o in self.projections)
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The sizes that a folder's config.json gives, in GlmForCausalLM's layout or in ChatGLM3's.
+    """Read the sizes from a folder's config.json, in GlmForCausalLM's layout or in ChatGLM3's.
 
-    Raises DataError when there is no such file.
+    Raises DataError if the file is missing or damaged.
     """
-    path = folder / "config.json"
-    try:
-        config = read_json(path)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} not found: the sizes are read from it; give the folder of ChatGLM3-6B or of "
-            "step3_resize_model.py as --model"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("model_type") != "glm":
-        config = base_config.read_config(folder)
-        names = (
-            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-            "multi_query_group_num", "kv_channels", "padded_vocab_size", "seq_length",
-        )  # fmt: skip
-    else:
+    config = _read(
+        folder,
+        "the sizes are read from it; give the folder of ChatGLM3-6B or of step3_resize_model.py as "
+        "--model",
+    )
+    if isinstance(config, dict) and config.get("model_type") == "glm":
         names = (
             "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
             "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+        )  # fmt: skip
+    else:
+        config = _check_config(folder / "config.json", config)
+        names = (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+            "multi_query_group_num", "kv_channels", "padded_vocab_size", "seq_length",
         )  # fmt: skip
     return ModelShape(*(int(config[name]) for name in names))

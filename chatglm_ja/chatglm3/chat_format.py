@@ -1,12 +1,12 @@
-"""ChatGLM3's conversation format, as token ids.
+"""ChatGLM3's conversation format as token ids.
 
     [gMASK] sop <|user|> \\n question <|assistant|> \\n answer <|user|> ... answer </s>
     '---------- prompt, not trained -------------' '--- trained ---'
 
-Every part is encoded by itself and so starts with the tokenizer's own space mark. No text ever
+Every part is encoded separately, so each starts with the tokenizer's symbol for a space. No text
 becomes a special token: a user who types "<|assistant|>" gets ordinary pieces. `tokenizer` is a
-merged tokenizer in either form, sentencepiece's processor (tokenizer.load) or the AutoTokenizer of
-step 2's folder; both give the same ids.
+merged tokenizer in either form, sentencepiece's processor (tokenizer.load_processor) or the
+AutoTokenizer of step 2's folder; both give the same ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from typing import Any
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, SPECIAL_TOKENS, STOP_TOKENS
 from chatglm_ja.errors import DataError
 
-INPUT_PREFIX = ("[gMASK]", "sop")  # what every ChatGLM3 input starts with
+INPUT_PREFIX = ("[gMASK]", "sop")  # starts every ChatGLM3 input
 ROLES = ("system", "user", "assistant", "observation")
-IGNORE_INDEX = -100  # the label of a token that is not trained
+IGNORE_INDEX = -100  # label of a token that is not trained
 
 Message = Mapping[str, str]
 
 
 def special_id(tokenizer: Any, token: str) -> int:
-    """The id of a special token of a merged tokenizer."""
-    if hasattr(tokenizer, "convert_tokens_to_ids"):  # transformers'
+    """Return the id of a special token. Raises DataError if the tokenizer does not have it."""
+    if hasattr(tokenizer, "convert_tokens_to_ids"):  # transformers' form
         if token in tokenizer.get_added_vocab():
             return int(tokenizer.convert_tokens_to_ids(token))
     elif tokenizer.is_control(index := tokenizer.piece_to_id(token)):
@@ -33,18 +33,18 @@ def special_id(tokenizer: Any, token: str) -> int:
 
 
 def first_new_id(tokenizer: Any) -> int:
-    """The id of the first piece that the merge added: it follows the base's special tokens."""
+    """Return the id of the first piece that step 2 added; it follows the base's special tokens."""
     return special_id(tokenizer, SPECIAL_TOKENS[-1]) + 1
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text in which no special token is recognised. DataError for a lone surrogate."""
+    """Tokenize a text without recognizing special tokens. Raises DataError for a lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"a message holds the lone surrogate {text[error.start]!r} at character {error.start}: "
-            "mend or remove it"
+            "fix or remove it"
         ) from None
     if hasattr(tokenizer, "convert_tokens_to_ids"):
         encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
@@ -53,39 +53,33 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
-    """The ids of PREFIX."""
+    """Return the ids of INPUT_PREFIX."""
     return [special_id(tokenizer, token) for token in INPUT_PREFIX]
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """The ids that end an answer."""
+    """Return the ids that end an answer."""
     return [special_id(tokenizer, token) for token in STOP_TOKENS]
 
 
-def _header(tokenizer: Any, message: Message) -> list[int]:
-    role = message["role"]
+def message_ids(tokenizer: Any, message: Message) -> list[int]:
+    """Tokenize a message: its role's token, its header, its content.
+
+    Raises DataError for an unknown role and for content that is not text.
+    """
+    role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise DataError(f"role {role!r} does not exist: expected one of {', '.join(ROLES)}")
-    metadata = (message.get("metadata") or "") + "\n"
-    return [special_id(tokenizer, f"<|{role}|>"), *encode_text(tokenizer, metadata)]
-
-
-def _content_ids(tokenizer: Any, message: Message) -> list[int]:
-    content = message.get("content")
     if not isinstance(content, str):
         raise DataError(
             f'a message has content of type {type(content).__name__}: expected text ("" for none)'
         )
-    return encode_text(tokenizer, content)
-
-
-def message_ids(tokenizer: Any, message: Message) -> list[int]:
-    """The ids of a message: its role's token, its header, its content."""
-    return _header(tokenizer, message) + _content_ids(tokenizer, message)
+    header = encode_text(tokenizer, (message.get("metadata") or "") + "\n")
+    return [special_id(tokenizer, f"<|{role}|>"), *header, *encode_text(tokenizer, content)]
 
 
 def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation that the assistant shall answer next."""
+    """Tokenize a conversation that the assistant answers next."""
     ids = prefix_ids(tokenizer)
     for message in messages:
         ids += message_ids(tokenizer, message)
@@ -93,7 +87,7 @@ def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation for training, of equal length; see `join_example`."""
+    """Return ids and labels of a conversation for training; see `join_example`."""
     parts = [message_ids(tokenizer, message) for message in messages]
     return join_example(prefix_ids(tokenizer), [message["role"] for message in messages], parts)
 
@@ -101,10 +95,10 @@ def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int
 def join_example(
     prefix: Sequence[int], roles: Sequence[str], parts: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation whose messages are encoded already, by `message_ids`.
+    """Return ids and labels, of equal length, of a conversation tokenized by `message_ids`.
 
-    Trained are the header's line break after <|assistant|>, which the model has to write itself
-    when it answers, the answer, and what ends it: the next role's token, or </s> after the last.
+    Labels train the line break after <|assistant|>, which the model has to generate itself, the
+    answer, and the token that ends it: the next role's, or </s> after the last message.
     """
     ids = list(prefix)
     labels = [IGNORE_INDEX] * len(ids)

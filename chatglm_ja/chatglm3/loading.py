@@ -1,4 +1,4 @@
-"""A checkpoint in memory, as transformers' GlmForCausalLM."""
+"""A model folder loaded into memory as transformers' GlmForCausalLM, and its logits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,30 +6,29 @@ from typing import Any
 
 import torch
 
-from chatglm_ja.chatglm3 import base_config
+from chatglm_ja.chatglm3.base_config import glm_config
 from chatglm_ja.chatglm3.weights import BaseWeights
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 
 
-def load_base(folder: Path, dtype: torch.dtype) -> Any:
-    """A ChatGLM3 checkpoint as a GlmForCausalLM in memory, in evaluation mode."""
+def load_base(base: BaseWeights, dtype: torch.dtype) -> Any:
+    """Load the weights of a ChatGLM3 folder as a GlmForCausalLM, in evaluation mode."""
     from transformers import GlmForCausalLM
 
-    base = BaseWeights(folder)
-    config = base_config.glm_config(base.config, base.config["padded_vocab_size"], dtype)
+    config = glm_config(base.config, base.config["padded_vocab_size"], dtype)
     with torch.device("meta"):
         model: Any = GlmForCausalLM(config)
     # Buffers (the rotary frequencies) are computed, not stored: take them from a fresh module.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    # Assigned, not copied: the weights are in memory once.
+    # Assigned instead of copied, so that memory holds the weights once.
     state = {name: tensor.to(dtype) for name, tensor in base.glm_tensors()}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
-    """A model folder of steps 3, 5 or 6 as `model_class`, GlmForCausalLM or made from it.
+    """Load a model folder of steps 3, 5 or 6 as GlmForCausalLM or a subclass.
 
     Raises DataError for a folder in ChatGLM3's own layout.
     """
@@ -47,7 +46,7 @@ def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
 
 
 def compute_dtype() -> torch.dtype:
-    """What a model is computed in here: bfloat16 or float16 as the GPU can, float32 on a CPU."""
+    """Return the dtype to compute in: bfloat16 or float16 by what the GPU has, float32 on a CPU."""
     if not torch.cuda.is_available():
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -59,17 +58,18 @@ Logits = tuple[torch.Tensor, torch.Tensor]
 
 @torch.inference_mode()
 def compute_logits(model: Any, prompts: Sequence[Sequence[int]], rows: int) -> list[Logits]:
-    """For each prompt the logits of the first `rows` ids after every token, [length, rows], and the
-    logarithm of the sum over all ids' exponentials, [length].
+    """Compute logits after every token of each prompt.
 
-    For the former the output matrix is cut, since a matrix of another size may be multiplied in
-    another order: two models that agree on those rows agree on every bit.
+    Returns for each prompt the logits of the first `rows` ids, [length, rows], and the logsumexp
+    over all ids, [length]. The former come from the first `rows` rows of the output matrix alone,
+    because a matrix of another size may be multiplied in another order: two models that agree on
+    those rows then agree on every bit.
     """
     weight = model.lm_head.weight
-    found = []
+    logits = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
         state = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
         total = (state @ weight.T).float().logsumexp(dim=-1)
-        found.append(((state @ weight[:rows].T).cpu(), total.cpu()))
-    return found
+        logits.append(((state @ weight[:rows].T).cpu(), total.cpu()))
+    return logits

@@ -1,8 +1,8 @@
-"""ChatGLM3's names for its tensors and transformers' names in `GlmForCausalLM`, both ways.
+"""Tensor names in ChatGLM3's checkpoints and in transformers' `GlmForCausalLM`, and conversion.
 
-The two are one architecture. ChatGLM3 stores the query, key and value projections as one matrix
-(all query heads, then the key groups, then the value groups) and names its modules differently;
-nothing is computed, so that there and back again every bit is the same.
+The two are the same architecture. ChatGLM3 fuses the query, key and value projections into one
+matrix (all query heads, then the key groups, then the value groups) and names its modules
+differently. Conversion only splits and renames, so a round trip is exact to the last bit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 
+from chatglm_ja.chatglm3.model_files import Layout
+
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "transformer.output_layer.weight"
+FINAL_NORM = "transformer.encoder.final_layernorm.weight"
 GLM_EMBEDDING = "model.embed_tokens.weight"
 GLM_LM_HEAD = "lm_head.weight"
-# A buffer in ChatGLM3's files that follows from the configuration; not a weight.
+GLM_EMBEDDINGS = (GLM_EMBEDDING, GLM_LM_HEAD)
+# A buffer in ChatGLM3's files, computed from the configuration; not a weight.
 IGNORED = ("transformer.rotary_pos_emb.inv_freq",)
 
 NAMES = {
     EMBEDDING: GLM_EMBEDDING,
     OUTPUT_LAYER: GLM_LM_HEAD,
-    "transformer.encoder.final_layernorm.weight": "model.norm.weight",
+    FINAL_NORM: "model.norm.weight",
 }
 LAYER_NAMES = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -34,7 +38,7 @@ FUSED_QKV = "self_attention.query_key_value."
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a ChatGLM3 checkpoint with this config.json."""
+    """Return the shape of every tensor of a ChatGLM3 checkpoint with this config.json, by name."""
     hidden, ffn = config["hidden_size"], config["ffn_hidden_size"]
     query = config["num_attention_heads"] * config["kv_channels"]
     fused = query + 2 * config["multi_query_group_num"] * config["kv_channels"]
@@ -42,7 +46,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: rows,
         OUTPUT_LAYER: rows,
-        "transformer.encoder.final_layernorm.weight": (hidden,),
+        FINAL_NORM: (hidden,),
     }
     layer = {
         "input_layernorm.weight": (hidden,),
@@ -61,7 +65,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def to_glm(
     name: str, tensor: torch.Tensor, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A ChatGLM3 tensor under GlmForCausalLM's name, a fused query, key and value as three."""
+    """Convert a ChatGLM3 tensor to GlmForCausalLM's name; a fused one becomes q, k and v."""
     if name in NAMES:
         yield NAMES[name], tensor
         return
@@ -77,8 +81,18 @@ def to_glm(
         yield f"{target}self_attn.{letter}_proj.{kind}", rows.contiguous()
 
 
+def to_layout(
+    layout: Layout, name: str, tensor: torch.Tensor, config: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Convert a ChatGLM3 tensor to the names and shapes of a layout."""
+    if layout is Layout.CHATGLM:
+        yield name, tensor
+    else:
+        yield from to_glm(name, tensor, config)
+
+
 def to_chatglm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A GlmForCausalLM's tensors under ChatGLM3's names, query, key and value fused again."""
+    """Convert the tensors of a GlmForCausalLM to ChatGLM3's names, with q, k and v fused."""
     names = {glm: chatglm for chatglm, glm in NAMES.items()}
     layer_names = {glm: chatglm for chatglm, glm in LAYER_NAMES.items()}
     result = {}

@@ -1,16 +1,15 @@
 """ChatGLM3's tokenizer: its sentencepiece model, its special tokens, and encoding with it.
 
-tokenizer.model is a sentencepiece BPE model with P pieces; nine special tokens without pieces
-take the next ids. The pipeline gives them pieces of type CONTROL, which sentencepiece never
-produces from a text, and appends new pieces behind them:
+tokenizer.model is a sentencepiece BPE model with P pieces. Nine special tokens, which have no
+pieces in it, take the next ids. The pipeline gives them pieces of type CONTROL, which sentencepiece
+never produces from a text, and appends new pieces:
 
     ids   0 ............ P-1 | P ................. P+8 | P+9 ............
           the base's pieces  | [MASK] ... as control   | new pieces
                              | pieces, never in text   | scores below all others
 
-A piece's score is its merge's rank. New pieces come after the base's last rank in the order they
-were learned, so the base's merges happen first, exactly as before: a text that holds no new piece
-is segmented exactly as it was.
+A piece's score is the rank of its merge. New pieces rank after all of the base's, in the order they
+were learned. So the base's merges happen first, and a text without a new piece keeps its ids.
 """
 
 import itertools
@@ -23,14 +22,13 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from chatglm_ja.chatglm3.base_config import read_config
+from chatglm_ja.chatglm3.model_files import MODEL_FILE
 from chatglm_ja.errors import DataError
 
-# The classes of this generated module are made at import, where mypy cannot see them.
+# The generated module creates its classes on import, where mypy cannot see them.
 messages: Any = sentencepiece_model_pb2
 
-MODEL_FILE = "tokenizer.model"
-SPACE = "\u2581"  # sentencepiece's mark of a space
+SPACE = "\u2581"  # sentencepiece's symbol for a space
 
 # ChatGLM3's special tokens, in the order of their ids after the last piece.
 SPECIAL_TOKENS = (
@@ -39,12 +37,12 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 FIRST_PIECES = ("<unk>", "<s>", "</s>")
-# The answer ends where the model wants to hand over: at </s>, or when it opens another role.
+# An answer ends at </s>, or where the model begins the turn of another role.
 STOP_TOKENS = ("</s>", "<|user|>", "<|observation|>")
 
 
 def parse_proto(data: bytes, origin: Path) -> Any:
-    """The ModelProto of a sentencepiece BPE model; DataError if it is anything else."""
+    """Parse a sentencepiece BPE model (ModelProto). Raises DataError if it is anything else."""
     proto = messages.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -53,43 +51,49 @@ def parse_proto(data: bytes, origin: Path) -> Any:
     if not proto.pieces:
         raise DataError(f"{origin} is not a sentencepiece model: it has no pieces")
     if proto.trainer_spec.model_type != messages.TrainerSpec.BPE:
-        found = messages.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
+        kind = messages.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
         raise DataError(
-            f"{origin} is a {found} model, whose scores are no merges: expected one trained with "
-            "model_type=bpe"
+            f"{origin} is a {kind} model, whose scores are not merge ranks: expected one trained "
+            "with model_type=bpe"
         )
     return proto
 
 
 def read_proto(path: Path) -> Any:
-    """The ModelProto of a file; DataError if it is missing or no sentencepiece BPE model, or one
-    that sentencepiece does not load, or whose scores are no order."""
+    """Read a sentencepiece BPE model (ModelProto) from a file.
+
+    Raises DataError if it is missing, is another kind of model, does not load in sentencepiece, or
+    has a piece that is not UTF-8 or a non-finite score.
+    """
     try:
         proto = parse_proto(path.read_bytes(), path)
         make_processor(proto)
     except FileNotFoundError:
         raise DataError(f"{path} not found: expected a sentencepiece model") from None
-    # A piece twice, or an empty one; the second where the piece to be named is no UTF-8.
+    # A repeated or empty piece; UnicodeDecodeError if sentencepiece cannot name it in its message.
     except (RuntimeError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise DataError(f"{path} is a damaged sentencepiece model ({reason})") from None
     for index, piece in enumerate(proto.pieces):
-        # protobuf gives bytes for what is no UTF-8.
+        # protobuf returns bytes for a piece that is not UTF-8.
         if not isinstance(piece.piece, str) or not math.isfinite(piece.score):
             raise DataError(
                 f"{path} is a damaged sentencepiece model: piece {index} is {piece.piece!r} with "
-                f"the score {piece.score}"
+                f"score {piece.score}"
             )
     return proto
 
 
 def load_processor(folder: Path) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer of a folder, for encoding: text never becomes a special token with it."""
+    """Load the tokenizer of a folder as a processor, which never makes special tokens of text."""
     return make_processor(read_proto(folder / MODEL_FILE))
 
 
 def make_processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
-    """A processor of a ModelProto; without the dummy prefix it encodes as inside a text."""
+    """Make a processor of a ModelProto.
+
+    Without the dummy prefix, the space before every text, it encodes as in the middle of a text.
+    """
     if not dummy_prefix:
         copy = type(proto)()
         copy.CopyFrom(proto)
@@ -99,7 +103,10 @@ def make_processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.Sente
 
 
 def add_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
-    """The base with its special tokens as control pieces in their places, then new pieces."""
+    """Append the special tokens as control pieces, then new pieces, to the base's ModelProto.
+
+    Each new piece has a lower score than all pieces before it. The base is not changed.
+    """
     proto = type(base)()
     proto.CopyFrom(base)
     for token in SPECIAL_TOKENS:
@@ -112,8 +119,10 @@ def add_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
 
 
 def is_lossless(proto: Any) -> bool:
-    """Whether every text can be read back from its pieces, as with ChatGLM3's: nothing in it is
-    normalised, and what has no piece is spelled in bytes."""
+    """Return whether every text decodes from its pieces to itself, as with ChatGLM3's tokenizer.
+
+    That is so if text is not normalized and characters without a piece are spelled in bytes.
+    """
     spec = proto.normalizer_spec
     return bool(
         spec.add_dummy_prefix
@@ -125,53 +134,10 @@ def is_lossless(proto: Any) -> bool:
     )
 
 
-def read_base_proto(folder: Path) -> Any:
-    """The ModelProto of a ChatGLM3 folder, of which only tokenizer.model and config.json are read.
-
-    Raises DataError for another kind of tokenizer, and where the embedding has no rows for the
-    nine special tokens after the pieces.
-    """
-    path = folder / MODEL_FILE
-    proto = read_proto(path)
-    rows = read_config(folder)["padded_vocab_size"]
-    if not is_lossless(proto):
-        raise DataError(
-            f"{path} normalises text or has no byte fallback, other than ChatGLM3's: wrong base "
-            "model?"
-        )
-    first = [(piece.piece, piece.type) for piece in proto.pieces[: len(FIRST_PIECES)]]
-    kinds = messages.ModelProto.SentencePiece
-    if first != list(zip(FIRST_PIECES, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True)):
-        found = ", ".join(repr(piece) for piece, _ in first)
-        raise DataError(
-            f"{path} begins with {found}, expected the special pieces {', '.join(FIRST_PIECES)}: "
-            "wrong base model?"
-        )
-    taken = [piece.piece for piece in proto.pieces if piece.piece in SPECIAL_TOKENS]
-    if taken:
-        raise DataError(f"{path} holds {', '.join(taken)} as pieces: it is merged already")
-    odd = [p for p in proto.pieces[len(first) :] if p.type not in (kinds.NORMAL, kinds.BYTE)]
-    if odd:  # `tokenizers` knows no such types
-        raise DataError(
-            f"{path}: the piece {odd[0].piece!r} is of type {kinds.Type.Name(odd[0].type)}, "
-            "expected only NORMAL and BYTE after the first three: wrong base model?"
-        )
-    needed = len(proto.pieces) + len(SPECIAL_TOKENS)
-    if rows < needed:
-        raise DataError(
-            f"{path} has {len(proto.pieces)} pieces and needs {needed} ids with the special "
-            f"tokens, but config.json has padded_vocab_size {rows}"
-        )
-    return proto
-
-
 def encode_texts(
-    encoder: Any, texts: Iterable[str], num_threads: int, batch: int = 512
+    tokenizer: Any, texts: Iterable[str], num_threads: int, batch: int = 512
 ) -> Iterator[list[int]]:
-    """Encode a stream of texts in batches, on several threads; the order is kept."""
+    """Encode a stream of texts in batches on several threads; yield the ids of each, in order."""
     texts = iter(texts)
-    while True:
-        chunk = list(itertools.islice(texts, batch))
-        if not chunk:
-            return
-        yield from encoder.encode(chunk, num_threads=num_threads)
+    while chunk := list(itertools.islice(texts, batch)):
+        yield from tokenizer.encode(chunk, num_threads=num_threads)

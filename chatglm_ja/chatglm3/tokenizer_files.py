@@ -1,36 +1,36 @@
-"""A merged tokenizer as a folder that `AutoTokenizer.from_pretrained` loads, without remote code.
+"""A merged tokenizer as a folder that `AutoTokenizer.from_pretrained` loads without remote code.
 
     tokenizer.model        for sentencepiece, and for the pipeline itself
-    tokenizer.json         the same BPE for the `tokenizers` library: the same ids for every text
+    tokenizer.json         the same BPE for the `tokenizers` library, with the same ids
     tokenizer_config.json  names of the special tokens, padding side, chat template
 
-Where the two differ is in a text that spells a special token. sentencepiece always reads it as
-text. In the transformers world it becomes the token unless `split_special_tokens=True` is passed;
-the chat template therefore breaks such a spelling inside a message with a space.
+The two differ for a text that spells a special token. sentencepiece always reads it as text.
+transformers turns it into the token unless `split_special_tokens=True` is passed; the chat template
+therefore breaks such a spelling inside a message with a space.
 
-As ChatGLM3's own tokenizer does, the transformers one puts [gMASK] sop before a text, unless
-`add_special_tokens=False` is passed; so tools that know nothing of ChatGLM3 show the model a text
-as it was trained to see one.
+Like ChatGLM3's own tokenizer, the transformers one puts [gMASK] sop before a text, unless
+`add_special_tokens=False` is passed. So tools that know nothing of ChatGLM3 feed the model texts in
+the form it was trained on.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES
-from chatglm_ja.chatglm3.tokenizer import MODEL_FILE, SPACE, SPECIAL_TOKENS
+from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, MODEL_FILE, SPACE, SPECIAL_TOKENS
+from chatglm_ja.storage.files import write_json
 
 TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
 
-# These two are parts of words (people, philosophy): they count as special where they stand alone.
+# sop and eop occur in words (philosophy, people): they are special only as separate words.
 WORD_TOKENS = tuple(token for token in SPECIAL_TOKENS if token.isalpha())
-MARKED_TOKENS = ("<unk>", "<s>", "</s>", *(t for t in SPECIAL_TOKENS if t not in WORD_TOKENS))
+MARKED_TOKENS = (*FIRST_PIECES, *(t for t in SPECIAL_TOKENS if t not in WORD_TOKENS))
 
-# The prompt of chat.build_prompt_ids as a text. `plain` returns a message's text with a space in
-# every special token that it spells; sop and eop only where no letter or digit touches them,
-# since nowhere else would they be taken for the token.
+# The prompt of chat_format.build_prompt_ids as text. `plain` returns a message's text with a space
+# inside every special token that it spells; sop and eop only where no letter or digit is next to
+# them, since only there would they become the token.
 CHAT_TEMPLATE = (
     f"{{% set marked_tokens = {list(MARKED_TOKENS)} %}}\n"
     f"{{% set word_tokens = {list(WORD_TOKENS)} %}}\n"
@@ -65,8 +65,7 @@ CHAT_TEMPLATE = (
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
 )
 
-
-# What transformers' tokenizer is told besides tokenizer.json.
+# The settings of transformers' tokenizer that are not in tokenizer.json.
 SETTINGS = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -81,16 +80,15 @@ SETTINGS = {
 
 
 def save_tokenizer(proto: Any, folder: Path) -> None:
-    """Write a merged model (ModelProto) as the three files."""
+    """Write the three files of a merged tokenizer (ModelProto)."""
     (folder / MODEL_FILE).write_bytes(proto.SerializeToString())
     build_fast_tokenizer(proto).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **SETTINGS}
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config, indent=2)
 
 
 def to_transformers(proto: Any) -> Any:
-    """The same in memory: what AutoTokenizer loads from the files of `save`."""
+    """Build in memory the tokenizer that AutoTokenizer loads from the files of `save_tokenizer`."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=build_fast_tokenizer(proto), **SETTINGS)
@@ -99,13 +97,13 @@ def to_transformers(proto: Any) -> Any:
 def copy_tokenizer_files(
     source: Path, target: Path, names: Sequence[str] = TOKENIZER_FILES
 ) -> None:
-    """Put the files that `save` wrote, or some of them, into a model folder, too."""
+    """Copy the files that `save_tokenizer` wrote, or some of them, into a model folder."""
     for name in names:
         shutil.copyfile(source / name, target / name)
 
 
 def make_line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:
-    """Encodes lines as tokenizer.json will, special tokens read as text."""
+    """Return a function that tokenizes lines as tokenizer.json will, special tokens as text."""
     tokenizer = build_fast_tokenizer(proto)
     tokenizer.encode_special_tokens = True
 
@@ -117,7 +115,7 @@ def make_line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:
 
 
 def build_fast_tokenizer(proto: Any) -> Any:
-    """The same BPE (ModelProto) as a Tokenizer of the `tokenizers` library.
+    """Build a Tokenizer of the `tokenizers` library that is the same BPE as a ModelProto.
 
     sentencepiece merges any adjacent pair whose concatenation is a piece, best score first. The
     merge list therefore holds every split of every piece into two pieces, ordered by score.
@@ -156,7 +154,7 @@ def build_fast_tokenizer(proto: Any) -> Any:
     tokenizer.add_special_tokens(
         [
             AddedToken(name, normalized=False, single_word=name in WORD_TOKENS)
-            for name in ("<unk>", "<s>", "</s>", *SPECIAL_TOKENS)
+            for name in (*FIRST_PIECES, *SPECIAL_TOKENS)
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chatglm_ja.chatglm3.model_files import open_base_model
 from chatglm_ja.errors import ArtifactError, DataError
-from chatglm_ja.storage.inputs import Input, open_artifact, open_base_model
+from chatglm_ja.storage.inputs import Input, open_artifact
 from chatglm_ja.storage.manifest import read_manifest
 
 MADE_BY = {
@@ -49,11 +50,13 @@ class Stage:
 
         from chatglm_ja.chatglm3 import loading, tokenizer
         from chatglm_ja.chatglm3.loading import compute_dtype
+        from chatglm_ja.chatglm3.weights import BaseWeights
 
         encoder = tokenizer.make_processor(self.tokenizer_model())
         try:
             if self.name == "base":
-                model = loading.load_base(self.folder, compute_dtype()).to(choose_device())
+                model = loading.load_base(BaseWeights(self.folder), compute_dtype())
+                model = model.to(choose_device())
             else:
                 model = load_model(self.folder)
         except torch.OutOfMemoryError:
@@ -78,9 +81,10 @@ class Stage:
     def tokenizer_model(self) -> Any:
         """The sentencepiece model (ModelProto), with the special tokens among its pieces."""
         from chatglm_ja.chatglm3 import tokenizer
+        from chatglm_ja.chatglm3.base import Base
 
         if self.name == "base":
-            return tokenizer.add_special_tokens(tokenizer.read_base_proto(self.folder))
+            return tokenizer.add_special_tokens(Base.open(self.folder).proto)
         return tokenizer.read_proto(self.folder / tokenizer.MODEL_FILE)
 
 

@@ -18,7 +18,7 @@ from chatglm_ja.chatglm3.tokenizer import SPECIAL_TOKENS
 from chatglm_ja.reports import render
 from chatglm_ja.vocabulary import segmentation
 from chatglm_ja.vocabulary.merging import MergedVocabulary
-from chatglm_ja.vocabulary.policies import GUARANTEES
+from chatglm_ja.vocabulary.policies import Policy
 from chatglm_ja.vocabulary.segmentation import Segmentation
 
 Report = Mapping[str, Any]
@@ -33,7 +33,7 @@ REASONS = {
 
 
 def build_report(
-    policy: str,
+    policy: Policy,
     merged: MergedVocabulary,
     languages: Mapping[str, Segmentation],
     before: Any,
@@ -57,7 +57,7 @@ def build_report(
         }
     return {
         "policy": policy,
-        "guarantee": GUARANTEES[policy],
+        "guarantee": policy.guarantee,
         "counts": merged.counts(),
         "languages": rows,
         "dropped": merged.dropped,

@@ -28,11 +28,6 @@ def folder_bytes(folder: Path, pattern: str = "*") -> int:
     return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
 
 
-def weights_bytes(model: Path) -> int:
-    """Return the size of the weights in a model folder."""
-    return folder_bytes(model, "*.safetensors") or folder_bytes(model, "*.bin")
-
-
 def format_bytes(size: float) -> str:
     """Format a number of bytes with a decimal unit: 3.2 MB, 8.1 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -1,4 +1,4 @@
-"""What a step reads: artifacts of other steps, base models, corpora, each with its fingerprint.
+"""What a step reads: artifacts of other steps, corpora and files, each with its fingerprint.
 
 Opening an artifact checks its files and, through all its ancestors, that each input is still what
 it was when it was read. So a model resized for one tokenizer is never trained on data packed with
@@ -83,24 +83,6 @@ def open_sources(role: str, sources: Sequence[Source]) -> Input:
         source_fingerprints=tuple(fingerprints),
         remote_datasets=tuple(source.path for source in sources if not source.is_local()),
     )
-
-
-def open_base_tokenizer(folder: Path) -> Input:
-    """Fingerprint the tokenizer of a ChatGLM3 folder, which must have a config.json as well."""
-    if not (folder / "config.json").is_file():
-        raise ArtifactError(
-            f"base model {folder} has no config.json: download ChatGLM3-6B there and set "
-            "CHATGLM3_6B_DIR, or for the demo run demo/build_base_model.py"
-        )
-    return open_files("base_tokenizer", folder / "tokenizer.model")
-
-
-def open_base_model(folder: Path) -> list[Input]:
-    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights."""
-    base_tokenizer = open_base_tokenizer(folder)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-    weights = weights or [*folder.glob("*.bin"), *folder.glob("*.bin.index.json")]
-    return [base_tokenizer, open_files("base_model", folder / "config.json", *sorted(weights))]
 
 
 def open_artifact(

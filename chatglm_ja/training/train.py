@@ -27,11 +27,11 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names, tokenizer
 from chatglm_ja.chatglm3.loading import compute_dtype, load_glm
+from chatglm_ja.chatglm3.model_files import weights_bytes
 from chatglm_ja.chatglm3.weights import read_tensor
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
-from chatglm_ja.storage import disk
 from chatglm_ja.storage.output import Output
 from chatglm_ja.training import (
     costs,
@@ -139,7 +139,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         torch.cuda.empty_cache()
         log.info("merging the adapter")
         merge_lora.write_merged(config.model, working)
-        if config.should_compare_logits(disk.weights_bytes(config.model)):
+        if config.should_compare_logits(weights_bytes(config.model)):
             difference = merge_lora.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
         output.counts.update(result, speed=_speed(history))
@@ -290,7 +290,7 @@ def _save_adapter(
     for name, value in weights.items():
         model.get_parameter(name).data = value
     if config.embedding_rows == "new":
-        names = (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
+        names = tensor_names.GLM_EMBEDDINGS
         new_rows.join_embeddings(
             model.get_base_model(), *(read_tensor(config.model, name) for name in names)
         )

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
+from chatglm_ja.chatglm3.tensor_names import GLM_EMBEDDINGS
 from chatglm_ja.chatglm3.weights import read_tensor
 from chatglm_ja.training import collator, costs, training_state
 from chatglm_ja.training.checkpoints import Checkpoints
@@ -35,7 +36,7 @@ from chatglm_ja.training.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 # Names of the embeddings, whole or of their new rows only.
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.new", "lm_head.new")
+EMBEDDINGS = (*GLM_EMBEDDINGS, *(name.replace(".weight", ".new") for name in GLM_EMBEDDINGS))
 SAME_SIGNAL_SECONDS = 3.0
 # What `log` adds to a line of training.
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")

@@ -1,25 +1,24 @@
-"""Learning Japanese pieces by continuing the base's own merges, instead of from characters.
+"""Continued BPE: learning Japanese pieces that continue the base's own merges.
 
-A vocabulary that is learned from characters knows nothing of the merges that the base does first.
-Many of its pieces can then never be produced: the base has joined 情報 before 報を could form. Here
-byte-pair encoding starts where the base's ends. The text is cut by the base tokenizer, and the pair
-of neighbouring tokens that occurs most often becomes the next piece, over and over:
+A vocabulary learned from characters ignores the merges that the base does first. Many of its pieces
+can then never be produced: the base has merged 情報 before 報を could form. Continued BPE
+(arXiv:2512.03989) starts where the base's merges end. The base tokenizer segments the text, and the
+most frequent pair of adjacent tokens becomes the next piece, again and again:
 
     characters   情 報 を 表 示 し ま す
-    base         情報 を 表示 し ま す          the base's merges, as they will always be done first
+    base         情報 を 表示 し ま す          the base's merges, which always come first
     learned      情報 を 表示 します            しま, then します; later 表示します ...
 
-(Continued BPE, arXiv:2512.03989.) A pair is counted only if the piece it makes is admitted by the
-policy, so that nothing of the budget goes to pieces that the merge would drop. After n pieces
-the state of the training text is exactly how the merged tokenizer with these n pieces cuts it, and
-every piece is reachable.
+Only pairs that make a piece the policy admits are counted, so step 2 drops none of the pieces.
+After n pieces the training text is segmented exactly as by the merged tokenizer with these n
+pieces, and every piece is reachable.
 
-Classic BPE with an index of the pairs (Sennrich et al., arXiv:1508.07909), all occurrences of a
-pair merged at once in numpy. The text is kept as one array of symbols, linked so that a merge
+This is classic BPE with an index of the pairs (Sennrich et al., arXiv:1508.07909). All occurrences
+of a pair are merged at once in numpy. The text is one array of symbols, linked so that a merge
 removes a symbol in constant time:
 
-    symbols    情報 を 表示 し ま す -1 ...    -1 ends a segment; segments that repeat are kept once
-    following   1   2   3   4  5  6            with a weight
+    symbols    情報 を 表示 し ま す -1 ...    -1 ends a segment; a repeated segment is stored once
+    following   1   2   3   4  5  6            with its count as weight
 """
 
 import heapq
@@ -37,14 +36,14 @@ from chatglm_ja.chatglm3.tokenizer import SPACE, add_special_tokens, make_proces
 
 Ints = NDArray[np.integer]
 
-END, MERGED = -1, -2  # in place of a symbol: the end of a segment, the right half of a merge
+END, MERGED = -1, -2  # instead of a symbol: the end of a segment, the right half of a merge
 RIGHT_BITS = 32  # a pair is one integer: left symbol << 32 | right symbol
 BATCH_LINES = 20_000
 
 
 @dataclass(frozen=True)
 class Learned:
-    """New pieces in the order learned, and the characters that the base has no piece for."""
+    """New pieces in the order learned, and new single-character pieces."""
 
     merges: list[str]
     characters: list[str]
@@ -63,17 +62,17 @@ def learn(
 ) -> Learned:
     """Learn up to `count` pieces that continue the merges of `base` (a ModelProto).
 
-    `lines` maps lines of text to how often they occur. `admits` decides by single characters: a
-    piece is admitted if one of its characters is. Pieces hold at most `max_piece_length`
-    characters, no digit, and a space only at their start, like the base's. Characters that
-    belong to the most frequent `character_coverage` of the text get a piece before all merges.
-    Fewer than `count` come back when no pair occurs `min_occurrences` times.
+    `lines` maps each line of text to its count. `admits` must admit a piece if and only if it
+    admits one of its characters. Like the base's, pieces have at most `max_piece_length`
+    characters, no digit, and a space only at the start. Characters among the most frequent
+    `character_coverage` of the text get a piece first. Returns fewer than `count` pieces if no
+    remaining pair occurs `min_occurrences` times.
     """
     characters = _characters(base, lines, character_coverage, admits)[:count]
     with_characters = add_special_tokens(base, characters)
     symbols = _Symbols(with_characters, admits)
-    segments = _segments(with_characters, lines, symbols, num_threads)
-    state = _State(segments, symbols, max_piece_length, min_occurrences)
+    text, weights = _segments(with_characters, lines, symbols, num_threads)
+    state = _State(text, weights, symbols, max_piece_length, min_occurrences)
     merges: list[str] = []
     with tqdm(total=count - len(characters), desc="learning", unit=" pieces") as bar:
         for piece in itertools.islice(state.merge(), count - len(characters)):
@@ -85,7 +84,7 @@ def learn(
 def _characters(
     base: Any, lines: Counter[str], coverage: float, admits: Callable[[str], bool]
 ) -> list[str]:
-    """The admitted characters without a base piece among the most frequent `coverage`."""
+    """Return the admitted characters without a base piece among the most frequent `coverage`."""
     totals = np.zeros(0x110000, dtype=np.int64)
     for batch in _batches(lines):
         text = "".join(line for line, _ in batch)
@@ -93,7 +92,7 @@ def _characters(
         weights = np.repeat([n for _, n in batch], [len(line) for line, _ in batch])
         totals += np.bincount(codes, weights, minlength=len(totals)).astype(np.int64)
     order = np.argsort(-totals, kind="stable")
-    before = np.cumsum(totals[order]) - totals[order]  # of all more frequent characters
+    before = np.cumsum(totals[order]) - totals[order]  # count of all more frequent characters
     covered = order[(before < coverage * totals.sum()) & (totals[order] > 0)]
     known = {piece.piece for piece in base.pieces}
     return [
@@ -112,25 +111,19 @@ def _batches(lines: Counter[str]) -> Iterator[list[tuple[str, int]]]:
 
 
 class _Symbols:
-    """The texts of all symbols, and what decides whether two of them may merge."""
+    """The texts of all symbols, and the properties that decide whether two of them may merge."""
 
     def __init__(self, proto: Any, admits: Callable[[str], bool]) -> None:
         normal = [piece.type == piece.NORMAL for piece in proto.pieces]
         self.texts = [piece.piece for piece in proto.pieces]
         self.length = np.array([len(text) for text in self.texts], dtype=np.int32)
-        self.admitted = np.array(
-            [ok and admits(t) for t, ok in zip(self.texts, normal, strict=True)]
-        )
+        self.admitted = np.array(normal) & [admits(text) for text in self.texts]
         self.has_space = np.array([SPACE in text for text in self.texts])
-        self.mergeable = np.array(
-            [
-                ok and not any(c.isdigit() for c in t)
-                for t, ok in zip(self.texts, normal, strict=True)
-            ]
-        )
+        has_digit = [any(map(str.isdigit, text)) for text in self.texts]
+        self.mergeable = np.array(normal) & ~np.array(has_digit)
 
     def add(self, text: str) -> int:
-        """A symbol for a new, admitted piece."""
+        """Add a symbol for a new, admitted piece and return its number."""
         index = len(self.texts)
         self.texts.append(text)
         if index == len(self.length):  # grow by doubling
@@ -142,23 +135,20 @@ class _Symbols:
         return index
 
 
-@dataclass(frozen=True)
-class _Segments:
-    symbols: NDArray[np.int32]  # END after every segment
-    weights: Ints  # of each symbol: how often its segment occurs
+def _segments(
+    proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: int
+) -> tuple[NDArray[np.int32], Ints]:
+    """Tokenize the lines and split them into segments inside which new pieces can form.
 
-
-def _segments(proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: int) -> _Segments:
-    """The stretches of base tokens inside which new pieces can form, each once, with its count.
-
-    A token that never merges (bytes, digits) ends one, a space begins one, and those without an
-    admitted character or with a single token are left out.
+    A segment ends before and after a token that never merges (bytes, digits) and before a space.
+    Segments without an admitted character or with a single token are dropped. Returns the symbols
+    of all distinct segments, END after each, and for every symbol the count of its segment.
     """
-    # The dummy prefix stands only at the start of a whole document.
-    encoder = make_processor(proto, dummy_prefix=False)
+    # Only the start of a whole document has the dummy prefix.
+    tokenizer = make_processor(proto, dummy_prefix=False)
     counts: Counter[bytes] = Counter()
     for batch in _batches(lines):
-        encoded = encoder.encode([line for line, _ in batch], num_threads=num_threads)
+        encoded = tokenizer.encode([line for line, _ in batch], num_threads=num_threads)
         sizes = np.array([len(ids) for ids in encoded])
         flat = np.fromiter(
             itertools.chain.from_iterable(encoded), dtype=np.int32, count=int(sizes.sum())
@@ -179,58 +169,60 @@ def _segments(proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: i
     end_mark = np.array([END], dtype=np.int32).tobytes()
     flat = np.frombuffer(b"".join(key + end_mark for key in counts), dtype=np.int32).copy()
     sizes = np.array([len(key) // 4 + 1 for key in counts], dtype=np.int64)
-    return _Segments(flat, np.repeat(np.array(list(counts.values()), dtype=np.int32), sizes))
+    return flat, np.repeat(np.array(list(counts.values()), dtype=np.int32), sizes)
 
 
 class _State:
-    """The text as linked symbols, and for every pair its count and where it may stand."""
+    """The text as linked symbols, and for every pair its count and candidate positions."""
 
     def __init__(
-        self, segments: _Segments, symbols: _Symbols, max_piece_length: int, min_occurrences: int
+        self,
+        text: NDArray[np.int32],
+        weights: Ints,
+        symbols: _Symbols,
+        max_piece_length: int,
+        min_occurrences: int,
     ) -> None:
+        self.text = text
+        self.weights = weights
         self.symbols = symbols
         self.max_piece_length = max_piece_length
         self.min_occurrences = min_occurrences
-        self.text = segments.symbols
-        self.weights = segments.weights
-        size = len(self.text)
+        size = len(text)
         self.following = np.arange(1, size + 1, dtype=np.int32)
         self.preceding = np.arange(-1, size - 1, dtype=np.int32)
-        self.is_left = np.zeros(size, dtype=bool)  # scratch: the left halves of the merge at hand
+        self.is_left = np.zeros(size, dtype=bool)  # scratch: left halves of the current merge
         self.counts: dict[int, int] = {}
-        # Positions of left halves; some may have changed since, so they are checked when used.
+        # Positions of left halves. Other merges may have changed them, so they are checked on use.
         self.positions: dict[int, list[Ints]] = {}
         self.queue: list[tuple[int, int]] = []
         self._add_pairs(np.flatnonzero(self.text[:-1] >= 0).astype(np.int32))
 
     def merge(self) -> Iterator[str]:
-        """Merge the most frequent pair, again and again; yields each new piece.
+        """Merge the most frequent pair, again and again; yield each new piece.
 
-        A piece has one pair only: wherever its text stands by itself, it is cut in the same way.
+        A piece is made by one pair only, since its text is segmented in the same way everywhere.
         """
         while self.queue:
             negative, pair = heapq.heappop(self.queue)
             count = self.counts.get(pair, 0)
-            if count != -negative:  # some occurrences have been taken by other merges
+            if count != -negative:  # other merges took some of its occurrences
                 if count >= self.min_occurrences:
                     heapq.heappush(self.queue, (-count, pair))
                 continue
-            text = self._text_of(pair)
+            left, right = pair >> RIGHT_BITS, pair & (2**RIGHT_BITS - 1)
+            text = self.symbols.texts[left] + self.symbols.texts[right]
             self._merge_pair(pair, self.symbols.add(text))
             yield text
 
-    def _text_of(self, pair: int) -> str:
-        left, right = pair >> RIGHT_BITS, pair & (2**RIGHT_BITS - 1)
-        return self.symbols.texts[left] + self.symbols.texts[right]
-
     def _add_pairs(self, left_at: Ints) -> None:
-        """Count the pairs whose left symbols stand at these positions, and index them."""
+        """Count and index the pairs whose left symbols are at these positions."""
         left = self.text[left_at].astype(np.int64)
         right_at = self.following[left_at]
         right = self.text[right_at].astype(np.int64)
-        known = self.symbols
-        allowed = (right >= 0) & (known.admitted[left] | known.admitted[right])
-        allowed &= known.length[left] + known.length[right] <= self.max_piece_length
+        admitted, length = self.symbols.admitted, self.symbols.length
+        allowed = (right >= 0) & (admitted[left] | admitted[right])
+        allowed &= length[left] + length[right] <= self.max_piece_length
         if not allowed.any():
             return
         left_at = left_at[allowed]
@@ -240,13 +232,13 @@ class _State:
         ends = np.append(starts[1:], len(order))
         for group in np.flatnonzero(totals >= self.min_occurrences).tolist():
             pair, total = int(groups[group]), int(totals[group])
-            places = sorted_at[starts[group] : ends[group]]
             self.counts[pair] = self.counts.get(pair, 0) + total
-            self.positions.setdefault(pair, []).append(places)
+            positions = sorted_at[starts[group] : ends[group]]
+            self.positions.setdefault(pair, []).append(positions)
             heapq.heappush(self.queue, (-self.counts[pair], pair))
 
     def _remove_pairs(self, left_at: Ints) -> None:
-        """The pairs whose left symbols stand here are about to disappear: count them less."""
+        """Subtract the pairs whose left symbols are at these positions, which are to disappear."""
         pairs = self.text[left_at].astype(np.int64) << RIGHT_BITS
         pairs |= self.text[self.following[left_at]].astype(np.int64)
         _, _, groups, totals = _grouped(pairs, self.weights[left_at])
@@ -255,7 +247,7 @@ class _State:
                 self.counts[pair] -= total
 
     def _merge_pair(self, pair: int, index: int) -> None:
-        """Put the symbol `index` in the place of every occurrence of the pair."""
+        """Replace every occurrence of the pair by the symbol `index`."""
         at = np.unique(np.concatenate(self.positions.pop(pair)))
         left, right = pair >> RIGHT_BITS, pair & (2**RIGHT_BITS - 1)
         at = at[self.text[at] == left]
@@ -268,8 +260,8 @@ class _State:
         right_at = self.following[at]
         before, after = self.preceding[at], self.following[right_at]
         self.is_left[at] = True
-        # Pairs with the neighbours. A neighbour that is a half of another occurrence is counted
-        # once: as what follows the one on the left.
+        # Update the pairs with both neighbors. If the neighbor on the left is itself an occurrence,
+        # the pair of the two is counted once, as the right-hand pair of that one.
         has_before = before >= 0
         has_before[has_before] = self.text[before[has_before]] >= 0
         previous_merges = np.zeros(len(at), dtype=bool)
@@ -288,18 +280,21 @@ class _State:
         self.is_left[at] = False
 
     def _without_overlaps(self, at: Ints) -> Ints:
-        """Of x x x only the first two merge, as in the tokenizer: from left to right."""
-        kept, taken = [], END
+        """Drop overlapping occurrences: in x x x the first two merge, as in the tokenizer."""
+        positions, right_half = [], END
         for position in at.tolist():
-            if position != taken:
-                kept.append(position)
-                taken = int(self.following[position])
-        return np.array(kept, dtype=np.int32)
+            if position != right_half:
+                positions.append(position)
+                right_half = int(self.following[position])
+        return np.array(positions, dtype=np.int32)
 
 
 def _grouped(pairs: Ints, weights: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """The order that sorts the pairs, where each distinct one then starts, which it is, and its
-    summed weight."""
+    """Group equal pairs.
+
+    Returns the order that sorts the pairs, then for each distinct pair its start in that order, its
+    value, and the sum of its weights.
+    """
     order = np.argsort(pairs, kind="stable")
     if not len(pairs):
         return order, order, pairs, weights

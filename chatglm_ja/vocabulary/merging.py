@@ -1,4 +1,12 @@
-"""Merging learned pieces into the base's vocabulary."""
+"""Step 2: choosing learned pieces and merging them into the base's vocabulary.
+
+learned ─┬─ in the base already
+         ├─ outside the policy      would change how Chinese or English is segmented
+         ├─ unspellable             a character has no piece: `tokenizers` spells it in bytes
+         ├─ unreachable             the base's merges always take its parts first
+         ├─ past --max-new-pieces   used less often than the pieces that are added
+         └─ added                   every one of them is produced by some text
+"""
 
 import itertools
 import math
@@ -14,19 +22,23 @@ from chatglm_ja.chatglm3.tokenizer import (
     make_processor,
 )
 from chatglm_ja.errors import DataError
-from chatglm_ja.vocabulary.policies import admits
+from chatglm_ja.vocabulary.policies import Policy
 
 
 @dataclass
 class MergedVocabulary:
-    """A merged model (ModelProto) and what became of every Japanese piece."""
+    """A merged model (ModelProto) and what happened to every learned piece.
+
+    `dropped` lists pieces by reason. A policy that keeps unreachable pieces adds the unspellable
+    and unreachable ones all the same.
+    """
 
     proto: Any
     added: list[str]
-    # Reason -> pieces. Under the policy `all` the unspellable and unreachable ones are added.
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
+        """Return the numbers of pieces: of the base, added, by reason dropped, in all."""
         return {
             "base_pieces": len(self.proto.pieces) - len(self.added) - len(SPECIAL_TOKENS),
             "added": len(self.added),
@@ -37,100 +49,100 @@ class MergedVocabulary:
 
 def merge_pieces(
     base: Any,
-    japanese: Any,
-    policy: str,
+    learned: Any,
+    policy: Policy,
     *,
     max_new_pieces: int = 0,
     ranking_texts: Iterable[str] = (),
 ) -> MergedVocabulary:
-    """Append the pieces of `japanese` (ModelProto) that `policy` admits to `base` (ModelProto).
+    """Append the pieces of `learned` (ModelProto) that the policy admits to `base` (ModelProto).
 
-    Pieces that could never be produced are left out, except under `all`, which keeps and only
-    reports them. With `max_new_pieces`, those pieces are kept that are used most on
-    `ranking_texts`, see `uses`.
+    Pieces that no text produces are left out, unless the policy keeps them. With `max_new_pieces`,
+    those used most on `ranking_texts` are added; see `count_uses`. Raises DataError if these texts
+    use no new piece.
     """
     known = {piece.piece for piece in base.pieces}.union(SPECIAL_TOKENS)
-    candidates = [p.piece for p in japanese.pieces if p.type == p.NORMAL]
+    candidates = [p.piece for p in learned.pieces if p.type == p.NORMAL]
     new = [piece for piece in candidates if piece not in known]
-    chosen = [piece for piece in new if admits(policy, piece)]
-    # Single characters first: every longer piece is merged from them.
+    chosen = [piece for piece in new if policy.admits(piece)]
+    # Every longer piece is merged from single characters.
     single = {piece for piece in known.union(chosen) if len(piece) == 1}
     unspellable = [piece for piece in chosen if not single.issuperset(piece)]
-    if policy != "all":
+    if not policy.keeps_unreachable:
         chosen = _without(chosen, unspellable)
     unreachable = _unreachable(base, chosen)
-    if policy != "all":
-        # Once is enough: a piece that never forms takes no part in making another.
+    if not policy.keeps_unreachable:
+        # Once is enough: a piece that is never produced is not a part of another either.
         chosen = _without(chosen, unreachable)
     dropped = {
         "already_known": [piece for piece in candidates if piece in known],
-        "outside_policy": [piece for piece in new if not admits(policy, piece)],
+        "outside_policy": [piece for piece in new if not policy.admits(piece)],
         "unspellable": unspellable,
         "unreachable": unreachable,
     }
     if max_new_pieces and len(chosen) > max_new_pieces:
-        use = count_uses(base, chosen, ranking_texts)
-        if not any(use.values()):
+        uses = count_uses(base, chosen, ranking_texts)
+        if not any(uses.values()):
             raise DataError(
                 "--ranking-sources hold no text that any new piece occurs in: give other texts "
-                "or leave --max-new-pieces away"
+                "or leave --max-new-pieces out"
             )
-        # A piece is used at least as often as those made from it, which are longer, so that what
-        # remains is still reachable.
-        ranked = sorted(chosen, key=lambda piece: (-use[piece], len(piece)))
+        # A piece is used at least as often as the longer ones made from it, so that cutting the
+        # list leaves only reachable pieces.
+        ranked = sorted(chosen, key=lambda piece: (-uses[piece], len(piece)))
         past = set(ranked[max_new_pieces:])
         dropped["past_max_new_pieces"] = [piece for piece in chosen if piece in past]
         chosen = _without(chosen, past)
-        if policy == "all":  # the two lists name pieces that are added all the same
+        if policy.keeps_unreachable:  # the two lists name pieces that are added all the same
             for reason in ("unspellable", "unreachable"):
                 dropped[reason] = _without(dropped[reason], past)
     return MergedVocabulary(add_special_tokens(base, chosen), chosen, dropped)
 
 
-def _without(pieces: list[str], left_out: Iterable[str]) -> list[str]:
-    left_out = set(left_out)
-    return [piece for piece in pieces if piece not in left_out]
+def _without(pieces: list[str], excluded: Iterable[str]) -> list[str]:
+    excluded = set(excluded)
+    return [piece for piece in pieces if piece not in excluded]
 
 
 def _unreachable(base: Any, pieces: list[str]) -> list[str]:
-    """The pieces that no text encodes to when they are added to the base.
+    """Return the pieces that no text is segmented into once they are added to the base.
 
-    When a piece appears in a text, no merge crossed its borders, so the merges inside it were
-    those of the piece alone: it is reachable if and only if it encodes to itself. The dummy
-    prefix is switched off for that, because a piece can stand anywhere.
+    Where a piece appears in a text, no merge crossed its borders, so the merges inside it were
+    those of the piece alone: it is reachable if and only if it encodes to itself. Without the dummy
+    prefix, because a piece can stand anywhere.
     """
-    encoder = make_processor(add_special_tokens(base, pieces), dummy_prefix=False)
-    # sentencepiece reads its own mark of a space as one.
-    encoded = encoder.encode(pieces)
+    tokenizer = make_processor(add_special_tokens(base, pieces), dummy_prefix=False)
+    # sentencepiece reads its symbol for a space as a space.
+    encoded = tokenizer.encode(pieces)
     return [
         piece
         for piece, ids in zip(pieces, encoded, strict=True)
-        if len(ids) != 1 or encoder.id_to_piece(ids[0]) != piece
+        if len(ids) != 1 or tokenizer.id_to_piece(ids[0]) != piece
     ]
 
 
 def count_uses(base: Any, pieces: list[str], texts: Iterable[str]) -> dict[str, int]:
-    """How many merges into each new piece the merged tokenizer makes on these texts.
+    """Count the merges into each new piece that the merged tokenizer makes on these texts.
 
-    That is how often the piece remains as a token, or is a part of a longer one that does. Each
-    merge makes the texts one token shorter.
+    That is how often the piece is a token, or a part of a longer token. Each merge makes the texts
+    one token shorter.
     """
     proto = add_special_tokens(base, pieces)
-    encoder = make_processor(proto)
+    tokenizer = make_processor(proto)
     tokens: Counter[int] = Counter()
-    for ids in encode_texts(encoder, texts, num_threads=1):
+    for ids in encode_texts(tokenizer, texts, num_threads=1):
         tokens.update(ids)
-    ranks = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    use = {piece: tokens[encoder.piece_to_id(piece)] for piece in pieces}
-    for piece in sorted(pieces, key=len, reverse=True):  # what is made of a piece comes before it
-        for part in _parts(piece, ranks):
-            if part in use:
-                use[part] += use[piece]
-    return use
+    scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
+    uses = {piece: tokens[tokenizer.piece_to_id(piece)] for piece in pieces}
+    for piece in sorted(pieces, key=len, reverse=True):  # longer pieces first, then their parts
+        for part in _parts(piece, scores):
+            if part in uses:
+                uses[part] += uses[piece]
+    return uses
 
 
 def _parts(piece: str, scores: Mapping[str, float]) -> list[str]:
-    """The two pieces whose merge makes a reachable piece; none for a single character."""
+    """Return the two pieces whose merge makes a reachable piece; none for a single character."""
     symbols = list(piece)
     while len(symbols) > 2:
         joined = [a + b for a, b in itertools.pairwise(symbols)]

@@ -1,37 +1,47 @@
-"""What a merge did to each language, measured on held-out lines.
+"""How two tokenizers segment the same held-out lines, by language.
 
-The promise of a policy (vocabulary.GUARANTEES) is checked here on every run: a line that holds none
-of the policy's characters has to keep its ids.
+Step 2 checks the guarantee of its policy here on every run: a line without the policy's characters
+keeps its ids.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from chatglm_ja.chatglm3.chat_format import first_new_id
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
-from chatglm_ja.vocabulary.policies import admits
+from chatglm_ja.vocabulary.policies import Policy
 
-EXAMPLES = 5  # differing lines that are kept to be shown
+EXAMPLES = 5  # changed lines to show in the report
 
 
 @dataclass
 class Segmentation:
-    """How two tokenizers cut the same lines."""
+    """The comparison of two tokenizers on lines of one language.
+
+    identical      lines with the same ids before and after
+    covered        lines that the policy's guarantee covers
+    new_tokens     tokens after that are new pieces; `used` are their ids
+    broken         covered lines whose ids changed
+    changed        the first lines whose ids changed
+    rust_differs   lines whose ids differ in the `tokenizers` form of the tokenizer after
+    """
 
     lines: int = 0
     identical: int = 0
-    covered: int = 0  # lines that the policy's guarantee covers
+    covered: int = 0
     characters: int = 0
     tokens_before: int = 0
     tokens_after: int = 0
-    new_tokens: int = 0  # of the tokens after: those that are new pieces
-    used: set[int] = field(default_factory=set)  # ids of the new pieces among them
-    broken: list[str] = field(default_factory=list)  # covered lines that changed all the same
-    changed: list[str] = field(default_factory=list)  # the first lines that changed
-    rust_differs: list[str] = field(default_factory=list)  # lines with other ids in `tokenizers`
+    new_tokens: int = 0
+    used: set[int] = field(default_factory=set)
+    broken: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    rust_differs: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
+        """Return the counts and rates for a report."""
         characters = max(self.characters, 1)
         return {
             "lines": self.lines,
@@ -48,21 +58,21 @@ def compare_segmentation(
     before: Any,
     after: Any,
     texts: Iterable[str],
-    policy: str,
+    policy: Policy,
     rust: Callable[[Sequence[str]], list[list[int]]] | None = None,
 ) -> Segmentation:
-    """Encode every line of the texts with two sentencepiece processors.
+    """Tokenize every line of the texts with two sentencepiece processors and compare the ids.
 
-    `after` keeps the ids of `before` and adds new ones behind them. `rust`, if given, encodes
-    lines with the `tokenizers` form of `after`.
+    `after` has the ids of `before`, then new ones. `rust`, if given, tokenizes lines with the
+    `tokenizers` form of `after`.
     """
-    first_new_id = before.get_piece_size()
+    new_id = first_new_id(after)
     result = Segmentation()
     for text in texts:
         lines = [line for line in text.split("\n") if line.strip()]
         encoded = after.encode(lines)
         for line, old, new in zip(lines, before.encode(lines), encoded, strict=True):
-            covered = not admits(policy, line)
+            covered = not policy.admits(line)
             result.lines += 1
             result.covered += covered
             result.identical += old == new
@@ -71,9 +81,9 @@ def compare_segmentation(
                     result.changed.append(line)
                 if covered:
                     result.broken.append(line)
-            added = [index for index in new if index >= first_new_id]
-            result.used.update(added)
-            result.new_tokens += len(added)
+            new_tokens = [index for index in new if index >= new_id]
+            result.used.update(new_tokens)
+            result.new_tokens += len(new_tokens)
             result.characters += len(line)
             result.tokens_before += len(old)
             result.tokens_after += len(new)
@@ -86,27 +96,30 @@ def compare_segmentation(
 def sample_sentences(
     before: Any, after: Any, texts: Mapping[str, Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """A sentence of every language as both cut it; `new` tells which pieces after are new ones."""
-    first_new_id = before.get_piece_size()
-    shown = []
+    """Return a sentence of every language as both segment it.
+
+    `new` marks which pieces of `after` are new ones.
+    """
+    new_id = first_new_id(after)
+    samples = []
     for language, documents in texts.items():
         text = corpus.sample_sentence(documents)
-        shown.append(
+        samples.append(
             {
                 "language": language,
                 "text": text,
                 "before": before.encode(text, out_type=str),
                 "after": after.encode(text, out_type=str),
-                "new": [index >= first_new_id for index in after.encode(text)],
+                "new": [index >= new_id for index in after.encode(text)],
             }
         )
-    return shown
+    return samples
 
 
 def segmentation_table(
     rows: Mapping[str, Mapping[str, float]],
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table of `Segmentation.row()` by language."""
+    """Return the head and rows of a table of `Segmentation.row()` by language."""
     head = ["language", "lines", "segmented as before", "tokens/char before", "tokens/char after"]
     body = []
     for language, row in rows.items():
@@ -116,18 +129,19 @@ def segmentation_table(
     return head, body
 
 
-def check_guarantee(languages: Mapping[str, Segmentation], policy: str) -> None:
-    """Raise DataError when a line changed that the policy's guarantee covers, or when the two
-    forms of the tokenizer disagree on a line (under `all`, unspellable pieces make them)."""
+def check_guarantee(languages: Mapping[str, Segmentation], policy: Policy) -> None:
+    """Raise DataError if a line changed that the policy's guarantee covers, or if the two forms of
+    the tokenizer disagree on a line, as they do on unspellable pieces that a policy keeps.
+    """
     for language, result in languages.items():
         if not result.lines:
             raise DataError(f"--check-sources hold no {language} text to compare on")
         if result.broken:
             raise DataError(
-                f"{len(result.broken)} {language} lines that the policy {policy} must leave as "
-                f"they are would change, first {result.broken[0]!r}: nothing was written"
+                f"{len(result.broken)} {language} lines that the policy {policy} must not change "
+                f"would change, first {result.broken[0]!r}: nothing was written"
             )
-        if result.rust_differs and policy != "all":
+        if result.rust_differs and not policy.keeps_unreachable:
             raise DataError(
                 f"tokenizer.json would give other ids than tokenizer.model for "
                 f"{len(result.rust_differs)} {language} lines, first {result.rust_differs[0]!r}: "

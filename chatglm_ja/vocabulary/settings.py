@@ -4,75 +4,77 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chatglm_ja.chatglm3 import base_config
+from chatglm_ja.chatglm3.base_config import read_shape
+from chatglm_ja.chatglm3.model_files import MODEL_FILE, Layout, weights_bytes
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
 from chatglm_ja.sources import Source
-from chatglm_ja.storage import disk
+from chatglm_ja.storage.disk import folder_bytes
 from chatglm_ja.storage.manifest import read_manifest
+from chatglm_ja.vocabulary.initialization import Initialization
+from chatglm_ja.vocabulary.policies import Policy
 
 PIECE_BYTES = 60
 MERGED_FORMS = 10  # size of a merged tokenizer's files, as a multiple of the two models merged
 
-Policy = Literal["japanese", "kana", "han", "letters", "all"]
-
-Init = Literal["subtoken_mean", "mean", "random"]
-
-Layout = Literal["glm", "chatglm"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(StepConfig):
-    """Step 1. The settings from `normalization` on make the pieces fit the base's tokenizer."""
+    """Settings of step 1; from `normalization` on they make the pieces fit the base."""
 
     sources: tuple[Source, ...] = setting(
         "texts of the new language: LANGUAGE=PATH_OR_DATASET[#COLUMN]"
     )
     method: Literal["sentencepiece", "continue"] = setting(
-        "sentencepiece: learn from characters; continue: go on from the base's own merges, which "
-        "gives shorter texts and no piece that the merge has to drop",
+        "sentencepiece: learn from characters; continue: continue the base's own merges, which "
+        "gives fewer tokens per text and no piece that step 2 has to drop",
         "sentencepiece",
     )
     base_model: Path | None = setting(
-        "ChatGLM3 folder, of which --method continue reads tokenizer.model and config.json", None
+        "ChatGLM3 folder; --method continue reads tokenizer.model and config.json", None
     )
-    policy: Policy = setting("what --method continue may learn, as in step 2", "japanese")
+    policy: Policy = setting(
+        "pieces that --method continue may learn, as in step 2", Policy.JAPANESE
+    )
     vocab_size: int = setting(
         "pieces to learn, control and byte pieces included", 20_000, low=300, high=1_000_000
     )
     character_coverage: float = setting(
-        "share of the text's characters that get a piece; the rest stays bytes",
+        "share of the text covered by characters with a piece; others are spelled in bytes",
         0.9995,
         low=0.9,
         high=1.0,
     )
     input_sentence_size: int = setting(
-        "train on at most this many lines, drawn at random (0: all)", 0, low=0
+        "train on a random sample of at most this many lines (0: all)", 0, low=0
     )
-    seed: int = setting("seed of that draw", 0, low=0)
-    num_threads: int = setting("threads: all cores", CORES, low=1, affects_result=False)
+    seed: int = setting("seed of the sample of lines", 0, low=0)
+    num_threads: int = setting("number of threads", CORES, low=1, affects_result=False)
     normalization: Literal["identity", "nfkc", "nmt_nfkc"] = setting(
-        "the base does not normalise: pieces of normalised characters would never match raw text",
+        "Unicode normalization of the text; identity as in the base, whose raw text would never "
+        "match pieces of normalized characters",
         "identity",
     )
     split_digits: bool = setting(
-        "keep digits apart: the base does, and 1998 as one piece would change Chinese", True
+        "split numbers into digits, as the base does; 1998 as one piece would change Chinese", True
     )
     byte_fallback: bool = setting(
-        "spell characters without a piece in bytes, as the base does, instead of <unk>", True
+        "spell characters without a piece in bytes instead of <unk>, as the base does", True
     )
     keep_whitespace: bool = setting(
-        "keep repeated and outer spaces: the base does, and text must decode to itself", True
+        "keep repeated, leading and trailing spaces, as the base does, so that text decodes to "
+        "itself",
+        True,
     )
     dummy_prefix: bool = setting(
-        "put a space before every line: the merged tokenizer does so only before a whole text, so "
-        "that pieces learned with it at the start of a line would be lost on all other lines",
+        "put a space before every line; the merged tokenizer does so only before a whole text, so "
+        "pieces learned with that space would match no other line",
         False,
     )
     split_by_script: bool = setting(
-        "never mix scripts in a piece: Japanese words do, as in 食べる", False
+        "never mix scripts in a piece; Japanese words do, as in 食べる", False
     )
     max_piece_length: int = setting(
-        "characters of the longest piece; 16 as in the base, so that no piece is a whole sentence",
+        "maximum characters of a piece; 16 as in the base, so that no piece is a whole sentence",
         16,
         low=1,
         high=512,
@@ -80,7 +82,7 @@ class TrainTokenizerConfig(StepConfig):
 
     def contradictions(self) -> list[str]:
         problems = []
-        if self.method == "sentencepiece" and self.policy != "japanese":
+        if self.method == "sentencepiece" and self.policy is not Policy.JAPANESE:
             problems.append("--policy is for --method continue; step 2 has one for all pieces")
         if self.method == "continue":
             if self.base_model is None:
@@ -97,7 +99,7 @@ class TrainTokenizerConfig(StepConfig):
         return REPORTS_BYTES + PIECE_BYTES * self.vocab_size
 
     def trainer_settings(self) -> dict[str, Any]:
-        """The settings that fit the pieces to the base, by sentencepiece's names."""
+        """Return the settings that fit the pieces to the base, by sentencepiece's names."""
         return {
             "normalization_rule_name": self.normalization,
             "split_digits": self.split_digits,
@@ -111,29 +113,24 @@ class TrainTokenizerConfig(StepConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTokenizerConfig(StepConfig):
-    """Step 2."""
+    """Settings of step 2."""
 
     base_model: Path = setting("ChatGLM3 folder; tokenizer.model and config.json are read")
     ja_tokenizer: Path = setting("output folder of step 1, or any sentencepiece BPE model file")
-    policy: Policy = setting(
-        "which pieces are added: japanese: with kana or a kanji that Chinese does not use; "
-        "kana: with kana; han: with any Han character or kana; letters: for other languages, with "
-        "a letter or vowel sign that is neither Han nor one of a to z; all: every piece, "
-        "unreachable ones too. japanese, kana and letters leave Chinese and English as they are, "
-        "han English",
-        "japanese",
-    )
+    policy: Policy = setting(f"which pieces to add: {Policy.explain()}", Policy.JAPANESE)
     max_new_pieces: int = setting(
-        "add at most this many pieces: those used most on --ranking-sources (0: no limit)", 0, low=0
+        "add at most this many pieces, those used most on --ranking-sources (0: no limit)", 0, low=0
     )
     ranking_sources: tuple[Source, ...] = setting(
         "texts for --max-new-pieces: LANGUAGE=PATH_OR_DATASET[#COLUMN]", ()
     )
     ranking_characters: int = setting(
-        "characters of them that are read, taken from every source in turn", 20_000_000, low=1
+        "read at most this many characters of --ranking-sources, from each source in turn",
+        20_000_000,
+        low=1,
     )
     check_sources: tuple[Source, ...] = setting(
-        "texts to compare the base and the merged tokenizer on: LANGUAGE=PATH[#COLUMN]"
+        "held-out texts to compare the base and the merged tokenizer on: LANGUAGE=PATH[#COLUMN]"
     )
 
     def contradictions(self) -> list[str]:
@@ -143,54 +140,46 @@ class MergeTokenizerConfig(StepConfig):
 
     def disk_bytes(self) -> int:
         """Estimate the size of the merged tokenizer; tokenizer.json is its largest file."""
-        models = [self.base_model / "tokenizer.model", self.ja_tokenizer]
-        sizes = [
-            m.stat().st_size if m.is_file() else disk.folder_bytes(m, "*.model") for m in models
-        ]
+        models = [self.base_model / MODEL_FILE, self.ja_tokenizer]
+        sizes = [m.stat().st_size if m.is_file() else folder_bytes(m, "*.model") for m in models]
         return REPORTS_BYTES + MERGED_FORMS * sum(sizes)
 
     def arguments(self) -> dict[str, Any]:
-        """Without a limit of pieces, what they would be ranked on shapes nothing."""
-        chosen = super().arguments()
+        """Return the settings that shape the result; ranking texts do so only with a limit."""
+        arguments = super().arguments()
         if not self.max_new_pieces:
-            chosen = {k: v for k, v in chosen.items() if not k.startswith("ranking_")}
-        return chosen
+            arguments = {k: v for k, v in arguments.items() if not k.startswith("ranking_")}
+        return arguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeModelConfig(StepConfig):
-    """Step 3."""
+    """Settings of step 3."""
 
     base_model: Path = setting(
         "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards"
     )
     tokenizer: Path = setting("output folder of step 2")
-    init: Init = setting(
-        "new embedding rows: mean of the old rows of the piece's base tokens, mean of all old "
-        "rows, or normal with the old rows' deviation",
-        "subtoken_mean",
+    init: Initialization = setting(
+        f"how new embedding rows start: {Initialization.explain()}", Initialization.SUBTOKEN_MEAN
     )
     output_bias: float = setting(
-        "how many times the mean of the base's padding rows is added to new output rows: more "
-        "leaves more probability to the languages that the base knows",
+        "multiple of the mean of the base's padding rows to add to new output rows; more leaves "
+        "more probability to the languages that the base knows",
         0.25,
         low=0,
         high=10,
     )
-    layout: Layout = setting(
-        "glm: transformers' own class, for steps 5 to 7; chatglm: the original names and files, "
-        "for tools that know only those",
-        "glm",
-    )
+    layout: Layout = setting(f"layout of the result: {Layout.explain()}", Layout.GLM)
     pad_to_multiple: int = setting("round the number of rows up to a multiple of this", 64, low=1)
-    max_shard_gb: float = setting("size limit of an output file in GB", 2.0, low=0.001, high=1000)
+    max_shard_gb: float = setting("maximum size of a shard in GB", 2.0, low=0.001, high=1000)
     seed: int = setting("seed of --init random", 0, low=0)
 
     def disk_bytes(self) -> int:
         """Estimate the size of the weights with rows for the merged tokenizer's ids."""
-        shape = base_config.read_shape(self.base_model)
+        shape = read_shape(self.base_model)
         manifest = read_manifest(self.tokenizer)
         ids = manifest.counts.get("vocabulary", 0) if manifest else 0
         before = shape.layer_weights + shape.embedding_weights
         after = before + 2 * max(ids - shape.rows, 0) * shape.hidden
-        return REPORTS_BYTES + disk.weights_bytes(self.base_model) * after // before
+        return REPORTS_BYTES + weights_bytes(self.base_model) * after // before

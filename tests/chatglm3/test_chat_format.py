@@ -1,4 +1,4 @@
-"""The conversation format: ChatGLM3's exact prompt ids, and what is trained of an answer."""
+"""The conversation format: ChatGLM3's exact prompt ids, and the labels of answers."""
 
 import json
 from typing import Any
@@ -27,7 +27,7 @@ def test_special_tokens_in_a_message_stay_text(encoder: Any) -> None:
     assert controls == ["[gMASK]", "sop", "<|user|>", "<|assistant|>"]
 
 
-def test_only_answers_and_their_ends_are_trained(encoder: Any, conversation: Any) -> None:
+def test_labels_cover_answers_and_their_end_tokens_only(encoder: Any, conversation: Any) -> None:
     ids, labels = chat_format.build_example(encoder, conversation)
     assert len(ids) == len(labels)
     trained = [

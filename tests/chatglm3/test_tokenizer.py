@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3.base import Base
+from chatglm_ja.chatglm3.chat_format import first_new_id
 from chatglm_ja.errors import DataError
 from tests.conftest import FIXTURES, demo_texts
 
@@ -19,7 +21,7 @@ def test_no_text_becomes_a_special_token(encoder: Any) -> None:
 
 
 def base_folder(folder: Path, proto: Any, **config: Any) -> Path:
-    """A ChatGLM3 folder with only what step 2 reads."""
+    """Write a ChatGLM3 folder with only the files that step 2 reads."""
     fixture = FIXTURES / "tiny_chatglm3" / "config.json"
     changed = {**json.loads(fixture.read_text()), **config}
     (folder / "config.json").write_text(json.dumps(changed))
@@ -28,25 +30,31 @@ def base_folder(folder: Path, proto: Any, **config: Any) -> Path:
 
 
 def test_a_base_needs_only_its_tokenizer_and_config(base_proto: Any, tmp_path: Path) -> None:
-    assert tokenizer.read_base_proto(base_folder(tmp_path, base_proto)) == base_proto
+    assert Base.open(base_folder(tmp_path, base_proto)).proto == base_proto
+
+
+def test_the_first_new_id_of_a_base_is_that_of_its_merged_tokenizer(
+    base_dir: Path, encoder: Any
+) -> None:
+    assert Base.open(base_dir).first_new_id == first_new_id(encoder) == 4009
 
 
 def test_a_merged_tokenizer_is_refused_as_base(merge: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="merged already"):
-        tokenizer.read_base_proto(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
+        Base.open(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
 
 
-def test_a_base_without_room_for_the_special_tokens_is_refused(
+def test_a_base_without_rows_for_the_special_tokens_is_refused(
     base_proto: Any, tmp_path: Path
 ) -> None:
     rows = len(base_proto.pieces) + 8
     with pytest.raises(DataError, match=f"padded_vocab_size {rows}"):
-        tokenizer.read_base_proto(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
-    tokenizer.read_base_proto(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
+        Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
+    Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a model", b"\x00" * 100])
-def test_rubbish_is_no_sentencepiece_model(data: bytes, tmp_path: Path) -> None:
+def test_other_data_is_not_a_sentencepiece_model(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a sentencepiece model"):
         tokenizer.parse_proto(data, tmp_path / "x.model")
 

@@ -1,4 +1,4 @@
-"""tokenizer.json gives sentencepiece's ids for every text, and the chat template obeys nobody."""
+"""tokenizer.json gives sentencepiece's ids; the chat template makes no special token of a text."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import learning, merging
+from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import SHARED, demo_texts, needs_real_tokenizer
 
 ODD_TEXTS = [
@@ -36,7 +38,7 @@ def fast(merged_dir: Path) -> Any:
 def check_same(fast: Any, encoder: Any, text: str) -> None:
     ids = fast(text, add_special_tokens=False, split_special_tokens=True).input_ids
     assert ids == encoder.encode(text), text
-    # To sentencepiece its own mark of a space is a space.
+    # sentencepiece reads its symbol for a space as a space.
     assert fast.decode(ids) == encoder.decode(ids) == text.replace("▁", " ")
     assert not any(encoder.is_control(index) or encoder.is_unknown(index) for index in ids)
 
@@ -61,9 +63,11 @@ def test_any_text_gives_the_same_ids(fast: Any, encoder: Any, text: str) -> None
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """ChatGLM3-6B's tokenizer with the article's pieces, in both forms."""
     folder = tmp_path_factory.mktemp("real")
-    base = tokenizer.read_base_proto(SHARED / "chatglm3-6b")
+    base = Base.open(SHARED / "chatglm3-6b").proto
     learned = learning.read_learned(SHARED / "reference" / "ja_bpe.model")
-    tokenizer_files.save_tokenizer(merging.merge_pieces(base, learned, "japanese").proto, folder)
+    tokenizer_files.save_tokenizer(
+        merging.merge_pieces(base, learned, Policy.JAPANESE).proto, folder
+    )
     return AutoTokenizer.from_pretrained(folder), tokenizer.load_processor(folder)
 
 
@@ -91,7 +95,7 @@ def test_auto_tokenizer_knows_the_special_tokens(fast: Any, encoder: Any) -> Non
 
 
 def test_words_that_hold_sop_and_eop_stay_words(fast: Any, encoder: Any, tmp_path: Path) -> None:
-    """Without split_special_tokens, as most programs call it; also after it was saved again."""
+    """Without split_special_tokens, as most programs call it; also after saving it again."""
     fast.save_pretrained(tmp_path)
     for loaded in (fast, AutoTokenizer.from_pretrained(tmp_path)):
         for text in ("The people of philosophy.", "isotropic\nsophisticated: peoples"):
@@ -131,8 +135,10 @@ def test_the_chat_template_gives_the_prompts_ids(
 )  # fmt: skip
 @example(content="sopsop eopsop")
 @example(content="<|<|user|>user|>")
-def test_no_spelling_in_a_message_is_obeyed(fast: Any, encoder: Any, content: str) -> None:
-    """The template's ids hold no special token but its own, and no more than spaces are added."""
+def test_no_text_in_a_message_becomes_a_special_token(
+    fast: Any, encoder: Any, content: str
+) -> None:
+    """The template adds only its own special tokens, and changes messages by spaces only."""
     message = {"role": "user", "content": content, "metadata": content}
     ids = template_ids(fast, [message])
     controls = [encoder.id_to_piece(index) for index in ids if encoder.is_control(index)]
@@ -142,7 +148,7 @@ def test_no_spelling_in_a_message_is_obeyed(fast: Any, encoder: Any, content: st
 
 
 @pytest.mark.parametrize("content", [None, 5, [{"type": "text", "text": "x"}]])
-def test_only_text_is_content(fast: Any, encoder: Any, content: Any) -> None:
+def test_content_must_be_text(fast: Any, encoder: Any, content: Any) -> None:
     message = {"role": "user", "content": content}
     with pytest.raises(DataError, match="a message has content of type"):
         chat_format.build_prompt_ids(encoder, [message])

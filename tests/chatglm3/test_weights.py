@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from chatglm_ja.chatglm3 import loading, tensor_names, weights
+from chatglm_ja.chatglm3.model_files import INDEX_FILE
 from chatglm_ja.errors import DataError
 
 Copy = Callable[[Path, Path], Path]
@@ -23,7 +24,7 @@ def expected(base_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def check_parity(model: Any, expected: dict[str, torch.Tensor], old_ids: int) -> None:
-    """Last logits within 1e-5, and the greedy tokens, over the ids that both models have."""
+    """Compare the last logits within 1e-5, and the greedy tokens, over the ids of both models."""
     for index in range(3):
         prompt, greedy = expected[f"ids_{index}"], expected[f"greedy_{index}"]
         length = prompt.shape[1]
@@ -34,17 +35,17 @@ def check_parity(model: Any, expected: dict[str, torch.Tensor], old_ids: int) ->
         assert torch.allclose(logits[length - 1], reference, rtol=0, atol=1e-5)
         best = logits[length - 1 : -1].argmax(dim=-1)
         wanted = greedy[0, length:]
-        # A padding row of the base, which one prompt generates, is not among the old ids: what
-        # follows it had another context.
-        kept = int((wanted < old_ids).long().cumprod(dim=0).sum())
-        assert kept >= 9
-        assert torch.equal(best[:kept], wanted[:kept])
+        # One prompt generates a padding row of the base, which is not among the old ids; compare
+        # only the tokens before it.
+        count = int((wanted < old_ids).long().cumprod(dim=0).sum())
+        assert count >= 9
+        assert torch.equal(best[:count], wanted[:count])
 
 
 def test_the_converted_base_computes_what_chatglm3_computes(
     base_dir: Path, expected: dict[str, torch.Tensor]
 ) -> None:
-    model = loading.load_base(base_dir, torch.float32)
+    model = loading.load_base(weights.BaseWeights(base_dir), torch.float32)
     check_parity(model, expected, 4096)
     for index in range(3):
         with torch.inference_mode():
@@ -58,7 +59,7 @@ def test_the_resized_model_computes_the_same_over_the_old_ids(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
     check_parity(model, expected, 4009)
-    base = loading.load_base(base_dir, torch.float32)
+    base = loading.load_base(weights.BaseWeights(base_dir), torch.float32)
     ids = expected["greedy_2"]
     with torch.inference_mode():
         before, after = base(ids).logits[..., :4009], model(ids).logits[..., :4009]
@@ -102,15 +103,15 @@ def change_dtype(folder: Path) -> None:
 
 
 def lose_tensor(folder: Path) -> None:
-    index = json.loads((folder / weights.INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     del index["weight_map"]["transformer.output_layer.weight"]
-    (folder / weights.INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
 
 
 def promise_a_tensor(folder: Path) -> None:
-    index = json.loads((folder / weights.INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     index["weight_map"]["transformer.encoder.final_layernorm.weight"] = SHARD
-    (folder / weights.INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
@@ -126,14 +127,14 @@ def promise_a_tensor(folder: Path) -> None:
         (lambda folder: break_config(folder, num_layers=2), "has a tensor .*layers.2"),
         (lambda folder: break_config(folder, model_type="llama"), "model_type is 'llama'"),
         (lambda folder: break_config(folder, rope_ratio=50), "rope_ratio is 50"),
-        (lambda folder: break_config(folder, quantization_bit=4), "quantised"),
+        (lambda folder: break_config(folder, quantization_bit=4), "quantized"),
         (lambda folder: break_config(folder, rope_ratio=500), "GLM-4"),
         (lambda folder: break_config(folder, _name_or_path="THUDM/chatglm2-6b"), "ChatGLM2"),
-        (lambda folder: (folder / weights.INDEX_FILE).unlink(), "expected ChatGLM3's weights"),
+        (lambda folder: (folder / INDEX_FILE).unlink(), "expected ChatGLM3's weights"),
         (promise_a_tensor, f"{SHARD} lacks transformer.encoder.final_layernorm.weight"),
     ],
 )
-def test_a_broken_checkpoint_is_named(
+def test_a_broken_checkpoint_is_refused_with_its_problem(
     damage: Callable[[Path], None], message: str, base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
@@ -147,7 +148,7 @@ def test_a_broken_checkpoint_is_named(
 
 def as_bin(folder: Path) -> list[Path]:
     """Turn the safetensors shards of a folder into .bin shards, inv_freq among them."""
-    index = json.loads((folder / weights.INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     for path in sorted(folder.glob("model-*.safetensors")):
         tensors = load_file(path)
         if path.name == SHARD:
@@ -160,7 +161,7 @@ def as_bin(folder: Path) -> list[Path]:
     weight_map[tensor_names.IGNORED[0]] = f"pytorch_{Path(SHARD).stem}.bin"
     text = json.dumps({"weight_map": weight_map})
     (folder / "pytorch_model.bin.index.json").write_text(text)
-    (folder / weights.INDEX_FILE).unlink()
+    (folder / INDEX_FILE).unlink()
     return sorted(folder.glob("*.bin"))
 
 
@@ -176,7 +177,7 @@ def test_bin_shards_are_the_same_checkpoint(base_dir: Path, tmp_path: Path, copy
 
 
 class Bomb:
-    """Unpickling it creates a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -185,7 +186,7 @@ class Bomb:
         return (Path.touch, (self.trace,))
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(
+def test_a_pickle_with_code_is_refused_without_running_it(
     base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
@@ -197,21 +198,23 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("kept", [0, 100, 5000])
+@pytest.mark.parametrize("size", [0, 100, 5000])
 def test_a_truncated_bin_is_refused(
-    kept: int, base_dir: Path, tmp_path: Path, copy_of: Copy
+    size: int, base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
     shard = as_bin(folder)[0]
-    shard.write_bytes(shard.read_bytes()[:kept])
-    with pytest.raises(DataError, match=f"{shard.name} is truncated, damaged or too old|no dict"):
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(
+        DataError, match=f"{shard.name} is truncated, damaged or too old|not a dictionary"
+    ):
         weights.BaseWeights(folder)
 
 
-def test_a_bin_that_is_no_dictionary_is_refused(
+def test_a_bin_that_is_not_a_dictionary_is_refused(
     base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
     torch.save([torch.ones(2)], as_bin(folder)[0])
-    with pytest.raises(DataError, match="is no dictionary of tensors"):
+    with pytest.raises(DataError, match="is not a dictionary of tensors"):
         weights.BaseWeights(folder)

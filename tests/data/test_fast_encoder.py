@@ -1,6 +1,5 @@
 """Encoding a corpus gives sentencepiece's ids, whatever the text and whatever came before."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.data import fast_encoder
 from chatglm_ja.data.fast_encoder import CorpusEncoder
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import merging
+from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import SHARED, demo_texts, needs_real_tokenizer
 
 ODD = [
@@ -88,7 +89,7 @@ def test_another_kind_of_tokenizer_is_refused(merge: merging.MergedVocabulary) -
 @needs_real_tokenizer
 @pytest.mark.parametrize("language", ["ja", "zh", "en"])
 def test_the_real_tokenizer(language: str) -> None:
-    base = tokenizer.read_base_proto(Path(SHARED / "chatglm3-6b"))
+    base = Base.open(SHARED / "chatglm3-6b").proto
     learned = tokenizer.read_proto(SHARED / "reference" / "ja_bpe.model")
-    proto = merging.merge_pieces(base, learned, "japanese").proto
+    proto = merging.merge_pieces(base, learned, Policy.JAPANESE).proto
     check(proto, demo_texts(language, 300) + ODD)

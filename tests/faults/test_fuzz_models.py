@@ -20,6 +20,7 @@ from chatglm_ja.chatglm3 import (
     tokenizer_files,
     weights,
 )
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.data import fast_encoder
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.inputs import open_artifact
@@ -27,6 +28,7 @@ from chatglm_ja.storage.manifest import read_history, read_manifest
 from chatglm_ja.storage.output import Output
 from chatglm_ja.training.checkpoints import Checkpoints
 from chatglm_ja.vocabulary import learning, merging
+from chatglm_ja.vocabulary.policies import Policy
 from tests.faults.fuzzing import (
     BASE,
     SHARD,
@@ -262,18 +264,18 @@ def check_model(content: bytes) -> None:
         (copy / tokenizer.MODEL_FILE).write_bytes(content)
         (copy / learning.JA_MODEL_FILE).write_bytes(content)
         with refusals():
-            base = tokenizer.read_base_proto(copy)
+            base = Base.open(copy).proto
             check_merge(copy, base, [PIECE(piece=text) for text in LEARNED])
         with refusals():
             learned = learning.read_learned(copy)
-            check_merge(copy, tokenizer.read_base_proto(BASE), learned.pieces)
+            check_merge(copy, Base.open(BASE).proto, learned.pieces)
 
 
 def check_merge(target: Path, base: Any, pieces: Iterable[Any]) -> None:
     learned = small_model()
     del learned.pieces[:]
     learned.pieces.extend(pieces)
-    merged = merging.merge_pieces(base, learned, "japanese").proto
+    merged = merging.merge_pieces(base, learned, Policy.JAPANESE).proto
     assert [p.piece for p in merged.pieces[:3]] == ["<unk>", "<s>", "</s>"]
     assert all(math.isfinite(piece.score) for piece in merged.pieces)
     texts = ["", "します 的 a\n", "<|user|>"]

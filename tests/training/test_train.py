@@ -428,7 +428,7 @@ def test_data_of_a_larger_vocabulary_is_refused(
     base_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
-    model = loading.load_base(base_dir, torch.float32)
+    model = loading.load_base(stored_weights.BaseWeights(base_dir), torch.float32)
     model.resize_token_embeddings(1000)
     model.save_pretrained(small)
     config = config_for(small, data_dir, tmp_path)

@@ -3,7 +3,6 @@
 import itertools
 import random
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,21 +10,23 @@ import pytest
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.data import corpus
 from chatglm_ja.vocabulary import continued_bpe
-from chatglm_ja.vocabulary.policies import admits
+from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import demo_texts
 
 
-def learn(base_proto: Any, lines: Counter[str], policy: str, count: int, **changes: Any) -> Any:
+def learn(base_proto: Any, lines: Counter[str], policy: Policy, count: int, **changes: Any) -> Any:
     settings: dict[str, Any] = {
-        "count": count, "admits": partial(admits, policy), "max_piece_length": 8,
+        "count": count, "admits": policy.admits, "max_piece_length": 8,
         "character_coverage": 1.0, "num_threads": 2, "min_occurrences": 1, **changes,
     }  # fmt: skip
     return continued_bpe.learn(base_proto, lines, **settings)
 
 
-def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: str) -> Counter[str]:
-    """How often each admitted pair stands in the lines, as the tokenizer with `pieces` cuts them;
-    named by the piece that it would make."""
+def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: Policy) -> Counter[str]:
+    """Count each admitted pair in the lines as the tokenizer with `pieces` segments them.
+
+    Pairs are named by the piece that they would make.
+    """
     proto = tokenizer.add_special_tokens(base_proto, pieces)
     encoder = tokenizer.make_processor(proto, dummy_prefix=False)
     counts: Counter[tuple[str, str]] = Counter()
@@ -38,7 +39,7 @@ def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: str) 
                 and not any(c.isdigit() for c in joined)
                 and "▁" not in right.piece
                 and len(joined) <= 8
-                and (admits(policy, left.piece) or admits(policy, right.piece))
+                and (policy.admits(left.piece) or policy.admits(right.piece))
             ):
                 counts[left.piece, right.piece] += weight
     best: Counter[str] = Counter()
@@ -48,11 +49,11 @@ def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: str) 
 
 
 @pytest.mark.parametrize("least", [1, 2])
-@pytest.mark.parametrize("policy", ["japanese", "han", "all"])
-def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: str, least: int) -> None:
-    """Each step from scratch: cut the text with sentencepiece, count, take the best.
+@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.HAN, Policy.ALL])
+def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: Policy, least: int) -> None:
+    """Recompute merges from scratch: segment with sentencepiece, count, take the most frequent.
 
-    Runs of one character and repeated lines are there on purpose.
+    The lines include runs of one character and repeated lines on purpose.
     """
     lines = Counter(corpus.training_lines(demo_texts("ja", 4), {}))
     lines.update(
@@ -67,8 +68,8 @@ def test_every_piece_is_the_most_frequent_pair(base_proto: Any, policy: str, lea
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_piece_of_colliding_texts(base_proto: Any, seed: int) -> None:
-    """Few characters, so that merges stand side by side, overlap and share their neighbours."""
+def test_colliding_merges(base_proto: Any, seed: int) -> None:
+    """Few distinct characters, so that merges are adjacent, overlap and share neighbors."""
     rng = random.Random(seed)
     lines = Counter(
         {
@@ -76,38 +77,37 @@ def test_every_piece_of_colliding_texts(base_proto: Any, seed: int) -> None:
             for _ in range(20)
         }
     )
-    learned = learn(base_proto, lines, "kana", 40)
+    learned = learn(base_proto, lines, Policy.KANA, 40)
     pieces = [*learned.characters, *learned.merges]
     for position in range(len(learned.characters), len(pieces)):
-        counts = pairs(base_proto, pieces[:position], lines, "kana")
+        counts = pairs(base_proto, pieces[:position], lines, Policy.KANA)
         assert counts[pieces[position]] == max(counts.values())
 
 
-def test_the_text_ends_as_the_tokenizer_cuts_it(base_proto: Any) -> None:
-    """When nothing is left to merge, the tokenizer with all pieces finds no admitted pair."""
+def test_learning_ends_when_no_admitted_pair_is_left(base_proto: Any) -> None:
     lines = Counter(["国の形を見る。", "国の形が見える。", "ななななななな"])
-    learned = learn(base_proto, lines, "japanese", 500)
+    learned = learn(base_proto, lines, Policy.JAPANESE, 500)
     pieces = [*learned.characters, *learned.merges]
     assert 10 < len(pieces) < 500
-    assert not pairs(base_proto, pieces, lines, "japanese")
+    assert not pairs(base_proto, pieces, lines, Policy.JAPANESE)
 
 
 def test_rare_pairs_are_not_learned(base_proto: Any) -> None:
     lines = Counter({"かきくけこ": 1, "さしすせそ": 3})
-    learned = learn(base_proto, lines, "japanese", 500, min_occurrences=2)
+    learned = learn(base_proto, lines, Policy.JAPANESE, 500, min_occurrences=2)
     assert learned.merges and not any("か" in piece for piece in learned.merges)
 
 
 def test_characters_come_first_and_by_coverage(base_proto: Any) -> None:
-    """込 has no piece in this base: three bytes until it gets one."""
+    """込 has no piece in this base, so it is three bytes until it gets one."""
     base = tokenizer.make_processor(base_proto)
     missing = [c for c in "込辻峠働" if base.piece_to_id(c) == tokenizer.UNK_ID]
     assert len(missing) >= 2
     frequent, rare = missing[:2]
     known = base_proto.pieces[-1].piece
     lines = Counter({frequent + known: 500, known * 100: 100, rare + known: 1})
-    assert learn(base_proto, lines, "japanese", 50).characters == [frequent, rare]
-    covered = learn(base_proto, lines, "japanese", 50, character_coverage=0.999)
+    assert learn(base_proto, lines, Policy.JAPANESE, 50).characters == [frequent, rare]
+    covered = learn(base_proto, lines, Policy.JAPANESE, 50, character_coverage=0.999)
     assert covered.characters == [frequent]
     assert not any(rare in piece for piece in covered.merges)
-    assert learn(base_proto, lines, "kana", 50).characters == []
+    assert learn(base_proto, lines, Policy.KANA, 50).characters == []

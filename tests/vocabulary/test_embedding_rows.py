@@ -1,4 +1,4 @@
-"""Resizing: the old rows bit by bit, the new ones as initialised, both layouts, and the checks."""
+"""Resizing: old rows bit by bit, initialized new rows, both layouts, and the verification."""
 
 import json
 from collections.abc import Callable
@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm_ja.chatglm3 import loading, tensor_names, tokenizer, tokenizer_files, weights
+from chatglm_ja.chatglm3.base import Base
+from chatglm_ja.chatglm3.model_files import INDEX_FILE, Layout
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import embedding_rows
+from chatglm_ja.vocabulary.initialization import CHUNK_ROWS, Initialization
 
 Copy = Callable[[Path, Path], Path]
 
@@ -20,12 +23,10 @@ Copy = Callable[[Path, Path], Path]
 def resized(base: Path, tokenizer_dir: Path, output: Path, **changes: Any) -> dict[str, int]:
     output.mkdir()
     settings: dict[str, Any] = {
-        "init": "subtoken_mean", "output_bias": 0.25, "output_layout": "glm",
+        "init": Initialization.SUBTOKEN_MEAN, "output_bias": 0.25, "layout": Layout.GLM,
         "pad_to_multiple": 64, "max_shard_bytes": 400_000, "seed": 0, **changes,
     }  # fmt: skip
-    return embedding_rows.resize_checkpoint(
-        weights.BaseWeights(base), tokenizer_dir, output, **settings
-    )
+    return embedding_rows.resize_checkpoint(Base.open(base), tokenizer_dir, output, **settings)
 
 
 def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
@@ -45,7 +46,7 @@ def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
 def test_new_rows_are_the_means_of_their_subtokens(
     base_dir: Path, resized_dir: Path, base_proto: Any, merge: Any
 ) -> None:
-    """Computed again from the base tokenizer itself: its ids after the dummy prefix."""
+    """Computed from the base tokenizer itself: its ids after the dummy prefix and a line break."""
     old = load_file(base_dir / "model-00001-of-00003.safetensors")[tensor_names.EMBEDDING]
     new = weights.read_tensor(resized_dir, tensor_names.GLM_EMBEDDING)
     base = tokenizer.make_processor(base_proto)
@@ -58,11 +59,9 @@ def test_new_rows_are_the_means_of_their_subtokens(
         assert torch.allclose(new[4009 + offset].double(), mean, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["subtoken_mean", "mean", "random"])
+@pytest.mark.parametrize("init", Initialization)
 @pytest.mark.parametrize("bias", [None, 0.5])
-def test_resize_keeps_every_bit_of_the_old_rows(
-    init: embedding_rows.Init, bias: float | None
-) -> None:
+def test_resize_keeps_every_bit_of_the_old_rows(init: Initialization, bias: float | None) -> None:
     weight = torch.randn(12, 8).half()
     weight[3, 3] = torch.tensor(float("nan"))
     weight[4, 4] = -0.0
@@ -72,32 +71,34 @@ def test_resize_keeps_every_bit_of_the_old_rows(
     assert grown.dtype == weight.dtype
     padding = (weight[10].float() + weight[11].float()) / 2 if bias else torch.zeros(8)
     assert torch.equal(grown[12:], padding.half().expand(4, -1))
-    if init == "subtoken_mean":
+    if init is Initialization.SUBTOKEN_MEAN:
         means = [(weight[1].float() + weight[2].float()) / 2, weight[5].float()]
         for row, mean in zip(grown[10:12], means, strict=True):
             assert torch.equal(row, (mean + (bias or 0) * padding).half())
 
 
-def test_means_and_deviations_of_many_rows() -> None:
-    """Taken in chunks, against torch's own over the whole matrix."""
+@pytest.mark.parametrize("init", Initialization)
+def test_an_initialization_of_many_rows(init: Initialization) -> None:
+    """Computed in chunks, compared with torch's own functions over the whole matrix."""
     generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(3 * embedding_rows.CHUNK_ROWS + 17, 6, generator=generator) + 2).half()
-    subtokens = [[i, i + 7, i % 11] for i in range(2 * embedding_rows.CHUNK_ROWS)]
-    arguments = (len(weight), subtokens, len(weight) + len(subtokens))
-    new = embedding_rows.resize_rows(weight, *arguments, "subtoken_mean", generator)[len(weight) :]
-    expected = weight[torch.tensor(subtokens)].double().mean(dim=1)
-    assert torch.allclose(new.double(), expected, atol=2e-3)
-    mean = embedding_rows.resize_rows(weight, *arguments, "mean", generator)[len(weight) :].double()
-    assert torch.allclose(mean, weight.double().mean(dim=0).expand_as(mean), atol=2e-3)
-    drawn = embedding_rows.resize_rows(weight, *arguments, "random", generator)[
-        len(weight) :
-    ].double()
-    assert torch.allclose(drawn.mean(dim=0), weight.double().mean(dim=0), atol=0.1)
-    assert torch.allclose(drawn.std(dim=0), weight.double().std(dim=0), rtol=0.1)
+    weight = (torch.randn(3 * CHUNK_ROWS + 17, 6, generator=generator) + 2).half()
+    subtokens = [[i, i + 7, i % 11] for i in range(2 * CHUNK_ROWS + 5)]
+    rows = len(weight) + len(subtokens)
+    resized = embedding_rows.resize_rows(weight, len(weight), subtokens, rows, init, generator)
+    new, old = resized[len(weight) :].double(), weight.double()
+    if init is Initialization.RANDOM:
+        assert torch.allclose(new.mean(dim=0), old.mean(dim=0), atol=0.1)
+        assert torch.allclose(new.std(dim=0), old.std(dim=0), rtol=0.1)
+        return
+    expected = {
+        Initialization.SUBTOKEN_MEAN: old[torch.tensor(subtokens)].mean(dim=1),
+        Initialization.MEAN: old.mean(dim=0).expand_as(new),
+    }
+    assert torch.allclose(new, expected[init], atol=2e-3)
 
 
 def test_padding_is_never_generated(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
-    """Not by greedy decoding, nor by drawing at a high temperature."""
+    """Neither by greedy decoding nor by sampling at a high temperature."""
     resized(base_dir, merged_dir, tmp_path / "model", pad_to_multiple=512)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     vocabulary = len(AutoTokenizer.from_pretrained(tmp_path / "model"))
@@ -111,14 +112,14 @@ def test_padding_is_never_generated(base_dir: Path, merged_dir: Path, tmp_path: 
         assert ids.max() < vocabulary
 
 
-@pytest.mark.parametrize("output_layout", ["glm", "chatglm"])
-def test_verification_reads_both_models(
-    output_layout: embedding_rows.Layout, base_dir: Path, merged_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("layout", Layout)
+def test_verification_finds_a_changed_weight(
+    layout: Layout, base_dir: Path, merged_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    resized(base_dir, merged_dir, folder, output_layout=output_layout)
-    embedding_rows.verify_logits(base_dir, folder, output_layout, 4009)
-    index = json.loads((folder / weights.INDEX_FILE).read_text())["weight_map"]
+    resized(base_dir, merged_dir, folder, layout=layout)
+    embedding_rows.verify_logits(Base.open(base_dir), folder, layout)
+    index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
     name = next(
         name for name in index if name.endswith(("model.norm.weight", "final_layernorm.weight"))
     )
@@ -127,25 +128,24 @@ def test_verification_reads_both_models(
     tensors[name][0] += 0.5
     weights.save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(DataError, match="logits over the old ids differ from the base's by up to"):
-        embedding_rows.verify_logits(base_dir, folder, output_layout, 4009)
+        embedding_rows.verify_logits(Base.open(base_dir), folder, layout)
 
 
-def test_there_and_back_again(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
-    """glm and chatglm hold the same bits, and the latter reads as the former."""
-    for name in ("glm", "chatglm"):
-        resized(base_dir, merged_dir, tmp_path / name, output_layout=name)
+def test_both_layouts_hold_the_same_bits(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
+    for layout in Layout:
+        resized(base_dir, merged_dir, tmp_path / layout, layout=layout)
     back = weights.BaseWeights(tmp_path / "chatglm")
     config = json.loads((tmp_path / "chatglm" / "config.json").read_text())
     base_config = json.loads((base_dir / "config.json").read_text())
     rows = back.tensor(tensor_names.EMBEDDING).shape[0]
     assert config == {**base_config, "padded_vocab_size": rows}
-    index = json.loads((tmp_path / "glm" / weights.INDEX_FILE).read_text())["weight_map"]
+    index = json.loads((tmp_path / "glm" / INDEX_FILE).read_text())["weight_map"]
     tensors = dict(back.glm_tensors())
     assert tensors.keys() == index.keys()
     for name, tensor in tensors.items():
         written = weights.read_tensor(tmp_path / "glm", name)
         assert torch.equal(tensor.view(torch.int16), written.view(torch.int16))
-    # And from transformers' model back to the original names, bit by bit.
+    # Converting transformers' model back to the original names is exact, too.
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "glm").state_dict()
     again = tensor_names.to_chatglm(state)
     for name, tensor in back.tensors():
@@ -155,19 +155,19 @@ def test_there_and_back_again(base_dir: Path, merged_dir: Path, tmp_path: Path) 
 def test_the_original_layout_computes_what_chatglm3_computes(
     base_dir: Path, merged_dir: Path, tmp_path: Path
 ) -> None:
-    resized(base_dir, merged_dir, tmp_path / "model", output_layout="chatglm")
+    resized(base_dir, merged_dir, tmp_path / "model", layout=Layout.CHATGLM)
     expected = load_file(base_dir / "expected.safetensors")
-    model = loading.load_base(tmp_path / "model", torch.float32)
+    model = loading.load_base(weights.BaseWeights(tmp_path / "model"), torch.float32)
     for index in range(3):
         with torch.inference_mode():
             logits = model(expected[f"ids_{index}"]).logits[0, -1, :4009]
         assert torch.allclose(logits, expected[f"logits_last_{index}"][:4009], rtol=0, atol=1e-5)
 
 
-def test_the_original_layout_is_not_trained_on(
+def test_the_original_layout_is_refused_by_later_steps(
     base_dir: Path, merged_dir: Path, tmp_path: Path
 ) -> None:
-    resized(base_dir, merged_dir, tmp_path / "model", output_layout="chatglm")
+    resized(base_dir, merged_dir, tmp_path / "model", layout=Layout.CHATGLM)
     with pytest.raises(DataError, match="in the layout of chatglm, for other tools: run step3_"):
         loading.load_glm(tmp_path / "model", None, "auto")
 
@@ -191,7 +191,7 @@ def test_a_tokenizer_of_another_base_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_dtype_is_kept(
+def test_the_dtype_is_kept(
     dtype: torch.dtype, base_dir: Path, merged_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     base = copy_of(base_dir, tmp_path / "base")
@@ -246,12 +246,12 @@ def with_remote_code(folder: Path, modeling: str = MODELING, tokens: str = TOKEN
     return folder
 
 
-def test_remote_code_is_copied_and_mended(
+def test_remote_code_is_copied_and_patched(
     base_dir: Path, merged_dir: Path, merge: Any, tmp_path: Path, copy_of: Copy
 ) -> None:
     base = with_remote_code(copy_of(base_dir, tmp_path / "base"))
     folder = tmp_path / "model"
-    resized(base, merged_dir, folder, output_layout="chatglm")
+    resized(base, merged_dir, folder, layout=Layout.CHATGLM)
     assert (folder / "configuration_chatglm.py").is_file()
     assert not (folder / "tokenizer.json").exists()
     config = (folder / "tokenizer_config.json").read_bytes()
@@ -295,4 +295,4 @@ def test_unknown_remote_code_is_refused(
 ) -> None:  # fmt: skip
     base = with_remote_code(copy_of(base_dir, tmp_path / "base"), modeling, tokens)
     with pytest.raises(DataError, match=message):
-        resized(base, merged_dir, tmp_path / "model", output_layout="chatglm")
+        resized(base, merged_dir, tmp_path / "model", layout=Layout.CHATGLM)

@@ -1,4 +1,4 @@
-"""Learning Japanese pieces and merging them: what stays, what is added, what is dropped and why."""
+"""Policies, learning pieces, and merging them: what is kept, added and dropped, and why."""
 
 import hashlib
 import itertools
@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import learning, merging, policies, segmentation
+from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import PROJECT, SHARED, TRAINER_SETTINGS, demo_texts, needs_real_tokenizer
 
 
@@ -28,7 +30,7 @@ def train(texts: Any, vocab_size: int = 2500, **changes: Any) -> Any:
 
 
 def model_of(base_proto: Any, *pieces: str) -> Any:
-    """A Japanese model of just these pieces."""
+    """Make a learned model with these pieces only."""
     proto = type(base_proto)()
     for piece in pieces:
         proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.NORMAL)
@@ -68,18 +70,18 @@ def model_of(base_proto: Any, *pieces: str) -> Any:
     ],
 )
 def test_policies(piece: str, admitted_by: str) -> None:
-    admitted = {policy for policy in policies.GUARANTEES if policies.admits(policy, piece)}
+    admitted = {policy for policy in Policy if policy.admits(piece)}
     assert admitted == {*admitted_by.split(), "all"}
 
 
 def test_standard_chinese_has_no_japanese_kanji() -> None:
-    """Every Han character of GB 2312 and of Big5, decoded from the standards' own code points."""
+    """Decode every Han character of GB 2312 and Big5 from the code points of the standards."""
     gb2312 = bytes_of(range(0xB0, 0xF8), range(0xA1, 0xFF), "gb2312")
     big5 = bytes_of(range(0xA4, 0xFA), (*range(0x40, 0x7F), *range(0xA1, 0xFF)), "big5")
     assert len(gb2312) == 6763 and len(big5) > 13_000
     han = "".join(c for c in gb2312 + big5 if unicodedata.name(c, "").startswith("CJK"))
     assert len(set(han)) > 15_000
-    assert not policies.admits("japanese", han)
+    assert not Policy.JAPANESE.admits(han)
     assert len(policies.japanese_kanji()) > 300
 
 
@@ -92,7 +94,7 @@ def bytes_of(high: Any, low: Any, codec: str) -> str:
 
 
 def test_training_does_not_depend_on_threads_or_the_process() -> None:
-    """Byte for byte: what is fingerprinted must be the same on every machine."""
+    """The fingerprinted bytes must be the same on every machine."""
     script = (
         "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
         "from tests.vocabulary.test_merging import train, demo_texts\n"
@@ -110,7 +112,7 @@ def test_training_does_not_depend_on_threads_or_the_process() -> None:
     assert digests == {here + "\n"}
 
 
-def test_pieces_are_learned_as_the_base_will_see_text(ja_dir: Path) -> None:
+def test_learned_pieces_fit_the_base(ja_dir: Path) -> None:
     proto = learning.read_learned(ja_dir)
     assert proto.normalizer_spec.name == "identity"
     assert not proto.normalizer_spec.precompiled_charsmap
@@ -125,7 +127,7 @@ def test_pieces_are_learned_as_the_base_will_see_text(ja_dir: Path) -> None:
     ]
 
 
-def test_a_bad_record_in_the_corpus_keeps_its_own_words() -> None:
+def test_an_error_of_the_corpus_is_raised_unchanged() -> None:
     def texts() -> Iterator[str]:
         yield from demo_texts("ja", 50)
         raise DataError("a.jsonl line 51 is not JSON")
@@ -134,7 +136,7 @@ def test_a_bad_record_in_the_corpus_keeps_its_own_words() -> None:
         train(texts())
 
 
-def test_too_little_text_is_one_clear_error(base_proto: Any) -> None:
+def test_too_little_text_is_refused(base_proto: Any) -> None:
     with pytest.raises(DataError, match=r"could not learn 5000 pieces .*Vocabulary size too high"):
         train(["あいうえお"], vocab_size=5000)
     with pytest.raises(DataError, match=r"gives \d+ pieces, expected 5000"):
@@ -144,7 +146,9 @@ def test_too_little_text_is_one_clear_error(base_proto: Any) -> None:
 # --- Step 1, continuing the base -----------------------------------------------------------------
 
 
-def continued(base_proto: Any, texts: list[str], vocab_size: int, policy: str = "japanese") -> Any:
+def continued(
+    base_proto: Any, texts: list[str], vocab_size: int, policy: Policy = Policy.JAPANESE
+) -> Any:
     return learning.continue_merges(
         base_proto,
         corpus.training_lines(texts, {}),
@@ -156,15 +160,15 @@ def continued(base_proto: Any, texts: list[str], vocab_size: int, policy: str = 
     )
 
 
-def test_continuing_wastes_no_piece_and_compresses_better(
+def test_continuing_drops_no_piece_and_compresses_better(
     base_proto: Any, merge: merging.MergedVocabulary
 ) -> None:
-    """As many new pieces from the same text: none dropped, held-out Japanese shorter."""
+    """With as many new pieces from the same text, held-out Japanese has fewer tokens."""
     control_and_bytes = 3 + 256
     size = control_and_bytes + len(merge.added)
     learned = continued(base_proto, demo_texts("ja", 300), size)
     assert len(learned.pieces) == size
-    from_base = merging.merge_pieces(base_proto, learned, "japanese")
+    from_base = merging.merge_pieces(base_proto, learned, Policy.JAPANESE)
     assert len(from_base.added) == len(merge.added)
     assert not any(from_base.dropped.values())
     texts = demo_texts("ja", 80, "heldout")
@@ -174,8 +178,8 @@ def test_continuing_wastes_no_piece_and_compresses_better(
     assert tokens[1] < tokens[0]
 
 
-@pytest.mark.parametrize("policy", ["kana", "japanese", "han"])
-def test_continuing_learns_only_what_the_policy_admits(base_proto: Any, policy: str) -> None:
+@pytest.mark.parametrize("policy", Policy)
+def test_continuing_learns_only_what_the_policy_admits(base_proto: Any, policy: Policy) -> None:
     learned = continued(base_proto, demo_texts("ja", 40), 259 + 300, policy)
     merged = merging.merge_pieces(base_proto, learned, policy)
     assert len(merged.added) == 300
@@ -205,14 +209,14 @@ def test_every_new_piece_is_produced_by_a_text(merge: Any) -> None:
         assert encoder.encode(piece.replace("▁", " "), out_type=str) == [piece]
 
 
-def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
+def test_dropped_pieces_are_listed_by_reason(base_proto: Any) -> None:
     base = tokenizer.make_processor(base_proto)
     known = next(p.piece for p in base_proto.pieces if p.type == p.NORMAL and len(p.piece) > 1)
     assert base.piece_to_id("閠") == tokenizer.UNK_ID  # no piece of its own
-    # No piece joins かね or ますか, so that nothing leads to ますかね.
+    # No piece merges かね or ますか, so ますかね is unreachable.
     pieces = [*"のますかね", "ます"]
     japanese = model_of(base_proto, known, "qzxq", "閠の", *pieces, "ますかね")
-    merged = merging.merge_pieces(base_proto, japanese, "japanese")
+    merged = merging.merge_pieces(base_proto, japanese, Policy.JAPANESE)
     assert merged.added == pieces
     assert merged.dropped == {
         "already_known": [known],
@@ -221,7 +225,7 @@ def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
         "unreachable": ["ますかね"],
     }
     assert merged.counts()["unreachable"] == 1
-    everything = merging.merge_pieces(base_proto, japanese, "all")
+    everything = merging.merge_pieces(base_proto, japanese, Policy.ALL)
     assert everything.added == ["qzxq", "閠の", *pieces, "ますかね"]
     assert everything.dropped["unspellable"] == ["閠の"]
     assert "ますかね" in everything.dropped["unreachable"]
@@ -230,10 +234,10 @@ def test_what_is_dropped_is_listed_with_its_reason(base_proto: Any) -> None:
 def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Path) -> None:
     learned = learning.read_learned(ja_dir)
     texts = demo_texts("ja", 100)
-    full = merging.merge_pieces(base_proto, learned, "japanese")
+    full = merging.merge_pieces(base_proto, learned, Policy.JAPANESE)
     limit = len(full.added) // 2
     best = merging.merge_pieces(
-        base_proto, learned, "japanese", max_new_pieces=limit, ranking_texts=texts
+        base_proto, learned, Policy.JAPANESE, max_new_pieces=limit, ranking_texts=texts
     )
     assert len(best.added) == limit
     assert best.added == [piece for piece in full.added if piece in set(best.added)]
@@ -245,26 +249,30 @@ def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Pa
         proto = tokenizer.add_special_tokens(base_proto, pieces)
         return sum(map(len, tokenizer.make_processor(proto).encode(texts)))
 
-    # Half the pieces by use do more than half of the work, and more than the other half.
+    # The most used half saves more than 80% of the tokens, and more than the first half learned.
     none, half, every = tokens([]), tokens(best.added), tokens(full.added)
     assert none - half > 0.8 * (none - every)
     assert half < tokens(full.added[:limit])
 
 
-def test_a_limit_under_all_lists_what_it_keeps(base_proto: Any) -> None:
+def test_a_limit_under_the_policy_all(base_proto: Any) -> None:
     pieces = ["ます", *"ますかね", "ますかね"]
     arguments: dict[str, Any] = {"max_new_pieces": 3, "ranking_texts": ["ますます"]}
-    merged = merging.merge_pieces(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+    merged = merging.merge_pieces(
+        base_proto, model_of(base_proto, *pieces), Policy.ALL, **arguments
+    )
     assert merged.added == ["ます", "ま", "す"]
     assert merged.dropped["unreachable"] == []
     assert merged.dropped["past_max_new_pieces"] == ["か", "ね", "ますかね"]
     arguments["ranking_texts"] = ["english"]
     with pytest.raises(DataError, match="hold no text that any new piece occurs in"):
-        merging.merge_pieces(base_proto, model_of(base_proto, *pieces), "all", **arguments)
+        merging.merge_pieces(base_proto, model_of(base_proto, *pieces), Policy.ALL, **arguments)
 
 
 def test_special_tokens_are_never_pieces(base_proto: Any) -> None:
-    merged = merging.merge_pieces(base_proto, model_of(base_proto, "sop", "eop", "qzxq"), "all")
+    merged = merging.merge_pieces(
+        base_proto, model_of(base_proto, "sop", "eop", "qzxq"), Policy.ALL
+    )
     assert merged.added == ["qzxq"]
     assert merged.dropped["already_known"] == ["sop", "eop"]
 
@@ -281,7 +289,7 @@ def test_a_model_that_sentencepiece_refuses_is_damaged(
         learning.read_learned(tmp_path / learning.JA_MODEL_FILE)
 
 
-def test_uses_are_the_merges_that_a_text_needs(base_proto: Any) -> None:
+def test_uses_count_merges(base_proto: Any) -> None:
     pieces = [*"しますかで", "ます", "します", "しますか"]
     use = merging.count_uses(base_proto, pieces, ["します", "しますか", "ます。しますか", "です"])
     assert {piece: use[piece] for piece in pieces[5:]} == {"ます": 4, "します": 3, "しますか": 2}
@@ -294,14 +302,14 @@ def test_uses_are_the_merges_that_a_text_needs(base_proto: Any) -> None:
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Any]:
     return (
-        tokenizer.read_base_proto(SHARED / "chatglm3-6b"),
+        Base.open(SHARED / "chatglm3-6b").proto,
         learning.read_learned(SHARED / "reference" / "ja_bpe.model"),
     )
 
 
 @needs_real_tokenizer
 def test_policy_all_adds_what_the_article_added(real: tuple[Any, Any]) -> None:
-    merged = merging.merge_pieces(*real, "all")
+    merged = merging.merge_pieces(*real, Policy.ALL)
     assert len(merged.added) == 13_756
     assert len(merged.proto.pieces) == 78_554
     assert merged.dropped["unreachable"]
@@ -310,14 +318,14 @@ def test_policy_all_adds_what_the_article_added(real: tuple[Any, Any]) -> None:
 @needs_real_tokenizer
 def test_the_articles_sample_takes_at_most_67_tokens(real: tuple[Any, Any]) -> None:
     sample = (SHARED / "parity" / "sample_ja.txt").read_text(encoding="utf-8").rstrip("\n")
-    merged = merging.merge_pieces(*real, "japanese")
+    merged = merging.merge_pieces(*real, Policy.JAPANESE)
     assert len(tokenizer.make_processor(real[0]).encode(sample)) == 125
     assert len(tokenizer.make_processor(merged.proto).encode(sample)) <= 67
 
 
 @needs_real_tokenizer
-@pytest.mark.parametrize("policy", ["japanese", "kana"])
-def test_chinese_and_english_stay(real: tuple[Any, Any], policy: str) -> None:
+@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.KANA])
+def test_chinese_and_english_stay(real: tuple[Any, Any], policy: Policy) -> None:
     merged = merging.merge_pieces(*real, policy)
     before, after = map(tokenizer.make_processor, (real[0], merged.proto))
     for language in ("zh", "en"):

@@ -1,0 +1,88 @@
+"""A ChatGLM3 base model, opened and validated once per step and passed on.
+
+A second family of bases would be a room beside this one with the same small interface.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3.base_config import read_config
+from chatglm_ja.errors import DataError
+
+if TYPE_CHECKING:
+    from chatglm_ja.chatglm3.weights import BaseWeights
+
+
+@dataclass(frozen=True)
+class Base:
+    """A ChatGLM3 folder: `config` is its config.json, `proto` its tokenizer.model (ModelProto)."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    proto: Any
+
+    @classmethod
+    def open(cls, folder: Path) -> "Base":
+        """Read and validate config.json and tokenizer.model; weights are read on demand.
+
+        Raises DataError for another architecture, another kind of tokenizer, a tokenizer that was
+        merged already, and embeddings without rows for the nine special tokens.
+        """
+        path = folder / tokenizer.MODEL_FILE
+        base = cls(folder, read_config(folder), tokenizer.read_proto(path))
+        _check_tokenizer(base.proto, path)
+        rows = base.config["padded_vocab_size"]
+        if rows < base.first_new_id:
+            raise DataError(
+                f"{path} has {base.first_special_id} pieces and needs {base.first_new_id} ids with "
+                f"the special tokens, but config.json has padded_vocab_size {rows}"
+            )
+        return base
+
+    @property
+    def first_special_id(self) -> int:
+        """The id of [MASK]: the nine special tokens follow the base's pieces."""
+        return len(self.proto.pieces)
+
+    @property
+    def first_new_id(self) -> int:
+        """The id of the first piece that step 2 adds: new pieces follow the special tokens."""
+        return self.first_special_id + len(tokenizer.SPECIAL_TOKENS)
+
+    @functools.cached_property
+    def weights(self) -> "BaseWeights":
+        """The weights, validated when they are first used. Raises DataError if they are damaged."""
+        from chatglm_ja.chatglm3.weights import BaseWeights
+
+        return BaseWeights(self.folder, self.config)
+
+
+def _check_tokenizer(proto: Any, path: Path) -> None:
+    """Raise DataError unless the model is one that new pieces can be appended to."""
+    if not tokenizer.is_lossless(proto):
+        raise DataError(
+            f"{path} normalizes text or has no byte fallback, unlike ChatGLM3's: wrong base model?"
+        )
+    kinds = tokenizer.messages.ModelProto.SentencePiece
+    expected = list(
+        zip(tokenizer.FIRST_PIECES, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True)
+    )
+    first, others = proto.pieces[: len(expected)], proto.pieces[len(expected) :]
+    if [(piece.piece, piece.type) for piece in first] != expected:
+        raise DataError(
+            f"{path} begins with {', '.join(repr(piece.piece) for piece in first)}, expected the "
+            f"special pieces {', '.join(tokenizer.FIRST_PIECES)}: wrong base model?"
+        )
+    special = [piece.piece for piece in proto.pieces if piece.piece in tokenizer.SPECIAL_TOKENS]
+    if special:
+        raise DataError(f"{path} holds {', '.join(special)} as pieces: it is merged already")
+    for piece in others:
+        if piece.type not in (kinds.NORMAL, kinds.BYTE):  # `tokenizers` has no other types
+            raise DataError(
+                f"{path}: the piece {piece.piece!r} is of type {kinds.Type.Name(piece.type)}, "
+                "expected only NORMAL and BYTE after the first three: wrong base model?"
+            )
