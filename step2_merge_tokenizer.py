@@ -9,7 +9,6 @@ Writes  <artifacts>/step2_tokenizer/  tokenizer.model, tokenizer.json, tokenizer
 Run     python step2_merge_tokenizer.py
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def main() -> None:
             corpus.round_robin(map(corpus.read_texts, ranking)), config.ranking_characters
         ),
     )
-    log.info("%s", merge_report.headline(merged))
+    log.info("%s", merge_report.describe_merge(merged))
     if not merged.added:
         raise DataError(
             f"none of the {len(learned.pieces)} pieces is new to the base under the policy "
@@ -76,11 +75,9 @@ def main() -> None:
     with output.write() as folder:
         tokenizer_files.save_tokenizer(merged.proto, folder)
         report = merge_report.build_report(config.policy, merged, languages, before, after)
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (folder / "merge_report.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "merge_report.html").write_text(merge_report.html_page(report), encoding="utf-8")
+        merge_report.write_report(folder, report)
         output.counts.update(merged.counts())
-    for line in merge_report.summary(report):
+    for line in merge_report.describe_languages(report):
         log.info("%s", line)
     log.info("merged tokenizer: %s", config.output_dir)
 
