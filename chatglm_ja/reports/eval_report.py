@@ -20,7 +20,7 @@ from typing import Any
 from chatglm_ja import plots
 from chatglm_ja.reports.render import Table, markdown_table, render_template
 from chatglm_ja.storage.files import write_json
-from chatglm_ja.vocabulary import segmentation
+from chatglm_ja.vocabulary.segmentation import segmentation_table
 
 Results = Mapping[str, Any]
 
@@ -48,11 +48,6 @@ def stage_table(results: Results) -> Table:
     return _language_table(results, "bits_per_char", "bits/char", show_change=True)
 
 
-def byte_table(results: Results) -> Table:
-    """Return bits per byte of every stage and language, with the change from the base."""
-    return _language_table(results, "bits_per_byte", "bits/byte", show_change=True)
-
-
 def speed_table(results: Results) -> Table:
     """Return tokens per character, and characters per second of a single answer."""
     head, rows = _language_table(results, "tokens_per_char", "tokens/char")
@@ -75,11 +70,6 @@ def _language_table(
             row.append(f"{value:,.{digits}f}{change}")
         rows.append(row)
     return ["stage", *(f"{language} {unit}" for language in languages)], rows
-
-
-def segmentation_table(results: Results) -> Table:
-    """Return how both tokenizers segment the held-out lines of every language."""
-    return segmentation.segmentation_table(results["segmentation"])
 
 
 def distance_table(results: Results) -> Table:
@@ -111,12 +101,9 @@ def answer_table(results: Results) -> Table:
 
 def held_out_table(results: Results) -> Table:
     """Return how the last stage answers the held-out questions, by kind and decoding."""
-    rows = [[row["kind"], row["way"], *_answer_cells(row)] for row in _held_out_rows(results)]
+    held_out = results["stages"][-1]["held_out"]
+    rows = [[row["kind"], row["way"], *_answer_cells(row)] for row in held_out]
     return ["kind", "decoding", *ANSWER_MEASURES], rows
-
-
-def _held_out_rows(results: Results) -> list[dict[str, Any]]:
-    return results["stages"][-1]["held_out"]
 
 
 def _answer_cells(row: Mapping[str, Any]) -> list[str]:
@@ -167,7 +154,11 @@ SECTIONS: list[tuple[str, str, Callable[[Results], Table]]] = [
         "been trained yet.",
         stage_table,
     ),
-    ("Bits per byte", "The same text, divided by its length in UTF-8 bytes.", byte_table),
+    (
+        "Bits per byte",
+        "The same text, divided by its length in UTF-8 bytes.",
+        lambda results: _language_table(results, "bits_per_byte", "bits/byte", show_change=True),
+    ),
     (
         "Tokens and speed",
         "Characters per second of a single answer: its tokens per second divided by the tokens per "
@@ -178,7 +169,7 @@ SECTIONS: list[tuple[str, str, Callable[[Results], Table]]] = [
     (
         "Segmentation",
         "Held-out lines that the merged tokenizer segments as the base's does.",
-        segmentation_table,
+        lambda results: segmentation_table(results["segmentation"]),
     ),
     (
         "Distance from the base",
@@ -229,7 +220,8 @@ def describe_pretraining(results: Results) -> str:
     for language, before in stages["resized"].items():
         old, new = before["bits_per_char"], stages["pretrained"][language]["bits_per_char"]
         changes.append(f"{language} {old:.3f} -> {new:.3f} ({new / old - 1:+.1%})")
-    return f"Continued pretraining changed bits per character: {', '.join(changes)}"
+    changed = ", ".join(changes)
+    return f"Continued pretraining changed the resized model's bits per character: {changed}"
 
 
 def summarize(results: Results, report: Path) -> str:
@@ -262,8 +254,9 @@ def summarize(results: Results, report: Path) -> str:
 
 def _describe_answers(results: Results) -> str:
     """Return a phrase on the last stage's sampled answers, of held-out questions if it has any."""
-    rows = [row for row in _held_out_rows(results) if row["way"] == "sampled"]
-    rows = rows or [results["stages"][-1]["answering"]["sampled"]]
+    last = results["stages"][-1]
+    rows = [row for row in last["held_out"] if row["way"] == "sampled"]
+    rows = rows or [last["answering"]["sampled"]]
 
     def share(key: str) -> str:
         counted = [row for row in rows if row[key] is not None]

@@ -83,7 +83,7 @@ def test_changes_are_against_the_base(results: dict[str, Any]) -> None:
     text = eval_report.render_markdown(results)
     assert "3.000 (-25.0%)" in text
     assert "1.500 (-25.0%)" in text  # per byte
-    assert "changed bits per character: ja 3.750 -> 3.000 (-20.0%)" in text
+    assert "bits per character: ja 3.750 -> 3.000 (-20.0%)" in text
     assert "50.00%" in text
     lines = cells(text)
     assert ["base", "0.500", "1,234"] in lines
@@ -137,6 +137,7 @@ def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> Non
 
 def test_a_page_has_every_table_and_both_losses(results: dict[str, Any]) -> None:
     page = eval_report.render_html(results)
+    assert "bits per character: ja 3.750 -&gt; 3.000 (-20.0%)" in page
     rows = table_rows(page)
     for _, _, make_table in eval_report.SECTIONS[:7]:
         head, body = make_table(results)
