@@ -18,7 +18,6 @@ from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import parse
-from chatglm_ja.storage.files import write_json
 from chatglm_ja.storage.inputs import open_artifact_or_file, open_sources
 from chatglm_ja.storage.output import Output
 from chatglm_ja.vocabulary.settings import MergeTokenizerConfig
@@ -59,7 +58,7 @@ def main() -> None:
             corpus.round_robin(map(corpus.read_texts, ranking)), config.ranking_characters
         ),
     )
-    log.info("%s", merge_report.headline(merged))
+    log.info("%s", merge_report.describe_merge(merged))
     if not merged.added:
         raise DataError(
             f"none of the {len(learned.pieces)} pieces is new to the base under the policy "
@@ -79,10 +78,9 @@ def main() -> None:
     with output.write() as folder:
         save_tokenizer(merged.proto, folder)
         report = merge_report.build_report(config.policy, merged, languages, before, after)
-        write_json(folder / "merge_report.json", report, indent=2)
-        (folder / "merge_report.html").write_text(merge_report.html_page(report), encoding="utf-8")
+        merge_report.write_report(folder, report)
         output.counts.update(merged.counts())
-    for line in merge_report.summary(report):
+    for line in merge_report.describe_languages(report):
         log.info("%s", line)
     log.info("merged tokenizer: %s", config.output_dir)
 

@@ -57,9 +57,9 @@ def main() -> None:
         rejects.check(texts)
         pretrain = prepare_texts.write(texts, config, shares, shards)
         output.counts.update(pretrain=pretrain, sft=sft)
-        data_report.write(shards, output.counts, config, texts, conversations, examples)
+        data_report.write_report(shards, output.counts, config, texts, conversations, examples)
         resume.link_files(shards, folder)
-    for line in data_report.summary(output.counts):
+    for line in data_report.describe_counts(output.counts):
         log.info("%s", line)
     log.info("training data: %s; data_report.html shows what is in it", config.output_dir)
 

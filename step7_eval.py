@@ -8,7 +8,6 @@ Run     python step7_eval.py
         python step7_eval.py --web       ... on a page in the browser, or to two side by side
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -16,15 +15,13 @@ import constants
 from chatglm_ja.cli import run
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import models
-from chatglm_ja.reports import model_card
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.files import read_json
 from chatglm_ja.storage.inputs import open_artifact, open_files, open_sources
 from chatglm_ja.storage.manifest import read_history
 from chatglm_ja.storage.output import Output
 
 log = logging.getLogger(__name__)
-
-RESULTS_TABLE = "results.md"
 
 
 def main() -> None:
@@ -48,13 +45,12 @@ def main() -> None:
         evaluate.Evaluation(config, evaluate.read_data(config))
     if not output.prepare():
         if not config.check:
-            model_card.place(config.output_dir, config.sft, config.base_model)
-            print((config.output_dir / RESULTS_TABLE).read_text(encoding="utf-8"))
+            show_results(config)
         return
 
     from chatglm_ja.chatglm3 import tokenizer
     from chatglm_ja.evaluation import evaluate
-    from chatglm_ja.reports import eval_report
+    from chatglm_ja.reports import eval_report, model_card
     from chatglm_ja.training import train
     from chatglm_ja.vocabulary import segmentation
     from chatglm_ja.vocabulary.policies import Policy
@@ -78,17 +74,19 @@ def main() -> None:
         },
         "steps": {step: manifest.model_dump() for step, manifest in steps.items()},
     }
-    table = eval_report.render_markdown(results)
     with output.write() as folder:
-        text = json.dumps(results, indent=1, ensure_ascii=False)
-        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        (folder / RESULTS_TABLE).write_text(table, encoding="utf-8")
-        (folder / "report.html").write_text(eval_report.html_page(results), encoding="utf-8")
-        card = model_card.render(results, table, config.base_model)
-        (folder / model_card.CARD_FILE).write_text(card, encoding="utf-8")
-    model_card.place(config.output_dir, config.sft, config.base_model)
-    print(table)
-    log.info("report: %s", config.output_dir / "report.html")
+        eval_report.write_report(folder, results)
+        model_card.write_card(folder, results, config.base_model)
+    show_results(config)
+
+
+def show_results(config: EvalConfig) -> None:
+    """Copy the model card into the model's folder and print the summary of the results."""
+    from chatglm_ja.reports import eval_report, model_card
+
+    model_card.publish_card(config.output_dir, config.sft, config.base_model)
+    results = read_json(config.output_dir / eval_report.RESULTS_FILE)
+    print(eval_report.summarize(results, config.output_dir / eval_report.REPORT_FILE))
 
 
 def talk(config: EvalConfig) -> None:

@@ -1,37 +1,38 @@
-"""Matplotlib figures that are reproducible byte by byte."""
+"""Matplotlib figures whose files are byte-identical from run to run."""
 
 import io
 from pathlib import Path
 from typing import Any
 
 
-def figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
-    """A matplotlib figure, in inches, and its axes; `svg` turns it into a picture.
+def make_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
+    """Make a Matplotlib figure, its size in inches, and return it with its axes.
 
-    `grid` is what pyplot.subplots takes, as nrows and ncols: several axes are an array.
+    `grid` goes to pyplot.subplots (nrows, ncols, ...), which returns several axes as an array.
     """
     import matplotlib
 
     matplotlib.use("svg")
-    # Ids inside the picture from its content, not drawn: the same input gives the same file.
+    # Derive the ids inside an SVG from its content, not from random numbers.
     matplotlib.rcParams["svg.hashsalt"] = "chatglm_ja"
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(width, height), **grid)
 
 
-def save_png(drawing: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG: the same figure gives the same bytes."""
-    drawing.tight_layout()
-    drawing.savefig(path, format="png", dpi=110, metadata={"Software": None})
+def save_png(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
-def svg(drawing: Any) -> str:
-    """A finished matplotlib figure as inline SVG."""
+def to_svg(figure: Any) -> str:
+    """Return a figure as an <svg> element, and close it."""
     from matplotlib import pyplot
 
-    drawing.tight_layout()
+    figure.tight_layout()
     out = io.StringIO()
-    drawing.savefig(out, format="svg", metadata={"Date": None})
-    pyplot.close(drawing)
-    return f"<figure>{out.getvalue()[out.getvalue().index('<svg') :]}</figure>"
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :].rstrip()

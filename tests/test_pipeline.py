@@ -58,6 +58,15 @@ def test_the_report_has_every_stage_and_language(pipeline: Runner) -> None:
     assert results["steps"]["step5_train_pt"]["fingerprint"] in page
 
 
+def test_a_finished_evaluation_prints_its_short_summary_again(pipeline: Runner) -> None:
+    said = pipeline.said["step7_eval.py"]
+    *table, empty, gained, cost, report = said.splitlines()
+    assert len(table) == 2 + 4 and table[0].startswith("| stage ") and not empty
+    assert gained.startswith("gained: Japanese ") and cost.startswith("cost: ")
+    assert report == f"report: {pipeline.folder / 'step7_eval' / 'report.html'}"
+    assert pipeline.small("step7_eval.py").stdout == said
+
+
 def test_the_card_lies_beside_the_weights(pipeline: Runner) -> None:
     card = (pipeline.folder / "step6_sft" / "README.md").read_text(encoding="utf-8")
     assert card == (pipeline.folder / "step7_eval" / "model_card.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
 """What the steps show people: HTML reports, tables, the model card.
 
-Imports every other room; nothing imports it but the steps.
+May import every other room; only the steps import it.
 """

@@ -1,24 +1,24 @@
-"""What step 4 made, for people to look at: counts in the terminal, data_report.json and a page.
+"""Step 4's report: log lines, data_report.json, data_report.html, and the histograms as PNG files.
 
-The page shows, for every source, what became of its records; whether the mix is what was asked
-for; how long documents and conversations are (also as PNG files); and a conversation of every
-source as the model sees it, with the part that is trained marked.
+The page shows what became of every source's records, the language mix asked for and reached, how
+long documents and conversations are, and one conversation of every source as the model sees it,
+with the tokens that the loss is computed on marked.
 """
 
-import html
-import json
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chatglm_ja import plots
-from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
+from chatglm_ja.chatglm3.tokenizer import load_processor
 from chatglm_ja.data.index import Index, read_tokens
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
-from chatglm_ja.reports import render
+from chatglm_ja.reports.render import Table, render_template
+from chatglm_ja.storage.files import write_json
 
 Counts = Mapping[str, Any]
 
@@ -27,12 +27,11 @@ FATES = (
     "rejected", "empty", "short", "language", "contaminated", "no answer at the end", "too long",
     "duplicate", "near_duplicate", "kept",
 )  # fmt: skip
-# A shown conversation is no longer than this, if there is one.
-SHOWN_TOKENS = 400
-PLOTS = {"pretrain": "pretrain_lengths.png", "sft": "sft_lengths.png"}
+# Prefer examples of at most this many tokens.
+EXAMPLE_TOKENS = 400
 
 
-def write(
+def write_report(
     folder: Path,
     counts: Counts,
     config: PrepareDataConfig,
@@ -40,68 +39,67 @@ def write(
     conversations: Index,
     examples: np.ndarray,
 ) -> None:
-    """Write data_report.json, data_report.html and the plots; `examples` are those trained on."""
-    report = json.dumps(counts, indent=1, ensure_ascii=False)
-    (folder / "data_report.json").write_text(report + "\n", encoding="utf-8")
+    """Write the report; `examples` are the conversations that are trained on."""
+    write_json(folder / "data_report.json", counts)
     pretrain, sft = counts["pretrain"], counts["sft"]
-    sections = [
-        "<h1>What the model learns from</h1>",
-        "<h2>Pretraining</h2>",
-        f"<p>{html.escape(_pretrain_line(pretrain))}</p>",
-        render.table(*_mix(pretrain, parse_shares(config.shares))),
-        "<h2>What became of the texts</h2>",
-        render.table(*_fates(pretrain["sources"], "documents", "train_tokens", "repeats")),
-        "<h2>Tokens of a document</h2>",
-        _lengths(texts, texts.usable(), folder / PLOTS["pretrain"]),
-        "<h2>Fine-tuning</h2>",
-        f"<p>{html.escape(_sft_line(sft))}</p>",
-        render.table(*_fates(sft["sources"], "documents", "shortened", "train_examples")),
-        "<h2>Tokens of a conversation</h2>",
-        _lengths(conversations, examples, folder / PLOTS["sft"]),
-        "<h2>Conversations as they are trained on</h2>",
-        "<p>The loss counts what is <mark>marked</mark>.</p>",
-        *_examples(config, conversations, examples),
-    ]
-    text = render.document("Training data", sections)
-    (folder / "data_report.html").write_text(text, encoding="utf-8")
+    page = render_template(
+        "data_report.html.jinja",
+        mix=mix_table(pretrain, parse_shares(config.shares)),
+        pretrain={
+            "totals": _describe_pretrain(pretrain),
+            "fates": fate_table(pretrain["sources"], "documents", "train_tokens", "repeats"),
+            "lengths": draw_lengths(texts, texts.usable(), folder / "pretrain_lengths.png"),
+        },
+        sft={
+            "totals": _describe_sft(sft),
+            "fates": fate_table(sft["sources"], "documents", "shortened", "train_examples"),
+            "lengths": draw_lengths(conversations, examples, folder / "sft_lengths.png"),
+        },
+        examples=choose_examples(config, conversations, examples),
+    )
+    (folder / "data_report.html").write_text(page, encoding="utf-8")
 
 
-def summary(counts: Counts) -> Iterator[str]:
-    """The counts in lines: a source each, then the two data sets."""
-    for part in ("pretrain", "sft"):
-        for source in counts[part]["sources"]:
-            fates = (name for name in FATES if name != "kept" and source.get(name))
-            dropped = [f"{name} {source[name]:,}" for name in fates]
-            parts = [f"{source.get('documents', 0):,} read", f"{source.get('kept', 0):,} kept"]
-            if dropped:
-                parts.append(f"dropped for: {', '.join(dropped)}")
-            yield f"{source['name']}: {', '.join(parts)}"
-    yield _pretrain_line(counts["pretrain"])
-    yield _sft_line(counts["sft"])
+def describe_counts(counts: Counts) -> Iterator[str]:
+    """Yield a log line for every source, then one for each of the two data sets."""
+    for source in (*counts["pretrain"]["sources"], *counts["sft"]["sources"]):
+        dropped = [
+            f"{name} {source[name]:,}" for name in _present_fates([source]) if name != "kept"
+        ]
+        yield (
+            f"{source['name']}: {source.get('documents', 0):,} read, "
+            f"{source.get('kept', 0):,} kept"
+            + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+        )
+    yield f"pretraining: {_describe_pretrain(counts['pretrain'])}"
+    yield f"fine-tuning: {_describe_sft(counts['sft'])}"
 
 
-def _pretrain_line(counts: Counts) -> str:
-    shares = ", ".join(
+def _describe_pretrain(counts: Counts) -> str:
+    training = ", ".join(
         f"{name} {tokens:,} ({counts['train_shares'][name]:.2%})"
         for name, tokens in counts["train_tokens"].items()
     )
-    held = ", ".join(f"{name} {tokens:,}" for name, tokens in counts["validation_tokens"].items())
+    validation = ", ".join(
+        f"{name} {tokens:,}" for name, tokens in counts["validation_tokens"].items()
+    )
     return (
-        f"pretraining: {counts['blocks']:,} blocks of {counts['block_size']:,} tokens, "
-        f"{counts['fill']:.2%} full, {counts['tail_tokens_dropped']:,} tokens left over; "
-        f"tokens {shares}; for validation {held}"
+        f"{counts['blocks']:,} blocks of {counts['block_size']:,} tokens, fill rate "
+        f"{counts['fill']:.2%}, {counts['tail_tokens_dropped']:,} tail tokens dropped; "
+        f"training tokens {training}; validation tokens {validation}"
     )
 
 
-def _sft_line(counts: Counts) -> str:
-    kinds = ", ".join(f"{kind} {n:,}" for kind, n in counts["train_examples"].items())
+def _describe_sft(counts: Counts) -> str:
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts["train_examples"].items())
     return (
-        f"fine-tuning: conversations {kinds}; {counts['train_bins']:,} bins of "
-        f"{counts['max_length']:,} tokens, {counts['train_fill']:.2%} full"
+        f"conversations {kinds}; {counts['train_bins']:,} bins of {counts['max_length']:,} tokens, "
+        f"fill rate {counts['train_fill']:.2%}"
     )
 
 
-def _mix(counts: Counts, shares: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+def mix_table(counts: Counts, shares: Mapping[str, float]) -> Table:
+    """Return a row for every language: the share asked for and reached, and the tokens."""
     rows = [
         [
             language,
@@ -115,87 +113,85 @@ def _mix(counts: Counts, shares: Mapping[str, float]) -> tuple[list[str], list[l
     return ["language", "asked for", "share", "training tokens", "validation tokens"], rows
 
 
-def _fates(
-    sources: list[dict[str, Any]], found: str, *more: str
-) -> tuple[list[str], list[list[str]]]:
-    """A row for every source, a column for every fate that any record had."""
-    fates = [name for name in FATES if name == "kept" or any(s.get(name) for s in sources)]
-    columns = [found, *fates, *more]
+def _present_fates(sources: list[dict[str, Any]]) -> list[str]:
+    """Return `kept` and the fates that any record of the sources had, in the order of FATES."""
+    return [name for name in FATES if name == "kept" or any(s.get(name) for s in sources)]
+
+
+def fate_table(sources: list[dict[str, Any]], total: str, *others: str) -> Table:
+    """Return a row for every source, with a column for every fate that any record had.
+
+    `total` names the count that comes before the fates, `others` those that come after them.
+    """
+    columns = [total, *_present_fates(sources), *others]
     rows = [[s["name"], *(f"{s.get(name, 0):,}" for name in columns)] for s in sources]
     return ["source", *(name.replace("_", " ") for name in columns)], rows
 
 
-def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
-    """Histograms of tokens, one for each source that has any, as a PNG file and as SVG."""
-    numbers = [n for n in range(len(index.sources)) if (index.source[documents] == n).any()]
-    columns = min(3, len(numbers))
-    rows = -(-len(numbers) // columns)
-    figure, axes = plots.figure(3.4 * columns, 2.1 * rows, nrows=rows, ncols=columns, squeeze=False)
+def draw_lengths(index: Index, documents: np.ndarray, path: Path) -> str:
+    """Draw a histogram of tokens per document for every source; write PNG and return SVG."""
+    sources = np.unique(index.source[documents]).tolist()
+    columns = min(3, len(sources))
+    rows = -(-len(sources) // columns)
+    figure, grid = plots.make_figure(
+        3.4 * columns, 2.1 * rows, nrows=rows, ncols=columns, squeeze=False
+    )
     longest = int(index.length[documents].max())
     edges = np.geomspace(3, max(longest, 16) + 1, 41)
-    for place, axis in enumerate(axes.flat):
-        if place >= len(numbers):
-            axis.axis("off")
-            continue
-        lengths = index.length[documents][index.source[documents] == numbers[place]]
-        axis.hist(lengths, bins=edges, color="#5b7db8")
-        axis.set_xscale("log")
-        title = index.sources[numbers[place]].title
-        # The font of the plot has no Japanese: such a name is in the table above.
-        name = title if title.isascii() else f"source {numbers[place] + 1}"
-        axis.set_title(
+    for axes in grid.flat[len(sources) :]:
+        axes.axis("off")
+    for axes, number in zip(grid.flat, sources, strict=False):
+        lengths = index.length[documents][index.source[documents] == number]
+        axes.hist(lengths, bins=edges, color="#5b7db8")
+        axes.set_xscale("log")
+        title = index.sources[number].title
+        # The plot's font has no Japanese; the table on the page has the name.
+        name = title if title.isascii() else f"source {number + 1}"
+        axes.set_title(
             f"{name}\n{len(lengths):,}, median {int(np.median(lengths)):,}",
             fontsize=9,
             parse_math=False,
         )
-        axis.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8)
     plots.save_png(figure, path)
-    return f'<div class="scroll wide">{plots.svg(figure)}</div>'
+    return plots.to_svg(figure)
 
 
-def _examples(config: PrepareDataConfig, index: Index, examples: np.ndarray) -> Iterator[str]:
-    """A short conversation of every source, as HTML."""
-    encoder = tokenizer.load_processor(config.tokenizer)
+def choose_examples(
+    config: PrepareDataConfig, index: Index, examples: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """Yield a short conversation of every source: its origin, and the runs of `split_example`."""
+    tokenizer = load_processor(config.tokenizer)
     for number, source in enumerate(index.sources):
-        mine = examples[index.source[examples] == number]
-        if not len(mine):
+        documents = examples[index.source[examples] == number]
+        if not len(documents):
             continue
-        short = mine[index.length[mine] <= SHOWN_TOKENS]
-        document = int((short if len(short) else mine)[0])
-        where = (
-            index.stems,
-            index.unit[[document]],
-            index.offset[[document]],
-            index.length[[document]],
-        )
-        ids = read_tokens(where[0], ".tokens", *where[1:])
-        labels = read_tokens(where[0], ".labels", *where[1:])
-        origin = f"{source.title}, record {int(index.record[document]):,}"
-        yield f"<p><small>{html.escape(origin)}</small></p>"
-        yield f'<div class="example">{marked(encoder, ids.tolist(), labels.tolist())}</div>'
+        short = documents[index.length[documents] <= EXAMPLE_TOKENS]
+        chosen = (short if len(short) else documents)[:1]
+        location = index.unit[chosen], index.offset[chosen], index.length[chosen]
+        ids = read_tokens(index.stems, ".tokens", *location)
+        labels = read_tokens(index.stems, ".labels", *location)
+        yield {
+            "origin": f"{source.title}, record {int(index.record[chosen[0]]):,}",
+            "runs": split_example(tokenizer, ids.tolist(), labels.tolist()),
+        }
 
 
-def marked(encoder: Any, ids: list[int], labels: list[int]) -> str:
-    """A tokenised conversation as HTML: special tokens coloured, what is trained marked."""
-    out: list[str] = []
-    run: list[int] = []
+def split_example(
+    tokenizer: Any, ids: list[int], labels: list[int]
+) -> list[tuple[bool, list[tuple[bool, str]]]]:
+    """Split a tokenized conversation into runs that are trained on or not.
 
-    def end_run() -> None:
-        if run:
-            out.append(html.escape(encoder.decode(run)))
-            run.clear()
-
-    trained = False
-    for token, label in zip(ids, labels, strict=True):
-        if (label != IGNORE_INDEX) != trained:
-            end_run()
-            out.append("</mark>" if trained else "<mark>")
-            trained = not trained
-        if encoder.is_control(token):
-            end_run()
-            piece = html.escape(encoder.id_to_piece(token))
-            out.append(f'<span class="special">{piece}</span>')
-        else:
-            run.append(token)
-    end_run()
-    return "".join(out) + ("</mark>" if trained else "")
+    Returns (is trained on, [(is a special token, text)]) for every run.
+    """
+    runs = []
+    pairs = zip(ids, labels, strict=True)
+    for is_trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
+        parts: list[tuple[bool, str]] = []
+        for is_special, tokens in groupby((token for token, _ in run), key=tokenizer.is_control):
+            if is_special:
+                parts += [(True, tokenizer.id_to_piece(token)) for token in tokens]
+            else:
+                parts.append((False, tokenizer.decode(list(tokens))))
+        runs.append((is_trained, parts))
+    return runs

@@ -1,55 +1,63 @@
-"""Step 7's results as tables for the terminal and as one self-contained HTML page.
+"""Step 7's results as tables: the last screen, results.md, and report.html with charts and answers.
 
 results = {
-    "stages": [what evaluation.Evaluation.of_stage returns],
+    "stages": [what evaluate.Evaluation measures of a stage],
     "segmentation": {language: Segmentation.row()},
-    "samples": segmentation.samples(...),
+    "samples": segmentation.sample_sentences(...),
     "curves": {name: history of the Trainer},
     "steps": {step: its manifest},
 }
+
+A measure that is added to evaluate.py gets its table here: a function, and an entry of SECTIONS.
 """
 
-import html
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from chatglm_ja import plots
-from chatglm_ja.evaluation.answers import WAYS
-from chatglm_ja.reports import markdown, render
-from chatglm_ja.training import loss_plot
-from chatglm_ja.vocabulary import segmentation
+from chatglm_ja.reports.render import Table, markdown_table, render_template
+from chatglm_ja.storage.files import write_json
+from chatglm_ja.vocabulary.segmentation import segmentation_table
 
 Results = Mapping[str, Any]
-Table = tuple[list[str], list[list[str]]]  # head and rows
 
-CHOICE_WAYS = {
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+
+LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
+
+CHOICE_SCORES = {
     "acc": "likeliest",
     "acc_norm": "per character",
-    "acc_gain": "gains most by the question",
+    "acc_gain": "gains most",
 }
 
 
+def write_report(folder: Path, results: Results) -> None:
+    """Write results.json, results.md and report.html."""
+    write_json(folder / RESULTS_FILE, results)
+    (folder / "results.md").write_text(render_markdown(results), encoding="utf-8")
+    (folder / REPORT_FILE).write_text(render_html(results), encoding="utf-8")
+
+
 def stage_table(results: Results) -> Table:
-    """Bits per character of every stage and language, with the change against the base."""
-    return _by_language(results, "bits_per_char", "bits/char", change=True)
-
-
-def byte_table(results: Results) -> Table:
-    """The same per byte."""
-    return _by_language(results, "bits_per_byte", "bits/byte", change=True)
+    """Return bits per character of every stage and language, with the change from the base."""
+    return _language_table(results, "bits_per_char", "bits/char", show_change=True)
 
 
 def speed_table(results: Results) -> Table:
-    """Tokens per character, and characters per second of one answer alone."""
-    head, rows = _by_language(results, "tokens_per_char", "tokens/char")
-    more_head, more = _by_language(results, "chars_per_second", "chars/s", digits=0)
-    return [*head, *more_head[1:]], [[*a, *b[1:]] for a, b in zip(rows, more, strict=True)]
+    """Return tokens per character, and characters per second of a single answer."""
+    head, rows = _language_table(results, "tokens_per_char", "tokens/char")
+    speed_head, speeds = _language_table(results, "chars_per_second", "chars/s", digits=0)
+    pairs = zip(rows, speeds, strict=True)
+    return [*head, *speed_head[1:]], [[*row, *speed[1:]] for row, speed in pairs]
 
 
-def _by_language(
-    results: Results, key: str, unit: str, *, digits: int = 3, change: bool = False
+def _language_table(
+    results: Results, key: str, unit: str, *, digits: int = 3, show_change: bool = False
 ) -> Table:
     stages = results["stages"]
     languages = list(stages[0]["languages"])
@@ -58,52 +66,47 @@ def _by_language(
         row = [stage["name"]]
         for language in languages:
             value, base = (s["languages"][language][key] for s in (stage, stages[0]))
-            suffix = f" ({100 * (value / base - 1):+.1f}%)" if change and stage != stages[0] else ""
-            row.append(f"{value:,.{digits}f}{suffix}")
+            change = f" ({value / base - 1:+.1%})" if show_change and stage != stages[0] else ""
+            row.append(f"{value:,.{digits}f}{change}")
         rows.append(row)
     return ["stage", *(f"{language} {unit}" for language in languages)], rows
 
 
-def kept_table(results: Results) -> Table:
-    """How far each stage is from the base on the ids that both have."""
+def distance_table(results: Results) -> Table:
+    """Return how far each stage's predictions over the base's ids are from the base's."""
     rows = []
     for stage in results["stages"]:
         for language, row in stage["kept"].items():
             worst = row["largest_difference"]
-            rows.append(
-                [
-                    stage["name"],
-                    language,
-                    f"{row['tokens']:,}",
-                    "identical" if worst == 0 else f"{worst:.3g}",
-                    f"{row['divergence_bits']:.3f}",
-                ]
-            )
+            difference = "identical" if worst == 0 else f"{worst:.3g}"
+            divergence = f"{row['divergence_bits']:.3f}"
+            rows.append([stage["name"], language, f"{row['tokens']:,}", difference, divergence])
     return ["stage", "language", "tokens", "largest difference of logits", "divergence, bits"], rows
 
 
-def answering_table(results: Results) -> Table:
-    """How every stage answers the questions, greedy and sampled."""
+ANSWER_MEASURES = [
+    "questions", "in the language", "ended by itself", "repeated 4-grams", "longest loop"
+]  # fmt: skip
+
+
+def answer_table(results: Results) -> Table:
+    """Return how every stage answers the questions of --prompts, by decoding."""
     rows = [
-        [stage["name"], way, *_measures(stage["answering"][way])]
+        [stage["name"], decoding, *_answer_cells(row)]
         for stage in results["stages"]
-        for way in WAYS
+        for decoding, row in stage["answering"].items()
     ]
-    return ["stage", "way", *MEASURES], rows
+    return ["stage", "decoding", *ANSWER_MEASURES], rows
 
 
 def held_out_table(results: Results) -> Table:
-    """How the last stage answers the held-out questions of each kind."""
-    rows = [[row["kind"], row["way"], *_measures(row)] for row in results["stages"][-1]["held_out"]]
-    return ["kind", "way", *MEASURES], rows
+    """Return how the last stage answers the held-out questions, by kind and decoding."""
+    held_out = results["stages"][-1]["held_out"]
+    rows = [[row["kind"], row["way"], *_answer_cells(row)] for row in held_out]
+    return ["kind", "decoding", *ANSWER_MEASURES], rows
 
 
-MEASURES = (
-    "questions", "in the language", "ended by itself", "repeated 4-grams", "longest loop"
-)  # fmt: skip
-
-
-def _measures(row: Mapping[str, Any]) -> list[str]:
+def _answer_cells(row: Mapping[str, Any]) -> list[str]:
     return [
         str(row["questions"]),
         "" if row["in_language"] is None else f"{row['in_language']:.0%}",
@@ -114,28 +117,21 @@ def _measures(row: Mapping[str, Any]) -> list[str]:
 
 
 def choice_table(results: Results) -> Table:
-    """Multiple choice: the share of right answers, in three ways to compare the choices."""
-    rows = [
-        [
-            stage["name"],
-            language,
-            str(row["questions"]),
-            f"{row['chance']:.0%}",
-            *(_share(row[way], row["questions"]) for way in CHOICE_WAYS),
-        ]
-        for stage in results["stages"]
-        for language, row in stage["choices"].items()
-    ]
-    return ["stage", "language", "questions", "chance", *CHOICE_WAYS.values()], rows
-
-
-def _share(share: float, count: int) -> str:
-    """A share of some questions, with its standard error in percentage points."""
-    return f"{share:.0%} ± {100 * math.sqrt(share * (1 - share) / count):.0f}"
+    """Return the accuracy at multiple choice, with its standard error in percentage points."""
+    rows = []
+    for stage in results["stages"]:
+        for language, row in stage["choices"].items():
+            count = row["questions"]
+            cells = [stage["name"], language, str(count), f"{row['chance']:.0%}"]
+            for score in CHOICE_SCORES:
+                error = math.sqrt(row[score] * (1 - row[score]) / count)
+                cells.append(f"{row[score]:.0%} ± {100 * error:.0f}")
+            rows.append(cells)
+    return ["stage", "language", "questions", "chance", *CHOICE_SCORES.values()], rows
 
 
 def harness_table(results: Results) -> Table:
-    """lm-evaluation-harness: a task and metric in a row, with its standard error."""
+    """Return a row for every task and metric of lm-evaluation-harness, with standard errors."""
     stages = results["stages"]
     rows = []
     for index, first in enumerate(stages[0]["harness"]):
@@ -148,158 +144,172 @@ def harness_table(results: Results) -> Table:
     return ["task", "metric", *(stage["name"] for stage in stages)], rows
 
 
-def learning(results: Results) -> str:
-    """What continued pretraining did to every language, in a sentence."""
+# Title, explanation and table of everything that step 7 measures. A table without rows is left out;
+# {sources} stands for the names of the held-out texts.
+SECTIONS: list[tuple[str, str, Callable[[Results], Table]]] = [
+    (
+        "Bits per character",
+        "Held-out text{sources}: lower is better, and values are comparable between vocabularies. "
+        "In brackets: the change from the base. The resized model has the new pieces but has not "
+        "been trained yet.",
+        stage_table,
+    ),
+    (
+        "Bits per byte",
+        "The same text, divided by its length in UTF-8 bytes.",
+        lambda results: _language_table(results, "bits_per_byte", "bits/byte", show_change=True),
+    ),
+    (
+        "Tokens and speed",
+        "Characters per second of a single answer: its tokens per second divided by the tokens per "
+        "character of the held-out text. Timed once per vocabulary size, so other load on this "
+        "machine affects it.",
+        speed_table,
+    ),
+    (
+        "Segmentation",
+        "Held-out lines that the merged tokenizer segments as the base's does.",
+        lambda results: segmentation_table(results["segmentation"]),
+    ),
+    (
+        "Distance from the base",
+        "The base and each stage read the beginnings of the held-out texts, tokenized by the base. "
+        "Compared are the logits of the base's ids and the distributions of the next token "
+        "(Kullback-Leibler divergence; probability of new pieces counts as lost).",
+        distance_table,
+    ),
+    (
+        "Answers",
+        "Answers to the questions of --prompts. In the language: share of the answers that are in "
+        "the question's language, without those to questions about code. Repeated 4-grams: share "
+        "of the 4-grams of words (Japanese and Chinese: of characters) that the answer already "
+        "contained, averaged over the answers. Longest loop: the most words in a stretch that "
+        "repeats itself three or more times.",
+        answer_table,
+    ),
+    (
+        "Answers to held-out questions",
+        "Answers of the fine-tuned model, by kind of question.",
+        held_out_table,
+    ),
+    (
+        "Multiple choice",
+        "Share of the questions whose correct choice is the likeliest, the likeliest per "
+        "character, or the one whose likelihood gains most from the question; ± standard error.",
+        choice_table,
+    ),
+    ("lm-evaluation-harness", "Values ± standard error.", harness_table),
+]
+
+
+def _measured_sections(results: Results) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    arguments = results["steps"].get("step7_eval", {}).get("arguments", {})
+    names = ", ".join(source["name"] for source in arguments.get("sources", []))
+    sources = f" ({names})" if names else ""
+    sections = [
+        (title, explanation.format(sources=sources), *make_table(results))
+        for title, explanation, make_table in SECTIONS
+    ]
+    return [section for section in sections if section[-1]]
+
+
+def describe_pretraining(results: Results) -> str:
+    """Return a sentence on what continued pretraining changed in every language."""
     stages = {stage["name"]: stage["languages"] for stage in results["stages"]}
     changes = []
     for language, before in stages["resized"].items():
         old, new = before["bits_per_char"], stages["pretrained"][language]["bits_per_char"]
-        changes.append(f"{language} {old:.3f} -> {new:.3f} ({100 * (new / old - 1):+.1f}%)")
+        changes.append(f"{language} {old:.3f} -> {new:.3f} ({new / old - 1:+.1%})")
     changed = ", ".join(changes)
-    return f"Continued pretraining, against the resized model, bits per character: {changed}"
+    return f"Continued pretraining changed the resized model's bits per character: {changed}"
 
 
-def _held_out(results: Results) -> str:
-    """The names of what was scored, in brackets."""
-    sources = results["steps"].get("step7_eval", {}).get("arguments", {}).get("sources", [])
-    return f" ({', '.join(source['name'] for source in sources)})" if sources else ""
+def summarize(results: Results, report: Path) -> str:
+    """Return step 7's last screen: a table, then what was gained, what it cost, and the report."""
+    gains, costs = [], []
+    for language, base in results["stages"][0]["languages"].items():
+        last = results["stages"][-1]["languages"][language]
+        name = LANGUAGE_NAMES.get(language, language)
+        old, new = base["bits_per_char"], last["bits_per_char"]
+        change = f"{new / old - 1:+.1%}"
+        if new < old:
+            gain = f"{name} {old:.3f} -> {new:.3f} bits/char ({change})"
+            old, new = base["tokens_per_char"], last["tokens_per_char"]
+            if old != new:
+                gain += f", {new:.2f} instead of {old:.2f} tokens/char"
+            gains.append(gain)
+        else:
+            costs.append(f"{name} {change}")
+    cost = f"{', '.join(costs)} bits/char" if costs else "no language has more bits/char"
+    return "\n".join(
+        [
+            markdown_table(*stage_table(results)),
+            "",
+            f"gained: {'; '.join(gains) or 'no language has fewer bits/char'}",
+            f"cost: {cost}; {_describe_answers(results)}",
+            f"report: {report}",
+        ]
+    )
 
 
-def sections(results: Results) -> Iterator[tuple[str, str, Table]]:
-    """Title, explanation and table of everything that was measured."""
-    yield (
-        "Bits per character",
-        f"Held-out text{_held_out(results)}: lower is better, and comparable between vocabularies. "
-        "In brackets: the change against the base. The resized model has the new pieces, and "
-        "learned nothing yet.",
-        stage_table(results),
-    )
-    yield "Bits per byte", "The same text, over its bytes in UTF-8.", byte_table(results)
-    yield (
-        "Tokens and speed",
-        "Characters per second: of one answer alone, its tokens per second over the tokens per "
-        "character of the held-out text; timed once for each size of the vocabulary, on this "
-        "machine as busy as it was.",
-        speed_table(results),
-    )
-    yield (
-        "Segmentation",
-        "Held-out lines that the merged tokenizer cuts as the base does.",
-        segmentation.segmentation_table(results["segmentation"]),
-    )
-    yield (
-        "Distance from the base",
-        "The beginnings of held-out texts as the base's ids, read by the base and by each stage: "
-        "the logits of these ids, and how far the next token's distribution is from the base's "
-        "(Kullback-Leibler; what goes to new pieces counts as lost).",
-        kept_table(results),
-    )
-    yield (
-        "Answers",
-        "To the questions of --prompts. Repeated 4-grams: the share of four words in a row (four "
-        "characters of Japanese and Chinese) that the answer had already, mean over all. "
-        "Longest loop: the most words in a stretch that says the same three times or more. In the "
-        "language: of the answers whose language can be told, which that of code cannot.",
-        answering_table(results),
-    )
-    if results["stages"][-1]["held_out"]:
-        yield (
-            "Answers to held-out questions",
-            "Of the fine-tuned model, by the kind of the question.",
-            held_out_table(results),
-        )
-    if results["stages"][0]["choices"]:
-        yield (
-            "Multiple choice",
-            "The share of questions whose right choice is the likeliest, the likeliest per "
-            "character, or the one that the question makes likelier by most; with standard errors.",
-            choice_table(results),
-        )
-    if results["stages"][0]["harness"]:
-        yield "lm-evaluation-harness", "With standard errors.", harness_table(results)
+def _describe_answers(results: Results) -> str:
+    """Return a phrase on the last stage's sampled answers, of held-out questions if it has any."""
+    last = results["stages"][-1]
+    rows = [row for row in last["held_out"] if row["way"] == "sampled"]
+    rows = rows or [last["answering"]["sampled"]]
+
+    def share(key: str) -> str:
+        counted = [row for row in rows if row[key] is not None]
+        total = sum(row["questions"] for row in counted)
+        return f"{sum(row[key] * row['questions'] for row in counted) / total:.0%}"
+
+    in_language = any(row["in_language"] is not None for row in rows)
+    language = f"{share('in_language')} in the question's language, " if in_language else ""
+    return f"sampled answers: {language}{share('ended')} end by themselves"
 
 
 def render_markdown(results: Results) -> str:
-    """The tables, aligned so that they read well in a terminal too."""
-    lines = [learning(results), ""]
-    for title, explanation, (head, rows) in sections(results):
-        lines += [f"### {title}", "", explanation, "", *markdown.markdown_table(head, rows), ""]
-    return "\n".join(lines)
-
-
-def html_page(results: Results) -> str:
-    """The whole report as one HTML document."""
-    parts = [
-        "<h1>A new language for ChatGLM3: what it gained, what it cost</h1>",
-        f"<p>{html.escape(learning(results))}</p>",
-    ]
-    for title, explanation, table in sections(results):
-        parts += [f"<h2>{title}</h2>", f"<p>{html.escape(explanation)}</p>", render.table(*table)]
-        if title == "Segmentation":
-            parts += map(_sample, results["samples"])
-    parts += [
-        "<h2>Loss</h2>",
-        *(_curve(name, log) for name, log in results["curves"].items()),
-        "<h2>The answers</h2>",
-        "<p><small>■ ended by itself, … ran into the limit; longer answers scroll</small></p>",
-        *_answers(results["stages"]),
-        "<h2>How it was made</h2>",
-        *_steps(results["steps"]),
-    ]
-    return render.document("ChatGLM3: report", parts)
-
-
-def _sample(sample: Mapping[str, Any]) -> str:
-    before, after, new = sample["before"], sample["after"], sample["new"]
-    text = f'<p class="example">{html.escape(sample["text"])}</p>'
-    if before == after:
-        return f"{text}<p>Before and after: {len(after)} tokens</p>{render.pieces(after)}"
-    return (
-        f"{text}<p>Before: {len(before)} tokens</p>{render.pieces(before)}"
-        f"<p>After: {len(after)} tokens, {sum(new)} of them new pieces</p>"
-        f"{render.pieces(after, new)}"
+    """Return all tables as Markdown that also reads well in a terminal."""
+    return render_template(
+        "results.md.jinja",
+        pretraining=describe_pretraining(results),
+        sections=_measured_sections(results),
     )
 
 
-def _answers(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Every question, and below it the answers of all stages side by side."""
-    for index, asked in enumerate(stages[0]["answers"]):
-        cells = []
-        for stage in stages:
-            cell = [f"<strong>{html.escape(stage['name'])}</strong>"]
-            for way in WAYS:
-                given = stage["answers"][index][way]
-                end = "■" if given["stopped"] else "…"
-                cell.append(f"<small>{way} {end}</small><p>{html.escape(given['text'])}</p>")
-            cells.append(f"<div>{''.join(cell)}</div>")
-        question = html.escape(f"{asked['language']}: {asked['question']}")
-        yield f'<p class="question">{question}</p><div class="answers">{"".join(cells)}</div>'
-
-
-def _steps(steps: Mapping[str, Any]) -> Iterator[str]:
-    """Settings of every step, to be opened; then hashes and versions."""
-    for step, manifest in steps.items():
-        rows = [
+def render_html(results: Results) -> str:
+    """Return the whole report as an HTML page."""
+    steps = []
+    for step, manifest in results["steps"].items():
+        settings = [
             [name, json.dumps(value, ensure_ascii=False)]
             for name, value in manifest["arguments"].items()
         ]
         if manifest["fingerprint"]:  # step 7 has none before it is published
-            rows.append(["fingerprint of the result", manifest["fingerprint"]])
-        yield f"<details><summary>{html.escape(step)}</summary>"
-        yield render.table(["setting", "value"], rows) + "</details>"
-    last = list(steps.values())[-1]
-    yield "<details><summary>SHA-256 of everything that was read</summary>"
-    yield render.table(["input", "fingerprint"], [list(e) for e in last["lineage"].items()])
-    yield "</details>"
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    yield f"<p><small>{html.escape(versions)}</small></p>"
+            settings.append(["fingerprint of the result", manifest["fingerprint"]])
+        steps.append((step, settings))
+    last = list(results["steps"].values())[-1]
+    return render_template(
+        "report.html.jinja",
+        pretraining=describe_pretraining(results),
+        sections=_measured_sections(results),
+        samples=results["samples"],
+        curves=[_draw_losses(name, history) for name, history in results["curves"].items()],
+        stages=results["stages"],
+        steps=steps,
+        lineage=list(last["lineage"].items()),
+        versions=", ".join(f"{name} {version}" for name, version in last["versions"].items()),
+    )
 
 
-def _curve(name: str, history: Sequence[Mapping[str, Any]]) -> str:
-    """Training and validation loss over the steps, as inline SVG."""
-    figure, axes = plots.figure(7, 3.2)
+def _draw_losses(name: str, history: Sequence[Mapping[str, Any]]) -> str:
+    """Draw training and validation loss over the steps; return SVG."""
+    # Imports torch, which the last screen of a finished step does not need.
+    from chatglm_ja.training import loss_plot
+
+    figure, axes = plots.make_figure(7, 3.2)
     loss_plot.draw_losses(axes, history)
     axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return plots.svg(figure)
+    return plots.to_svg(figure)

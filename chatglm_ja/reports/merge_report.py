@@ -1,34 +1,34 @@
-"""Step 2's report: what was added and dropped, and what it did to every language.
+"""Step 2's report: the pieces that were added and dropped, and what changed in each language.
 
 report = {
     "policy", "guarantee": str,
-    "counts": Merge.counts(), "dropped": {reason: [piece]},
+    "counts": MergedVocabulary.counts(), "dropped": {reason: [piece]},
     "languages": {language: {**Segmentation.row(), "used_share": share of the new pieces,
                              "changed": [{"line", "before": [piece], "after": [piece]}],
-                             "rust_differs": lines that tokenizer.json cuts otherwise}},
+                             "rust_differs": lines with other ids in tokenizer.json}},
 }
 """
 
-import html
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from chatglm_ja import plots
 from chatglm_ja.chatglm3.tokenizer import SPECIAL_TOKENS
-from chatglm_ja.reports import render
-from chatglm_ja.vocabulary import segmentation
+from chatglm_ja.reports.render import render_template
+from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.merging import MergedVocabulary
 from chatglm_ja.vocabulary.policies import Policy
-from chatglm_ja.vocabulary.segmentation import Segmentation
+from chatglm_ja.vocabulary.segmentation import Segmentation, segmentation_table
 
 Report = Mapping[str, Any]
 
 REASONS = {
-    "already_known": "in the base already",
+    "already_known": "already in the base",
     "outside_policy": "not admitted by the policy",
-    "unspellable": "needs a character that has no piece",
-    "unreachable": "no text encodes to it: the base's merges take its parts first",
-    "past_max_new_pieces": "used less than those kept by --max-new-pieces",
+    "unspellable": "made with a character that has no piece",
+    "unreachable": "unreachable (the base's own merges always come first)",
+    "past_max_new_pieces": "beyond --max-new-pieces (used less often)",
 }
 
 
@@ -39,7 +39,7 @@ def build_report(
     before: Any,
     after: Any,
 ) -> Report:
-    """The report of a merge, measured on each language's lines with two processors."""
+    """Build the report of a merge; `before` and `after` are sentencepiece processors."""
     rows = {}
     for language, result in languages.items():
         rows[language] = {
@@ -64,93 +64,89 @@ def build_report(
     }
 
 
-def headline(merged: MergedVocabulary) -> str:
-    """What became of the learned pieces, as a log line."""
-    counts, added = merged.counts(), set(merged.added)
-    # Under the policy `all` some are named there that are added all the same.
+def write_report(folder: Path, report: Report) -> None:
+    """Write merge_report.json and merge_report.html."""
+    write_json(folder / "merge_report.json", report, indent=2)
+    (folder / "merge_report.html").write_text(render_html(report), encoding="utf-8")
+
+
+def describe_merge(merged: MergedVocabulary) -> str:
+    """Return a log line: how many pieces were added, and why the others were not."""
+    added = set(merged.added)
+    # Policy `all` adds the unspellable and unreachable pieces that `dropped` lists.
     left_out = {name: len(set(merged.dropped.get(name, ())) - added) for name in REASONS}
-    fates = [f"{count:,} {REASONS[name]}" for name, count in left_out.items() if count]
+    reasons = [f"{count:,} {REASONS[name]}" for name, count in left_out.items() if count]
+    return _sizes(merged.counts()) + (f"; not added: {', '.join(reasons)}" if reasons else "")
+
+
+def _sizes(counts: Mapping[str, int]) -> str:
     return (
-        f"{counts['added']:,} pieces added to {counts['base_pieces']:,} of the base and "
+        f"{counts['added']:,} new pieces added to {counts['base_pieces']:,} base pieces and "
         f"{len(SPECIAL_TOKENS)} special tokens: {counts['vocabulary']:,} ids"
-        + "".join(f"; {fate}" for fate in fates)
     )
 
 
-def summary(report: Report) -> Iterator[str]:
-    """A log line for every language."""
+def describe_languages(report: Report) -> Iterator[str]:
+    """Yield a log line for every language."""
     for language, row in report["languages"].items():
         yield (
             f"{language}: {row['identical_lines']:,} of {row['lines']:,} lines segmented as before "
-            f"(promised: {row['covered_lines']:,}), tokens per character "
-            f"{row['tokens_per_char_before']:.3f} -> {row['tokens_per_char_after']:.3f}, "
-            f"{100 * row['used_share']:.1f}% of the new pieces used, tokenizer.json = "
-            f"tokenizer.model on {row['lines'] - row['rust_differs']:,} lines"
+            f"({row['covered_lines']:,} guaranteed), {row['tokens_per_char_before']:.3f} -> "
+            f"{row['tokens_per_char_after']:.3f} tokens per character, {row['used_share']:.1%} of "
+            f"the new pieces used, tokenizer.json and tokenizer.model agree on "
+            f"{row['lines'] - row['rust_differs']:,} lines"
         )
 
 
-def html_page(report: Report) -> str:
-    """The report as one HTML document."""
-    counts = report["counts"]
-    fates = [["added", f"{counts['added']:,}"]]
+def render_html(report: Report) -> str:
+    """Return the report as an HTML page."""
+    fates = [["added", f"{report['counts']['added']:,}"]]
     examples = []
     for reason, dropped in report["dropped"].items():
-        kept = report["policy"] == "all" and reason in ("unspellable", "unreachable")
-        meaning = REASONS[reason] + (", added all the same" if kept else "")
+        is_added = report["policy"] == "all" and reason in ("unspellable", "unreachable")
+        meaning = REASONS[reason] + (", but added under this policy" if is_added else "")
         fates.append([meaning, f"{len(dropped):,}"])
         if dropped:
-            examples.append(f"<p>{meaning}: the first of them</p>{render.pieces(dropped[:20])}")
-    sections = [
-        "<h1>New pieces in ChatGLM3's tokenizer</h1>",
-        f"<p>Policy <b>{report['policy']}</b>. {html.escape(report['guarantee'])}</p>",
-        f"<p>{counts['base_pieces']:,} pieces of the base, 9 special tokens, "
-        f"{counts['added']:,} new pieces: {counts['vocabulary']:,} ids.</p>",
-        "<h2>Pieces</h2>",
-        render.table(["learned pieces", "number"], fates),
-        *examples,
-        "<h2>Languages</h2>",
-        "<p>Measured on held-out lines.</p>",
-        render.table(*segmentation.segmentation_table(report["languages"])),
-        _chart(report),
-        render.table(
-            ["language", "promised lines", "new pieces used", "of the tokens", "tokenizer.json"],
-            [
-                [
-                    language,
-                    f"{row['covered_lines']:,}",
-                    f"{100 * row['used_share']:.1f}%",
-                    f"{100 * row['new_token_share']:.1f}%",
-                    f"differs on {row['rust_differs']:,} lines",
-                ]
-                for language, row in report["languages"].items()
-            ],
-        ),
-        *_changed_lines(report),
+            examples.append((meaning, dropped[:20]))
+    head = ["language", "guaranteed lines", "new pieces used", "new among all tokens",
+            "tokenizer.json differs on"]  # fmt: skip
+    rows = [
+        [
+            language,
+            f"{row['covered_lines']:,}",
+            f"{row['used_share']:.1%}",
+            f"{row['new_token_share']:.1%}",
+            f"{row['rust_differs']:,} lines",
+        ]
+        for language, row in report["languages"].items()
     ]
-    return render.document("ChatGLM3: merged tokenizer", sections)
+    return render_template(
+        "merge_report.html.jinja",
+        policy=report["policy"],
+        guarantee=report["guarantee"],
+        sizes=_sizes(report["counts"]),
+        fates=fates,
+        examples=examples,
+        segmentation=segmentation_table(report["languages"]),
+        chart=_draw_tokens_per_char(report["languages"]),
+        coverage=(head, rows),
+        languages=report["languages"],
+    )
 
 
-def _changed_lines(report: Report) -> Iterator[str]:
-    for language, row in report["languages"].items():
-        if row["changed"]:
-            yield f"<h2>First lines of {html.escape(language)} that are cut otherwise now</h2>"
-        for change in row["changed"]:
-            yield f"<p>Before: {len(change['before'])} tokens</p>{render.pieces(change['before'])}"
-            yield f"<p>After: {len(change['after'])} tokens</p>{render.pieces(change['after'])}"
-
-
-def _chart(report: Report) -> str:
-    """Tokens per character, before and after, as bars."""
-    names = list(report["languages"])
-    figure, axes = plots.figure(7, 0.7 + 0.55 * len(names))
-    for offset, key, colour in ((-0.18, "before", "#b9c2d3"), (0.18, "after", "#2f6fd6")):
-        values = [row[f"tokens_per_char_{key}"] for row in report["languages"].values()]
-        places = [index + offset for index in range(len(names))]
-        bars = axes.barh(places, values, height=0.34, label=key, color=colour)
+def _draw_tokens_per_char(languages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Draw tokens per character before and after the merge, as bars."""
+    figure, axes = plots.make_figure(7, 0.7 + 0.55 * len(languages))
+    for offset, key, color in ((-0.18, "before", "#b9c2d3"), (0.18, "after", "#2f6fd6")):
+        values = [row[f"tokens_per_char_{key}"] for row in languages.values()]
+        positions = [index + offset for index in range(len(languages))]
+        bars = axes.barh(positions, values, height=0.34, label=key, color=color)
         axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="tokens per character")
+    axes.set(
+        yticks=range(len(languages)), yticklabels=list(languages), xlabel="tokens per character"
+    )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
     axes.legend(frameon=False, loc="lower right")
-    return plots.svg(figure)
+    return plots.to_svg(figure)

@@ -80,7 +80,7 @@ def plot_losses(
         return None
     tokens, losses = (np.array(column) for column in zip(*points, strict=True))
     law = fit(tokens, losses)
-    figure, axes = plots.figure(10, 3.6, ncols=2)
+    figure, axes = plots.make_figure(10, 3.6, ncols=2)
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
         draw_losses(axis, history, tokens_per_step, scale)
         if law is not None:

@@ -17,7 +17,7 @@ import pytest
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer
 from chatglm_ja.inference import generation, models
-from chatglm_ja.reports import model_card
+from chatglm_ja.reports.render import TEMPLATES
 
 for package in ("fastapi", "uvicorn", "openai", "rich"):
     pytest.importorskip(package, reason="needs requirements-extras.txt")
@@ -68,7 +68,8 @@ def expected(resized_dir: Path) -> str:
 
 
 def test_the_lines_on_the_card_run(resized_dir: Path, capsys: pytest.CaptureFixture) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", model_card.USE, flags=re.DOTALL)
+    card = (TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     code = code.replace("max_new_tokens=256", "max_new_tokens=4")
     exec(compile(code.replace("FOLDER", str(resized_dir)), "card", "exec"), {})
     assert capsys.readouterr().out.strip()

@@ -1,12 +1,14 @@
 """The report: figures as measured, text escaped, nothing loaded from elsewhere."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chatglm_ja.reports import eval_report, model_card
+from tests.reports.pages import table_rows
 
 EVIL = "<script>alert(1)</script> & more"
 
@@ -81,7 +83,7 @@ def test_changes_are_against_the_base(results: dict[str, Any]) -> None:
     text = eval_report.render_markdown(results)
     assert "3.000 (-25.0%)" in text
     assert "1.500 (-25.0%)" in text  # per byte
-    assert "ja 3.750 -> 3.000 (-20.0%)" in text
+    assert "bits per character: ja 3.750 -> 3.000 (-20.0%)" in text
     assert "50.00%" in text
     lines = cells(text)
     assert ["base", "0.500", "1,234"] in lines
@@ -115,11 +117,11 @@ def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
     assert ["t", "acc", *["0.500 ± 0.010"] * 3] in lines
     assert ["t", "bleu", *["12.000"] * 3] in lines
     results["stages"][-1]["held_out"] = []
-    assert "held-out questions" not in eval_report.html_page(results)
+    assert "held-out questions" not in eval_report.render_html(results)
 
 
 def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> None:
-    page = eval_report.html_page(results)
+    page = eval_report.render_html(results)
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 3 + 1 + 1 + 1  # answers, question, sample, settings
     assert "<svg" in page
@@ -133,29 +135,92 @@ def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> Non
     assert "ab" * 32 in page
 
 
-def test_the_card_has_results_settings_and_the_licence(
-    results: dict[str, Any], tmp_path: Path
+def test_a_page_has_every_table_and_both_losses(results: dict[str, Any]) -> None:
+    page = eval_report.render_html(results)
+    assert "bits per character: ja 3.750 -&gt; 3.000 (-20.0%)" in page
+    rows = table_rows(page)
+    for _, _, make_table in eval_report.SECTIONS[:7]:
+        head, body = make_table(results)
+        assert head in rows and body and all(row in rows for row in body)
+    (curve,) = re.findall("<figure><svg.*?</svg></figure>", page, flags=re.DOTALL)
+    # Matplotlib writes a text beside its shape.
+    for text in ("Step 5", "training", "validation ja", "optimizer steps", "nats per token"):
+        assert f"<!-- {text} -->" in curve
+    assert len(re.findall('<g id="line2d_[0-9]+">\\s*<path d="M [^"]*L [^"]*"', curve)) > 1
+
+
+def test_the_last_screen_is_a_table_and_three_lines(results: dict[str, Any]) -> None:
+    for stage, bits, tokens in zip(results["stages"], (2.0, 2.02, 2.25), (0.5, 0.25, 0.25),
+                                   strict=True):  # fmt: skip
+        stage["languages"]["ja"]["tokens_per_char"] = tokens
+        stage["languages"]["zh"] = stage["languages"]["ja"] | {"bits_per_char": bits}
+    lines = eval_report.summarize(results, Path("there/report.html")).split("\n")
+    assert cells("\n".join(lines[:5])) == [
+        ["stage", "ja bits/char", "zh bits/char"],
+        ["-" * 10, "-" * 13 + ":", "-" * 13 + ":"],
+        ["base", "4.000", "2.000"],
+        ["resized", "3.750 (-6.2%)", "2.020 (+1.0%)"],
+        ["pretrained", "3.000 (-25.0%)", "2.250 (+12.5%)"],
+    ]
+    assert lines[5:] == [
+        "",
+        "gained: Japanese 4.000 -> 3.000 bits/char (-25.0%), 0.25 instead of 0.50 tokens/char",
+        "cost: Chinese +12.5% bits/char; sampled answers: 50% end by themselves",
+        "report: there/report.html",
+    ]
+    # Held-out questions, when there are any, each counted once.
+    results["stages"][-1]["held_out"] = [
+        {"kind": "ja", "way": "sampled", "questions": 30, "in_language": 1.0, "ended": 1.0},
+        {"kind": "zh", "way": "sampled", "questions": 10, "in_language": 0.6, "ended": 0.0},
+        {"kind": "zh", "way": "greedy", "questions": 10, "in_language": 0.0, "ended": 0.0},
+        {"kind": "code", "way": "sampled", "questions": 10, "in_language": None, "ended": 1.0},
+    ]
+    assert "sampled answers: 90% in the question's language, 80% end by themselves" in (
+        eval_report.summarize(results, Path())
+    )
+    for stage in results["stages"]:
+        del stage["languages"]["zh"]
+    assert "cost: no language has more bits/char;" in eval_report.summarize(results, Path())
+    results["stages"][-1]["languages"]["ja"]["bits_per_char"] = 4.0
+    text = eval_report.summarize(results, Path())
+    assert "gained: no language has fewer bits/char\ncost: Japanese +0.0% bits/char;" in text
+
+
+@pytest.fixture
+def card(results: dict[str, Any], tmp_path: Path) -> Callable[[], str]:
+    """Write the card of the results; the base's folder is `tmp_path`."""
+
+    def write() -> str:
+        model_card.write_card(tmp_path, results, tmp_path)
+        return (tmp_path / "model_card.md").read_text(encoding="utf-8")
+
+    return write
+
+
+def test_the_card_has_results_settings_and_the_license(
+    results: dict[str, Any], card: Callable[[], str], tmp_path: Path
 ) -> None:
-    card = model_card.render(results, eval_report.render_markdown(results), tmp_path)
-    assert card.startswith("---\nlanguage: [ja]\n")
-    assert "license_link" not in card
-    assert eval_report.render_markdown(results).rstrip() in card
-    assert ["`lora_rank`", "8"] in cells(card)
-    assert ["`steps`", "7"] in cells(card)
-    assert "inherit its licence" in card
+    text = card()
+    assert text.startswith("---\nlanguage: [ja]\n")
+    assert "license_link" not in text
+    assert eval_report.render_markdown(results).rstrip() in text
+    assert ["`lora_rank`", "8"] in cells(text)
+    assert ["`steps`", "7"] in cells(text)
+    assert "inherit its license" in text and "publisher. The data" in text
     (tmp_path / "MODEL_LICENSE").write_text("terms")
-    card = model_card.render(results, eval_report.render_markdown(results), tmp_path)
-    assert "license_name: chatglm3-6b\nlicense_link: MODEL_LICENSE\n---" in card
-    assert "(MODEL_LICENSE in this folder)" in card
+    text = card()
+    assert "license: other\nlicense_name: chatglm3-6b\nlicense_link: MODEL_LICENSE\n---" in text
+    assert "(MODEL_LICENSE in this folder). The data" in text
 
 
-def test_the_card_lists_the_data(results: dict[str, Any], tmp_path: Path) -> None:
-    sources = [{"name": "ja/wiki", "documents": 1234, "train_documents": 1000,
+def test_the_card_lists_the_data(results: dict[str, Any], card: Callable[[], str]) -> None:
+    sources = [{"name": "ja/<wiki> & 'more'", "documents": 1234, "train_documents": 1000,
                 "train_tokens": 56789, "repeats": 1.5}]  # fmt: skip
     counts = {"pretrain": {"sources": sources}, "sft": {"sources": []}}
     results["steps"]["step4_prepare_data"] = {"counts": counts}
-    card = model_card.render(results, eval_report.render_markdown(results), tmp_path)
-    assert ["ja/wiki", "1,234", "1,000", "56,789", "1.5"] in cells(card)
+    text = card()
+    assert ["ja/<wiki> & 'more'", "1,234", "1,000", "56,789", "1.5"] in cells(text)
+    assert "Instructions, by source" not in text
 
 
 def test_the_card_is_put_beside_the_weights(
@@ -167,8 +232,8 @@ def test_the_card_is_put_beside_the_weights(
     (step7 / "model_card.md").write_text("card")
     (base / "MODEL_LICENSE").write_text("terms")
     (model / "README.md").write_text("old")
-    model_card.place(step7, model, base)
+    model_card.publish_card(step7, model, base)
     found = {path.name: path.read_text() for path in model.iterdir()}
     assert found == {"README.md": "card", "MODEL_LICENSE": "terms"}
-    model_card.place(step7, tmp_path / "nowhere", base)
-    assert "no model card in" in caplog.text
+    model_card.publish_card(step7, tmp_path / "nowhere", base)
+    assert "could not write the model card to" in caplog.text

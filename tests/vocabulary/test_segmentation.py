@@ -91,18 +91,22 @@ def test_the_report_of_a_merge(base_proto: Any, before: Any, ja_dir: Path) -> No
     assert zh["changed"][0]["line"] == "<b>線です</b>"
     assert "".join(zh["changed"][0]["after"]) == "▁<b>線です</b>"
     assert report["languages"]["ja"]["used_share"] == len(languages["ja"].used) / len(merged.added)
-    page = merge_report.html_page(report)
+    page = merge_report.render_html(report)
     assert f"{len(merged.added):,} new pieces" in page
     assert "&lt;" in page and "<b>線" not in page
     assert not re.search("<(script|link|img|iframe)|url\\((?!#)", page)  # loads nothing
-    lines = list(merge_report.summary(report))
+    lines = list(merge_report.describe_languages(report))
     assert len(lines) == 2 and "tokens per character" in lines[0]
 
 
 @pytest.mark.parametrize(
     ("policy", "added", "left_out"),
     [
-        (Policy.KANA, 1, "; 1 not admitted by the policy; 1 needs a character that has no piece"),
+        (
+            Policy.KANA,
+            1,
+            ", 1 not admitted by the policy, 1 made with a character that has no piece",
+        ),
         (Policy.ALL, 3, ""),  # adds unreachable pieces as well
     ],
 )
@@ -114,8 +118,8 @@ def test_the_headline_counts_pieces_by_reason(
     for piece in (known, "ょ", "Ж", "ょЖあ"):
         learned.pieces.add(piece=piece, score=0.0, type=learned.SentencePiece.NORMAL)
     merged = merging.merge_pieces(base_proto, learned, policy)
-    sizes = f"{len(base_proto.pieces):,} of the base and 9 special tokens"
-    assert merge_report.headline(merged) == (
-        f"{added} pieces added to {sizes}: {len(merged.proto.pieces):,} ids; 1 in the base already"
-        + left_out
+    sizes = f"{len(base_proto.pieces):,} base pieces and 9 special tokens"
+    assert merge_report.describe_merge(merged) == (
+        f"{added} new pieces added to {sizes}: {len(merged.proto.pieces):,} ids; "
+        "not added: 1 already in the base" + left_out
     )
