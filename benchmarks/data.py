@@ -1,22 +1,22 @@
-"""Step 4's speed and memory: from texts to blocks on disk, beside others' ways.
+"""Measure step 4's speed and memory, from texts to blocks on disk, beside other programs.
 
-Texts that step 4's filters would drop are left out beforehand, so that all ways have the same to
-do. Every way runs in a process of its own that is bound to one core, in turn, --repeats times;
-shown are medians, in MB of UTF-8 text per second, and the ratio to bare sentencepiece:
+Texts that step 4's filters would drop are removed beforehand, so that every program has the same
+work. Each runs in a process of its own, bound to one core, in turn, --repeats times. The table has
+medians, in MB of UTF-8 text per second, and the ratio to bare sentencepiece:
 
-    sentencepiece          encode() of all texts, which are in memory; nothing is kept
-    tokenizers             encode_batch() of the same, with tokenizer.json
-    step 4, no near dup.   .jsonl files to shards: read, clean, filter, tokenise, drop exact
+    sentencepiece          encode() of all texts in memory; the ids are discarded
+    tokenizers             encode_batch() of the same texts, with tokenizer.json
+    step 4, no near dup.   .jsonl files to shards: read, clean, filter, tokenize, drop exact
                            duplicates, mix, pack, write; one process
-    step 4                 the same with the search for near duplicates, as it is by default
+    step 4                 the same with the near-duplicate search, which is on by default
     LLaMA-Factory          the same files with its own preprocessing, if --llamafactory names its
-                           interpreter; benchmarks/llamafactory_data.py says how to install it
+                           interpreter; see benchmarks/llamafactory_data.py for the installation
 
     python benchmarks/data.py --tokenizer STEP2_DIR --memory-gb 1 \\
         --llamafactory lf/bin/python --sources ja=ja.jsonl zh=zh.jsonl en=en.jsonl
 
---memory-gb N makes N GB of text out of the sources' lines, drawn at random, and measures the peak
-memory of step 4's processes on it.
+--memory-gb N makes N GB of text from lines sampled from the sources and measures the peak memory
+of step 4's processes on it.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from tqdm import tqdm
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import cleaning, corpus, prepare_texts
+from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
@@ -58,7 +59,7 @@ LLAMAFACTORY = "LLaMA-Factory"
 
 
 def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:
-    """Step 4's defaults; what it makes of conversations is not measured."""
+    """Return step 4's default settings; conversations are not measured."""
     languages = dict.fromkeys(source.language for source in sources)
     return PrepareDataConfig(
         output_dir=Path("unused"),
@@ -74,7 +75,7 @@ def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareData
     )
 
 
-def unit_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
+def source_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
     folders = [output / f"texts-{number}" for number in range(len(config.sources))]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -82,25 +83,25 @@ def unit_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
 
 
 def prepare(config: PrepareDataConfig, output: Path) -> int:
-    """All texts to shards, in the proportions in which they are there; returns the tokens."""
-    index = prepare_texts.prepare(config, unit_folders(output, config))
+    """Write all texts as shards, in their own proportions; return the number of tokens."""
+    index = prepare_texts.prepare(config, source_folders(output, config))
     tokens = {source.language: 0 for source in config.sources}
     for number, source in enumerate(config.sources):
         tokens[source.language] += int(index.length[index.source == number].sum())
-    # Blocks for all tokens: what is dropped as duplicate or kept for validation, repeats fill.
+    # Blocks for all tokens: repeats replace duplicates and held-out documents.
     config = dataclasses.replace(config, total_tokens=sum(tokens.values()))
     counts = prepare_texts.write(index, config, tokens, output)
     return sum(counts["train_tokens"].values())
 
 
 def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
-    """Run one of the ways in this process; its seconds and, for step 4, its tokens."""
+    """Run one of the programs in this process; return its seconds and its tokens."""
     work: Callable[[], Any]
     if way in (STEP, NO_NEAR):
         near = {"near_duplicates": 0.0} if way == NO_NEAR else {}
         config = settings(folder, sources, num_processes=1, **near)
-        # Neither the tokenizer's loading nor the libraries' are measured, as with the others.
-        prepare_texts._tools(folder, None)
+        # As with the others, loading the tokenizer and the libraries is not measured.
+        prepare_texts.load_tokenizer(folder)
         import datasets  # noqa: F401
 
         output = Path(tempfile.mkdtemp(dir=os.environ["BENCHMARK_DIR"]))
@@ -111,10 +112,10 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
     else:
         texts = [text for source in sources for text in corpus.read_texts(source)]
         if way == BARE:
-            encoder = tokenizer.load_processor(folder)
+            processor = tokenizer.load_processor(folder)
 
             def work() -> int:
-                return sum(len(encoder.encode(text)) for text in texts)
+                return sum(len(processor.encode(text)) for text in texts)
 
         else:
             fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -132,8 +133,8 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
-def in_own_process(command: list[str], core: int | None, work_dir: Path) -> dict[str, Any]:
-    """The last line of what a program prints, as JSON; bound to a core if one is given."""
+def run_process(command: list[str], core: int | None, work_dir: Path) -> dict[str, Any]:
+    """Run a program, bound to a core if one is given; return its last line, parsed as JSON."""
     environment = os.environ | {"BENCHMARK_DIR": str(work_dir), "TOKENIZERS_PARALLELISM": "false"}
     bind = None if core is None else lambda: os.sched_setaffinity(0, {core})
     done = subprocess.run(
@@ -144,28 +145,28 @@ def in_own_process(command: list[str], core: int | None, work_dir: Path) -> dict
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
-    """Copies of the sources, as .jsonl, of the texts that no filter drops."""
-    made = []
+def copy_kept(sources: list[Source], folder: Path) -> list[Source]:
+    """Copy the texts that no filter drops to .jsonl files."""
+    copies = []
     for number, source in enumerate(sources):
         texts = [cleaning.clean(text, "NFC") for text in corpus.read_texts(source)]
         codes = cleaning.code_points(texts)
-        reasons = cleaning.drop_reasons(texts, codes, source.language, 32)
+        fates = cleaning.apply_filters(texts, codes, source.language, 32)
         path = folder / f"{number}_{source.language}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
-            for text, reason in zip(corpus.read_texts(source), reasons, strict=True):
-                if reason is None:
+            for text, fate in zip(corpus.read_texts(source), fates, strict=True):
+                if fate is Fate.KEPT:
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        made.append(Source(source.language, str(path)))
-    return made
+        copies.append(Source(source.language, str(path)))
+    return copies
 
 
 def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
-    """Files of about `size` bytes, in the sources' proportions, of lines drawn at random."""
+    """Write about `size` bytes of randomly sampled lines, in the sources' proportions."""
     rng = random.Random(0)
     texts = {k: list(group) for k, group in corpus.texts_by_language(sources).items()}
     total = sum(len(text.encode()) for group in texts.values() for text in group)
-    made = []
+    files = []
     for language, group in texts.items():
         lines = [line for text in group for line in text.split("\n") if line.strip()]
         left = int(size * sum(len(text.encode()) for text in group) / total)
@@ -175,13 +176,16 @@ def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
                 text = "\n".join(rng.choices(lines, k=DOCUMENT_LINES))
                 left -= len(text.encode())
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        made.append(Source(language, str(path)))
-    return made
+        files.append(Source(language, str(path)))
+    return files
 
 
 def peak_memory(folder: Path, sources: list[Source], output: Path) -> dict[str, Any]:
-    """Step 4 with all cores in this process and its children: seconds, and the peak of the memory
-    resident in all of them together, looked at ten times a second."""
+    """Run step 4 on all cores; return its seconds, tokens and peak memory.
+
+    The memory is that resident in this process and its children together, sampled ten times a
+    second.
+    """
     peak = 0
     finished = threading.Event()
 
@@ -201,7 +205,7 @@ def peak_memory(folder: Path, sources: list[Source], output: Path) -> dict[str, 
 
 
 def resident_bytes() -> int:
-    """What this process and its children have in memory; pages that they share count for each."""
+    """Return the resident memory of this process and its children; shared pages count for each."""
     children = Path("/proc/self/task").glob("*/children")
     pids = ["self", *(pid for file in children for pid in file.read_text().split())]
     total = 0
@@ -228,7 +232,7 @@ def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> list[Ra
                     command = [arguments.llamafactory, str(script), "--output-dir", f"{name}/out"]
                     command += ["--tokenizer", str(arguments.tokenizer), "--files"]
                     command += [source.path for source in sources]
-                seconds[way].append(in_own_process(command, 0, Path(name))["seconds"])
+                seconds[way].append(run_process(command, 0, Path(name))["seconds"])
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     print(f"{size:.1f} MB of text, one core, medians of {arguments.repeats} runs\n")
     rows = []
@@ -248,19 +252,19 @@ def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> list[Ra
 
 def memory_line(arguments: argparse.Namespace, sources: list[Source]) -> Ratio:
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
-        made = make_text(sources, int(arguments.memory_gb * 1e9), Path(name))
+        files = make_text(sources, int(arguments.memory_gb * 1e9), Path(name))
         command = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
-        command += ["--sources", *map(str, made), "--way", "memory"]
-        found = in_own_process(command, None, Path(name))
-    rate = arguments.memory_gb * 1e3 / found["seconds"]
+        command += ["--sources", *map(str, files), "--way", "memory"]
+        result = run_process(command, None, Path(name))
+    rate = arguments.memory_gb * 1e3 / result["seconds"]
     print(
-        f"\n{arguments.memory_gb:g} GB of text, {CORES} processes: {found['seconds']:.0f} s "
-        f"({rate:.1f} MB/s), {found['tokens']:,} tokens, peak memory of all processes together "
-        f"{found['peak_gb']:.2f} GB"
+        f"\n{arguments.memory_gb:g} GB of text, {CORES} processes: {result['seconds']:.0f} s "
+        f"({rate:.1f} MB/s), {result['tokens']:,} tokens, peak memory of all processes together "
+        f"{result['peak_gb']:.2f} GB"
     )
     return Ratio(
         f"peak memory of step 4's {CORES} processes, to the {arguments.memory_gb:g} GB of text",
-        found["peak_gb"] / arguments.memory_gb,
+        result["peak_gb"] / arguments.memory_gb,
     )
 
 
@@ -288,7 +292,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.way, arguments.tokenizer, sources)))
     else:
         with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
-            ratios = speed_table(arguments, without_dropped(sources, Path(name)))
+            ratios = speed_table(arguments, copy_kept(sources, Path(name)))
         if arguments.memory_gb:
             ratios.append(memory_line(arguments, sources))
         measuring.conclude(ratios)

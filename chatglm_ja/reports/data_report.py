@@ -16,17 +16,14 @@ import numpy as np
 from chatglm_ja import plots
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
-from chatglm_ja.data.index import Index, read_tokens
+from chatglm_ja.data.document_index import DocumentIndex
+from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
+from chatglm_ja.data.token_store import LABELS
 from chatglm_ja.reports import render
 
 Counts = Mapping[str, Any]
 
-# What can become of a record, in the order in which it is decided.
-FATES = (
-    "rejected", "empty", "short", "language", "contaminated", "no answer at the end", "too long",
-    "duplicate", "near_duplicate", "kept",
-)  # fmt: skip
 # A shown conversation is no longer than this, if there is one.
 SHOWN_TOKENS = 400
 PLOTS = {"pretrain": "pretrain_lengths.png", "sft": "sft_lengths.png"}
@@ -36,8 +33,8 @@ def write(
     folder: Path,
     counts: Counts,
     config: PrepareDataConfig,
-    texts: Index,
-    conversations: Index,
+    texts: DocumentIndex,
+    conversations: DocumentIndex,
     examples: np.ndarray,
 ) -> None:
     """Write data_report.json, data_report.html and the plots; `examples` are those trained on."""
@@ -52,7 +49,7 @@ def write(
         "<h2>What became of the texts</h2>",
         render.table(*_fates(pretrain["sources"], "documents", "train_tokens", "repeats")),
         "<h2>Tokens of a document</h2>",
-        _lengths(texts, texts.usable(), folder / PLOTS["pretrain"]),
+        _lengths(texts, texts.kept_documents(), folder / PLOTS["pretrain"]),
         "<h2>Fine-tuning</h2>",
         f"<p>{html.escape(_sft_line(sft))}</p>",
         render.table(*_fates(sft["sources"], "documents", "shortened", "train_examples")),
@@ -70,7 +67,7 @@ def summary(counts: Counts) -> Iterator[str]:
     """The counts in lines: a source each, then the two data sets."""
     for part in ("pretrain", "sft"):
         for source in counts[part]["sources"]:
-            fates = (name for name in FATES if name != "kept" and source.get(name))
+            fates = (name for name in Fate if name is not Fate.KEPT and source.get(name))
             dropped = [f"{name} {source[name]:,}" for name in fates]
             parts = [f"{source.get('documents', 0):,} read", f"{source.get('kept', 0):,} kept"]
             if dropped:
@@ -119,13 +116,13 @@ def _fates(
     sources: list[dict[str, Any]], found: str, *more: str
 ) -> tuple[list[str], list[list[str]]]:
     """A row for every source, a column for every fate that any record had."""
-    fates = [name for name in FATES if name == "kept" or any(s.get(name) for s in sources)]
+    fates = [name for name in Fate if name is Fate.KEPT or any(s.get(name) for s in sources)]
     columns = [found, *fates, *more]
     rows = [[s["name"], *(f"{s.get(name, 0):,}" for name in columns)] for s in sources]
     return ["source", *(name.replace("_", " ") for name in columns)], rows
 
 
-def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
+def _lengths(index: DocumentIndex, documents: np.ndarray, path: Path) -> str:
     """Histograms of tokens, one for each source that has any, as a PNG file and as SVG."""
     numbers = [n for n in range(len(index.sources)) if (index.source[documents] == n).any()]
     columns = min(3, len(numbers))
@@ -153,7 +150,9 @@ def _lengths(index: Index, documents: np.ndarray, path: Path) -> str:
     return f'<div class="scroll wide">{plots.svg(figure)}</div>'
 
 
-def _examples(config: PrepareDataConfig, index: Index, examples: np.ndarray) -> Iterator[str]:
+def _examples(
+    config: PrepareDataConfig, index: DocumentIndex, examples: np.ndarray
+) -> Iterator[str]:
     """A short conversation of every source, as HTML."""
     encoder = tokenizer.load_processor(config.tokenizer)
     for number, source in enumerate(index.sources):
@@ -162,14 +161,7 @@ def _examples(config: PrepareDataConfig, index: Index, examples: np.ndarray) -> 
             continue
         short = mine[index.length[mine] <= SHOWN_TOKENS]
         document = int((short if len(short) else mine)[0])
-        where = (
-            index.stems,
-            index.unit[[document]],
-            index.offset[[document]],
-            index.length[[document]],
-        )
-        ids = read_tokens(where[0], ".tokens", *where[1:])
-        labels = read_tokens(where[0], ".labels", *where[1:])
+        ids, labels = index.read_document(document), index.read_document(document, LABELS)
         origin = f"{source.title}, record {int(index.record[document]):,}"
         yield f"<p><small>{html.escape(origin)}</small></p>"
         yield f'<div class="example">{marked(encoder, ids.tolist(), labels.tolist())}</div>'
