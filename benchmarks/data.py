@@ -1,22 +1,22 @@
-"""Measure step 4's speed and memory, from texts to blocks on disk, beside other programs.
+"""Measure step 4's speed and memory, from texts to packed blocks on disk, against other programs.
 
-Texts that step 4's filters would drop are removed beforehand, so that every program has the same
-work. Each runs in a process of its own, bound to one core, in turn, --repeats times. The table has
-medians, in MB of UTF-8 text per second, and the ratio to bare sentencepiece:
+Texts that step 4's filters would drop are removed beforehand, so that all programs do the same
+work. Each program runs in its own process, bound to one core, in turn, --repeats times. The output
+shows medians in MB of UTF-8 text per second, and the ratio to bare sentencepiece:
 
-    sentencepiece          encode() of all texts in memory; the ids are discarded
-    tokenizers             encode_batch() of the same texts, with tokenizer.json
-    step 4, no near dup.   .jsonl files to shards: read, clean, filter, tokenize, drop exact
-                           duplicates, mix, pack, write; one process
-    step 4                 the same with the near-duplicate search, which is on by default
-    LLaMA-Factory          the same files with its own preprocessing, if --llamafactory names its
-                           interpreter; see benchmarks/llamafactory_data.py for the installation
+    sentencepiece          encode() on all texts, held in memory; the ids are discarded
+    tokenizers             encode_batch() on the same texts, with tokenizer.json
+    step 4, no near dup.   .jsonl files to shards: read, clean, filter, tokenize, deduplicate
+                           exactly, mix, pack, write; one process
+    step 4                 the same with the near-duplicate search, which is the default
+    LLaMA-Factory          its own preprocessing of the same files, if --llamafactory names its
+                           interpreter; benchmarks/llamafactory_data.py says how to install it
 
     python benchmarks/data.py --tokenizer STEP2_DIR --memory-gb 1 \\
         --llamafactory lf/bin/python --sources ja=ja.jsonl zh=zh.jsonl en=en.jsonl
 
---memory-gb N makes N GB of text from lines sampled from the sources and measures the peak memory
-of step 4's processes on it.
+--memory-gb N generates N GB of text from randomly drawn lines of the sources and measures the peak
+memory of step 4's processes on it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Beside this file; it makes the project's package importable.
+# In this folder; importing it makes the project's package importable.
 import measuring
 from measuring import PROJECT, Ratio
 from tokenizers import Tokenizer
@@ -59,7 +59,7 @@ LLAMAFACTORY = "LLaMA-Factory"
 
 
 def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:
-    """Return step 4's default settings; conversations are not measured."""
+    """Return step 4's defaults; conversations are not part of the benchmark."""
     languages = dict.fromkeys(source.language for source in sources)
     return PrepareDataConfig(
         output_dir=Path("unused"),
@@ -83,24 +83,24 @@ def source_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
 
 
 def prepare(config: PrepareDataConfig, output: Path) -> int:
-    """Write all texts as shards, in their own proportions; return the number of tokens."""
+    """Turn all texts into shards, in their own proportions; return the number of tokens."""
     index = prepare_texts.prepare(config, source_folders(output, config))
     tokens = {source.language: 0 for source in config.sources}
     for number, source in enumerate(config.sources):
         tokens[source.language] += int(index.length[index.source == number].sum())
-    # Blocks for all tokens: repeats replace duplicates and held-out documents.
+    # Fill blocks for all tokens: repeats replace duplicates and validation documents.
     config = dataclasses.replace(config, total_tokens=sum(tokens.values()))
     counts = prepare_texts.write(index, config, tokens, output)
     return sum(counts["train_tokens"].values())
 
 
 def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
-    """Run one of the programs in this process; return its seconds and its tokens."""
+    """Run one of the programs in this process; return its seconds and its number of tokens."""
     work: Callable[[], Any]
     if way in (STEP, NO_NEAR):
         near = {"near_duplicates": 0.0} if way == NO_NEAR else {}
         config = settings(folder, sources, num_processes=1, **near)
-        # As with the others, loading the tokenizer and the libraries is not measured.
+        # Loading the tokenizer and the libraries is not measured, as for the other programs.
         prepare_texts.load_tokenizer(folder)
         import datasets  # noqa: F401
 
@@ -133,8 +133,8 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
-def run_process(command: list[str], core: int | None, work_dir: Path) -> dict[str, Any]:
-    """Run a program, bound to a core if one is given; return its last line, parsed as JSON."""
+def in_own_process(command: list[str], core: int | None, work_dir: Path) -> dict[str, Any]:
+    """Run a program, bound to `core` unless it is None; return its last line of output as JSON."""
     environment = os.environ | {"BENCHMARK_DIR": str(work_dir), "TOKENIZERS_PARALLELISM": "false"}
     bind = None if core is None else lambda: os.sched_setaffinity(0, {core})
     done = subprocess.run(
@@ -145,9 +145,9 @@ def run_process(command: list[str], core: int | None, work_dir: Path) -> dict[st
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def copy_kept(sources: list[Source], folder: Path) -> list[Source]:
-    """Copy the texts that no filter drops to .jsonl files."""
-    copies = []
+def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
+    """Write .jsonl copies of the sources without the texts that a filter drops; return them."""
+    made = []
     for number, source in enumerate(sources):
         texts = [cleaning.clean(text, "NFC") for text in corpus.read_texts(source)]
         codes = cleaning.code_points(texts)
@@ -157,16 +157,16 @@ def copy_kept(sources: list[Source], folder: Path) -> list[Source]:
             for text, fate in zip(corpus.read_texts(source), fates, strict=True):
                 if fate is Fate.KEPT:
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        copies.append(Source(source.language, str(path)))
-    return copies
+        made.append(Source(source.language, str(path)))
+    return made
 
 
 def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
-    """Write about `size` bytes of randomly sampled lines, in the sources' proportions."""
+    """Write `size` bytes of randomly drawn lines to files, in the sources' proportions."""
     rng = random.Random(0)
     texts = {k: list(group) for k, group in corpus.texts_by_language(sources).items()}
     total = sum(len(text.encode()) for group in texts.values() for text in group)
-    files = []
+    made = []
     for language, group in texts.items():
         lines = [line for text in group for line in text.split("\n") if line.strip()]
         left = int(size * sum(len(text.encode()) for text in group) / total)
@@ -176,15 +176,14 @@ def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
                 text = "\n".join(rng.choices(lines, k=DOCUMENT_LINES))
                 left -= len(text.encode())
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        files.append(Source(language, str(path)))
-    return files
+        made.append(Source(language, str(path)))
+    return made
 
 
 def peak_memory(folder: Path, sources: list[Source], output: Path) -> dict[str, Any]:
-    """Run step 4 on all cores; return its seconds, tokens and peak memory.
+    """Run step 4 on all cores; return seconds, tokens and the peak resident memory.
 
-    The memory is that resident in this process and its children together, sampled ten times a
-    second.
+    The memory is that of this process and its children together, sampled ten times a second.
     """
     peak = 0
     finished = threading.Event()
@@ -205,7 +204,7 @@ def peak_memory(folder: Path, sources: list[Source], output: Path) -> dict[str, 
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process and its children; shared pages count for each."""
+    """Return the resident bytes of this process and its children; shared pages count for each."""
     children = Path("/proc/self/task").glob("*/children")
     pids = ["self", *(pid for file in children for pid in file.read_text().split())]
     total = 0
@@ -232,7 +231,7 @@ def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> list[Ra
                     command = [arguments.llamafactory, str(script), "--output-dir", f"{name}/out"]
                     command += ["--tokenizer", str(arguments.tokenizer), "--files"]
                     command += [source.path for source in sources]
-                seconds[way].append(run_process(command, 0, Path(name))["seconds"])
+                seconds[way].append(in_own_process(command, 0, Path(name))["seconds"])
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     print(f"{size:.1f} MB of text, one core, medians of {arguments.repeats} runs\n")
     rows = []
@@ -252,19 +251,19 @@ def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> list[Ra
 
 def memory_line(arguments: argparse.Namespace, sources: list[Source]) -> Ratio:
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
-        files = make_text(sources, int(arguments.memory_gb * 1e9), Path(name))
+        made = make_text(sources, int(arguments.memory_gb * 1e9), Path(name))
         command = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
-        command += ["--sources", *map(str, files), "--way", "memory"]
-        result = run_process(command, None, Path(name))
-    rate = arguments.memory_gb * 1e3 / result["seconds"]
+        command += ["--sources", *map(str, made), "--way", "memory"]
+        found = in_own_process(command, None, Path(name))
+    rate = arguments.memory_gb * 1e3 / found["seconds"]
     print(
-        f"\n{arguments.memory_gb:g} GB of text, {CORES} processes: {result['seconds']:.0f} s "
-        f"({rate:.1f} MB/s), {result['tokens']:,} tokens, peak memory of all processes together "
-        f"{result['peak_gb']:.2f} GB"
+        f"\n{arguments.memory_gb:g} GB of text, {CORES} processes: {found['seconds']:.0f} s "
+        f"({rate:.1f} MB/s), {found['tokens']:,} tokens, peak memory of all processes together "
+        f"{found['peak_gb']:.2f} GB"
     )
     return Ratio(
         f"peak memory of step 4's {CORES} processes, to the {arguments.memory_gb:g} GB of text",
-        result["peak_gb"] / arguments.memory_gb,
+        found["peak_gb"] / arguments.memory_gb,
     )
 
 
@@ -274,9 +273,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="output folder of step 2")
     parser.add_argument("--sources", nargs="+", required=True, metavar="LANGUAGE=FILE.jsonl")
-    parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--llamafactory", help="interpreter of an environment that has it")
-    parser.add_argument("--memory-gb", type=float, default=0.0, help="(default: not measured)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per program (default: 5)")
+    parser.add_argument("--llamafactory", help="Python interpreter of its environment")
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        default=0.0,
+        help="GB of text for the memory measurement (default: none)",
+    )
     parser.add_argument("--work-dir", type=Path, help="folder for temporary files")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -292,7 +296,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.way, arguments.tokenizer, sources)))
     else:
         with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
-            ratios = speed_table(arguments, copy_kept(sources, Path(name)))
+            ratios = speed_table(arguments, without_dropped(sources, Path(name)))
         if arguments.memory_gb:
             ratios.append(memory_line(arguments, sources))
         measuring.conclude(ratios)

@@ -11,9 +11,7 @@ import pytest
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
 from chatglm_ja.data import dataset, packing, prepare_conversations, resume
-from chatglm_ja.data.settings import parse_shares
 from chatglm_ja.errors import DataError
-from chatglm_ja.reports import data_report
 from chatglm_ja.sources import Source
 from tests.conftest import DATA, prepare_config, source_folders, write_sft
 
@@ -183,25 +181,6 @@ def test_bins_are_full(merged_dir: Path, tmp_path: Path) -> None:
     for capacity in (256, 512, 1024):
         plan = packing.plan_best_fit(lengths, capacity)
         assert lengths.sum() / (len(plan) * capacity) >= 0.99
-
-
-def test_the_report_marks_what_is_trained(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
-    rows = [conversation(f"質問{i} <script>", "**答え** & more") for i in range(30)]
-    config = prepare_config(
-        merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)], sft_examples=20
-    )
-    index = prepare_conversations.prepare(
-        config, source_folders(tmp_path / "chunks", config.sft_sources)
-    )
-    _, train = prepare_conversations.write(index, config, parse_shares(config.sft_shares), tmp_path)
-    (shown,) = list(data_report._examples(config, index, train))[1::2]
-    assert "&lt;script&gt;" in shown and "<script>" not in shown
-    trained = shown.split("<mark>")[1].split("</mark>")[0]
-    assert "**答え** &amp; more" in trained and "&lt;/s&gt;" in trained
-    assert "質問" not in trained
-    text = data_report._lengths(index, train, tmp_path / "lengths.png")
-    assert "<figure><svg" in text
-    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_conversations_are_in_the_rejects_file(tmp_path: Path, merged_dir: Path) -> None:

@@ -214,7 +214,7 @@ def check_records(
             check_chunks(tokenize, chunks, source, work, "t")
             tokenize = partial(prepare_conversations.tokenize_conversations, config)
             check_chunks(tokenize, chunks, source, work, "c")
-        assert not said, "step 4 counts what is wrong"
+        assert not said, "step 4 counts bad records instead of raising"
         with refusals():
             assert all(isinstance(text, str) for text in corpus.read_texts(source))
         with refusals():
@@ -241,7 +241,7 @@ def check_numbers(read: Sequence[tuple[int, Any]]) -> None:
 def check_chunks(
     tokenize: Any, chunks: Sequence[readers.Chunk], source: Source, work: Path, prefix: str
 ) -> None:
-    """What is read is kept, dropped by a filter or rejected; all of it is counted."""
+    """Check that every record is kept, dropped by a filter, or rejected, and is counted."""
     for index, chunk in enumerate(chunks):
         summary = tokenize(ChunkTask(chunk, source, 0, work / f"{prefix}{index}")).summary
         assert all(number > 0 and reason for number, reason, _ in summary.rejects)
