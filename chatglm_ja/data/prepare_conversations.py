@@ -19,7 +19,7 @@ from chatglm_ja.data.conversations import Conversation
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
-from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk
+from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk, find_chunk
 from chatglm_ja.data.tokenizing import ChunkTask
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.inputs import Input
@@ -50,7 +50,7 @@ def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex
 
 def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> StoredChunk:
     """Filter and tokenize a chunk of conversations, unless an earlier run stored it."""
-    if stored := task.find_stored():
+    if stored := find_chunk(task.stem, task.number):
         return stored
     tokenized = TokenizedChunk(file=Path(task.chunk.file).name)
     for conversation in conversations.parse_conversations(task.chunk, task.source):
@@ -64,7 +64,7 @@ def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> Stored
                 tokenized.counts[fate] += 1
         else:
             tokenized.rejects.append(conversation)
-    return task.store(tokenized)
+    return tokenized.write(task.stem, task.number)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
-from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk
+from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk, find_chunk
 from chatglm_ja.data.tokenizing import ChunkTask
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.inputs import Input
@@ -77,7 +77,7 @@ def tokenize_texts(
 
     `overlap_file` holds the n-grams of the evaluation texts, see dedup.py.
     """
-    if stored := task.find_stored():
+    if stored := find_chunk(task.stem, task.number):
         return stored
     tokenized = TokenizedChunk(file=Path(task.chunk.file).name)
     batch: list[Document] = []
@@ -92,7 +92,7 @@ def tokenize_texts(
             _add_batch(tokenized, batch, task.source.language, config, overlap_file)
             batch, characters = [], 0
     _add_batch(tokenized, batch, task.source.language, config, overlap_file)
-    return task.store(tokenized)
+    return tokenized.write(task.stem, task.number)
 
 
 @functools.cache
@@ -150,7 +150,14 @@ def write(
     index.drop_duplicates()
     if config.near_duplicates:
         index.drop_near_duplicates(config.near_duplicates)
-    held_out = _choose_validation(index, config, shares)
+    held_out = {}
+    for language in shares:
+        candidates = index.kept_documents(language)
+        limit = config.validation_tokens // len(shares)
+        places = mixing.choose_validation(
+            index.length[candidates], index.digest[candidates], limit, language
+        )
+        held_out[language] = candidates[places]
     documents = index.kept_documents()
     trainable = documents[~np.isin(documents, _concatenate(held_out))]
     pools = mixing.build_pools(
@@ -174,21 +181,6 @@ def write(
 
 def _concatenate(held_out: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *held_out.values()])
-
-
-def _choose_validation(
-    index: DocumentIndex, config: PrepareDataConfig, shares: Mapping[str, float]
-) -> dict[str, np.ndarray]:
-    """Choose the documents of each language that are held out for validation."""
-    held_out = {}
-    tokens = config.validation_tokens // len(shares)
-    for language in shares:
-        documents = index.kept_documents(language)
-        places = mixing.choose_validation(
-            index.length[documents], index.digest[documents], tokens, language
-        )
-        held_out[language] = documents[places]
-    return held_out
 
 
 def _write_validation(

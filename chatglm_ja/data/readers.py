@@ -15,6 +15,7 @@ A line that never ends is skipped without being held in memory.
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,10 +181,14 @@ def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
         for number, line in enumerate(_decode_lines(payload), chunk.first):
             if isinstance(line, Reject):
                 yield number, line
-            elif is_json and line and not line.isspace():
-                yield number, _parse_object(line)
             elif not is_json:
                 yield number, {TEXT_COLUMN: line.removesuffix("\r")}
+            elif line and not line.isspace():
+                try:
+                    record = _check_object(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    record = Reject("broken JSON", str(error))
+                yield number, record
     elif isinstance(payload, Path):
         yield from enumerate(_parse_list(payload), chunk.first)
     else:
@@ -199,9 +204,6 @@ def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
             _raise_system_error(error)
             detail = f"the rest of its rows is lost ({_first_line(error)})"
             yield number, Reject("damaged parquet", detail)
-
-
-# --- Text files: JSON lines, plain text, lists in JSON ---
 
 
 def _cut_lines(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
@@ -279,14 +281,6 @@ def _decode_lines(payload: bytes) -> Iterator[str | Reject]:
             yield Reject("invalid UTF-8", f"byte 0x{line[error.start]:02x} at {error.start}")
 
 
-def _parse_object(line: str) -> Record | Reject:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Reject("broken JSON", str(error))
-    return _check_object(value)
-
-
 def _check_object(value: Any) -> Record | Reject:
     """Return a JSON value if it is an object that is not nested too deep."""
     if not isinstance(value, dict):
@@ -316,9 +310,6 @@ def _parse_list(path: Path) -> Iterator[Record | Reject]:
             yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
             return
         yield from map(_check_object, rows)
-
-
-# --- Tables: parquet files and data sets of the hub ---
 
 
 def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
@@ -366,16 +357,13 @@ def _cut_dataset(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
 
 def _to_records(batch: pyarrow.RecordBatch) -> list[Record]:
     """Return rows as dictionaries; values that Python cannot hold, such as far dates, are None."""
-    try:
+
+    def to_python(scalar: pyarrow.Scalar) -> Any:
+        with suppress(ValueError, OverflowError, pyarrow.ArrowException):
+            return scalar.as_py()
+
+    with suppress(ValueError, OverflowError, pyarrow.ArrowException):
         return list(batch.to_pylist())
-    except (ValueError, OverflowError, pyarrow.ArrowException):
-        columns = [[_to_python(scalar) for scalar in column] for column in batch.columns]
-        names = batch.schema.names
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _to_python(scalar: pyarrow.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError, pyarrow.ArrowException):
-        return None
+    columns = [map(to_python, column) for column in batch.columns]
+    names = batch.schema.names
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -106,8 +106,8 @@ class TokenizedChunk:
         # Zeros stand for no id, or an empty one.
         self.identity.append(dedup.text_digest(record_id) if record_id else (0, 0))
 
-    def write(self, stem: Path) -> ChunkSummary:
-        """Write the chunk's files, the summary last."""
+    def write(self, stem: Path, source: int) -> StoredChunk:
+        """Write the chunk's files, the summary last; `source` is its source's number."""
         arrays = {TOKENS: _join(self.tokens)}
         if self.labels:
             arrays[LABELS] = _join(self.labels)
@@ -137,15 +137,15 @@ class TokenizedChunk:
         )
         with publish_file(stem.with_suffix(SUMMARY)) as path:
             path.write_text(json.dumps(summary.model_dump()), encoding="utf-8")
-        return summary
+        return StoredChunk(stem, source, summary)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, "<i4"), *parts], dtype="<i4")
 
 
-def find_chunk(stem: Path) -> ChunkSummary | None:
-    """Return the summary of a chunk if it is complete and intact, reading all its bytes."""
+def find_chunk(stem: Path, source: int) -> StoredChunk | None:
+    """Return a chunk that is stored and intact, or None; all its bytes are read to check it."""
     path = stem.with_suffix(SUMMARY)
     if not path.exists():
         return None
@@ -159,7 +159,7 @@ def find_chunk(stem: Path) -> ChunkSummary | None:
         else:
             problem = f"{path.name} does not list the chunk's files"
         if not problem:
-            return summary
+            return StoredChunk(stem, source, summary)
     log.warning("tokenizing %s again: %s", stem, problem)
     return None
 

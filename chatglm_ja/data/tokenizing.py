@@ -2,8 +2,8 @@
 
     list_tasks --> map_in_order(tokenize, ...) --> collect_chunks --> DocumentIndex
 
-`tokenize` is a function of prepare_texts.py or prepare_conversations.py. It asks its task for the
-chunk that an earlier run stored, or else tokenizes it and gives it to the task to store.
+`tokenize` is a function of prepare_texts.py or prepare_conversations.py. It returns the chunk that
+an earlier run stored, or tokenizes and stores it (token_store.py).
 """
 
 from collections import Counter
@@ -14,9 +14,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from chatglm_ja.data import token_store
 from chatglm_ja.data.readers import Chunk, read_chunks
-from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk
+from chatglm_ja.data.token_store import StoredChunk
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.inputs import Input
 
@@ -30,17 +29,8 @@ class ChunkTask:
 
     chunk: Chunk
     source: Source
-    source_number: int
+    number: int
     stem: Path
-
-    def find_stored(self) -> StoredChunk | None:
-        """Return the chunk if an earlier run stored it and it is intact."""
-        summary = token_store.find_chunk(self.stem)
-        return StoredChunk(self.stem, self.source_number, summary) if summary else None
-
-    def store(self, tokenized: TokenizedChunk) -> StoredChunk:
-        """Write the tokenized chunk to disk."""
-        return StoredChunk(self.stem, self.source_number, tokenized.write(self.stem))
 
 
 def list_tasks(sources: Sequence[Source], folders: Sequence[Path]) -> Iterator[ChunkTask]:

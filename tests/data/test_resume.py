@@ -8,7 +8,7 @@ import pytest
 from chatglm_ja.data import resume
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.readers import Reject
-from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk
+from chatglm_ja.data.token_store import TokenizedChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 
@@ -68,10 +68,7 @@ def test_finished_work_survives_an_exception_and_half_written_files_do_not(
 
 def make_index(tmp_path: Path, *chunks: TokenizedChunk) -> DocumentIndex:
     sources = [Source("ja", f"{number}/same.jsonl") for number in range(len(chunks))]
-    stored = [
-        StoredChunk(tmp_path / str(n), n, chunk.write(tmp_path / str(n)))
-        for n, chunk in enumerate(chunks)
-    ]
+    stored = [chunk.write(tmp_path / str(n), n) for n, chunk in enumerate(chunks)]
     return DocumentIndex(sources, stored)
 
 
