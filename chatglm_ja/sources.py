@@ -30,27 +30,27 @@ GLOB_CHARACTERS = frozenset("*[")
 
 @dataclass(frozen=True)
 class Compression:
-    """The module whose `open` reads a compressed file, and what it raises for a corrupt one."""
+    """The module whose `open` reads a compressed file, and its own errors for a corrupt one."""
 
     module: str
-    errors: tuple[str, ...]
+    errors: tuple[str, ...] = ()
 
     def open(self, path: Path) -> BinaryIO:
         """Open a file for reading its decompressed bytes."""
         return pkgutil.resolve_name(f"{self.module}:open")(path, "rb")
 
     def error_types(self) -> tuple[type[Exception], ...]:
-        """Return the errors that mean a corrupt or truncated file."""
-        return (EOFError, *map(pkgutil.resolve_name, self.errors))
+        """Return the errors that mean a corrupt file; an OSError does so if it has no errno."""
+        return (EOFError, OSError, *map(pkgutil.resolve_name, self.errors))
 
 
 # The formats that are read, by the ending of the file's name. Text formats may be compressed.
 TEXT_FORMATS = ("jsonl", "txt", "json")
 FORMATS = (*TEXT_FORMATS, "parquet")
 COMPRESSIONS = {
-    ".gz": Compression("gzip", ("gzip.BadGzipFile", "zlib.error")),
+    ".gz": Compression("gzip", ("zlib.error",)),
 }
-UNCOMPRESSED = Compression("builtins", ())
+UNCOMPRESSED = Compression("builtins")
 # Every known ending, and the format it stands for.
 ENDINGS = {f".{name}": name for name in FORMATS} | {
     f".{name}{ending}": name for ending in COMPRESSIONS for name in TEXT_FORMATS

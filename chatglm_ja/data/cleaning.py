@@ -4,8 +4,8 @@ A cleaned text has Unicode's canonical form, no control or invisible formatting 
 kind of line break, no blanks (space, tab, ideographic space) at the ends of lines and at most one
 empty line in a row. Blanks inside a line stay: code and Japanese paragraphs are indented.
 
-The language filter knows ja, zh and en; it accepts every text of another language. It counts
-letters by script and takes no model: Japanese needs kana, Chinese Han characters and few kana.
+The language filter knows ja, zh and en and accepts every text of another language. It counts the
+letters of each script: Japanese has kana, Chinese has Han characters and few kana.
 """
 
 import re
@@ -17,7 +17,7 @@ import numpy as np
 from chatglm_ja.data.fates import Fate
 
 # Controls but tab and line break, soft hyphens, zero-width and direction marks, byte-order marks,
-# noncharacters, U+FFFD's neighbours in the specials block. Joiners stay: emoji and names use them.
+# noncharacters, U+FFFD's neighbors in the specials block. Joiners stay: emoji and names use them.
 _REMOVED = (
     "\x01-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff0-\ufffb\ufffe\uffff\ufdd0-\ufdef"

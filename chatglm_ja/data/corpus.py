@@ -55,7 +55,7 @@ def read_documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[in
             lines.append((number, record[column]))
         else:
             yield Document(number, record[column], record_id(record, source))
-    for number, text in wikitext.articles(lines):
+    for number, text in wikitext.join_articles(lines):
         yield Document(number, text)
 
 

@@ -97,21 +97,21 @@ class DocumentIndex:
 
     def drop_duplicates(self) -> None:
         """Drop documents whose content equals that of an earlier one that is kept."""
-        kept = self.kept_documents()
-        repeated = kept[dedup.mark_repeated(self.digest[kept])]
+        documents = self.kept_documents()
+        repeated = documents[dedup.mark_repeated(self.digest[documents])]
         self.fate[repeated] = FATES.index(Fate.DUPLICATE)
 
     def drop_near_duplicates(self, threshold: float) -> None:
         """Drop documents similar to an earlier one; `threshold` is their Jaccard similarity."""
-        kept = self.kept_documents()
+        candidates = self.kept_documents()
 
         def read_band(number: int) -> np.ndarray:
             rows = slice(number * dedup.BAND_SIZE, (number + 1) * dedup.BAND_SIZE)
             parts = [self._map_hashes(chunk)[rows].T for chunk in range(len(self.chunks))]
-            return np.concatenate(parts)[kept]
+            return np.concatenate(parts)[candidates]
 
         def read_signatures(places: np.ndarray) -> np.ndarray:
-            documents = kept[places]
+            documents = candidates[places]
             signatures = np.empty((len(places), dedup.NUM_HASHES), dtype=np.uint32)
             for chunk in np.unique(self.chunk[documents]).tolist():
                 inside = self.chunk[documents] == chunk
@@ -119,9 +119,10 @@ class DocumentIndex:
                 signatures[inside] = self._map_hashes(chunk)[:, columns].T
             return signatures
 
-        if len(kept):
-            near = dedup.find_near_duplicates(len(kept), read_band, read_signatures, threshold)
-            self.fate[kept[near]] = FATES.index(Fate.NEAR_DUPLICATE)
+        if len(candidates):
+            count = len(candidates)
+            near = dedup.find_near_duplicates(count, read_band, read_signatures, threshold)
+            self.fate[candidates[near]] = FATES.index(Fate.NEAR_DUPLICATE)
 
     def _map_hashes(self, chunk: int) -> np.ndarray:
         """Memory-map a chunk's signatures [NUM_HASHES, documents]: only what is used is read."""

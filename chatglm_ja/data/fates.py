@@ -1,7 +1,7 @@
-"""What can become of a record of step 4: a filter that drops it, or a place in the training data.
+"""The fates of step 4's records: dropped by one of the filters, or kept.
 
-A new filter is a member here and a condition in cleaning.py or prepare_conversations.py; counts,
-log lines and the columns of data_report.html follow from this list.
+To add a filter, add a member here and a condition in cleaning.py or prepare_conversations.py. The
+counts, log lines and columns of data_report.html follow from this list.
 """
 
 from enum import StrEnum
@@ -18,8 +18,8 @@ class Fate(StrEnum):
     CONTAMINATED = "contaminated"  # shares 13 tokens in a row with an evaluation text
     # Conversations.
     NO_ANSWER = "no answer at the end"  # the last message is not the assistant's
-    TOO_LONG = "too long"  # the last exchange alone exceeds --max-length; with
-    # --long-conversations drop, the whole conversation does
+    # The last exchange exceeds --max-length or, with --long-conversations drop, the whole does.
+    TOO_LONG = "too long"
     # Both.
     DUPLICATE = "duplicate"  # of an earlier text or conversation of any source
     NEAR_DUPLICATE = "near_duplicate"  # texts only

@@ -49,11 +49,11 @@ class Pool:
 def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
     """Split `total` into whole numbers in proportion to `shares` (largest remainder method)."""
     exact = {name: total * share / sum(shares.values()) for name, share in shares.items()}
-    whole = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: whole[name] - exact[name])
-    for name in by_remainder[: total - sum(whole.values())]:
-        whole[name] += 1
-    return whole
+    parts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: parts[name] - exact[name])
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
 
 
 def choose_validation(
@@ -108,20 +108,21 @@ def build_pools(
 
 def check_budgets(pools: Sequence[Pool], total_tokens: int, max_repeats: float) -> None:
     """Raise DataError if a pool cannot fill its budget, naming a total that all can fill."""
-    lacking = [pool for pool in pools if pool.tokens * max_repeats < pool.budget]
-    if not lacking:
+    short_pools = [pool for pool in pools if pool.tokens * max_repeats < pool.budget]
+    if not short_pools:
         return
-    unusable = [pool.name for pool in lacking if not pool.tokens]
-    if unusable:
+    empty_pools = [pool.name for pool in short_pools if not pool.tokens]
+    if empty_pools:
         raise DataError(
-            f"{', '.join(unusable)}: no text is left to train on after the filters and the "
+            f"{', '.join(empty_pools)}: no text is left to train on after the filters and the "
             "validation split: check --min-characters, --check-language and --near-duplicates, or "
             "add sources"
         )
-    exact = min(total_tokens * pool.tokens * max_repeats / pool.budget for pool in lacking)
+    exact = min(total_tokens * pool.tokens * max_repeats / pool.budget for pool in short_pools)
     enough = max(int(exact) - len(pools) + 1, 1)  # budgets are rounded
     shortages = "; ".join(
-        f"{pool.name} has {pool.tokens:,} tokens for a share of {pool.budget:,}" for pool in lacking
+        f"{pool.name} has {pool.tokens:,} tokens for a share of {pool.budget:,}"
+        for pool in short_pools
     )
     raise DataError(
         f"{shortages}, with --max-repeats {max_repeats:g}: lower --total-tokens to {enough:,}, add "

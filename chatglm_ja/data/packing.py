@@ -96,13 +96,13 @@ def plan_concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -
 def plan_best_fit(lengths: np.ndarray, capacity: int) -> PackingPlan:
     """Plan blocks of whole items; an item longer than `capacity` fills blocks and leaves a rest."""
     full, rest = np.divmod(lengths.astype(np.int64), capacity)
-    whole = np.repeat(np.arange(len(lengths)), full)
-    nth = np.arange(len(whole)) - np.repeat(np.cumsum(full) - full, full)
+    owner = np.repeat(np.arange(len(lengths)), full)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(full) - full, full)
     cut = PackingPlan(
-        whole,
+        owner,
         nth * capacity,
-        np.full(len(whole), capacity, dtype=np.int64),
-        np.arange(len(whole) + 1),
+        np.full(len(owner), capacity, dtype=np.int64),
+        np.arange(len(owner) + 1),
     )
     left = np.flatnonzero(rest)
     # In units of a few tokens, rounded up: the time grows with the square of the capacity.
@@ -176,9 +176,9 @@ def _fullest(lengths: Sequence[int], counts: dict[int, int], room: int) -> dict[
             break
         left, step, sums = min(counts[length], room // length), 1, reach[-1]
         while left:  # every number of items up to `left`, in binary steps
-            taken = min(step, left)
-            sums |= sums << (length * taken)
-            left, step = left - taken, 2 * step
+            number = min(step, left)
+            sums |= sums << (length * number)
+            left, step = left - number, 2 * step
         reach.append(sums & within)
         used.append(length)
     target = reach[-1].bit_length() - 1

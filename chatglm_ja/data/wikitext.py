@@ -24,7 +24,7 @@ _OPENING = re.compile(r"([(\[{$£]) ")
 _QUOTED = re.compile(r'" (.*?) "', re.DOTALL)
 
 
-def restore(line: str) -> str:
+def restore_line(line: str) -> str:
     """Return a line as it was written before the corpus was tokenized."""
     if heading := _HEADING.fullmatch(line):
         line = heading[1]
@@ -36,7 +36,7 @@ def restore(line: str) -> str:
     return _QUOTED.sub(r'"\1"', line[:end]) + line[end:]
 
 
-def articles(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+def join_articles(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     """Join numbered lines into restored articles, each with the number of its first line."""
     first = 0
     article: list[str] = []
@@ -44,7 +44,7 @@ def articles(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         if _TITLE.fullmatch(line) and article:
             yield first, "\n".join(article)
             article = []
-        if text := restore(line):
+        if text := restore_line(line):
             if not article:
                 first = number
             article.append(text)
