@@ -61,7 +61,7 @@ def main() -> None:
         resume.link_files(shards, folder)
     for line in data_report.summary(output.counts):
         log.info("%s", line)
-    log.info("training data: %s; data_report.html shows what is in it", config.output_dir)
+    log.info("training data: %s; data_report.html describes it", config.output_dir)
 
 
 if __name__ == "__main__":

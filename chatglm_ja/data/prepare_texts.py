@@ -1,10 +1,10 @@
 """Step 4's pretraining blocks: tokenize texts, drop duplicates, mix, pack.
 
-    chunks of records --(processes)--> tokenized chunks on disk    tokenizing.py, token_store.py
-    index of documents --> duplicates dropped                      document_index.py, dedup.py
-                       --> validation set, documents for the shares    mixing.py
-                       --> plan of the blocks                      packing.py
-    plan and chunks --(processes)--> Arrow shards                  arrow.py
+    chunks of records --(processes)--> tokenized chunks on disk      tokenizing.py, token_store.py
+    index of documents --> duplicates dropped                        document_index.py, dedup.py
+                       --> validation and training documents chosen  mixing.py
+                       --> plan of the blocks                        packing.py
+    plan and chunks --(processes)--> Arrow shards                    arrow.py
 
 A document becomes [gMASK] sop, its tokens, </s>: the form in which ChatGLM3 reads every text. Text
 that says "</s>" stays text.

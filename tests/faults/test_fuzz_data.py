@@ -1,5 +1,4 @@
-"""Texts, conversations and lists of sources from outside, made up at random: each is read, or
-refused in one line that names it."""
+"""Random texts, conversations and source lists: each is read, or refused with a one-line error."""
 
 import contextlib
 import gzip
@@ -66,7 +65,7 @@ message = st.fixed_dictionaries(
 
 @st.composite
 def dialogues(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Messages that alternate, most of them."""
+    """Draw messages, most of them with alternating roles."""
     speakers = draw(st.sampled_from([["user", "assistant"], ["human", "gpt"], ["user", "tool"]]))
     talk: list[dict[str, Any]] = []
     if draw(st.booleans()):
@@ -124,7 +123,7 @@ lines = (
 
 @st.composite
 def files(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A name's ending, and what a file with it holds."""
+    """Draw a file-name suffix and the content of a file with that suffix."""
     ending = draw(st.sampled_from([*sources.ENDINGS]))
     found = draw(st.lists(lines, max_size=6))
     separator = draw(st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n"]))
@@ -172,7 +171,7 @@ def test_odd_records(merged_dir: Path, ending: str, form: Source) -> None:
 
 @pytest.mark.parametrize("line", DEEP_RECORDS)
 def test_deep_records(merged_dir: Path, tmp_path: Path, line: str) -> None:
-    """How deep is too deep does not depend on who reads the record, and from where."""
+    """The depth limit is the same in every format and for every caller."""
     form = Source("ja", "x", where=("kind", "k") if '"kind": %s' in line else None)
     for depth in (50, 150, 960, 980, 5000):
         content = line.replace("%s", nested(depth)).encode()
@@ -191,7 +190,7 @@ def test_deep_records(merged_dir: Path, tmp_path: Path, line: str) -> None:
 def check_records(
     merged_dir: Path, ending: str, content: bytes, form: Source, chunk_bytes: int
 ) -> None:
-    """No line is lost: it becomes a text or a conversation, or a record with what is wrong."""
+    """Check that every line becomes a text, a conversation, or a reject with a reason."""
     with folder() as work:
         path = work / f"a{ending}"
         path.write_bytes(content)
@@ -254,7 +253,7 @@ def check_chunks(
 
 
 @fuzz(
-    "conversations, in all their formats",
+    "conversations in all formats",
     record=st.fixed_dictionaries({"messages": dialogues()})
     | st.fixed_dictionaries({"messages": st.lists(message, max_size=5)})
     | columns_of_record
@@ -264,7 +263,7 @@ def check_chunks(
 def test_conversations(
     record: dict[str, Any], columns: str | None, encoder: Any, both: Any
 ) -> None:
-    """What is accepted can be encoded, and no text in it becomes a special token."""
+    """Accepted conversations can be tokenized, and none of their text becomes a special token."""
     with refusals() as said:
         messages = conversations.read_messages(record, columns)
     assert not said, "a bad conversation is rejected, not an error"
@@ -287,7 +286,7 @@ def test_conversations(
 
 @pytest.fixture(scope="module")
 def both(encoder: Any, merge: merging.MergedVocabulary) -> list[Any]:
-    """The merged tokenizer in both of its forms."""
+    """Return the merged tokenizer as a sentencepiece processor and as a transformers tokenizer."""
     return [encoder, tokenizer_files.to_transformers(merge.proto)]
 
 
@@ -298,7 +297,7 @@ ODD_YAML = (
     "&a [*a]", '"\\ud800"', '"\\UFFFFFFFF"', "!!binary é", "2001-99-99", "{<<: 3}", "? [a]",
     "!!python/object:os.system x", "[" * 400, "- " * 400, "\0", "%YAML 9", "a: b: c", "\t",
 )  # fmt: skip
-# Lists of lists of the same list: short to write, and 10^9 entries to whoever writes it out.
+# Nested references to the same list: a short text that expands to 10^9 entries.
 LEVELS = [f"&{b} [{','.join(['*' + a] * 10)}]" for a, b in pairwise("abcdefghij")]
 BOMB = f"[&a [x], {', '.join(LEVELS)}]"
 BOMBS = [
