@@ -72,6 +72,7 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
     )
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()):
+        assert parent.poll() is None
         time.sleep(0.05)
     parent.kill()
     parent.wait()
