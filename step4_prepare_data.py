@@ -4,7 +4,7 @@ Reads   the sources of constants.py, <artifacts>/step2_tokenizer/
 Writes  <artifacts>/step4_data/  pretrain_*.arrow, sft_*.arrow, data_report.html, rejects.jsonl
 Run     python step4_prepare_data.py
 
-A run that is killed goes on where it was when it is started again with the same settings.
+If a run is killed, re-run the command to resume; the output is byte-identical.
 """
 
 import logging
@@ -38,18 +38,18 @@ def main() -> None:
     from chatglm_ja.reports import data_report
 
     for source in (*config.sft_sources, *config.sources):
-        if not source.is_local():  # a wrong name is found now, not after hours
+        if not source.is_local():  # fail on a wrong name now, not after hours
             readers.load_hub_dataset(source)
     report = config.output_dir.with_name(config.output_dir.name + ".rejects.jsonl")
     contents = {
-        "conversations": prepare_conversations.contents(config, inputs),
-        "texts": prepare_texts.contents(config, inputs),
+        "conversations": prepare_conversations.content_keys(config, inputs),
+        "texts": prepare_texts.content_keys(config, inputs),
         "shards": [{"inputs": output.lineage, **output.arguments}],
     }
     with output.write() as folder, resume.open_folders(output.unfinished, **contents) as work:
         (shards,) = work["shards"]
         rejects = resume.RejectsFile(shards / "rejects.jsonl", report, config.max_rejects)
-        # The conversations first: they take minutes, the texts hours, and either can lack data.
+        # Conversations first: they take minutes, texts take hours, and either may lack data.
         conversations = prepare_conversations.prepare(config, work["conversations"])
         rejects.check(conversations)
         sft, examples = prepare_conversations.write(conversations, config, sft_shares, shards)
@@ -61,7 +61,7 @@ def main() -> None:
         resume.link_files(shards, folder)
     for line in data_report.describe_counts(output.counts):
         log.info("%s", line)
-    log.info("training data: %s; data_report.html shows what is in it", config.output_dir)
+    log.info("training data: %s; data_report.html describes it", config.output_dir)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from tqdm import tqdm
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import cleaning, corpus, prepare_texts
+from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
@@ -74,7 +75,7 @@ def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareData
     )
 
 
-def unit_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
+def source_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
     folders = [output / f"texts-{number}" for number in range(len(config.sources))]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -83,7 +84,7 @@ def unit_folders(output: Path, config: PrepareDataConfig) -> list[Path]:
 
 def prepare(config: PrepareDataConfig, output: Path) -> int:
     """Turn all texts into shards, in their own proportions; return the number of tokens."""
-    index = prepare_texts.prepare(config, unit_folders(output, config))
+    index = prepare_texts.prepare(config, source_folders(output, config))
     tokens = {source.language: 0 for source in config.sources}
     for number, source in enumerate(config.sources):
         tokens[source.language] += int(index.length[index.source == number].sum())
@@ -100,7 +101,7 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
         near = {"near_duplicates": 0.0} if way == NO_NEAR else {}
         config = settings(folder, sources, num_processes=1, **near)
         # Loading the tokenizer and the libraries is not measured, as for the other programs.
-        prepare_texts._tools(folder, None)
+        prepare_texts.load_tokenizer(folder)
         import datasets  # noqa: F401
 
         output = Path(tempfile.mkdtemp(dir=os.environ["BENCHMARK_DIR"]))
@@ -111,10 +112,10 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
     else:
         texts = [text for source in sources for text in corpus.read_texts(source)]
         if way == BARE:
-            encoder = tokenizer.load_processor(folder)
+            processor = tokenizer.load_processor(folder)
 
             def work() -> int:
-                return sum(len(encoder.encode(text)) for text in texts)
+                return sum(len(processor.encode(text)) for text in texts)
 
         else:
             fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -150,11 +151,11 @@ def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
     for number, source in enumerate(sources):
         texts = [cleaning.clean(text, "NFC") for text in corpus.read_texts(source)]
         codes = cleaning.code_points(texts)
-        reasons = cleaning.drop_reasons(texts, codes, source.language, 32)
+        fates = cleaning.apply_filters(texts, codes, source.language, 32)
         path = folder / f"{number}_{source.language}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
-            for text, reason in zip(corpus.read_texts(source), reasons, strict=True):
-                if reason is None:
+            for text, fate in zip(corpus.read_texts(source), fates, strict=True):
+                if fate is Fate.KEPT:
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         made.append(Source(source.language, str(path)))
     return made

@@ -138,7 +138,7 @@ def prepare_config(tokenizer_dir: Path, sources: list[Source], **changes: Any) -
     return PrepareDataConfig(**{**settings, **changes})
 
 
-def unit_folders(parent: Path, sources: Sequence[Source]) -> list[Path]:
+def source_folders(parent: Path, sources: Sequence[Source]) -> list[Path]:
     folders = [parent / str(number) for number in range(len(sources))]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,13 @@ def unit_folders(parent: Path, sources: Sequence[Source]) -> list[Path]:
 
 
 def write_pretraining(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
-    index = prepare_texts.prepare(config, unit_folders(folder / "texts", config.sources))
+    index = prepare_texts.prepare(config, source_folders(folder / "texts", config.sources))
     return prepare_texts.write(index, config, parse_shares(config.shares), folder)
 
 
 def write_sft(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
     index = prepare_conversations.prepare(
-        config, unit_folders(folder / "conversations", config.sft_sources)
+        config, source_folders(folder / "conversations", config.sft_sources)
     )
     return prepare_conversations.write(index, config, parse_shares(config.sft_shares), folder)[0]
 

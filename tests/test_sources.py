@@ -1,4 +1,4 @@
-"""Declaring sources: on a command line, in a YAML file, as files, folders, patterns and names."""
+"""Sources on a command line, in a YAML file, as files, folders, patterns and names."""
 
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,14 @@ def test_a_yaml_file_declares_sources(tmp_path: Path) -> None:
         ("- ja=x.txt", "source 1 is 'ja=x.txt': expected a mapping"),
         ("- {language: ja}", "source 1 needs a path"),
         ("- {language: ja, path: x, colum: y}", "source 1 has colum: expected language, path"),
-        ("- {language: ja, path: x, weight: heavy}", "has weight 'heavy', expected a positive"),
-        ("- {language: ja, path: x, weight: 0}", "has weight 0"),
-        ("- {language: ja, path: x, format: xml}", "has format 'xml'"),
-        ("- {language: ja, path: x, where: 5}", "has a where that is not one COLUMN: VALUE"),
-        ("- {language: ja, path: [x]}", "has path .'x'., expected text"),
+        ("- {language: ja, path: x, weight: heavy}", "has weight 'heavy', expected a valid number"),
+        ("- {language: ja, path: x, weight: 0}", "has weight 0, expected greater than 0"),
+        (
+            "- {language: ja, path: x, format: xml}",
+            "has format 'xml', expected 'records' or 'wikitext'",
+        ),
+        ("- {language: ja, path: x, where: 5}", "has where 5, expected one COLUMN: VALUE"),
+        ("- {language: ja, path: [x]}", "has path .'x'., expected a valid string"),
     ],
 )
 def test_a_bad_yaml_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -80,10 +83,10 @@ def test_a_missing_yaml_file_is_one_line() -> None:
         read_argument("none.yaml")
 
 
-def test_weights_belong_to_all_sources_of_a_language_or_to_none() -> None:
+def test_all_or_no_sources_of_a_language_have_weights() -> None:
     sources = [Source("ja", "a", weight=1), Source("ja", "b"), Source("en", "c")]
     assert source_contradictions(sources) == [
-        "the sources of ja have a weight in part: give one to all of them or to none"
+        "only some sources of ja have a weight: give one to all of them or to none"
     ]
     assert not source_contradictions([*sources[:1], *sources[2:]])
 
@@ -104,13 +107,15 @@ def test_files_folders_patterns_and_names(tmp_path: Path) -> None:
         (f"{tmp_path}/*.json", "no file matches"),
         (f"{tmp_path}/empty", "holds no file that ends with"),
         (f"{tmp_path}/*", r"README\.md does not end with one of \.jsonl"),
-        (f"{tmp_path}/***/a.txt", "is no pattern"),
+        (f"{tmp_path}/***/a.txt", "is not a pattern"),
     ):
         with pytest.raises(DataError, match=message):
             Source("ja", path).files()
 
 
-def test_a_file_may_lie_anywhere_and_a_data_set_counts_by_name(tmp_path: Path) -> None:
+def test_a_file_s_settings_exclude_its_path_and_a_data_set_s_include_its_name(
+    tmp_path: Path,
+) -> None:
     def settings(spec: str) -> dict[str, Any]:
         return Source.parse(spec).settings()
 

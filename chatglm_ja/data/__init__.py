@@ -1,4 +1,4 @@
-"""From sources of text and conversations to packed rows of token ids (step 4).
+"""Step 4: turn sources of texts and conversations into packed rows of token ids.
 
 Imports the top-level modules, `storage` and `chatglm3`.
 """

@@ -1,13 +1,11 @@
-"""Cleaning texts, and the filters that drop a text for what it is by itself.
+"""Cleaning texts, and the filters that look at one text alone: empty, short, language.
 
 A cleaned text has Unicode's canonical form, no control or invisible formatting characters, one
 kind of line break, no blanks (space, tab, ideographic space) at the ends of lines and at most one
 empty line in a row. Blanks inside a line stay: code and Japanese paragraphs are indented.
 
-    filter      drops a text
-    empty       in which nothing is left
-    short       of fewer than `min_characters`
-    language    whose letters are not those of its language (ja, zh, en; others are not looked at)
+The language filter knows ja, zh and en and accepts every text of another language. It counts the
+letters of each script: Japanese has kana, Chinese has Han characters and few kana.
 """
 
 import re
@@ -16,8 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from chatglm_ja.data.fates import Fate
+
 # Controls but tab and line break, soft hyphens, zero-width and direction marks, byte-order marks,
-# noncharacters, U+FFFD's neighbours in the specials block. Joiners stay: emoji and names use them.
+# noncharacters, U+FFFD's neighbors in the specials block. Joiners stay: emoji and names use them.
 _REMOVED = (
     "\x01-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff0-\ufffb\ufffe\uffff\ufdd0-\ufdef"
@@ -29,7 +29,7 @@ _BREAK = re.compile(f"\r\n|[{_BREAKS}]")
 _EMPTY_LINES = re.compile("\n{3,}")
 _BLANKS = " \t\u3000"
 
-# Classes of letters; everything else (digits, punctuation, symbols) says nothing.
+# Scripts of letters; everything else (digits, punctuation, symbols) does not count.
 OTHER, KANA, HAN, LATIN, FOREIGN = range(5)
 _RANGES = {
     KANA: [(0x3041, 0x3096), (0x30A1, 0x30FA), (0x30FC, 0x30FC), (0x31F0, 0x31FF),
@@ -41,17 +41,17 @@ _RANGES = {
     FOREIGN: [(0x370, 0x3FF), (0x400, 0x1DBF), (0x1F00, 0x1FFF), (0x3131, 0x318E),
               (0xA000, 0xABFF), (0xAC00, 0xD7AF)],
 }  # fmt: skip
-# Of the letters of a Japanese or Chinese text, at least this share is kana or Han characters:
-# a manual is full of commands and names.
+# The least share of kana and Han characters among the letters of a Japanese or Chinese text. It is
+# low because a manual is full of commands and names.
 MIN_OWN_SHARE = 0.2
-# Of kana and Han characters, the share of kana that tells Japanese from Chinese. Prose is half
-# kana; a Chinese page about Japan quotes some.
+# The share of kana among kana and Han characters that separates Japanese from Chinese. Japanese
+# prose is half kana; a Chinese page about Japan quotes some.
 KANA_SHARE = 0.1
 MIN_LATIN_SHARE = 0.5
 
 
 def clean(text: str, unicode_form: str) -> str:
-    """The cleaned text; `unicode_form` is NFC, NFKC or none."""
+    """Return the cleaned text; `unicode_form` is NFC, NFKC or none."""
     if _UNWANTED.search(text):
         text = _BREAK.sub("\n", text).replace(_NO_BREAK_SPACE, " ")
         text = _UNWANTED.sub("", text)
@@ -65,58 +65,52 @@ def clean(text: str, unicode_form: str) -> str:
 
 
 def code_points(texts: Sequence[str]) -> np.ndarray:
-    """The characters of all texts one after the other, uint32."""
+    """Return the characters of all texts one after another, uint32."""
     return np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
 
 
-def drop_reasons(
+def apply_filters(
     texts: Sequence[str], codes: np.ndarray, language: str | None, min_characters: int
-) -> list[str | None]:
-    """The name of the filter that drops each cleaned text, or None; `codes` are theirs.
+) -> list[Fate]:
+    """Return the filter that drops each cleaned text, or Fate.KEPT.
 
-    With `language` None their letters are not looked at.
+    `codes` are the texts' code points. With `language` None the script is not checked.
     """
-    fits = _in_language(texts, codes, language) if language in _RULES else [True] * len(texts)
-    reasons: list[str | None] = []
-    for text, fit in zip(texts, fits, strict=True):
+    fits = _fits_language(texts, codes, language) if language in _RULES else [True] * len(texts)
+    fates = []
+    for text, is_in_language in zip(texts, fits, strict=True):
         if not text:
-            reasons.append("empty")
+            fates.append(Fate.EMPTY)
         elif len(text) < min_characters:
-            reasons.append("short")
+            fates.append(Fate.SHORT)
         else:
-            reasons.append(None if fit else "language")
-    return reasons
+            fates.append(Fate.KEPT if is_in_language else Fate.LANGUAGE)
+    return fates
 
 
 def in_language(texts: Sequence[str], language: str) -> list[bool] | None:
-    """Whether each text is written as ja, zh or en is; None for another language's name."""
+    """Return whether each text is in the script of ja, zh or en; None for another language."""
     if language not in _RULES:
         return None
-    return [bool(fits) for fits in _in_language(texts, code_points(texts), language)]
+    return [bool(fits) for fits in _fits_language(texts, code_points(texts), language)]
 
 
-def _letter_classes() -> np.ndarray:
-    table = np.zeros(0x110000, dtype=np.uint8)
-    for kind, ranges in _RANGES.items():
-        for first, last in ranges:
-            table[first : last + 1] = kind
-    return table
+_SCRIPTS = np.zeros(0x110000, dtype=np.uint8)  # by code point
+for _script, _ranges in _RANGES.items():
+    for _first, _last in _ranges:
+        _SCRIPTS[_first : _last + 1] = _script
 
 
-_CLASSES = _letter_classes()
-
-
-def _in_language(texts: Sequence[str], codes: np.ndarray, language: str | None) -> list[bool]:
-    """Whether each text is written as its language is; one without letters is not."""
+def _fits_language(texts: Sequence[str], codes: np.ndarray, language: str | None) -> list[bool]:
+    """Return whether each text is in the script of its language; one without letters is not."""
     counts = np.zeros((5, len(texts)), dtype=np.int64)
     lengths = np.array([len(text) for text in texts])
     filled = np.flatnonzero(lengths)
     if len(filled):
         starts = (np.cumsum(lengths) - lengths)[filled]
-        classes = _CLASSES[codes]
-        for kind in (KANA, HAN, LATIN, FOREIGN):
-            found = np.add.reduceat(classes == kind, starts, dtype=np.int64)
-            counts[kind, filled] = found
+        scripts = _SCRIPTS[codes]
+        for script in (KANA, HAN, LATIN, FOREIGN):
+            counts[script, filled] = np.add.reduceat(scripts == script, starts, dtype=np.int64)
     return list(_RULES[language or ""](counts))
 
 
@@ -138,4 +132,4 @@ def _is_english(counts: np.ndarray) -> np.ndarray:
 
 
 _RULES = {"ja": _is_japanese, "zh": _is_chinese, "en": _is_english}
-LANGUAGES = tuple(_RULES)  # those that can be told by their letters
+LANGUAGES = tuple(_RULES)  # those that the language filter knows

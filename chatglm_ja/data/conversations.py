@@ -1,21 +1,21 @@
-"""Conversations in the formats that are in use, as ChatGLM3's messages.
+"""Parsing the common formats of conversations into ChatGLM3's messages.
 
     columns                        record
-    (found by name)                {"instruction": q, "input": more, "output": a}         Alpaca
+    (by the usual names)           {"instruction": q, "input": more, "output": a}         Alpaca
                                    {"conversations": [{"from": "human", "value": q}, ...]}
                                    {"messages": [{"role": "user", "content": q}, ...]}
-                                   {"prompt": q, "response": a}                and others' names
-    "dialogue"                     a column of messages, of either form above
-    "title+body>reply"             question columns, the filled ones joined by a line break
+                                   {"prompt": q, "response": a}                and other names
+    "dialogue"                     a column of messages, in either form above
+    "title+body>reply"             question columns, the non-empty ones joined by a line break
 
-A record's "system" column, and Alpaca's "history" of [question, answer] pairs, come before them.
-A conversation is bad, and no example is made of it, when its roles are out of order or an answer
-is empty; one whose last question has no answer is only of no use.
+A record's "system" column, and Alpaca's "history" of [question, answer] pairs, come first. A
+conversation is rejected if its roles are out of order or a question or answer is empty.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from chatglm_ja.chatglm3.chat_format import Message
 from chatglm_ja.data.readers import (
     Chunk,
     Record,
@@ -29,9 +29,7 @@ from chatglm_ja.data.readers import (
 )
 from chatglm_ja.sources import Source
 
-Message = dict[str, str]
-
-# Names of the speakers in the formats that are in use, as ChatGLM3's roles.
+# The usual names of speakers, as ChatGLM3's roles.
 ROLE_NAMES = {
     "system": "system",
     "user": "user",
@@ -45,7 +43,7 @@ ROLE_NAMES = {
     "tool": "observation",
     "function": "observation",
 }
-# Who may speak after whom; None is the beginning.
+# The roles that may follow a role; None is the beginning.
 FOLLOWERS: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
     "system": ("user",),
@@ -53,7 +51,7 @@ FOLLOWERS: dict[str | None, tuple[str, ...]] = {
     "assistant": ("user", "observation"),
     "observation": ("assistant",),
 }
-# Where a source names no columns: the first of these that a record has all of.
+# If a source names no columns, the first of these that a record has all of.
 USUAL_COLUMNS = (
     "messages",
     "conversations",
@@ -70,7 +68,7 @@ USUAL_COLUMNS = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that alternate as they should, and the record that they come from."""
+    """The messages of a conversation in a valid order, and the number and id of its record."""
 
     record: int
     messages: list[Message]
@@ -80,7 +78,7 @@ class Conversation:
 def parse_conversations(
     chunk: Chunk, source: Source
 ) -> Iterator[Conversation | tuple[int, Reject]]:
-    """The conversations of a chunk, in order, and its bad records with their numbers."""
+    """Parse a chunk into conversations and, for bad records, their numbers and Rejects."""
     for number, record in read_records(chunk, source):
         if isinstance(record, Reject):
             yield number, record
@@ -88,14 +86,14 @@ def parse_conversations(
         messages = read_messages(record, source.columns)
         if isinstance(messages, Reject):
             yield number, messages
-            continue
-        yield Conversation(number, messages, record_id(record, source))
+        else:
+            yield Conversation(number, messages, record_id(record, source))
 
 
 def read_conversations(source: Source) -> Iterator[list[Message]]:
-    """The messages of a source's conversations that end with an answer, in order.
+    """Yield the messages of a source's conversations, in order, if they end with an answer.
 
-    Raises DataError, with the file and the record's number, for the first one that is bad.
+    Raises DataError, naming the file and the record's number, for the first bad one.
     """
     for chunk in read_chunks(source):
         for conversation in parse_conversations(chunk, source):
@@ -106,24 +104,24 @@ def read_conversations(source: Source) -> Iterator[list[Message]]:
 
 
 def read_messages(record: Record, columns: str | None) -> list[Message] | Reject:
-    """The messages of a record, or what is wrong with it."""
+    """Return the messages of a record, or a Reject; `columns` are the source's."""
     if columns is None:
-        filled = {name for name, value in record.items() if value is not None}
-        names = (name for name in USUAL_COLUMNS if filled >= set(_names(name)))
+        present = {name for name, value in record.items() if value is not None}
+        names = (name for name in USUAL_COLUMNS if present >= set(_split_columns(name)))
         columns = next(names, None)
         if columns is None:
             usual = ", ".join(USUAL_COLUMNS)
             return Reject("missing column", f"none of {usual} among {', '.join(record)}")
-    messages = _history(record)
+    before = _parse_history(record)
+    if isinstance(before, Reject):
+        return before
+    parse = _parse_pair if ">" in columns else _parse_messages
+    messages = parse(record, columns)
     if isinstance(messages, Reject):
         return messages
-    questions, arrow, answer = columns.partition(">")
-    found = _pair(record, questions, answer) if arrow else _messages(record, columns)
-    if isinstance(found, Reject):
-        return found
-    if found[0]["role"] == "system":
-        messages = [message for message in messages if message["role"] != "system"]
-    messages = [*messages, *found]
+    if messages[0]["role"] == "system":
+        before = [message for message in before if message["role"] != "system"]
+    messages = [*before, *messages]
     for message in messages:
         for text in message.values():
             if reject := check_characters(text):
@@ -132,7 +130,7 @@ def read_messages(record: Record, columns: str | None) -> list[Message] | Reject
 
 
 def check_order(messages: Sequence[Message]) -> Reject | None:
-    """Whether everyone speaks in turn and no answer is empty."""
+    """Return what is wrong with the order of the roles, or an empty question or answer; or None."""
     before: str | None = None
     for index, message in enumerate(messages, start=1):
         role = message["role"]
@@ -150,11 +148,11 @@ def check_order(messages: Sequence[Message]) -> Reject | None:
 
 
 def last_exchanges(messages: Sequence[Message], lengths: Sequence[int], room: int) -> int:
-    """How many of the oldest messages to leave out so that the others fit into `room` tokens.
+    """Return how many of the oldest messages to drop so that the rest fits into `room` tokens.
 
-    `lengths` are the messages' tokens. Cut is at a user's turn only, so that no answer stands
-    without its question; a system message is kept besides. Returns len(messages) if not even
-    the last exchange fits.
+    `lengths` are the messages' tokens. The rest begins with a user's turn, so that no answer loses
+    its question; a system message is kept and not counted. Returns len(messages) if not even the
+    last exchange fits.
     """
     start = 1 if messages and messages[0]["role"] == "system" else 0
     room -= sum(lengths[:start])
@@ -166,17 +164,18 @@ def last_exchanges(messages: Sequence[Message], lengths: Sequence[int], room: in
     return len(messages)
 
 
-def _names(columns: str) -> list[str]:
-    """The columns that a question-and-answer form names; a column of messages by itself."""
+def _split_columns(columns: str) -> list[str]:
+    """Split QUESTION[+QUESTION...]>ANSWER into its columns; one column of messages stays one."""
     questions, arrow, answer = columns.partition(">")
     return [*questions.split("+"), answer] if arrow else [columns]
 
 
-def _pair(record: Record, questions: str, answer: str) -> list[Message] | Reject:
+def _parse_pair(record: Record, columns: str) -> list[Message] | Reject:
+    """Read a question and its answer from columns of their own."""
     texts = []
-    for name in [*questions.split("+"), answer]:
+    for name in _split_columns(columns):
         value = record.get(name)
-        # An input that is not there is null in many tables.
+        # Many tables have null for a missing input.
         if name in record and value is None:
             value = ""
         elif reject := check_text(value, name, record):
@@ -184,14 +183,15 @@ def _pair(record: Record, questions: str, answer: str) -> list[Message] | Reject
         texts.append(str(value).strip())
     question = "\n".join(text for text in texts[:-1] if text)
     if not question:
-        return Reject("empty question", f"nothing in {questions}")
+        return Reject("empty question", f"nothing in {columns.partition('>')[0]}")
     return [
         {"role": "user", "content": question},
         {"role": "assistant", "content": texts[-1]},
     ]
 
 
-def _messages(record: Record, column: str) -> list[Message] | Reject:
+def _parse_messages(record: Record, column: str) -> list[Message] | Reject:
+    """Read a column of messages."""
     turns = record.get(column)
     if column not in record:
         return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
@@ -199,11 +199,11 @@ def _messages(record: Record, column: str) -> list[Message] | Reject:
         return Reject("wrong type", f"column {column!r} holds {type(turns).__name__}, not a list")
     if not turns:
         return Reject("empty list", f"no message in column {column!r}")
-    messages = []
+    messages: list[Message] = []
     for index, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             return Reject("wrong type", f"message {index} is a {type(turn).__name__}")
-        # A table that holds both forms has nulls in one of them.
+        # A table with both forms has nulls in one of them.
         speaker = turn.get("role") or turn.get("from")
         content = turn.get("content")
         if content is None:
@@ -221,8 +221,8 @@ def _messages(record: Record, column: str) -> list[Message] | Reject:
     return messages
 
 
-def _history(record: Record) -> list[Message] | Reject:
-    """What a record says came before: a system text, earlier questions with their answers."""
+def _parse_history(record: Record) -> list[Message] | Reject:
+    """Read a record's system text and its earlier questions and answers."""
     messages: list[Message] = []
     system, history = record.get("system"), record.get("history")
     if isinstance(system, str) and system.strip():

@@ -1,7 +1,7 @@
-"""Texts of sources: the documents of a chunk of records, and draws from a stream of texts.
+"""Documents of text sources, and samples from a stream of texts.
 
-Step 4 reads chunk by chunk, in many processes, and counts what is wrong. Everybody else asks for
-`read_texts`, which stops at the first bad record. All are iterators: no corpus is held.
+Step 4 reads documents chunk by chunk, in several processes, and counts bad records. Other code
+calls `read_texts`, which stops at the first bad one. All are iterators: memory holds no corpus.
 """
 
 import itertools
@@ -24,14 +24,14 @@ from chatglm_ja.data.readers import (
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 
-# A line inside a document that is longer than this is no prose (a whole novel has fewer
-# characters): base64, or a corpus whose line breaks were lost.
+# A longer line is not prose, since a whole novel has fewer characters: it is base64, or a corpus
+# whose line breaks were lost.
 MAX_LINE_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text as it was read, and the record that it begins at."""
+    """A text as it was read, and the number and id of the record at which it begins."""
 
     record: int
     text: str
@@ -39,43 +39,30 @@ class Document:
 
 
 def read_documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[int, Reject]]:
-    """The documents of a chunk, in order, and its bad records with their numbers.
+    """Parse a chunk into documents and, for bad records, their numbers and Rejects.
 
-    Articles in the format wikitext are put together from their lines; one that goes over the end
-    of a chunk becomes two documents.
+    In the format wikitext, lines are joined into articles; an article that continues in the next
+    chunk becomes two documents.
     """
     column = source.columns or TEXT_COLUMN
-    found: Iterator[Document | tuple[int, Reject]] = (
-        _document(number, record, column, source) for number, record in read_records(chunk, source)
-    )
-    if source.format == "records":
-        yield from found
-        return
     lines: list[tuple[int, str]] = []
-    for item in found:
-        if isinstance(item, Document):
-            lines.append((item.record, item.text))
+    for number, record in read_records(chunk, source):
+        if isinstance(record, Reject):
+            yield number, record
+        elif reject := check_text(record.get(column), column, record):
+            yield number, reject
+        elif source.format == "wikitext":
+            lines.append((number, record[column]))
         else:
-            yield item
-    for number, text in wikitext.articles(lines):
+            yield Document(number, record[column], record_id(record, source))
+    for number, text in wikitext.join_articles(lines):
         yield Document(number, text)
 
 
-def _document(
-    number: int, record: dict[str, Any] | Reject, column: str, source: Source
-) -> Document | tuple[int, Reject]:
-    if isinstance(record, Reject):
-        return number, record
-    text: Any = record.get(column)
-    if reject := check_text(text, column, record):
-        return number, reject
-    return Document(number, text, record_id(record, source))
-
-
 def read_texts(source: Source) -> Iterator[str]:
-    """The documents of a source, in order; empty ones are left out.
+    """Yield the documents of a source, in order, without empty ones.
 
-    Raises DataError, with the file and the record's number, for the first one that is bad.
+    Raises DataError, naming the file and the record's number, for the first bad record.
     """
     for chunk in read_chunks(source):
         for document in read_documents(chunk, source):
@@ -86,9 +73,9 @@ def read_texts(source: Source) -> Iterator[str]:
 
 
 def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
-    """The documents of all sources of a language, taken from each in turn, not yet read.
+    """Return a stream of documents for each language, taken from its sources in turn.
 
-    In turn, so that the start of the stream is not the first source alone.
+    The start of a stream so holds documents of every source. Nothing is read yet.
     """
     by_language: dict[str, list[Source]] = {}
     for source in sources:
@@ -99,7 +86,7 @@ def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
 
 
 def round_robin(streams: Iterable[Iterator[str]]) -> Iterator[str]:
-    """The items of several streams, one from each in turn until all have ended."""
+    """Yield the items of several streams, one from each in turn, until all have ended."""
     streams = list(streams)
     while streams:
         for stream in list(streams):
@@ -111,25 +98,25 @@ def round_robin(streams: Iterable[Iterator[str]]) -> Iterator[str]:
 
 
 def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> Iterator[str]:
-    """The lines of documents that hold any text, for the tokenizer's training.
+    """Yield the non-blank lines of documents, the sentences on which a tokenizer is trained.
 
-    In the end `counts` holds their numbers of documents, lines and characters. Line breaks end a
-    training sentence, since no piece spans one: to the tokenizers a line break is a byte. Raises
-    DataError when there is no text at all, or a line that no text would have.
+    A line is a sentence because no piece spans a line break, which the tokenizers encode as a byte.
+    At the end, `counts` holds the numbers of documents, lines and characters. Raises DataError if
+    there is no text, or a line of more than MAX_LINE_CHARACTERS.
     """
     documents = lines = characters = 0
     for text in texts:
         documents += 1
         if len(text) > MAX_LINE_CHARACTERS:
             _check_lines(text, documents)
-        # A document of one line, as in a text file, is the case that has to be fast: millions.
+        # Text files give millions of documents of one line, which are not to be split.
         for line in text.split("\n") if "\n" in text else (text,):
             if line.strip():
                 lines += 1
                 characters += len(line)
                 yield line
     if not lines:
-        raise DataError("the sources hold no text: nothing can be learned from them")
+        raise DataError("the sources hold no text, expected at least one line: check the paths")
     counts.update(documents=documents, lines=lines, characters=characters)
 
 
@@ -144,10 +131,10 @@ def _check_lines(text: str, number: int) -> None:
 
 
 def sample_lines(lines: Iterable[str], size: int, seed: int) -> list[str]:
-    """`size` lines, each equally likely to be taken; fewer if there are not so many.
+    """Sample `size` lines uniformly; all of them if there are fewer.
 
-    Reservoir sampling (Vitter 1985, algorithm R): one pass, memory for the sample only. The
-    same seed takes the same lines, which sentencepiece's own sampling does not promise.
+    Reservoir sampling (Vitter 1985, algorithm R) reads the lines once and holds only the sample.
+    The same seed gives the same sample, which sentencepiece's own sampling does not promise.
     """
     rng = random.Random(seed)
     lines = iter(lines)
@@ -160,19 +147,19 @@ def sample_lines(lines: Iterable[str], size: int, seed: int) -> list[str]:
 
 
 def take_characters(texts: Iterable[str], limit: int) -> list[str]:
-    """Whole texts from the start, at least one, until the next would go over `limit` characters."""
-    taken: list[str] = []
+    """Return the first texts up to `limit` characters in all, at least one text."""
+    first_texts: list[str] = []
     total = 0
     for text in texts:
         total += len(text)
-        if taken and total > limit:
+        if first_texts and total > limit:
             break
-        taken.append(text)
-    return taken
+        first_texts.append(text)
+    return first_texts
 
 
 def sample_sentence(texts: Iterable[str]) -> str:
-    """A line of 40 to 120 characters to show the segmentation of, or the first text's start."""
+    """Return the first line of 40 to 120 characters, as an example; or the first text's start."""
     texts = list(texts)
     lines = (line for text in texts for line in text.split("\n"))
     return next((line for line in lines if 40 <= len(line) <= 120), texts[0][:80])

@@ -1,14 +1,14 @@
-"""Filling blocks of a fixed number of tokens with documents or conversations.
+"""Packing documents or conversations into blocks of a fixed number of tokens.
 
-E is </s>; a plan says which part of which document lies where, before any token is read:
+A plan says which part of which document lies where, before any token is read; E is </s>:
 
     documents      [a a a E] [b b E] [c c c c E]              block_size = 4
 
-    concat         [a a a E] [b b E c] [c c c E]              every block full, but a counted tail
-      lengths      [4]       [3, 1]    [4]                    where documents begin in a block
+    concat         [a a a E] [b b E c] [c c c E]              every block is full; the tail that
+      lengths      [4]       [3, 1]    [4]                    fills none is dropped or kept
 
-    best_fit       [c c c c] [a a a E] [b b E E]              c is longer than a block: cut;
-      lengths      [4]       [4]       [3, 1]                 others whole, blocks as full as can be
+    best_fit       [c c c c] [a a a E] [b b E E]              c is longer than a block and cut; the
+      lengths      [4]       [4]       [3, 1]                 others stay whole
 
 `lengths` lets training restart positions and keep attention inside each document. Cutting only
 what must be cut leaves a model more whole documents to learn from (Ding et al. 2024, arXiv
@@ -20,16 +20,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The largest capacity that bins are filled to the token for.
+# Larger capacities are searched in units of several tokens.
 MAX_SEARCHED = 4096
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Blocks as segments of items (documents or conversations), int64 arrays.
+    """Blocks as segments of items (documents or conversations); int64 arrays.
 
-    item, start, length [segments]: a segment is the tokens start .. start + length of an item
-    bounds [blocks + 1]: block b holds the segments bounds[b] .. bounds[b + 1]
+    item, start, length    [segments]: a segment is tokens start .. start + length of an item
+    bounds                 [blocks + 1]: block b holds segments bounds[b] .. bounds[b + 1]
     """
 
     item: np.ndarray
@@ -41,21 +41,25 @@ class PackingPlan:
         return len(self.bounds) - 1
 
     def block_lengths(self) -> np.ndarray:
-        """Tokens in each block, int64 [blocks]."""
+        """Return the number of tokens in each block, int64 [blocks]."""
         before = np.concatenate([[0], np.cumsum(self.length)])[self.bounds]
         return np.diff(before)
 
     def take(self, blocks: np.ndarray) -> "PackingPlan":
-        """The plan of some of the blocks, in the order given."""
+        """Return a plan of the given blocks, in their order."""
         sizes = np.diff(self.bounds)[blocks]
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         inside = np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes)
         segments = np.repeat(self.bounds[blocks], sizes) + inside
         return PackingPlan(self.item[segments], self.start[segments], self.length[segments], bounds)
 
+    def shuffle(self, seed: int) -> "PackingPlan":
+        """Return the plan with its blocks in random order: best fit sorts them by their items."""
+        return self.take(np.random.default_rng(seed).permutation(len(self)))
+
 
 def join_plans(plans: Sequence[PackingPlan]) -> PackingPlan:
-    """The blocks of several plans, one plan after the other."""
+    """Return one plan of the blocks of several plans."""
     bounds, end = [np.zeros(1, dtype=np.int64)], 0
     for plan in plans:
         bounds.append(plan.bounds[1:] + end)
@@ -70,9 +74,9 @@ def join_plans(plans: Sequence[PackingPlan]) -> PackingPlan:
 
 
 def plan_concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -> PackingPlan:
-    """Items one after the other, cut into full blocks.
+    """Plan full blocks of concatenated items of the given lengths.
 
-    The tokens after the last full block are left out, or are a shorter block with `keep_tail`.
+    The tokens after the last full block are dropped, or make a shorter block with `keep_tail`.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
@@ -90,18 +94,18 @@ def plan_concat(lengths: np.ndarray, block_size: int, keep_tail: bool = False) -
 
 
 def plan_best_fit(lengths: np.ndarray, capacity: int) -> PackingPlan:
-    """Items whole in blocks as full as can be; longer ones in full blocks and a rest."""
+    """Plan blocks of whole items; an item longer than `capacity` fills blocks and leaves a rest."""
     full, rest = np.divmod(lengths.astype(np.int64), capacity)
-    whole = np.repeat(np.arange(len(lengths)), full)
-    nth = np.arange(len(whole)) - np.repeat(np.cumsum(full) - full, full)
+    owner = np.repeat(np.arange(len(lengths)), full)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(full) - full, full)
     cut = PackingPlan(
-        whole,
+        owner,
         nth * capacity,
-        np.full(len(whole), capacity, dtype=np.int64),
-        np.arange(len(whole) + 1),
+        np.full(len(owner), capacity, dtype=np.int64),
+        np.arange(len(owner) + 1),
     )
     left = np.flatnonzero(rest)
-    # In units of a few tokens, rounded up: the search's time grows with the square of the capacity.
+    # In units of a few tokens, rounded up: the time grows with the square of the capacity.
     unit = -(-capacity // MAX_SEARCHED)
     units = np.minimum(-(-rest[left] // unit), capacity // unit)
     members, sizes = fill_bins(units, capacity // unit)
@@ -111,17 +115,18 @@ def plan_best_fit(lengths: np.ndarray, capacity: int) -> PackingPlan:
 
 
 def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put items into bins, one bin after the other: the items of all bins, and their numbers.
+    """Fill bins with items; return the items, bin by bin, and the number of items in each bin.
 
-    A bin gets the longest item left and those others that fill its room best of all selections
-    (minimum bin slack, Gupta and Ho 1999); as the longest item is the hardest to place, so is the
-    longest of equally good ones taken. Items of a length are interchangeable, so this is done for
-    a histogram of lengths, and a selection is used for as many bins as there are items for (Krell
-    et al. 2021, arXiv 2107.02027): the time depends on the capacity, hardly on the number of items.
+    A bin gets the longest item left and, of all selections of other items, the one that fills the
+    rest best (minimum bin slack, Gupta and Ho 1999). Of equally good selections it gets that with
+    longer items, since these are harder to place later. Items of equal length are interchangeable:
+    the search works on a histogram of lengths and uses each selection for as many bins as there are
+    items for (Krell et al. 2021, arXiv 2107.02027), so the time depends on the capacity, hardly on
+    the number of items. Raises ValueError for a length that fits no bin.
     """
     order = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)
-    # Where the items of a length begin in `order`, and how many of them are used.
+    # The first unused item of each length in `order`.
     starts = dict(zip(values.tolist(), (len(lengths) - np.cumsum(counts)).tolist(), strict=True))
     members, sizes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     histogram = dict(zip(values.tolist(), counts.tolist(), strict=True))
@@ -137,9 +142,9 @@ def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _selections(counts: dict[int, int], capacity: int) -> Iterator[tuple[dict[int, int], int]]:
-    """Fill bins from a histogram, length -> number; yields what is in a bin, and for how many bins.
+    """Yield selections of items, length -> number, and how many bins to fill with each.
 
-    Raises ValueError for a length that fits nowhere.
+    `counts` is the histogram of the lengths.
     """
     lengths = sorted(counts)
     if lengths and not 0 < lengths[0] <= lengths[-1] <= capacity:
@@ -159,9 +164,9 @@ def _selections(counts: dict[int, int], capacity: int) -> Iterator[tuple[dict[in
 
 
 def _fullest(lengths: Sequence[int], counts: dict[int, int], room: int) -> dict[int, int]:
-    """The selection of items with the largest sum within `room`; lengths rise.
+    """Return the selection of items with the largest sum up to `room`; `lengths` are sorted.
 
-    reach[j] is a set of sums as the bits of an integer: those that the first j lengths give.
+    reach[j] is the set of sums that the first j lengths can give, as the bits of an integer.
     """
     within = (1 << (room + 1)) - 1
     reach = [1]
@@ -170,10 +175,10 @@ def _fullest(lengths: Sequence[int], counts: dict[int, int], room: int) -> dict[
         if length > room:
             break
         left, step, sums = min(counts[length], room // length), 1, reach[-1]
-        while left:  # all numbers of items up to `left`, in binary steps
-            taken = min(step, left)
-            sums |= sums << (length * taken)
-            left, step = left - taken, 2 * step
+        while left:  # every number of items up to `left`, in binary steps
+            number = min(step, left)
+            sums |= sums << (length * number)
+            left, step = left - number, 2 * step
         reach.append(sums & within)
         used.append(length)
     target = reach[-1].bit_length() - 1

@@ -1,7 +1,7 @@
-"""Work in several processes whose results come in the order of the items.
+"""A process pool that yields results in the order of the items.
 
-The processes start afresh (spawn), so that they hold nothing of the parent's memory, and end with
-it, however it ends. With one process the work is done in the caller's own: a debugger stops there.
+Processes are spawned, not forked, so they hold none of the parent's memory. They end with the
+parent, however it ends. With one process the work runs in the caller's own, where a debugger works.
 """
 
 import multiprocessing
@@ -24,9 +24,9 @@ Result = TypeVar("Result")
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], processes: int
 ) -> Iterator[Result]:
-    """`function` of each item; it, the items and the results are pickled.
+    """Yield `function(item)` for each item; the function, items and results are pickled.
 
-    Items are drawn as they are needed: at most two per process are held.
+    Items are drawn as needed, at most two per process. Raises DataError if a process is killed.
     """
     if processes == 1:
         yield from map(function, items)
@@ -35,8 +35,9 @@ def map_in_order(
         processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     try:
-        with _interrupts_ignored():  # as the children will, from their first moment
-            started = [pool.submit(_begin) for _ in range(processes)]
+        with _ignore_interrupts():  # the children inherit it from their first moment
+            # One empty task for each process, so that all of them start now.
+            started = [pool.submit(os.getpid) for _ in range(processes)]
         for future in started:
             future.result()
         waiting: deque[Future[Result]] = deque()
@@ -48,7 +49,7 @@ def map_in_order(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            f"one of {processes} processes was killed, as when memory runs out: lower "
+            f"one of {processes} processes was killed, probably for lack of memory: lower "
             "--num-processes"
         ) from None
     finally:
@@ -56,23 +57,19 @@ def map_in_order(
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal: the parent decides what it means.
+def _ignore_interrupts() -> Iterator[None]:
+    """Ignore SIGINT in processes that are started meanwhile.
 
-    Processes inherit what is ignored when they are started.
+    Ctrl-C reaches every process of the terminal; only the parent is to act on it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
-
-
-def _begin() -> None:
-    """The first work of a process: there is one for each, so that all are started at once."""
+        signal.signal(signal.SIGINT, handler)
 
 
 def _end_with_parent() -> None:

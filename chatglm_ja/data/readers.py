@@ -1,22 +1,21 @@
-"""Reading a source's records: in chunks that can be read apart, and without losing a bad one.
+"""Reading a source's records in chunks that can be parsed independently; bad ones are not lost.
 
 A source is cut into chunks of about `chunk_bytes`. Where the cuts fall depends on the data alone,
 so that any number of processes sees the same chunks. A chunk is small to send to a process, and
-`records` turns it into its records, each with its number (a line of a text file, a row of a
-table) and either its columns or what is wrong with it:
+`read_records` parses it into records, each with its number (a line of a text file, a row of a
+table) and either its columns or the reason why it is rejected:
 
-    for chunk in chunks(source):
-        for number, record in records(chunk, source):   # record: dict, or Reject
+    for chunk in read_chunks(source):
+        for number, record in read_records(chunk, source):   # record: dict, or Reject
 
-Nothing is read whole but a .json list, and a parquet file is cut into sixteen parts of a group of
-rows at most. A line without an end is skipped, not held.
+Only a .json list is read whole. A row group of a parquet file is cut into at most sixteen chunks.
+A line that never ends is skipped without being held in memory.
 """
 
-import gzip
 import itertools
 import json
-import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,246 +25,193 @@ import pyarrow
 import pyarrow.parquet
 
 from chatglm_ja.errors import DataError
-from chatglm_ja.sources import Source
+from chatglm_ja.sources import COMPRESSIONS, Source, file_compression, file_format
 
 Record = dict[str, Any]
 TEXT_COLUMN = "text"
 CHUNK_BYTES = 2**23
 # Longer than any book in one JSON line.
 MAX_RECORD_BYTES = 2**26
-# Lists and objects in each other. Python's own limit depends on where it is reached.
+# Nested lists and objects. Python's own limit depends on the depth of the call stack.
 MAX_DEPTH = 100
 ROWS_AT_ONCE = 1000
-# A group of rows is cut into so many chunks at most: each reads the group up to its end.
+# Chunks of a row group: each reads the group from its beginning.
 MAX_PARTS = 16
-# Reasons that stand for all records of a file from there on.
-LOST_FILE = ("damaged gzip", "damaged parquet", "broken file")
+# Reject reasons that stand for all the remaining records of a file.
+LOST_FILE = (
+    *(f"damaged {compression.module}" for compression in COMPRESSIONS.values()),
+    "damaged parquet",
+    "broken file",
+)
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A record that cannot be used: `reason` is one of few words, `detail` says what was found."""
+    """Why a record cannot be used: `reason` is one of a few names, `detail` what was found."""
 
     reason: str
     detail: str
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A run of records of one file or data set; `first` is the number of the first, from 1.
-
-    The payload is whole lines as bytes, rows of a parquet file, rows as an Arrow stream, a .json
-    file's path, or the Reject that stands in the place of what could not be read.
-    """
-
-    file: str
-    first: int
-    payload: "bytes | ParquetRows | pyarrow.Buffer | Path | Reject"
-
-
-@dataclass(frozen=True)
 class ParquetRows:
-    """Rows start .. stop of a group of rows."""
+    """Rows start .. stop of a row group."""
 
     group: int
     start: int
     stop: int
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive records of one file or data set; `first` is the number of the first, from 1.
+
+    The payload is whole lines as bytes, rows of a parquet file, rows as an Arrow stream, the path
+    of a .json file, or a Reject in place of what could not be read.
+    """
+
+    file: str
+    first: int
+    payload: bytes | ParquetRows | pyarrow.Buffer | Path | Reject
+
+
 def reject_error(file: str, number: int, reject: Reject) -> DataError:
-    """The error of those who stop at a bad record."""
+    """Return the error for a bad record, for readers that stop at the first one."""
     return DataError(f"{file} record {number}: {reject.reason} ({reject.detail})")
 
 
 def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Cut a source into chunks; DataError when it is not there at all."""
-    files = source.files()
-    for path in files:
-        name = path.name.removesuffix(".gz")
-        if name.endswith(".parquet"):
-            yield from _parquet_chunks(path, chunk_bytes)
-        elif name.endswith(".json"):
-            yield Chunk(str(path), 1, path)
-        else:
-            yield from _line_chunks(path, chunk_bytes)
-    if not files:
-        yield from _dataset_chunks(source, chunk_bytes)
+    """Cut a source into chunks; raise DataError if it does not exist."""
+    paths = source.files()
+    for path in paths:
+        match file_format(path):
+            case "parquet":
+                yield from _cut_parquet(path, chunk_bytes)
+            case "json":
+                yield Chunk(str(path), 1, path)
+            case _:
+                yield from _cut_lines(path, chunk_bytes)
+    if not paths:
+        yield from _cut_dataset(source, chunk_bytes)
 
 
 def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
-    """The numbered records of a chunk that satisfy the source's `where`."""
-    for number, record in _all_records(chunk):
+    """Parse a chunk into numbered records; those that the source's `where` excludes are skipped."""
+    for number, record in _parse_chunk(chunk):
         if source.where is None or isinstance(record, Reject):
             yield number, record
         elif source.where[0] not in record:
-            yield number, _missing(source.where[0], record)
+            yield number, _missing_column(source.where[0], record)
         elif str(record[source.where[0]]) == source.where[1]:
             yield number, record
 
 
-def _missing(column: str, record: Record) -> Reject:
-    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
-
-
 def record_id(record: Record, source: Source) -> str | None:
-    """The id of a record, as text, if the source has ids and the record one."""
-    identity = record.get(source.id_column) if source.id_column else None
-    return None if identity is None else str(identity)
+    """Return a record's id as text, or None if the source or the record has none."""
+    value = record.get(source.id_column) if source.id_column else None
+    return None if value is None else str(value)
 
 
 def check_text(value: Any, column: str, record: Record) -> Reject | None:
-    """What is wrong with a text, if anything is."""
+    """Return why the value of a text column cannot be used, or None."""
     if column not in record:
-        return _missing(column, record)
+        return _missing_column(column, record)
     if not isinstance(value, str):
         return Reject("wrong type", f"column {column!r} holds {type(value).__name__}, not text")
     return check_characters(value)
 
 
 def check_characters(text: str) -> Reject | None:
-    """A lone surrogate (half of a UTF-16 pair, which JSON can spell) has no UTF-8 form and would
-    crash sentencepiece; NUL is a sign of binary data."""
+    """Return why a text cannot be tokenized, or None.
+
+    A lone surrogate (half of a UTF-16 pair, which JSON can spell) has no UTF-8 form and would
+    crash sentencepiece. NUL is a sign of binary data.
+    """
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            found = f"{text[error.start]!r} at character {error.start}"
-            return Reject("lone surrogate", found)
+            place = f"{text[error.start]!r} at character {error.start}"
+            return Reject("lone surrogate", place)
     if "\0" in text:
         return Reject("NUL", f"at character {text.index(chr(0))}")
     return None
 
 
-def _all_records(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
-    payload = chunk.payload
-    if isinstance(payload, Reject):
-        yield chunk.first, payload
-    elif isinstance(payload, bytes):
-        is_json = chunk.file.removesuffix(".gz").endswith(".jsonl")
-        for number, line in enumerate(_decoded_lines(payload), chunk.first):
-            if isinstance(line, Reject):
-                yield number, line
-            elif is_json and line and not line.isspace():
-                yield number, _parse_object(line)
-            elif not is_json:
-                yield number, {TEXT_COLUMN: line.removesuffix("\r")}
-    elif isinstance(payload, Path):
-        yield from enumerate(_json_list(payload), chunk.first)
-    elif isinstance(payload, ParquetRows):
-        yield from _rows(_parquet_batches(chunk.file, payload), chunk.first)
-    else:
-        yield from _rows(pyarrow.ipc.open_stream(payload), chunk.first)
+def load_hub_dataset(source: Source) -> Any:
+    """Load the train split of a data set by name; `datasets` downloads it once and memory-maps it.
 
+    Raises DataError if that fails.
+    """
+    import datasets
 
-def _rows(batches: Any, first: int) -> Iterator[tuple[int, Record | Reject]]:
-    number = first
     try:
-        for batch in batches:
-            for record in _to_dictionaries(batch):
-                yield number, record
-                number += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        _raise_if_of_the_system(error)
-        yield number, Reject("damaged parquet", f"the rest of its rows is lost ({_first(error)})")
+        return datasets.load_dataset(source.path, source.subset, split="train")
+    except Exception as error:  # the hub's errors have no common base
+        raise DataError(
+            f"source {source.title}: {source.path} is neither a local file nor a data set that "
+            f"could be loaded ({_first_line(error)}): without a network, download it and pass its "
+            "path as LANGUAGE=PATH"
+        ) from None
 
 
-def _to_dictionaries(batch: pyarrow.RecordBatch) -> list[Record]:
-    """Rows as dictionaries; a value that Python cannot hold, as a date far away, is None."""
-    try:
-        return list(batch.to_pylist())
-    except (ValueError, OverflowError, pyarrow.ArrowException):
-        columns = [[_value(scalar) for scalar in column] for column in batch.columns]
-        names = batch.schema.names
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+def _missing_column(column: str, record: Record) -> Reject:
+    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
 
 
-def _value(scalar: pyarrow.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError, pyarrow.ArrowException):
-        return None
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).split("\n")[0]
 
 
-def _parquet_batches(file: str, rows: ParquetRows) -> Iterator[pyarrow.RecordBatch]:
-    """The rows, for which their group is read from its beginning."""
-    seen = 0
-    source = pyarrow.parquet.ParquetFile(file)
-    for batch in source.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[rows.group]):
-        first, last = max(rows.start - seen, 0), min(rows.stop - seen, len(batch))
-        if first < last:
-            yield batch.slice(first, last - first)
-        seen += len(batch)
-        if seen >= rows.stop:
-            return
+def _raise_system_error(error: BaseException) -> None:
+    """Re-raise an error of the system, such as a missing file or a failing disk, not of the data.
 
-
-def _raise_if_of_the_system(error: BaseException) -> None:
-    """A file that is gone, a disk that fails: nothing is wrong with the data."""
+    Errors about corrupt data may be OSErrors, too, but have no errno.
+    """
     if isinstance(error, OSError) and error.errno:
         raise error
 
 
-def _decoded_lines(payload: bytes) -> Iterator[str | Reject]:
-    """The lines of a chunk; only where it is not UTF-8, each is decoded by itself."""
-    try:
-        lines: Any = payload.decode("utf-8").split("\n")
-    except UnicodeDecodeError:
-        lines = payload.split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line break is no line
-    for line in lines:
-        if isinstance(line, str):
-            yield line
-            continue
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield Reject("invalid UTF-8", f"byte 0x{line[error.start]:02x} at {error.start}")
-
-
-def _parse_object(line: str) -> Record | Reject:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Reject("broken JSON", str(error))
-    return _checked_object(record)
-
-
-def _checked_object(value: Any) -> Record | Reject:
-    if not isinstance(value, dict):
-        return Reject("wrong type", f"a JSON {type(value).__name__}, expected an object")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        parts = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [part for inside in parts for part in inside if isinstance(part, dict | list)]
-        if not level:
-            return value
-    return Reject("nested too deep", f"more than {MAX_DEPTH} lists and objects in each other")
-
-
-def _json_list(path: Path) -> Iterator[Record | Reject]:
-    try:
-        opener: Any = gzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rb") as file:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of UTF-8, too
-        yield Reject("broken file", f"it is no JSON ({error}): one object a line is .jsonl")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield Reject("damaged gzip", str(error))
+def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
+    payload = chunk.payload
+    if isinstance(payload, Reject):
+        yield chunk.first, payload
+    elif isinstance(payload, bytes):
+        is_json = file_format(Path(chunk.file)) == "jsonl"
+        for number, line in enumerate(_decode_lines(payload), chunk.first):
+            if isinstance(line, Reject):
+                yield number, line
+            elif not is_json:
+                yield number, {TEXT_COLUMN: line.removesuffix("\r")}
+            elif line and not line.isspace():
+                try:
+                    record = _check_object(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    record = Reject("broken JSON", str(error))
+                yield number, record
+    elif isinstance(payload, Path):
+        yield from enumerate(_parse_list(payload), chunk.first)
     else:
-        if not isinstance(rows, list):
-            kind = type(rows).__name__
-            yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
-            return
-        yield from map(_checked_object, rows)
+        is_file = isinstance(payload, ParquetRows)
+        batches = _read_rows(chunk.file, payload) if is_file else pyarrow.ipc.open_stream(payload)
+        number = chunk.first
+        try:
+            for batch in batches:
+                for record in _to_records(batch):
+                    yield number, record
+                    number += 1
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            _raise_system_error(error)
+            detail = f"the rest of its rows is lost ({_first_line(error)})"
+            yield number, Reject("damaged parquet", detail)
 
 
-def _line_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+def _cut_lines(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
     chunk = partial(Chunk, str(path))
     rest, number, skipping = b"", 1, False
-    for block in _blocks(path, chunk_bytes):
+    for block in _read_blocks(path, chunk_bytes):
         if isinstance(block, Reject):
-            # The line that was cut is lost with what follows it.
+            # The incomplete line before the damage is lost with what follows it.
             yield chunk(number, block)
             return
         if number == 1 and not rest:
@@ -278,9 +224,9 @@ def _line_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
         rest += block
         cut = rest.rfind(b"\n") + 1
         if cut:
-            whole, rest = rest[:cut], rest[cut:]
-            yield chunk(number, whole)
-            number += whole.count(b"\n")
+            lines, rest = rest[:cut], rest[cut:]
+            yield chunk(number, lines)
+            number += lines.count(b"\n")
         if len(rest) > MAX_RECORD_BYTES:
             size = f"longer than {MAX_RECORD_BYTES:,} bytes, expected one record a line"
             yield chunk(number, Reject("endless line", size))
@@ -289,35 +235,90 @@ def _line_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
         yield chunk(number, rest)
 
 
-def _blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
-    """A file, also gzipped, in blocks of `size` bytes; what comes before damage is kept."""
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
+def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
+    """Read a file, which may be compressed, in blocks of `size` bytes.
+
+    Of a corrupt file, what was decompressed before the damage comes first, then a Reject.
+    """
+    compression = file_compression(path)
     parts: list[bytes] = []
-    held = 0
-    with opener(path, "rb") as file:
+    buffered = 0
+    with compression.open(path) as file:
         try:
-            # read1 gives what is decoded already; read would lose it when damage follows.
-            while part := file.read1(size - held):
+            # read1 returns what is decompressed already; read would lose it if damage follows.
+            while part := file.read1(size - buffered):  # type: ignore[attr-defined]
                 parts.append(part)
-                held += len(part)
-                if held == size:
+                buffered += len(part)
+                if buffered == size:
                     yield b"".join(parts)
-                    parts, held = [], 0
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            whole = b"".join(parts)
-            yield whole[: whole.rfind(b"\n") + 1]
-            yield Reject("damaged gzip", f"the rest of the file is lost ({_first(error)})")
+                    parts, buffered = [], 0
+        except compression.error_types() as error:
+            _raise_system_error(error)
+            text = b"".join(parts)
+            yield text[: text.rfind(b"\n") + 1]
+            detail = f"the rest of the file is lost ({_first_line(error)})"
+            yield Reject(f"damaged {compression.module}", detail)
             return
-    if held:
+    if buffered:
         yield b"".join(parts)
 
 
-def _parquet_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+def _decode_lines(payload: bytes) -> Iterator[str | Reject]:
+    """Decode the lines of a chunk; one by one only if the chunk as a whole is not UTF-8."""
+    try:
+        lines: Any = payload.decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        lines = payload.split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last line break is not a line
+    for line in lines:
+        if isinstance(line, str):
+            yield line
+            continue
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield Reject("invalid UTF-8", f"byte 0x{line[error.start]:02x} at {error.start}")
+
+
+def _check_object(value: Any) -> Record | Reject:
+    """Return a JSON value if it is an object that is not nested too deep."""
+    if not isinstance(value, dict):
+        return Reject("wrong type", f"a JSON {type(value).__name__}, expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for group in children for part in group if isinstance(part, dict | list)]
+        if not level:
+            return value
+    return Reject("nested too deep", f"more than {MAX_DEPTH} nested lists and objects")
+
+
+def _parse_list(path: Path) -> Iterator[Record | Reject]:
+    compression = file_compression(path)
+    try:
+        with compression.open(path) as file:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError, too
+        yield Reject("broken file", f"it is not JSON ({error}): one object a line is .jsonl")
+    except compression.error_types() as error:
+        _raise_system_error(error)
+        yield Reject(f"damaged {compression.module}", str(error))
+    else:
+        if not isinstance(rows, list):
+            kind = type(rows).__name__
+            yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
+            return
+        yield from map(_check_object, rows)
+
+
+def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
     try:
         metadata = pyarrow.parquet.ParquetFile(path).metadata
     except (pyarrow.ArrowInvalid, OSError) as error:
-        _raise_if_of_the_system(error)
-        yield Chunk(str(path), 1, Reject("damaged parquet", f"the file is lost ({_first(error)})"))
+        _raise_system_error(error)
+        reject = Reject("damaged parquet", f"the file is lost ({_first_line(error)})")
+        yield Chunk(str(path), 1, reject)
         return
     first = 1
     for index in range(metadata.num_row_groups):
@@ -329,24 +330,20 @@ def _parquet_chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
         first += group.num_rows
 
 
-def load_hub_dataset(source: Source) -> Any:
-    """The train split of a data set by name, which `datasets` downloads once and maps into memory.
-
-    Raises DataError when that fails.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.path, source.subset, split="train")
-    except Exception as error:  # the hub's errors have no common base
-        raise DataError(
-            f"source {source.title}: {source.path} is neither a file here nor a data set that "
-            f"could be loaded ({_first(error)}): without a network, download it and give its path "
-            "as LANGUAGE=PATH"
-        ) from None
+def _read_rows(file: str, rows: ParquetRows) -> Iterator[pyarrow.RecordBatch]:
+    """Read rows of a row group, which parquet allows only from the group's beginning."""
+    seen = 0
+    table = pyarrow.parquet.ParquetFile(file)
+    for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[rows.group]):
+        first, last = max(rows.start - seen, 0), min(rows.stop - seen, len(batch))
+        if first < last:
+            yield batch.slice(first, last - first)
+        seen += len(batch)
+        if seen >= rows.stop:
+            return
 
 
-def _dataset_chunks(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
+def _cut_dataset(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
     rows = load_hub_dataset(source)
     table = rows.with_format("arrow")
     per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
@@ -358,5 +355,15 @@ def _dataset_chunks(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
         yield Chunk(source.path, start + 1, stream.getvalue())
 
 
-def _first(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0]
+def _to_records(batch: pyarrow.RecordBatch) -> list[Record]:
+    """Return rows as dictionaries; values that Python cannot hold, such as far dates, are None."""
+
+    def to_python(scalar: pyarrow.Scalar) -> Any:
+        with suppress(ValueError, OverflowError, pyarrow.ArrowException):
+            return scalar.as_py()
+
+    with suppress(ValueError, OverflowError, pyarrow.ArrowException):
+        return list(batch.to_pylist())
+    columns = [map(to_python, column) for column in batch.columns]
+    names = batch.schema.names
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -1,13 +1,13 @@
-"""Step 4's work in progress: folders that a later run goes on with, and the file of bad records.
+"""Step 4's work in progress: folders that a later run resumes from, and the file of bad records.
 
     step4_data.work/                beside the output folder, removed when that is published
-      texts-3f0c.../                units of a source of texts, see units.py
-      conversations-91ab.../        units of a source of conversations
+      texts-3f0c.../                tokenized chunks of a source of texts, see token_store.py
+      conversations-91ab.../        tokenized chunks of a source of conversations
       shards-77de.../               Arrow files, rejects.jsonl, the report
 
-A folder is named by all that shapes its content, so that a run that was killed, or one with
-other settings, finds what is still good. Finished files are linked into the output folder: a kill
-while that is being published loses nothing.
+A folder's name is a hash of everything that shapes its content. A run after a kill, or one with
+other settings, so finds what is still valid. Finished files are linked into the output folder: a
+kill during publication loses nothing.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.data.index import Index
+from chatglm_ja.data.document_index import DocumentIndex
+from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.readers import LOST_FILE
-from chatglm_ja.data.units import FORMAT
+from chatglm_ja.data.token_store import FORMAT
 from chatglm_ja.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ OUTDATED = "outdated-"
 def open_folders(
     root: Path, **contents: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, list[Path]]]:
-    """Folders below `root` for each name and each of its contents; other ones are removed.
+    """Yield a folder below `root` for each content of each name; remove all other folders.
 
-    An exception leaves them to the next run, and says so.
+    Files that a killed run left half-written are removed, too. If an exception passes through, the
+    folders stay for the next run, and a log line says so.
     """
     folders: dict[str, list[Path]] = {}
     seen: Counter[Path] = Counter()
@@ -49,49 +51,49 @@ def open_folders(
             seen[path] += 1
             # A source that is listed twice has two folders.
             folders[name].append(path if seen[path] == 1 else Path(f"{path}-{seen[path]}"))
-    wanted = {path for group in folders.values() for path in group}
+    current = {path for group in folders.values() for path in group}
     if root.exists():
         for path in root.iterdir():
-            if path not in wanted:
+            if path not in current:
                 _remove(path)
-    for path in wanted:
+        for part in root.rglob("*.part"):
+            part.unlink()
+    for path in current:
         path.mkdir(parents=True, exist_ok=True)
     try:
         yield folders
     except BaseException:
-        for part in root.rglob("*.part"):
-            part.unlink()
-        log.info("what is finished is kept in %s for the next run", root)
+        log.info("finished work is kept in %s: re-run the command to resume", root)
         raise
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that nobody must take for whole while it is being removed."""
+    """Rename a folder before deleting it, so that a crash leaves nothing that looks resumable."""
     if not folder.name.startswith(OUTDATED):
         folder = folder.rename(folder.with_name(OUTDATED + folder.name))
     shutil.rmtree(folder)
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Put the files of a folder into another on the same disk.
+    """Put the files of a folder into another one on the same disk.
 
-    The large ones, which are written once and renamed, without a copy where it can; reports are
-    written in place, which must not reach what is published.
+    Shards, which never change, are hard-linked if the file system can. Other files are copied: a
+    later run overwrites them in place, which must not alter what is published.
     """
     for path in source.iterdir():
         if path.suffix == ".arrow":
-            with suppress(PermissionError):  # of a file system without hard links
+            with suppress(PermissionError):  # a file system without hard links
                 os.link(path, target / path.name)
                 continue
         shutil.copyfile(path, target / path.name)
 
 
 class RejectsFile:
-    """The file of all bad records, and the limit of their share.
+    """The file of all bad records, and the limit on their share.
 
     path        the file, to be published with the result
-    report      where a copy is left when the limit is passed and nothing is published
-    max_share   of a source's records
+    report      a copy of it that stays if the limit is exceeded and nothing is published
+    max_share   largest share of a source's records that may be bad
     """
 
     def __init__(self, path: Path, report: Path, max_share: float) -> None:
@@ -99,10 +101,13 @@ class RejectsFile:
         path.write_bytes(b"")
         report.unlink(missing_ok=True)
 
-    def check(self, index: Index) -> None:
-        """Write those of an index; DataError when a source has more than it may, or no record."""
+    def check(self, index: DocumentIndex) -> None:
+        """Append the bad records of an index to the file.
+
+        Raises DataError if a source has no records, or too many bad ones.
+        """
         reasons: list[Counter[str]] = [Counter() for _ in index.sources]
-        # A column's name can hold what has no UTF-8 form.
+        # A column's name may hold a lone surrogate, which has no UTF-8 form.
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for number, reject in index.rejects():
                 reasons[number][reject["reason"]] += 1
@@ -112,19 +117,19 @@ class RejectsFile:
                     log.warning("%s: %s, %s: %s", title, name, reject["reason"], reject["detail"])
         problems = []
         for number, source in enumerate(index.sources):
-            bad, read = index.counts(number)["rejected"], index.records_read(number)
+            bad, read = index.counts(number)[Fate.REJECTED], index.records_read(number)
             if not read:
                 condition = f" where {'='.join(source.where)}" if source.where else ""
                 raise DataError(f"source {source.title} ({source}) holds no record{condition}")
             if bad > self.max_share * read:
-                found = ", ".join(f"{name} {n:,}" for name, n in reasons[number].most_common())
-                problems.append(f"{source.title}: {bad:,} of {read:,} records ({found})")
+                shown = ", ".join(f"{name} {n:,}" for name, n in reasons[number].most_common())
+                problems.append(f"{source.title}: {bad:,} of {read:,} records ({shown})")
         if problems:
             shutil.copyfile(self.path, self.report)
-            cure = "mend them or raise --max-rejects"
-            if any("duplicate id" in found for found in reasons):
-                cure += "; ids that are none: id_column: null for the source in a YAML file"
+            fix = "fix them or raise --max-rejects"
+            if any("duplicate id" in counts for counts in reasons):
+                fix += "; if these are not ids, set id_column: null for the source in a YAML file"
             raise DataError(
                 f"more than {self.max_share:.2%} of the records are bad in {'; '.join(problems)}: "
-                f"see {self.report}, then {cure}"
+                f"see {self.report}, then {fix}"
             )

@@ -7,28 +7,28 @@ from typing import Literal
 
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, setting
-from chatglm_ja.sources import Source, source_contradictions
+from chatglm_ja.sources import COMPRESSIONS, Source, file_format, source_contradictions
 
 TOKEN_BYTES = 4
-COMPRESSION = 4  # compressed texts are about a quarter of their size
+COMPRESSION_RATIO = 4  # of compressed texts and parquet files, about
 TEXT_BYTES_PER_TOKEN = 3  # at least
-SIGNATURE_BYTES = 600  # of a document, for the near-duplicate search
-DOCUMENT_BYTES = 2000  # a document's mean size
+SIGNATURE_BYTES = 600  # per document, for the near-duplicate search
+DOCUMENT_BYTES = 2000  # mean size of a document
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareDataConfig(StepConfig):
-    """Step 4."""
+    """Settings of step 4, which prepares pretraining blocks and fine-tuning examples."""
 
     tokenizer: Path = setting("output folder of step 2")
     sources: tuple[Source, ...] = setting(
         "pretraining texts: a YAML file of sources, or each as "
         "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMN]"
     )
-    shares: tuple[str, ...] = setting("share of the tokens, LANGUAGE=SHARE", ())
+    shares: tuple[str, ...] = setting("each language's share of the tokens, LANGUAGE=SHARE", ())
     total_tokens: int = setting("tokens of pretraining blocks to make", low=1)
     max_repeats: float = setting(
-        "how often a source's texts may be repeated to fill its share; up to 4 times cost little "
+        "epochs over a source's texts that may be used to fill its share; up to 4 cost little "
         "(arXiv 2305.16264)",
         4.0,
         low=1.0,
@@ -36,31 +36,31 @@ class PrepareDataConfig(StepConfig):
     )
     block_size: int = setting("tokens in a pretraining block", 1024, low=8, high=2**20)
     packing: Literal["concat", "best_fit"] = setting(
-        "concat: documents run on from block to block, every block is full; best_fit: only "
-        "documents longer than a block are cut, and where a share ends",
+        "concat: documents continue from block to block, and every block is full; best_fit: only "
+        "documents longer than a block, and the last of a share, are cut",
         "concat",
     )
     validation_tokens: int = setting(
-        "tokens kept from training for validation, over all languages", 2_000_000, low=0
+        "held-out tokens for validation, over all languages", 2_000_000, low=0
     )
     unicode_form: Literal["NFC", "NFKC", "none"] = setting(
-        "Unicode normalisation of texts; the tokenizer has none, and NFKC would take the "
+        "Unicode normalization of texts; the tokenizer has none, and NFKC would remove the "
         "full-width forms from Japanese",
         "NFC",
     )
-    min_characters: int = setting("drop texts that are shorter", 32, low=1)
+    min_characters: int = setting("drop texts of fewer characters", 32, low=1)
     check_language: bool = setting(
-        "drop texts that are not written in the script of their language (ja, zh, en)", True
+        "drop texts that are not in the script of their language (ja, zh, en)", True
     )
     near_duplicates: float = setting(
-        "drop texts this similar to an earlier one: Jaccard similarity of their 5-grams of "
-        "characters, estimated with MinHash (0: keep them)",
+        "drop texts with this Jaccard similarity to an earlier one, estimated with MinHash from "
+        "their character 5-grams (0: keep them)",
         0.8,
         low=0,
         high=1,
     )
     decontaminate: tuple[Source, ...] = setting(
-        "evaluation texts: pretraining texts that share 13 tokens in a row with them are dropped",
+        "evaluation texts; drop pretraining texts that share 13 consecutive tokens with them",
         (),
     )
     sft_sources: tuple[Source, ...] = setting(
@@ -68,22 +68,25 @@ class PrepareDataConfig(StepConfig):
         "KIND=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS], where COLUMNS is a column of "
         "messages or QUESTION[+QUESTION]>ANSWER columns"
     )
-    sft_shares: tuple[str, ...] = setting("share of the conversations, KIND=SHARE", ())
-    sft_examples: int = setting("conversations to take", low=1)
-    sft_validation_examples: int = setting("conversations kept for validation", 1000, low=0)
+    sft_shares: tuple[str, ...] = setting("each kind's share of the conversations, KIND=SHARE", ())
+    sft_examples: int = setting("conversations to train on", low=1)
+    sft_validation_examples: int = setting("held-out conversations for validation", 1000, low=0)
     max_length: int = setting(
-        "tokens of the longest conversation, and of an SFT bin", 1024, low=16, high=2**20
+        "tokens of the longest conversation, and of a bin of conversations",
+        1024,
+        low=16,
+        high=2**20,
     )
     long_conversations: Literal["cut", "drop"] = setting(
-        "what to do with longer ones: leave out their oldest exchanges, or drop them", "cut"
+        "what to do with longer ones: cut their oldest exchanges, or drop them", "cut"
     )
     max_rejects: float = setting(
-        "share of a source's records that may be bad before this stops", 0.01, low=0, high=1,
+        "stop if a larger share of a source's records is bad", 0.01, low=0, high=1,
         affects_result=False,
     )  # fmt: skip
-    seed: int = setting("seed of the draw and order of texts and conversations", 0, low=0)
+    seed: int = setting("seed for sampling and ordering texts and conversations", 0, low=0)
     num_processes: int = setting(
-        "processes that read and tokenise: all cores", CORES, low=1, affects_result=False
+        "processes that read and tokenize", CORES, low=1, affects_result=False
     )
 
     def contradictions(self) -> list[str]:
@@ -129,14 +132,18 @@ class PrepareDataConfig(StepConfig):
 def _text_bytes(sources: Sequence[Source]) -> int:
     """Estimate the bytes of text in local sources; data sets on the hub count as nothing."""
     return sum(
-        path.stat().st_size * (COMPRESSION if path.suffix in (".gz", ".parquet") else 1)
+        path.stat().st_size * (COMPRESSION_RATIO if _is_compressed(path) else 1)
         for source in sources
         for path in source.files()
     )
 
 
+def _is_compressed(path: Path) -> bool:
+    return path.suffix in COMPRESSIONS or file_format(path) == "parquet"
+
+
 def parse_shares(specs: Sequence[str]) -> dict[str, float]:
-    """`("ja=76", "zh=12", "en=12")` as fractions that add up to 1."""
+    """Parse shares such as ("ja=76", "zh=12", "en=12") into fractions that add up to 1."""
     shares: dict[str, float] = {}
     for spec in specs:
         label, _, number = spec.partition("=")

@@ -15,18 +15,15 @@ import numpy as np
 from chatglm_ja import plots
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
 from chatglm_ja.chatglm3.tokenizer import load_processor
-from chatglm_ja.data.index import Index, read_tokens
+from chatglm_ja.data.document_index import DocumentIndex
+from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
+from chatglm_ja.data.token_store import LABELS
 from chatglm_ja.reports.render import Table, render_template
 from chatglm_ja.storage.files import write_json
 
 Counts = Mapping[str, Any]
 
-# What can become of a record, in the order in which it is decided.
-FATES = (
-    "rejected", "empty", "short", "language", "contaminated", "no answer at the end", "too long",
-    "duplicate", "near_duplicate", "kept",
-)  # fmt: skip
 # Prefer examples of at most this many tokens.
 EXAMPLE_TOKENS = 400
 
@@ -35,8 +32,8 @@ def write_report(
     folder: Path,
     counts: Counts,
     config: PrepareDataConfig,
-    texts: Index,
-    conversations: Index,
+    texts: DocumentIndex,
+    conversations: DocumentIndex,
     examples: np.ndarray,
 ) -> None:
     """Write the report; `examples` are the conversations that are trained on."""
@@ -48,7 +45,7 @@ def write_report(
         pretrain={
             "totals": _describe_pretrain(pretrain),
             "fates": fate_table(pretrain["sources"], "documents", "train_tokens", "repeats"),
-            "lengths": draw_lengths(texts, texts.usable(), folder / "pretrain_lengths.png"),
+            "lengths": draw_lengths(texts, texts.kept_documents(), folder / "pretrain_lengths.png"),
         },
         sft={
             "totals": _describe_sft(sft),
@@ -64,7 +61,7 @@ def describe_counts(counts: Counts) -> Iterator[str]:
     """Yield a log line for every source, then one for each of the two data sets."""
     for source in (*counts["pretrain"]["sources"], *counts["sft"]["sources"]):
         dropped = [
-            f"{name} {source[name]:,}" for name in _present_fates([source]) if name != "kept"
+            f"{name} {source[name]:,}" for name in _present_fates([source]) if name is not Fate.KEPT
         ]
         yield (
             f"{source['name']}: {source.get('documents', 0):,} read, "
@@ -113,9 +110,9 @@ def mix_table(counts: Counts, shares: Mapping[str, float]) -> Table:
     return ["language", "asked for", "share", "training tokens", "validation tokens"], rows
 
 
-def _present_fates(sources: list[dict[str, Any]]) -> list[str]:
-    """Return `kept` and the fates that any record of the sources had, in the order of FATES."""
-    return [name for name in FATES if name == "kept" or any(s.get(name) for s in sources)]
+def _present_fates(sources: list[dict[str, Any]]) -> list[Fate]:
+    """Return `kept` and the fates that any record of the sources had, in the order of Fate."""
+    return [name for name in Fate if name is Fate.KEPT or any(s.get(name) for s in sources)]
 
 
 def fate_table(sources: list[dict[str, Any]], total: str, *others: str) -> Table:
@@ -128,7 +125,7 @@ def fate_table(sources: list[dict[str, Any]], total: str, *others: str) -> Table
     return ["source", *(name.replace("_", " ") for name in columns)], rows
 
 
-def draw_lengths(index: Index, documents: np.ndarray, path: Path) -> str:
+def draw_lengths(index: DocumentIndex, documents: np.ndarray, path: Path) -> str:
     """Draw a histogram of tokens per document for every source; write PNG and return SVG."""
     sources = np.unique(index.source[documents]).tolist()
     columns = min(3, len(sources))
@@ -158,7 +155,7 @@ def draw_lengths(index: Index, documents: np.ndarray, path: Path) -> str:
 
 
 def choose_examples(
-    config: PrepareDataConfig, index: Index, examples: np.ndarray
+    config: PrepareDataConfig, index: DocumentIndex, examples: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     """Yield a short conversation of every source: its origin, and the runs of `split_example`."""
     tokenizer = load_processor(config.tokenizer)
@@ -167,12 +164,10 @@ def choose_examples(
         if not len(documents):
             continue
         short = documents[index.length[documents] <= EXAMPLE_TOKENS]
-        chosen = (short if len(short) else documents)[:1]
-        location = index.unit[chosen], index.offset[chosen], index.length[chosen]
-        ids = read_tokens(index.stems, ".tokens", *location)
-        labels = read_tokens(index.stems, ".labels", *location)
+        chosen = int((short if len(short) else documents)[0])
+        ids, labels = index.read_document(chosen), index.read_document(chosen, LABELS)
         yield {
-            "origin": f"{source.title}, record {int(index.record[chosen[0]]):,}",
+            "origin": f"{source.title}, record {int(index.record[chosen]):,}",
             "runs": split_example(tokenizer, ids.tolist(), labels.tolist()),
         }
 

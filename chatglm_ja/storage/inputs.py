@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chatglm_ja.errors import ArtifactError
-from chatglm_ja.sources import Source
+from chatglm_ja.sources import Source, file_format
 from chatglm_ja.storage import files
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.manifest import (
@@ -72,7 +72,7 @@ def open_sources(role: str, sources: Sequence[Source]) -> Input:
     fingerprints = []
     for source in sources:
         paths = source.files()
-        formats = [path.name.removesuffix(".gz").rpartition(".")[2] for path in paths]
+        formats = [str(file_format(path)) for path in paths]
         content = open_files(role, *paths).fingerprint
         fingerprints.append(fingerprint_of({"files": content, "formats": " ".join(formats)}))
     fingerprint = fingerprint_of({str(i): part for i, part in enumerate(fingerprints)})

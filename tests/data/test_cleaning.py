@@ -1,4 +1,4 @@
-"""Cleaning keeps the text; the filters drop what they are named for."""
+"""Cleaning keeps the visible text; each filter drops what it is named for."""
 
 import unicodedata
 
@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatglm_ja.data import cleaning
+from chatglm_ja.data.fates import Fate
 
 
 @pytest.mark.parametrize(
@@ -22,11 +23,11 @@ from chatglm_ja.data import cleaning
         ("a\n\n\n\n\nb", "a\n\nb"),
         ("\n\n\u3000段落\n    code  x\n\n", "\u3000段落\n    code  x"),
         (" \n ", ""),
-        ("か\u200b\u3099", "が"),  # composed after what stood between has gone
-        ("a\u2003\nb \nc", "a\u2003\nb\nc"),  # what happens to a line does not depend on others
+        ("か\u200b\u3099", "が"),  # composed once the character between is removed
+        ("a\u2003\nb \nc", "a\u2003\nb\nc"),  # a line is cleaned whatever the others hold
     ],
 )
-def test_what_is_cleaned(text: str, cleaned: str) -> None:
+def test_cleaning(text: str, cleaned: str) -> None:
     assert cleaning.clean(text, "NFC") == cleaned
 
 
@@ -58,14 +59,13 @@ RUSSIAN = "Русский текст написан кириллицей, а н�
     [("ja", [JAPANESE]), ("zh", [CHINESE]), ("en", [ENGLISH]),
      ("ru", [JAPANESE, CHINESE, ENGLISH, RUSSIAN])],
 )  # fmt: skip
-def test_languages_are_told_by_their_letters(language: str, kept: list[str]) -> None:
+def test_the_language_filter_checks_the_script(language: str, kept: list[str]) -> None:
     texts = [JAPANESE, CHINESE, ENGLISH, RUSSIAN]
-    reasons = cleaning.drop_reasons(texts, cleaning.code_points(texts), language, 1)
-    expected = [None if text in kept else "language" for text in texts]
-    assert reasons == expected
+    fates = cleaning.apply_filters(texts, cleaning.code_points(texts), language, 1)
+    assert fates == [Fate.KEPT if text in kept else Fate.LANGUAGE for text in texts]
 
 
-def test_filters_have_names_and_an_order() -> None:
+def test_the_first_filter_that_matches_decides() -> None:
     texts = [
         "",
         "短い",
@@ -74,11 +74,11 @@ def test_filters_have_names_and_an_order() -> None:
         "Python の print 関数は標準出力に書きます",
     ]
     codes = cleaning.code_points(texts)
-    assert cleaning.drop_reasons(texts, codes, "ja", 10) == [
-        "empty", "short", "language", None, None,
+    assert cleaning.apply_filters(texts, codes, "ja", 10) == [
+        Fate.EMPTY, Fate.SHORT, Fate.LANGUAGE, Fate.KEPT, Fate.KEPT,
     ]  # fmt: skip
-    assert cleaning.drop_reasons(texts, codes, None, 1) == ["empty", None, None, None, None]
-    assert cleaning.drop_reasons([], cleaning.code_points([]), "ja", 10) == []
+    assert cleaning.apply_filters(texts, codes, None, 1) == [Fate.EMPTY, *[Fate.KEPT] * 4]
+    assert cleaning.apply_filters([], cleaning.code_points([]), "ja", 10) == []
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_filters_have_names_and_an_order() -> None:
         ("", set()),
     ],
 )
-def test_an_answers_language_is_told_by_its_script(text: str, languages: set[str]) -> None:
-    found = {name for name in ("ja", "zh", "en") if cleaning.in_language([text], name) == [True]}
-    assert found == languages
+def test_the_language_of_an_answer_is_its_script_s(text: str, languages: set[str]) -> None:
+    matches = {name for name in ("ja", "zh", "en") if cleaning.in_language([text], name) == [True]}
+    assert matches == languages
     assert cleaning.in_language([text], "code") is None

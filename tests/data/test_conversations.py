@@ -1,4 +1,4 @@
-"""Conversation formats, what makes one bad, and where a long one is cut."""
+"""Conversation formats, reasons to reject one, and where a long one is cut."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.chatglm3.chat_format import Message
 from chatglm_ja.data import conversations
 from chatglm_ja.data.conversations import Conversation, read_messages
 from chatglm_ja.data.readers import Reject, read_chunks
 from chatglm_ja.sources import Source
 
-Q_AND_A = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+Q_AND_A: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -37,11 +38,11 @@ Q_AND_A = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a
     ],
 )
 def test_formats(columns: str, record: dict[str, Any], named: bool) -> None:
-    """With the columns named, and found by their usual names."""
+    """With the columns given, and recognized by their usual names."""
     assert read_messages(record, columns if named else None) == Q_AND_A
 
 
-def test_what_came_before_is_taken() -> None:
+def test_system_text_and_history_come_first() -> None:
     record = {"instruction": "q", "output": "a", "system": "s", "history": [["q0", "a0"]]}
     assert read_messages(record, None) == [
         {"role": "system", "content": "s"},
@@ -59,7 +60,7 @@ def test_what_came_before_is_taken() -> None:
     assert messages[0]["content"] == "translate\nthis"
 
 
-def test_tools_answer_between_the_assistant_s_turns() -> None:
+def test_tool_results_come_between_the_assistant_s_turns() -> None:
     roles = ["system", "user", "assistant", "observation", "assistant", "user", "assistant"]
     names = ["system", "human", "function_call", "tool", "gpt", "user", "assistant"]
     turns = [{"role": name, "content": str(i), "metadata": "m"} for i, name in enumerate(names)]
@@ -100,10 +101,10 @@ def say(*roles: str) -> dict[str, Any]:
     ],
 )
 def test_bad_conversations_have_reasons(record: dict[str, Any], reason: str) -> None:
-    found = read_messages(record, None)
-    assert isinstance(found, Reject)
-    assert found.reason == reason
-    assert found.detail
+    reject = read_messages(record, None)
+    assert isinstance(reject, Reject)
+    assert reject.reason == reason
+    assert reject.detail
 
 
 def test_records_keep_their_numbers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Texts of sources: documents with their records, draws from a stream of texts."""
+"""Text sources: documents with their records, samples from a stream of texts."""
 
 import json
 from collections import Counter
@@ -41,7 +41,7 @@ def test_documents_know_their_record_and_id(tmp_path: Path) -> None:
         list(corpus.read_texts(source))
 
 
-def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_taken_for_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing.jsonl not found"):
         list(corpus.read_texts(Source("ja", str(tmp_path / "nothing.jsonl"))))
 
@@ -64,7 +64,7 @@ def test_take_characters_takes_whole_texts() -> None:
     assert corpus.take_characters(texts, 2) == ["aaaa"]
 
 
-def test_training_lines_are_counted_and_hold_text() -> None:
+def test_training_lines_are_counted_and_not_blank() -> None:
     counts: dict[str, int] = {}
     lines = list(corpus.training_lines(["一\n\n 二 ", "\u3000\n", "三"], counts))
     assert lines == ["一", " 二 ", "三"]
@@ -85,6 +85,6 @@ def test_a_sample_is_uniform_and_repeatable() -> None:
     numbers = [str(n) for n in range(50)]
     assert corpus.sample_lines(numbers, 5, seed=1) == corpus.sample_lines(numbers, 5, seed=1)
     assert corpus.sample_lines(numbers, 5, seed=1) != corpus.sample_lines(numbers, 5, seed=2)
-    taken = Counter(n for seed in range(2000) for n in corpus.sample_lines(numbers, 5, seed))
-    # 2000 draws of 5 in 50: 200 each, with a standard deviation of 13.
-    assert len(taken) == 50 and all(130 < count < 270 for count in taken.values())
+    counts = Counter(n for seed in range(2000) for n in corpus.sample_lines(numbers, 5, seed))
+    # 2000 samples of 5 in 50: 200 each, with a standard deviation of 13.
+    assert len(counts) == 50 and all(130 < count < 270 for count in counts.values())

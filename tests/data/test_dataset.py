@@ -1,4 +1,4 @@
-"""Step 4's data sets as training reads them: mapped, and what a batch trains on."""
+"""Step 4's data sets as training reads them: memory-mapped, checked, collated."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from chatglm_ja.training import collator
 from tests.conftest import DATA, Source, prepare_config, write_pretraining
 
 
-def test_shards_are_read_as_one_and_not_copied(
+def test_shards_are_one_data_set_and_not_copied(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Source("ja", str(DATA / "train_ja.jsonl.gz"))
@@ -73,7 +73,7 @@ def test_rows_that_do_not_fit_are_refused(data_dir: Path, resized_dir: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "split"), [("pretrain", "validation"), ("sft", "train")])
-def test_unpacked_rows_are_the_documents_one_by_one(data_dir: Path, name: str, split: str) -> None:
+def test_unpacked_rows_are_single_documents(data_dir: Path, name: str, split: str) -> None:
     rows = dataset.load_rows(data_dir, name, split)
     allocated = pyarrow.total_allocated_bytes()
     apart = dataset.unpack_rows(rows)

@@ -1,4 +1,4 @@
-"""Duplicates: signatures estimate the true similarity, links keep the first, overlaps are found."""
+"""Duplicates: signatures estimate similarity, linked texts keep the first, overlaps are found."""
 
 import random
 
@@ -52,13 +52,13 @@ def test_a_signature_does_not_depend_on_the_batch() -> None:
 def find(texts: list[str], threshold: float) -> list[bool]:
     signatures = sign(texts)
     size = dedup.BAND_SIZE
-    found = dedup.find_near_duplicates(
+    near = dedup.find_near_duplicates(
         len(texts),
         lambda band: signatures[:, band * size : (band + 1) * size],
         lambda indices: signatures[indices],
         threshold,
     )
-    return list(found)
+    return list(near)
 
 
 def test_near_duplicates_are_those_above_the_threshold() -> None:
@@ -66,11 +66,10 @@ def test_near_duplicates_are_those_above_the_threshold() -> None:
     originals = [random_text(rng, 800) for _ in range(60)]
     near = [altered(rng, text, 4) for text in originals]  # similarity 0.95
     far = [altered(rng, text, 80) for text in originals]  # similarity 0.45
-    found = find([*originals, *near, *far], 0.8)
-    assert found == [False] * 60 + [True] * 60 + [False] * 60
+    assert find([*originals, *near, *far], 0.8) == [False] * 60 + [True] * 60 + [False] * 60
 
 
-def test_as_many_pairs_as_there_are_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_compared_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dedup, "PAIRS_AT_ONCE", 3)
     test_near_duplicates_are_those_above_the_threshold()
 
@@ -84,7 +83,7 @@ def test_the_first_of_linked_texts_stays() -> None:
     assert find([chain[i] for i in order], 0.8) == [False, *[True] * 5]
 
 
-def test_repeats_are_all_but_the_first() -> None:
+def test_rows_after_an_equal_one_are_repeats() -> None:
     keys = np.array([[1, 2], [3, 4], [1, 2], [1, 3], [1, 2]], dtype=np.uint64)
     assert dedup.mark_repeated(keys).tolist() == [False, False, True, False, True]
     assert dedup.mark_repeated(np.zeros((0, 2), dtype=np.uint64)).tolist() == []
@@ -104,5 +103,5 @@ def test_thirteen_tokens_in_a_row_are_an_overlap() -> None:
     assert not dedup.has_overlap(noise, dedup.overlap_hashes([]))
 
 
-def test_digests_tell_texts_apart() -> None:
+def test_different_texts_have_different_digests() -> None:
     assert dedup.text_digest("あ") == dedup.text_digest("あ") != dedup.text_digest("い")

@@ -1,4 +1,4 @@
-"""The mix: budgets that add up, exact shares at every point, a validation set that stays."""
+"""Mixing: budgets that add up, exact shares at every point, a stable validation set."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from chatglm_ja.sources import Source
 SHARES = {"ja": 0.76, "zh": 0.12, "en": 0.12}
 
 
-def corpus_of(sizes: list[int], high: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Source and length of documents: `sizes` says how many each source has."""
+def make_corpus(sizes: list[int], high: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source and length of documents; `sizes` has the number of each source."""
     rng = np.random.default_rng(0)
     source_of = np.repeat(np.arange(len(sizes)), sizes)
     return source_of, rng.integers(3, high, len(source_of)).astype(np.int32)
 
 
 def make_pools(sources: list[Source], sizes: list[int], total: int, **changes: Any) -> Any:
-    source_of, length_of = corpus_of(sizes)
+    source_of, length_of = make_corpus(sizes)
     documents = np.arange(len(source_of))
     shares = changes.get("shares", SHARES)
     pools = mixing.build_pools(sources, shares, total, documents, source_of, length_of)
@@ -31,7 +31,7 @@ def make_pools(sources: list[Source], sizes: list[int], total: int, **changes: A
 LANGUAGES = [Source(language, language) for language in SHARES]
 
 
-def test_parts_are_whole_and_add_up() -> None:
+def test_apportioned_parts_are_whole_and_add_up() -> None:
     assert mixing.apportion(100, SHARES) == {"ja": 76, "zh": 12, "en": 12}
     assert mixing.apportion(10, {"a": 1, "b": 1, "c": 1}) == {"a": 4, "b": 3, "c": 3}
     for total in range(200):
@@ -76,7 +76,7 @@ def test_a_pool_is_repeated_evenly_up_to_its_limit() -> None:
         mixing.check_budgets([pool], 2500, max_repeats=2)
 
 
-def test_all_that_is_lacking_is_said_and_what_is_enough_is_enough() -> None:
+def test_every_shortage_is_named_and_the_suggested_total_is_enough() -> None:
     pools, _, _ = make_pools(LANGUAGES, [2000, 30, 10], 50_000)
     with pytest.raises(
         DataError, match=r"zh has .*; en has .* lower --total-tokens to ([\d,]+)"
@@ -106,7 +106,7 @@ def test_weights_divide_a_language_among_its_sources() -> None:
     assert drawn.length[owner >= 2].sum() == 4000
 
 
-def test_the_validation_set_is_bounded_and_follows_the_texts() -> None:
+def test_the_validation_set_is_bounded_and_depends_on_the_texts_alone() -> None:
     rng = np.random.default_rng(1)
     lengths = rng.integers(3, 60, 3000)
     digests = rng.integers(0, 2**63, (3000, 2), dtype=np.uint64)
@@ -124,7 +124,7 @@ def test_the_validation_set_is_bounded_and_follows_the_texts() -> None:
     assert lengths[few].sum() <= lengths[:100].sum() / 20
 
 
-def test_too_few_documents_for_validation_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_too_few_documents_for_validation_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     digests = np.array([[1, 2]], dtype=np.uint64)
     assert len(mixing.choose_validation(np.array([50]), digests, 100, "en")) == 0
     assert "en: too few documents" in caplog.text

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing cut that may not be cut, and full bins."""
+"""Packing: no token is lost, only what must be cut is cut, and bins are full."""
 
 import random
 
@@ -10,7 +10,7 @@ from chatglm_ja.data.packing import PackingPlan
 
 
 def pack(plan: PackingPlan, items: list[list[int]]) -> list[tuple[list[int], list[int]]]:
-    """The blocks' tokens and lengths, put together piece by piece."""
+    """Assemble the blocks' tokens and lengths."""
     blocks = []
     for first, end in zip(plan.bounds, plan.bounds[1:], strict=False):
         ids: list[int] = []
@@ -50,7 +50,7 @@ def test_concat_marks_where_documents_begin() -> None:
     assert blocks == [([1, 1, 1, 0], [4]), ([2, 2, 0, 3], [3, 1]), ([3, 3, 3, 0], [4])]
 
 
-def test_nothing_packs_into_nothing() -> None:
+def test_no_items_give_no_blocks() -> None:
     nothing, short = np.array([], dtype=int), np.array([3])
     plans = [packing.plan_concat(nothing, 4), packing.plan_concat(short, 4)]
     for plan in [*plans, packing.plan_best_fit(nothing, 4), packing.join_plans([])]:
@@ -99,7 +99,7 @@ def test_a_plan_takes_blocks_in_any_order() -> None:
 
 
 def bins_of(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The indices of the items in each bin."""
+    """Return the indices of the items in each bin."""
     members, numbers = packing.fill_bins(np.array(lengths, dtype=np.int64), capacity)
     return [part.tolist() for part in np.split(members, np.cumsum(numbers)[:-1])] if lengths else []
 
@@ -113,8 +113,8 @@ def test_bins_hold_every_item_once_within_the_capacity() -> None:
     assert sum(lengths) / (len(bins) * 256) > 0.99
 
 
-def test_no_other_items_would_fill_a_bin_better() -> None:
-    """The definition: with its longest item, a bin is as full as what is left can make it."""
+def test_a_bin_is_as_full_as_possible() -> None:
+    """Minimum bin slack: with its longest item, a bin is as full as the items left can make it."""
     random.seed(2)
     for _ in range(20):
         lengths = [random.randint(1, 50) for _ in range(40)]
@@ -145,7 +145,7 @@ def test_bins_are_at_least_as_full_as_best_fit_decreasing_makes_them() -> None:
         assert len(bins_of(lengths, 1024)) <= len(rooms)
 
 
-def test_an_item_that_fits_nowhere_is_refused() -> None:
+def test_an_item_that_fits_no_bin_is_refused() -> None:
     for bad in (11, 0):
         with pytest.raises(ValueError, match=f"length {bad}, expected 1 to 10"):
             bins_of([3, bad], 10)

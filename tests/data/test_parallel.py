@@ -1,4 +1,4 @@
-"""Several processes: results in order, errors passed on, nobody left behind."""
+"""The process pool: results in order, errors passed on, no process left behind."""
 
 import os
 import signal
@@ -46,12 +46,12 @@ def test_results_come_in_order(processes: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_error_is_the_caller_s(processes: int) -> None:
+def test_an_error_reaches_the_caller(processes: int) -> None:
     with pytest.raises(DataError, match="bad item 3"):
         list(parallel.map_in_order(fail, range(9), processes))
 
 
-def test_a_killed_process_is_one_line() -> None:
+def test_a_killed_process_is_a_data_error() -> None:
     with pytest.raises(DataError, match=r"one of 2 processes was killed.*lower --num-processes"):
         list(parallel.map_in_order(die, range(9), 2))
 
@@ -65,13 +65,14 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
         "    open(path, 'w').write(str(os.getpid()))\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
-        f"    list(parallel.in_order(work, [{str(tmp_path / 'pid')!r}], 2))\n"
+        f"    list(parallel.map_in_order(work, [{str(tmp_path / 'pid')!r}], 2))\n"
     )
     parent = subprocess.Popen(
         [sys.executable, script], env=os.environ | {"PYTHONPATH": str(PROJECT)}
     )
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()):
+        assert parent.poll() is None
         time.sleep(0.05)
     parent.kill()
     parent.wait()

@@ -1,4 +1,4 @@
-"""Fine-tuning data: shares, whole conversations, no example without labels, full bins."""
+"""Fine-tuning data: shares, whole conversations, trained tokens in every example, full bins."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from chatglm_ja.chatglm3.tokenizer import EOS_ID
 from chatglm_ja.data import dataset, packing, prepare_conversations, resume
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
-from tests.conftest import DATA, prepare_config, unit_folders, write_sft
+from tests.conftest import DATA, prepare_config, source_folders, write_sft
 
 UNUSED = [Source("ja", "unused.txt")]
 
@@ -24,20 +24,20 @@ def write(folder: Path, rows: list[Any]) -> Source:
     return Source("ja", str(path))
 
 
-def dialogue(*turns: str) -> dict[str, Any]:
+def conversation(*turns: str) -> dict[str, Any]:
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}
 
 
 def examples(folder: Path) -> list[tuple[list[int], list[int]]]:
-    found = []
+    parts = []
     for row in dataset.load_rows(folder, "sft", "train"):
         start = 0
         for length in row["lengths"]:
             span = slice(start, start + length)
-            found.append((row["input_ids"][span], row["labels"][span]))
+            parts.append((row["input_ids"][span], row["labels"][span]))
             start += length
-    return found
+    return parts
 
 
 def test_kinds_have_their_shares(tmp_path: Path, merged_dir: Path) -> None:
@@ -62,24 +62,26 @@ def test_kinds_have_their_shares(tmp_path: Path, merged_dir: Path) -> None:
     assert [sources.count(number) for number in range(4)] == [104, 44, 18, 34]
 
 
-def test_every_source_gives_conversations_for_validation(tmp_path: Path, merged_dir: Path) -> None:
-    """In proportion, and one at least but if it has only one; the rest is for training."""
+def test_every_source_has_validation_conversations(tmp_path: Path, merged_dir: Path) -> None:
+    """In proportion to its size, at least one unless it has only one."""
     sources = []
     for name, count in (("large", 90), ("small", 4), ("tiny", 1)):
         (tmp_path / name).mkdir()
-        path = write(tmp_path / name, [dialogue(f"{name}{i}", f"答え{i}") for i in range(count)])
+        path = write(
+            tmp_path / name, [conversation(f"{name}{i}", f"答え{i}") for i in range(count)]
+        )
         sources.append(Source("ja", path.path, name=name))
     config = prepare_config(
         merged_dir, UNUSED, sft_sources=sources, sft_examples=80, sft_validation_examples=12
     )
     write_sft(tmp_path, config)
-    found = {}
+    counts = {}
     for split in ("train", "validation"):
         rows = dataset.load_rows(tmp_path, "sft", split)
         numbers = [number for row in rows for number in row["sources"]]
-        found[split] = [numbers.count(number) for number in range(3)]
-    assert found["validation"] == [11, 1, 0]
-    assert sum(found["train"]) == 80
+        counts[split] = [numbers.count(number) for number in range(3)]
+    assert counts["validation"] == [11, 1, 0]
+    assert sum(counts["train"]) == 80
 
 
 @pytest.mark.parametrize(
@@ -93,10 +95,10 @@ def test_every_source_gives_conversations_for_validation(tmp_path: Path, merged_
         ([0, 1, 1], 1, [False, True, False]),
     ],
 )
-def test_the_first_of_each_source_are_kept_back(
+def test_the_first_of_each_source_are_held_out(
     sources: list[int], count: int, expected: list[bool]
 ) -> None:
-    assert prepare_conversations._keep_back(np.array(sources), count).tolist() == expected
+    assert prepare_conversations._hold_out(np.array(sources), count).tolist() == expected
 
 
 def test_bins_hold_whole_conversations(data_dir: Path) -> None:
@@ -109,8 +111,8 @@ def test_bins_hold_whole_conversations(data_dir: Path) -> None:
         assert labels[0] == chat_format.IGNORE_INDEX
 
 
-def test_examples_are_those_of_the_format(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
-    rows = [dialogue(f"質問{i}", f"答え{i}", "続き", "</s>と<|user|>") for i in range(5)]
+def test_examples_have_the_chat_format(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
+    rows = [conversation(f"質問{i}", f"答え{i}", "続き", "</s>と<|user|>") for i in range(5)]
     config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)], sft_examples=5)
     write_sft(tmp_path, config)
     expected = [chat_format.build_example(encoder, row["messages"]) for row in rows]
@@ -121,11 +123,11 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     tmp_path: Path, merged_dir: Path, encoder: Any
 ) -> None:
     rows = [
-        dialogue("古い質問" * 20, "古い答え" * 20, "新しい質問", "新しい答え"),
-        dialogue("質問", "長い答え" * 200),
-        dialogue("質問", "答え"),
-        dialogue("質問", "答え", "答えのない質問"),
-        dialogue("質問", "答え"),
+        conversation("古い質問" * 20, "古い答え" * 20, "新しい質問", "新しい答え"),
+        conversation("質問", "長い答え" * 200),
+        conversation("質問", "答え"),
+        conversation("質問", "答え", "答えのない質問"),
+        conversation("質問", "答え"),
     ]
     rows[0]["messages"].insert(0, {"role": "system", "content": "指示"})
     settings: dict[str, Any] = {
@@ -149,15 +151,17 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     assert counts["sources"][0]["too long"] == 2
 
 
-def test_what_is_the_same_after_cutting_is_taken_once(tmp_path: Path, merged_dir: Path) -> None:
-    rows = [dialogue(f"質問{i}" * 30, "答え" * 30, "最後の質問", "最後の答え") for i in range(9)]
+def test_conversations_equal_after_cutting_are_duplicates(tmp_path: Path, merged_dir: Path) -> None:
+    rows = [
+        conversation(f"質問{i}" * 30, "答え" * 30, "最後の質問", "最後の答え") for i in range(9)
+    ]
     settings: dict[str, Any] = {"sft_sources": [write(tmp_path, rows)], "max_length": 64}
     counts = write_sft(tmp_path, prepare_config(merged_dir, UNUSED, **settings))
     assert (counts["sources"][0]["duplicate"], counts["sources"][0]["kept"]) == (8, 1)
 
 
-def test_too_few_conversations_are_said(tmp_path: Path, merged_dir: Path) -> None:
-    source = write(tmp_path, [dialogue("q", "a")] * 2)
+def test_too_few_conversations_are_an_error(tmp_path: Path, merged_dir: Path) -> None:
+    source = write(tmp_path, [conversation("q", "a")] * 2)
     config = prepare_config(
         merged_dir, UNUSED, sft_sources=[source], sft_examples=1, sft_validation_examples=3
     )
@@ -166,12 +170,12 @@ def test_too_few_conversations_are_said(tmp_path: Path, merged_dir: Path) -> Non
 
 
 def test_bins_are_full(merged_dir: Path, tmp_path: Path) -> None:
-    """10,000 conversations of the demo's lengths, in the demo's bins and in larger ones."""
+    """With 10,000 conversations of the demo's lengths, in the demo's bins and in larger ones."""
     config = prepare_config(
         merged_dir, UNUSED, sft_sources=[Source("ja", str(DATA / "train_sft.jsonl.gz"))]
     )
     index = prepare_conversations.prepare(
-        config, unit_folders(tmp_path / "units", config.sft_sources)
+        config, source_folders(tmp_path / "chunks", config.sft_sources)
     )
     lengths = np.array(random.Random(0).choices(index.length.tolist(), k=10_000))
     for capacity in (256, 512, 1024):
@@ -179,14 +183,14 @@ def test_bins_are_full(merged_dir: Path, tmp_path: Path) -> None:
         assert lengths.sum() / (len(plan) * capacity) >= 0.99
 
 
-def test_bad_conversations_are_written_down(tmp_path: Path, merged_dir: Path) -> None:
-    rows: list[Any] = [dialogue(f"q{i}", "a") | {"id": i} for i in range(20)]
-    rows[4] = dialogue("q", " ")
+def test_bad_conversations_are_in_the_rejects_file(tmp_path: Path, merged_dir: Path) -> None:
+    rows: list[Any] = [conversation(f"q{i}", "a") | {"id": i} for i in range(20)]
+    rows[4] = conversation("q", " ")
     rows[7]["id"] = 2
     rows[9] = {"messages": []}
     config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)])
     index = prepare_conversations.prepare(
-        config, unit_folders(tmp_path / "units", config.sft_sources)
+        config, source_folders(tmp_path / "chunks", config.sft_sources)
     )
     resume.RejectsFile(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Pretraining blocks: from texts with every kind of flaw to exact shares, the same however made."""
+"""Pretraining blocks: exact shares, every document accounted for, byte-identical after kills."""
 
 import gzip
 import itertools
@@ -11,13 +11,12 @@ import pytest
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
-from chatglm_ja.data import arrow, corpus, dataset, prepare_texts, readers, units
-from chatglm_ja.data.index import Index, read_tokens
+from chatglm_ja.data import arrow, corpus, dataset, prepare_texts, readers, tokenizing
 from chatglm_ja.data.resume import RejectsFile
 from chatglm_ja.data.settings import parse_shares
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
-from tests.conftest import DATA, demo_texts, prepare_config, unit_folders, write_pretraining
+from tests.conftest import DATA, demo_texts, prepare_config, source_folders, write_pretraining
 
 
 def write(folder: Path, name: str, texts: list[str]) -> Source:
@@ -27,7 +26,7 @@ def write(folder: Path, name: str, texts: list[str]) -> Source:
 
 
 def documents(folder: Path, split: str) -> list[list[int]]:
-    """The tokens between the ends of documents, from the blocks."""
+    """Split the blocks' tokens after each end of a document; the last part may be incomplete."""
     stream = [t for ids in dataset.load_rows(folder, "pretrain", split)["input_ids"] for t in ids]
     parts: list[list[int]] = [[]]
     for token in stream:
@@ -44,17 +43,16 @@ def test_blocks_hold_the_documents_with_real_ends(
     lines = [f"文書 {i} </s> です。" for i in range(60)]
     source = write(tmp_path, "ja", lines)
     prefix = chat_format.prefix_ids(encoder)
-    expected = [[*prefix, *encoder.encode(line), EOS_ID] for line in lines]
+    expected = {(*prefix, *encoder.encode(line), EOS_ID) for line in lines}
     total = sum(map(len, expected))
     config = prepare_config(
         merged_dir, [source], total_tokens=total, block_size=32, packing=packing
     )
     counts = write_pretraining(tmp_path, config)
     rows = dataset.load_rows(tmp_path, "pretrain", "train")
-    lost = counts["tail_tokens_dropped"]
-    assert lost == (total % 32 if packing == "concat" else 0)
-    assert sum(map(len, rows["input_ids"])) == total - lost
-    found = []
+    dropped = counts["tail_tokens_dropped"]
+    assert dropped == (total % 32 if packing == "concat" else 0)
+    assert sum(map(len, rows["input_ids"])) == total - dropped
     for row in rows:
         assert sum(row["lengths"]) == len(row["input_ids"]) <= 32
         assert row["sources"] == [0] * len(row["lengths"])
@@ -62,12 +60,16 @@ def test_blocks_hold_the_documents_with_real_ends(
         ends = [row["input_ids"][end - 1] for end in itertools.accumulate(row["lengths"])]
         assert ends[:-1] == [EOS_ID] * (len(ends) - 1)
         assert sum(token == EOS_ID for token in row["input_ids"]) == ends.count(EOS_ID)
-        found += row["input_ids"]
-    if packing == "concat":
-        whole = documents(tmp_path, "train")
-        assert sorted(whole[:-1]) == sorted(expected[: len(whole)]) or lost
+    *whole, last = map(tuple, documents(tmp_path, "train"))
+    assert len(set(whole)) == len(whole) and set(whole) <= expected
+    if packing == "best_fit":
+        assert set(whole) == expected
+    else:
+        # Only the dropped tail is missing: documents as long as it, and the rest of the last one.
+        missing = expected - set(whole)
+        assert sum(map(len, missing)) == dropped + len(last)
+        assert not last or any(document[: len(last)] == last for document in missing)
         assert counts["fill"] == 1.0
-    assert {tuple(d) for d in documents(tmp_path, "train")[:-1]} <= set(map(tuple, expected))
 
 
 def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -> None:
@@ -77,7 +79,7 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -
     )
     counts = write_pretraining(tmp_path, config)
     rows = dataset.load_rows(tmp_path, "pretrain", "train")
-    prefix = prepare_texts._tools(merged_dir, None)[1].tolist()
+    prefix = prepare_texts.load_tokenizer(merged_dir)[1].tolist()
     begun = whole = 0
     for row in rows:
         start = 0
@@ -93,7 +95,7 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -
 
 
 def test_shares_are_exact(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
-    """Counted from the blocks: every language has a character of its own."""
+    """Counted in the blocks; every language has a character of its own."""
     samples = {"ja": "あああ。", "zh": "们们们。", "en": "eee."}
     sources = [
         write(tmp_path, name, [text + str(i) for i in range(900)]) for name, text in samples.items()
@@ -126,7 +128,7 @@ def test_shares_are_exact(tmp_path: Path, merged_dir: Path, encoder: Any) -> Non
 
 def test_no_validation_document_is_trained_on(tmp_path: Path, merged_dir: Path) -> None:
     lines = [f"これは文書番号 {i} です。" for i in range(400)]
-    # Every document twice: the copies must not come back through training.
+    # Every document twice: copies of validation documents must not be trained on.
     source = write(tmp_path, "ja", lines + lines)
     config = prepare_config(
         merged_dir, [source], total_tokens=5000, validation_tokens=200, max_repeats=2.0
@@ -142,7 +144,7 @@ def test_no_validation_document_is_trained_on(tmp_path: Path, merged_dir: Path) 
     assert sum(map(len, rows["input_ids"])) == counts["validation_tokens"]["ja"] <= 200
 
 
-def test_validation_rows_say_their_language(data_dir: Path) -> None:
+def test_validation_rows_have_their_language(data_dir: Path) -> None:
     rows = dataset.load_rows(data_dir, "pretrain", "train")
     assert len(rows) == 8000 // 64
     validation = dataset.load_rows(data_dir, "pretrain", "validation")
@@ -198,10 +200,6 @@ def flawed(folder: Path) -> list[Source]:
     ]
 
 
-def made(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-
 def test_processes_and_interruptions_change_no_byte(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,48 +216,43 @@ def test_processes_and_interruptions_change_no_byte(
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         config = prepare_config(merged_dir, sources, **settings | changes)
-        index = prepare_texts.prepare(config, unit_folders(folder / "texts", sources))
+        index = prepare_texts.prepare(config, source_folders(folder / "texts", sources))
         RejectsFile(folder / "rejects.jsonl", tmp_path / "report", 0.05).check(index)
         prepare_texts.write(index, config, parse_shares(config.shares), folder)
-        return made(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-    once = make("one")
-    assert len([name for name in once if name.startswith("pretrain_train")]) == 7
+    undisturbed = make("one")
+    assert len([name for name in undisturbed if name.startswith("pretrain_train")]) == 7
     assert len(list((tmp_path / "one" / "texts").glob("*/*.json"))) > 10
-    assert len(once["rejects.jsonl"].splitlines()) == 3
-    assert make("two", num_processes=2) == once
+    assert len(undisturbed["rejects.jsonl"].splitlines()) == 3
+    assert make("two", num_processes=2) == undisturbed
 
     # Interrupted while reading, then while writing the shards.
-    left = 4
-    whole = prepare_texts.TextPreparer.__call__
+    calls = itertools.count()
+    read_documents = corpus.read_documents
 
-    def failing(self: Any, task: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == 4:
             raise KeyboardInterrupt
-        return whole(self, task)
+        return read_documents(*arguments)
 
-    monkeypatch.setattr(prepare_texts.TextPreparer, "__call__", failing)
-    with pytest.raises(KeyboardInterrupt):
-        make("three")
-    monkeypatch.setattr(prepare_texts.TextPreparer, "__call__", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "read_documents", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make("three")
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "three/texts").glob("*/*.json")}
     assert len(finished) == 4
-    monkeypatch.setattr(arrow, "_rows", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        make("three")
-    monkeypatch.undo()
-    monkeypatch.setattr(readers.read_chunks, "__defaults__", (20_000,))
-    monkeypatch.setattr(arrow, "SHARD_TOKENS", 3000)
-    (tmp_path / "three/pretrain_train-00000-of-00007.part").unlink()
-    # What was damaged meanwhile is made again.
+    with monkeypatch.context() as patch:
+        patch.setattr(arrow, "_make_batch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make("three")
+    # Chunks that were corrupted meanwhile are tokenized again.
     first, second = sorted(finished)[:2]
     content = bytearray(first.with_suffix(".tokens").read_bytes())
     content[99] ^= 1
     first.with_suffix(".tokens").write_bytes(content)
     second.write_text("[]")
-    assert make("three") == once
+    assert make("three") == undisturbed
     del finished[first], finished[second]
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
 
@@ -276,12 +269,14 @@ def test_the_seed_and_only_the_seed_draws_other_documents(tmp_path: Path, merged
     assert blocks[0] == blocks[1] != blocks[2]
 
 
-def test_bad_records_are_written_down_and_too_many_stop(tmp_path: Path, merged_dir: Path) -> None:
+def test_bad_records_are_in_the_rejects_file_and_too_many_are_an_error(
+    tmp_path: Path, merged_dir: Path
+) -> None:
     rows = ['{"text": "良い文書です。"}'] * 97 + ["{", '{"body": 1}', '{"text": 1}']
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(rows))
     config = prepare_config(merged_dir, [Source("ja", str(path))])
-    index = prepare_texts.prepare(config, unit_folders(tmp_path / "texts", config.sources))
+    index = prepare_texts.prepare(config, source_folders(tmp_path / "texts", config.sources))
     report = tmp_path / "report.jsonl"
     RejectsFile(tmp_path / "rejects.jsonl", report, 0.03).check(index)
     assert not report.exists()
@@ -294,25 +289,25 @@ def test_bad_records_are_written_down_and_too_many_stop(tmp_path: Path, merged_d
     with pytest.raises(
         DataError,
         match=r"more than 2.00% of the records are bad in ja/a: 3 of 100 records \(broken JSON 1, "
-        r"missing column 1, wrong type 1\): see .*report.jsonl, then mend them or raise --max-rej",
+        r"missing column 1, wrong type 1\): see .*report.jsonl, then fix them or raise --max-rej",
     ):
         RejectsFile(tmp_path / "rejects.jsonl", report, 0.02).check(index)
     assert len(report.read_text().splitlines()) == 3
 
 
-def test_a_hopeless_source_ends_the_reading_early(
+def test_reading_stops_early_if_most_records_are_bad(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers.read_chunks, "__defaults__", (1000,))
-    monkeypatch.setattr(units, "EARLY_RECORDS", 1000)
+    monkeypatch.setattr(tokenizing, "EARLY_RECORDS", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "列の名前が違う"}\n' * 20_000)
     config = prepare_config(merged_dir, [Source("ja", str(path))])
-    index = prepare_texts.prepare(config, unit_folders(tmp_path / "texts", config.sources))
-    assert units.EARLY_RECORDS <= index.records_read(0) < 2 * units.EARLY_RECORDS
+    index = prepare_texts.prepare(config, source_folders(tmp_path / "texts", config.sources))
+    assert 1000 <= index.records_read(0) < 2000
 
 
-def test_too_little_text_is_said_with_what_would_do(tmp_path: Path, merged_dir: Path) -> None:
+def test_too_little_text_is_an_error(tmp_path: Path, merged_dir: Path) -> None:
     source = write(tmp_path, "ja", ["短い"])
     with pytest.raises(DataError, match=r"ja has \d+ tokens for a share of 1,000"):
         write_pretraining(tmp_path, prepare_config(merged_dir, [source]))
@@ -330,29 +325,13 @@ def test_wikitext_lines_become_articles(tmp_path: Path, merged_dir: Path) -> Non
     assert counts["sources"][0]["documents"] == 2
 
 
-def test_a_document_of_every_source_reads_as_it_was(
-    tmp_path: Path, merged_dir: Path, encoder: Any
-) -> None:
-    """Tokens decode to the cleaned text: nothing between reading and packing changes it."""
+def test_tokens_decode_to_the_cleaned_text(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
+    """Nothing between reading and packing changes a text."""
     texts = demo_texts("ja", 20)
     source = write(tmp_path, "ja", texts)
-    total = sum(len(encoder.encode(text)) + 3 for text in texts)
-    write_pretraining(
-        tmp_path,
-        prepare_config(merged_dir, [source], total_tokens=total, block_size=8, packing="best_fit"),
-    )
-    index = Index([source], finished_units(tmp_path / "texts" / "0"))
-    for number, text in enumerate(texts):
-        ids = read_tokens(
-            index.stems, ".tokens", index.unit[[number]], index.offset[[number]],
-            index.length[[number]],
-        )  # fmt: skip
-        assert encoder.decode(ids[2:-1].tolist()) == text.strip()
     assert list(corpus.read_texts(source)) == texts
-
-
-def finished_units(folder: Path) -> list[units.Finished]:
-    return [
-        units.Finished(path.with_suffix(""), 0, json.loads(path.read_text()))
-        for path in sorted(folder.glob("*.json"))
-    ]
+    config = prepare_config(merged_dir, [source])
+    index = prepare_texts.prepare(config, source_folders(tmp_path / "texts", [source]))
+    for number, text in enumerate(texts):
+        ids = index.read_document(number)
+        assert encoder.decode(ids[2:-1].tolist()) == text.strip()

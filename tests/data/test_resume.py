@@ -1,4 +1,4 @@
-"""Work in progress: found again where it is still good, and gone when it is not."""
+"""Work in progress: found again if it is still valid, removed if not."""
 
 import json
 from pathlib import Path
@@ -6,37 +6,37 @@ from pathlib import Path
 import pytest
 
 from chatglm_ja.data import resume
-from chatglm_ja.data.index import Index
+from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.readers import Reject
-from chatglm_ja.data.units import Finished, Unit
+from chatglm_ja.data.token_store import TokenizedChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 
 
 def folders(root: Path, **contents: list[dict[str, str]]) -> dict[str, list[Path]]:
-    with resume.open_folders(root, **contents) as found:
-        return found
+    with resume.open_folders(root, **contents) as paths:
+        return paths
 
 
-def test_work_is_kept_by_what_shapes_it(tmp_path: Path) -> None:
+def test_folders_are_kept_while_their_content_is_valid(tmp_path: Path) -> None:
     root = tmp_path / "work"
     first = folders(root, texts=[{"a": "1"}, {"b": "1"}], shards=[{"seed": "0"}])
     for path in (*first["texts"], *first["shards"]):
-        (path / "unit").touch()
-    # Another seed, and another source before the two: their texts are still good.
+        (path / "chunk").touch()
+    # With another seed and another source before the two, their texts are still valid.
     again = folders(root, texts=[{"c": "1"}, {"a": "1"}, {"b": "1"}], shards=[{"seed": "1"}])
     assert again["texts"][1:] == first["texts"]
-    assert [(path / "unit").exists() for path in again["texts"]] == [False, True, True]
+    assert [(path / "chunk").exists() for path in again["texts"]] == [False, True, True]
     assert not first["shards"][0].exists()
     assert len(list(root.iterdir())) == 4
 
 
-def test_a_source_given_twice_has_two_folders(tmp_path: Path) -> None:
-    found = folders(tmp_path / "work", texts=[{"a": "1"}, {"a": "1"}])
-    assert len(set(found["texts"])) == 2
+def test_a_source_listed_twice_has_two_folders(tmp_path: Path) -> None:
+    paths = folders(tmp_path / "work", texts=[{"a": "1"}, {"a": "1"}])
+    assert len(set(paths["texts"])) == 2
 
 
-def test_what_was_being_removed_is_not_taken_for_whole(
+def test_a_half_removed_folder_is_not_resumed_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "work"
@@ -50,35 +50,34 @@ def test_what_was_being_removed_is_not_taken_for_whole(
     assert len(list(root.iterdir())) == 1
 
 
-def test_an_exception_keeps_the_work_and_says_so(
+def test_finished_work_survives_an_exception_and_half_written_files_do_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     root = tmp_path / "work"
     with (
         pytest.raises(KeyboardInterrupt),
-        resume.open_folders(root, texts=[{}]) as found,
+        resume.open_folders(root, texts=[{}]) as paths,
     ):
-        (found["texts"][0] / "done").touch()
-        (found["texts"][0] / "half.part").touch()
+        (paths["texts"][0] / "done").touch()
+        (paths["texts"][0] / "half.part").touch()
         raise KeyboardInterrupt
-    assert [path.name for path in found["texts"][0].iterdir()] == ["done"]
-    assert f"is kept in {root} for the next run" in caplog.text
+    assert f"finished work is kept in {root}: re-run the command" in caplog.text
+    assert [path.name for path in folders(root, texts=[{}])["texts"][0].iterdir()] == ["done"]
 
 
-def index_of(tmp_path: Path, *units: Unit) -> Index:
-    sources = [Source("ja", f"{number}/same.jsonl") for number in range(len(units))]
-    finished = [
-        Finished(tmp_path / str(n), n, unit.write(tmp_path / str(n)))
-        for n, unit in enumerate(units)
-    ]
-    return Index(sources, finished)
+def make_index(tmp_path: Path, *chunks: TokenizedChunk) -> DocumentIndex:
+    sources = [Source("ja", f"{number}/same.jsonl") for number in range(len(chunks))]
+    stored = [chunk.write(tmp_path / str(n), n) for n, chunk in enumerate(chunks)]
+    return DocumentIndex(sources, stored)
 
 
-def test_sources_of_one_name_are_counted_apart(tmp_path: Path) -> None:
+def test_sources_of_equal_name_are_counted_separately(tmp_path: Path) -> None:
     bad = [(1, Reject("broken JSON", "x" * 9999)), (2, Reject("wrong type", "\ud800"))]
-    index = index_of(
-        tmp_path, Unit("same.jsonl", found=8, rejects=bad), Unit("same.jsonl", found=9)
+    index = make_index(
+        tmp_path,
+        TokenizedChunk("same.jsonl", found=8, rejects=bad),
+        TokenizedChunk("same.jsonl", found=9),
     )
     rejects = resume.RejectsFile(tmp_path / "rejects.jsonl", tmp_path / "report", 0.1)
     with pytest.raises(
@@ -89,12 +88,13 @@ def test_sources_of_one_name_are_counted_apart(tmp_path: Path) -> None:
     assert [len(line["detail"]) for line in lines] == [200, 1]
 
 
-def test_a_source_without_records_and_a_lost_file_are_said(
+def test_a_lost_file_is_logged_and_a_source_without_records_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lost = Unit("a.gz", found=999, rejects=[(1000, Reject("damaged gzip", "the rest is lost"))])
+    reject = Reject("damaged gzip", "the rest is lost")
+    lost = TokenizedChunk("a.gz", found=999, rejects=[(1000, reject)])
     rejects = resume.RejectsFile(tmp_path / "rejects.jsonl", tmp_path / "report", 0.01)
-    rejects.check(index_of(tmp_path, lost))
+    rejects.check(make_index(tmp_path, lost))
     assert "ja/same: a.gz, damaged gzip: the rest is lost" in caplog.text
     with pytest.raises(DataError, match=r"source ja/same \(ja=1/same.jsonl\) holds no record"):
-        rejects.check(index_of(tmp_path, lost, Unit("b")))
+        rejects.check(make_index(tmp_path, lost, TokenizedChunk("b")))

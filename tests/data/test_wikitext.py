@@ -1,4 +1,4 @@
-"""The markup of the WikiText corpora is undone, and nothing else."""
+"""The WikiText corpora's markup is undone, and nothing else changes."""
 
 import pytest
 
@@ -20,10 +20,10 @@ from chatglm_ja.data import wikitext
     ],
 )
 def test_lines(line: str, restored: str) -> None:
-    assert wikitext.restore(line) == restored
+    assert wikitext.restore_line(line) == restored
 
 
-def test_what_comes_before_the_first_title_is_kept() -> None:
+def test_lines_before_the_first_title_are_an_article() -> None:
     lines = [(1, " An end . \n"), (2, " = Title = \n"), (3, "\n"), (4, " Text . \n")]
-    assert list(wikitext.articles(lines)) == [(1, "An end."), (2, "Title\nText.")]
-    assert list(wikitext.articles([])) == []
+    assert list(wikitext.join_articles(lines)) == [(1, "An end."), (2, "Title\nText.")]
+    assert list(wikitext.join_articles([])) == []

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from chatglm_ja.data import (
     prepare_conversations,
     prepare_texts,
     readers,
-    units,
 )
 from chatglm_ja.data.readers import Reject
+from chatglm_ja.data.tokenizing import ChunkTask
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, multiple_choice
 from chatglm_ja.sources import Source
 from chatglm_ja.vocabulary import merging
+from tests.conftest import prepare_config
 from tests.faults.fuzzing import (
     LONGEST_MESSAGE,
     any_text,
@@ -122,7 +124,7 @@ lines = (
 @st.composite
 def files(draw: st.DrawFn) -> tuple[str, bytes]:
     """Draw a file-name suffix and the content of a file with that suffix."""
-    ending = draw(st.sampled_from(sources.ENDINGS))
+    ending = draw(st.sampled_from([*sources.ENDINGS]))
     found = draw(st.lists(lines, max_size=6))
     separator = draw(st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n"]))
     content = separator.join(found) + draw(st.sampled_from([b"", b"\n"]))
@@ -203,10 +205,14 @@ def check_records(
                 if ending == ".jsonl":
                     found = [line for line in found if not is_blank(line)]
                 assert len(read) == len(found)
-            prepare = prepare_texts.TextPreparer(merged_dir, "NFKC", 1, True, True, None)
-            check_units(prepare, chunks, source, work, "t")
-            prepare_sft = prepare_conversations.ConversationPreparer(merged_dir, 64, True)
-            check_units(prepare_sft, chunks, source, work, "c")
+            config = prepare_config(
+                merged_dir, [source], unicode_form="NFKC", check_language=True,
+                near_duplicates=0.8, max_length=64,
+            )  # fmt: skip
+            tokenize = partial(prepare_texts.tokenize_texts, config, None)
+            check_chunks(tokenize, chunks, source, work, "t")
+            tokenize = partial(prepare_conversations.tokenize_conversations, config)
+            check_chunks(tokenize, chunks, source, work, "c")
         assert not said, "step 4 counts bad records instead of raising"
         with refusals():
             assert all(isinstance(text, str) for text in corpus.read_texts(source))
@@ -231,16 +237,16 @@ def check_numbers(read: Sequence[tuple[int, Any]]) -> None:
         assert isinstance(record, dict) or (record.reason and isinstance(record.detail, str))
 
 
-def check_units(
-    prepare: Any, chunks: Sequence[readers.Chunk], source: Source, work: Path, to: str
+def check_chunks(
+    tokenize: Any, chunks: Sequence[readers.Chunk], source: Source, work: Path, prefix: str
 ) -> None:
     """Check that every record is kept, dropped by a filter, or rejected, and is counted."""
     for index, chunk in enumerate(chunks):
-        meta = prepare(units.Task(source, chunk, work / f"{to}{index}"))
-        assert all(number > 0 and reason for number, reason, _ in meta["rejects"])
+        summary = tokenize(ChunkTask(chunk, source, 0, work / f"{prefix}{index}")).summary
+        assert all(number > 0 and reason for number, reason, _ in summary.rejects)
         if source.format == "records":
             read = len(list(readers.read_records(chunk, source)))
-            assert meta["found"] + len(meta["rejects"]) == read
+            assert summary.found + len(summary.rejects) == read
 
 
 # --- Conversations ------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from chatglm_ja.chatglm3 import (
     weights,
 )
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.data import fast_encoder
+from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.manifest import read_history, read_manifest
@@ -282,7 +282,7 @@ def check_merge(target: Path, base: Any, pieces: Iterable[Any]) -> None:
     tokenizer_files.save_tokenizer(merged, target)
     loaded = tokenizer.load_processor(target)
     encoded = [loaded.encode(text) for text in texts]
-    assert [ids.tolist() for ids in fast_encoder.CorpusEncoder(merged).encode(texts)] == encoded
+    assert [ids.tolist() for ids in CorpusTokenizer(merged).encode(texts)] == encoded
     assert tokenizer_files.make_line_encoder(merged)(texts) == encoded
     chat_format.build_example(loaded, [{"role": "user", "content": text} for text in texts])
 

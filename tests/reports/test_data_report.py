@@ -11,6 +11,7 @@ import pytest
 
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX, build_prompt_ids
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, load_processor
+from chatglm_ja.data.token_store import TOKENS
 from chatglm_ja.reports import data_report
 from chatglm_ja.sources import Source
 from tests.reports.pages import table_rows
@@ -35,29 +36,20 @@ COUNTS = {
 }  # fmt: skip
 
 
-def make_index(
-    folder: Path, titles: list[tuple[str, str]], documents: list[tuple[int, list[int], int]]
-) -> Any:
-    """An index of documents (number of the source, ids, length of the prompt) in one unit."""
-    folder.mkdir()
-    lengths = np.array([len(ids) for _, ids, _ in documents])
-    all_ids = [token for _, ids, _ in documents for token in ids]
-    labels = [
-        IGNORE_INDEX if position < prompt else token
-        for _, ids, prompt in documents
-        for position, token in enumerate(ids)
-    ]
-    np.array(all_ids, dtype="<i4").tofile(folder / "0.tokens")
-    np.array(labels, dtype="<i4").tofile(folder / "0.labels")
+def make_index(titles: list[tuple[str, str]], documents: list[tuple[int, list[int], int]]) -> Any:
+    """Return an index of documents: number of the source, ids, length of the prompt."""
+
+    def read_document(number: int, suffix: str = TOKENS) -> np.ndarray:
+        _, ids, prompt = documents[number]
+        return np.array(ids if suffix == TOKENS else [IGNORE_INDEX] * prompt + ids[prompt:])
+
     return SimpleNamespace(
         sources=[Source(language, "unused", name) for language, name in titles],
         source=np.array([source for source, _, _ in documents]),
-        stems=[folder / "0"],
-        unit=np.zeros(len(documents), dtype=int),
         record=np.arange(len(documents)) + 1234,
-        length=lengths,
-        offset=np.cumsum(lengths) - lengths,
-        usable=lambda: np.arange(len(documents)),
+        length=np.array([len(ids) for _, ids, _ in documents]),
+        kept_documents=lambda: np.arange(len(documents)),
+        read_document=read_document,
     )
 
 
@@ -76,12 +68,8 @@ def page(tmp_path: Path, merged_dir: Path) -> str:
         tmp_path,
         COUNTS,
         config,
-        make_index(
-            tmp_path / "a", [("ja", "wiki"), ("zh", "<b>")], [(0, [5] * 9, 0), (1, [5] * 90, 0)]
-        ),
-        make_index(
-            tmp_path / "b", [("ja", "talks"), ("ja", "unused"), ("code", "例")], conversations
-        ),
+        make_index([("ja", "wiki"), ("zh", "<b>")], [(0, [5] * 9, 0), (1, [5] * 90, 0)]),
+        make_index([("ja", "talks"), ("ja", "unused"), ("code", "例")], conversations),
         np.arange(4),
     )
     return (tmp_path / "data_report.html").read_text(encoding="utf-8")

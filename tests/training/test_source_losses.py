@@ -125,7 +125,7 @@ def test_rows_that_contradict_themselves_are_refused(
         "sources": [[0], [0]],
     }
     dataset.check_conversations(datasets.Dataset.from_dict(good), data_dir, "train", encoder)
-    with pytest.raises(DataError, match="of a validation row do not belong together"):
+    with pytest.raises(DataError, match="of a validation row do not match"):
         rows = datasets.Dataset.from_dict(good | changes)
         dataset.check_conversations(rows, data_dir, "validation", encoder)
 

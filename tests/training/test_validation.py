@@ -46,5 +46,5 @@ def test_every_token_has_the_source_of_its_document() -> None:
 
 
 def test_data_without_a_manifest_names_no_sources(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no manifest, which names its sources"):
+    with pytest.raises(DataError, match="has no manifest that names its sources"):
         dataset.source_titles(tmp_path, "sft")

@@ -1,14 +1,15 @@
-"""Encoding a corpus: sentencepiece's ids, each stretch of text encoded once.
+"""Tokenizing a corpus: sentencepiece's ids, with each distinct stretch of text encoded once.
 
-BPE joins neighbouring characters into pieces. Where two characters stand side by side in no piece,
-no merge goes across them, so that a text falls into stretches that are encoded independently:
+BPE joins neighboring characters into pieces. If no piece contains two characters side by side, no
+merge can cross between them. A text is cut at all such places into stretches that are encoded
+independently:
 
     stretches   ▁私 は ▁LibreOffice を 使って い ます 。        cut wherever no piece holds the two
     ids         one lookup each: most stretches have occurred before
 
-That is exact, ties included, since merges on the two sides of a cut do not see each other. The
-work on characters is done in numpy for a whole batch of texts, and sentencepiece encodes only the
-stretches that are new.
+The result is exact, ties included, because merges on the two sides of a cut do not affect each
+other. Numpy does the work on characters for a whole batch of texts, and sentencepiece encodes only
+new stretches.
 """
 
 import itertools
@@ -23,20 +24,21 @@ from chatglm_ja.errors import DataError
 
 CODE_POINTS = 0x110000
 SPACE = ord(" ")
-# The table of pairs: the hash of a pair may be that of another one, which joins what could be cut.
+# Size of the table of pairs. A hash collision only misses a cut, which costs time, not exactness.
 PAIR_BITS = 24
-# When more stretches are remembered, all are forgotten: text keeps bringing new names and numbers.
-# So many take about 100 MB.
-MAX_REMEMBERED = 2**19
+# The cache is cleared when it holds more stretches, which take about 100 MB: text keeps bringing
+# new names and numbers.
+MAX_CACHED = 2**19
 
 
-class CorpusEncoder:
-    """Encodes texts as `sentencepiece.SentencePieceProcessor.encode` does, with the dummy prefix.
+class CorpusTokenizer:
+    """A tokenizer for batches of texts, with the ids of `SentencePieceProcessor.encode`.
 
-    `proto` is a ModelProto of ChatGLM3's kind: BPE with byte fallback, without normalisation.
+    `proto` is a ModelProto of ChatGLM3's kind: BPE with byte fallback, without normalization.
+    Raises DataError for another one.
     """
 
-    # A row is a stretch's ids: where they start in `_ids`, and how many they are.
+    # The cache: a row is a stretch's ids, with their start in `_ids` and their number.
     _starts: np.ndarray
     _lengths: np.ndarray
     _ids: np.ndarray
@@ -44,9 +46,9 @@ class CorpusEncoder:
     def __init__(self, proto: Any) -> None:
         if not tokenizer.is_lossless(proto):
             raise DataError(
-                "the tokenizer normalises text or has no byte fallback: expected one from step 2"
+                "the tokenizer normalizes text or has no byte fallback: expected one from step 2"
             )
-        self._inside = tokenizer.make_processor(proto, dummy_prefix=False)
+        self._processor = tokenizer.make_processor(proto, dummy_prefix=False)
         texts = [
             piece.piece.replace(tokenizer.SPACE, " ")
             for piece in proto.pieces
@@ -54,14 +56,14 @@ class CorpusEncoder:
         ]
         longer = [text for text in texts if len(text) > 1]
         characters = sorted(set("".join(longer)))
-        # Numbers from 1 for the characters of longer pieces, 0 for all others.
+        # Characters of longer pieces are numbered from 1; all others are 0.
         self._number = np.zeros(CODE_POINTS, dtype=np.int32)
         self._number[[ord(character) for character in characters]] = np.arange(
             1, len(characters) + 1
         )
         self._number[ord(tokenizer.SPACE)] = self._number[SPACE]
         self._bits = (len(characters) + 1).bit_length()
-        # So many numbers fit into a key of 63 bits.
+        # Characters whose numbers fit into a key of 63 bits.
         self._key_characters = 63 // self._bits
         self._joined = np.zeros(2**PAIR_BITS, dtype=bool)
         numbers = self._number[code_points(longer)]
@@ -69,15 +71,15 @@ class CorpusEncoder:
         inside[np.cumsum([len(text) for text in longer]) - 1] = False
         pairs = self._pairs(numbers)[inside[:-1]]
         self._joined[pairs] = True
-        self._forget()
+        self._clear()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, int32."""
+        """Return the ids of each text, int32."""
         texts = list(texts)
         if not texts:
             return []
-        if len(self._starts) > MAX_REMEMBERED:
-            self._forget()
+        if len(self._starts) > MAX_CACHED:
+            self._clear()
         joined = "".join([" " + text if text else "" for text in texts])
         codes = code_points([joined])
         sizes = np.array([len(text) + 1 if text else 0 for text in texts])
@@ -99,14 +101,14 @@ class CorpusEncoder:
         return np.split(ids, after[np.searchsorted(bounds, ends)][:-1])
 
     def _pairs(self, numbers: np.ndarray) -> np.ndarray:
-        """The place in the table of every pair of neighbours; for up to 4,095 characters unique."""
+        """Return every pair's place in the table; unique for up to 4,095 numbered characters."""
         half = PAIR_BITS // 2
         return ((numbers[:-1] << half) + numbers[1:]) & (2**PAIR_BITS - 1)
 
     def _rows(
         self, joined: str, codes: np.ndarray, numbers: np.ndarray, bounds: np.ndarray
     ) -> np.ndarray:
-        """Where each stretch is remembered, which is looked up by three kinds of names."""
+        """Return each stretch's cache row; by character, by key, or by text, as its size allows."""
         starts, ends = bounds[:-1], bounds[1:]
         sizes = ends - starts
         rows = np.empty(len(sizes), dtype=np.int64)
@@ -124,7 +126,7 @@ class CorpusEncoder:
         rows = self._row_of_character.take(codes)
         if (rows < 0).any():
             new = np.unique(codes[rows < 0])
-            self._row_of_character[new] = self._remember([chr(code) for code in new.tolist()])
+            self._row_of_character[new] = self._add([chr(code) for code in new.tolist()])
             rows = self._row_of_character.take(codes)
         return rows
 
@@ -136,17 +138,17 @@ class CorpusEncoder:
         rows = np.array([self._row_of_key.get(name, -1) for name in names], dtype=np.int64)
         new = np.flatnonzero(rows < 0)
         spans = zip(starts[first[new]].tolist(), ends[first[new]].tolist(), strict=True)
-        rows[new] = self._remember([joined[start:end] for start, end in spans])
+        rows[new] = self._add([joined[start:end] for start, end in spans])
         self._row_of_key.update((names[place], int(rows[place])) for place in new)
         return rows[inverse]
 
     def _rows_of_texts(self, texts: Sequence[str]) -> list[int]:
         new = [text for text in dict.fromkeys(texts) if text not in self._row_of_text]
-        self._row_of_text.update(zip(new, self._remember(new).tolist(), strict=True))
+        self._row_of_text.update(zip(new, self._add(new).tolist(), strict=True))
         return [self._row_of_text[text] for text in texts]
 
     def _keys(self, numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """The numbers of the characters of short stretches, side by side in an integer: unique."""
+        """Return a unique integer for each short stretch: its characters' numbers side by side."""
         keys = np.zeros(len(starts), dtype=np.int64)
         for offset in range(self._key_characters):
             inside = np.flatnonzero(sizes > offset)
@@ -154,12 +156,12 @@ class CorpusEncoder:
             keys[inside] |= part << (self._bits * offset)
         return keys
 
-    def _remember(self, stretches: Sequence[str]) -> np.ndarray:
-        """Encode new stretches; returns the rows that they get."""
+    def _add(self, stretches: Sequence[str]) -> np.ndarray:
+        """Encode new stretches and return their cache rows."""
         rows = len(self._starts) + np.arange(len(stretches))
         if stretches:
-            # For stretches of a few tokens lists are twice as fast as sentencepiece's numpy arrays.
-            encoded = self._inside.encode(list(stretches), num_threads=1)
+            # For a few tokens, lists are twice as fast as sentencepiece's numpy arrays.
+            encoded = self._processor.encode(list(stretches), num_threads=1)
             lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
             end = len(self._ids)
             self._starts = np.concatenate([self._starts, end + np.cumsum(lengths) - lengths])
@@ -168,7 +170,7 @@ class CorpusEncoder:
             self._ids = np.concatenate([self._ids, ids])
         return rows
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._row_of_key: dict[int, int] = {}
         self._row_of_text: dict[str, int] = {}
         self._row_of_character = np.full(CODE_POINTS, -1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Encoding a corpus gives sentencepiece's ids, whatever the text and whatever came before."""
+"""The corpus tokenizer gives sentencepiece's ids for any text, whatever was tokenized before."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.data import fast_encoder
-from chatglm_ja.data.fast_encoder import CorpusEncoder
+from chatglm_ja.data import corpus_tokenizer
+from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import merging
 from chatglm_ja.vocabulary.policies import Policy
@@ -23,17 +23,17 @@ ODD = [
 ]  # fmt: skip
 
 
-def check(merged: Any, texts: list[str], corpus_encoder: CorpusEncoder | None = None) -> None:
+def check(merged: Any, texts: list[str], fast: CorpusTokenizer | None = None) -> None:
     processor = tokenizer.make_processor(merged)
-    found = (corpus_encoder or CorpusEncoder(merged)).encode(texts)
-    assert [ids.tolist() for ids in found] == [processor.encode(text) for text in texts]
-    assert all(ids.dtype == np.int32 for ids in found)
+    encoded = (fast or CorpusTokenizer(merged)).encode(texts)
+    assert [ids.tolist() for ids in encoded] == [processor.encode(text) for text in texts]
+    assert all(ids.dtype == np.int32 for ids in encoded)
 
 
 def test_all_kinds_of_texts(merge: merging.MergedVocabulary) -> None:
-    encoder = CorpusEncoder(merge.proto)
+    fast = CorpusTokenizer(merge.proto)
     for texts in (ODD, ODD[::-1], [], [""], ["", ""], demo_texts("ja", 60) + ODD):
-        check(merge.proto, texts, encoder)
+        check(merge.proto, texts, fast)
     for text in ODD:
         check(merge.proto, [text])
 
@@ -61,13 +61,13 @@ def test_texts_of_pieces(data: st.DataObject, merge: merging.MergedVocabulary) -
 def test_a_small_table_and_a_short_memory_cost_no_exactness(
     merge: merging.MergedVocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pairs that share a place in the table, and stretches that are forgotten again."""
-    monkeypatch.setattr(fast_encoder, "PAIR_BITS", 8)
-    monkeypatch.setattr(fast_encoder, "MAX_REMEMBERED", 50)
-    encoder = CorpusEncoder(merge.proto)
+    """Hash collisions in the table of pairs, and a cache that is cleared."""
+    monkeypatch.setattr(corpus_tokenizer, "PAIR_BITS", 8)
+    monkeypatch.setattr(corpus_tokenizer, "MAX_CACHED", 50)
+    fast = CorpusTokenizer(merge.proto)
     texts = demo_texts("ja", 50) + ODD + demo_texts("zh", 50)
     for start in range(0, len(texts), 10):
-        check(merge.proto, texts[start : start + 10], encoder)
+        check(merge.proto, texts[start : start + 10], fast)
 
 
 def test_pieces_that_the_user_defined_are_never_cut(merge: merging.MergedVocabulary) -> None:
@@ -82,8 +82,8 @@ def test_another_kind_of_tokenizer_is_refused(merge: merging.MergedVocabulary) -
     proto = type(merge.proto)()
     proto.CopyFrom(merge.proto)
     proto.normalizer_spec.remove_extra_whitespaces = True
-    with pytest.raises(DataError, match="normalises text or has no byte fallback"):
-        CorpusEncoder(proto)
+    with pytest.raises(DataError, match="normalizes text or has no byte fallback"):
+        CorpusTokenizer(proto)
 
 
 @needs_real_tokenizer

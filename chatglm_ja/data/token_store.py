@@ -1,0 +1,202 @@
+"""Tokenized chunks on disk, between reading and packing.
+
+A chunk of a source becomes a group of files of one name. The .json is written last, so a chunk that
+has one is complete, and a killed run resumes with the first chunk that lacks it:
+
+    000017.tokens     int32, all documents of the chunk one after another
+    000017.labels     the same for the labels, of conversations only
+    000017.hashes     uint32 [128, documents]: MinHash signatures, one row per hash
+    000017.npz        record, length, digest, identity of each document
+    000017.json       how many records were read, rejected and dropped, and why; size and SHA-256 of
+                      the other files, so that a corrupt chunk is tokenized again
+"""
+
+import functools
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from chatglm_ja.data import dedup
+from chatglm_ja.data.readers import Reject
+from chatglm_ja.errors import DataError
+from chatglm_ja.storage.files import (
+    FileRecord,
+    find_problem,
+    publish_file,
+    read_json,
+    record_file,
+)
+
+log = logging.getLogger(__name__)
+
+# Increased when the files of a chunk change their meaning: work of earlier versions is discarded.
+FORMAT = 2
+TOKEN_BYTES = 4
+MAX_DETAIL = 200
+TOKENS, LABELS, HASHES, COLUMNS, SUMMARY = ".tokens", ".labels", ".hashes", ".npz", ".json"
+COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "record": ("<i8", ()),
+    "length": ("<i4", ()),
+    "digest": ("<u8", (2,)),
+    "identity": ("<u8", (2,)),
+}
+
+
+class ChunkSummary(BaseModel):
+    """The content of a chunk's .json.
+
+    file       name of the file that was read
+    found      documents that were read, of which `counts` were dropped
+    bytes      UTF-8 bytes of their text
+    rejects    number, reason and detail of each bad record
+    counts     documents by the filter that dropped them; "shortened" ones are kept
+    files      the chunk's other files
+    """
+
+    file: str
+    found: int
+    bytes: int
+    rejects: list[tuple[int, str, str]]
+    counts: dict[str, int]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A chunk on disk: its files without their suffixes, its source's number, its summary."""
+
+    stem: Path
+    source: int
+    summary: ChunkSummary
+
+
+@dataclass
+class TokenizedChunk:
+    """A chunk in memory, with an entry for each document that is kept.
+
+    `found`, `text_bytes` and `counts` are as in ChunkSummary.
+    """
+
+    file: str
+    tokens: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    record: list[int] = field(default_factory=list)
+    digest: list[tuple[int, int]] = field(default_factory=list)
+    identity: list[tuple[int, int]] = field(default_factory=list)
+    signatures: list[np.ndarray] = field(default_factory=list)
+    found: int = 0
+    text_bytes: int = 0
+    rejects: list[tuple[int, Reject]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(
+        self, tokens: np.ndarray, record: int, content: str | bytes, record_id: str | None
+    ) -> None:
+        """Add a document; documents of equal `content` are duplicates."""
+        self.tokens.append(tokens)
+        self.record.append(record)
+        self.digest.append(dedup.text_digest(content))
+        # Zeros stand for no id, or an empty one.
+        self.identity.append(dedup.text_digest(record_id) if record_id else (0, 0))
+
+    def write(self, stem: Path, source: int) -> StoredChunk:
+        """Write the chunk's files, the summary last; `source` is its source's number."""
+        arrays = {TOKENS: _join(self.tokens)}
+        if self.labels:
+            arrays[LABELS] = _join(self.labels)
+        if self.signatures:
+            arrays[HASHES] = np.concatenate(self.signatures).T
+        for suffix, array in arrays.items():
+            stem.with_suffix(suffix).write_bytes(np.ascontiguousarray(array).data)
+        values = {
+            "record": self.record,
+            "length": [len(ids) for ids in self.tokens],
+            "digest": self.digest,
+            "identity": self.identity,
+        }
+        columns = {
+            name: np.array(values[name], dtype).reshape(-1, *shape)
+            for name, (dtype, shape) in COLUMN_TYPES.items()
+        }
+        np.savez(stem.with_suffix(COLUMNS), allow_pickle=False, **columns)
+        paths = [stem.with_suffix(suffix) for suffix in (*arrays, COLUMNS)]
+        summary = ChunkSummary(
+            file=self.file,
+            found=self.found,
+            bytes=self.text_bytes,
+            rejects=[(n, reject.reason, reject.detail[:MAX_DETAIL]) for n, reject in self.rejects],
+            counts={str(name): count for name, count in self.counts.items()},
+            files={path.name: record_file(path) for path in paths},
+        )
+        with publish_file(stem.with_suffix(SUMMARY)) as path:
+            path.write_text(json.dumps(summary.model_dump()), encoding="utf-8")
+        return StoredChunk(stem, source, summary)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, "<i4"), *parts], dtype="<i4")
+
+
+def find_chunk(stem: Path, source: int) -> StoredChunk | None:
+    """Return a chunk that is stored and intact, or None; all its bytes are read to check it."""
+    path = stem.with_suffix(SUMMARY)
+    if not path.exists():
+        return None
+    try:
+        summary = ChunkSummary.model_validate(read_json(path))
+    except (ValidationError, ValueError):
+        problem: str | None = f"{path.name} is corrupt"
+    else:
+        if summary.files.keys() >= {f"{stem.name}{TOKENS}", f"{stem.name}{COLUMNS}"}:
+            problem = find_problem(path.parent, summary.files, every_byte=True)
+        else:
+            problem = f"{path.name} does not list the chunk's files"
+        if not problem:
+            return StoredChunk(stem, source, summary)
+    log.warning("tokenizing %s again: %s", stem, problem)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+class _OpenFile:
+    """A file that stays open while it is among the most recently used."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def read_tokens(
+    stems: Sequence[Path],
+    suffix: str,
+    chunks: np.ndarray,
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+) -> np.ndarray:
+    """Read segments of chunks' tokens or labels into one int32 array, one after another.
+
+    Segment i is `lengths[i]` tokens from `offsets[i]` on in the files `stems[chunks[i]]`. They are
+    read with pread: pages of memory-mapped files would count as memory of the process.
+    """
+    out = np.empty(int(lengths.sum()), dtype="<i4")
+    view = memoryview(out.data).cast("B")
+    end = 0
+    for chunk, offset, length in zip(
+        chunks.tolist(), offsets.tolist(), lengths.tolist(), strict=True
+    ):
+        start, end = end, end + length * TOKEN_BYTES
+        descriptor = _OpenFile(stems[chunk].with_suffix(suffix)).descriptor
+        if os.preadv(descriptor, [view[start:end]], offset * TOKEN_BYTES) != end - start:
+            raise DataError(
+                f"{stems[chunk]}{suffix} is too short: remove its folder and re-run the command"
+            )
+    return out
