@@ -1,7 +1,7 @@
 """Step 7's results as tables for the terminal and as one self-contained HTML page.
 
 results = {
-    "stages": [what evaluation.Evaluation.of_stage returns],
+    "stages": [what evaluate.Evaluation.evaluate_stage returns],
     "segmentation": {language: Segmentation.row()},
     "samples": segmentation.samples(...),
     "curves": {name: history of the Trainer},
@@ -16,19 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from chatglm_ja import plots
-from chatglm_ja.evaluation.answers import WAYS
+from chatglm_ja.evaluation import multiple_choice
+from chatglm_ja.inference.generation import DECODINGS
 from chatglm_ja.reports import markdown, render
 from chatglm_ja.training import loss_plot
 from chatglm_ja.vocabulary import segmentation
 
 Results = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]  # head and rows
-
-CHOICE_WAYS = {
-    "acc": "likeliest",
-    "acc_norm": "per character",
-    "acc_gain": "gains most by the question",
-}
 
 
 def stage_table(results: Results) -> Table:
@@ -87,7 +82,7 @@ def answering_table(results: Results) -> Table:
     rows = [
         [stage["name"], way, *_measures(stage["answering"][way])]
         for stage in results["stages"]
-        for way in WAYS
+        for way in DECODINGS
     ]
     return ["stage", "way", *MEASURES], rows
 
@@ -121,12 +116,13 @@ def choice_table(results: Results) -> Table:
             language,
             str(row["questions"]),
             f"{row['chance']:.0%}",
-            *(_share(row[way], row["questions"]) for way in CHOICE_WAYS),
+            *(_share(row[way], row["questions"]) for way in multiple_choice.METRICS),
         ]
         for stage in results["stages"]
         for language, row in stage["choices"].items()
     ]
-    return ["stage", "language", "questions", "chance", *CHOICE_WAYS.values()], rows
+    titles = [metric.title for metric in multiple_choice.METRICS.values()]
+    return ["stage", "language", "questions", "chance", *titles], rows
 
 
 def _share(share: float, count: int) -> str:
@@ -267,7 +263,7 @@ def _answers(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         cells = []
         for stage in stages:
             cell = [f"<strong>{html.escape(stage['name'])}</strong>"]
-            for way in WAYS:
+            for way in DECODINGS:
                 given = stage["answers"][index][way]
                 end = "■" if given["stopped"] else "…"
                 cell.append(f"<small>{way} {end}</small><p>{html.escape(given['text'])}</p>")
