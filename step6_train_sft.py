@@ -3,7 +3,7 @@
 Reads   <artifacts>/step5_pt/, <artifacts>/step4_data/
 Writes  <artifacts>/step6_sft/  the merged model, its tokenizer, adapter/, history.json,
                                 sources.json
-Prints  answers to questions that were kept from training
+Prints  answers to validation questions
 Run     python step6_train_sft.py                     one GPU or the CPU; breakpoints work
         bash step6_train_sft_multi_gpu.sh             all GPUs, DeepSpeed ZeRO-2
 """

@@ -4,8 +4,8 @@ Reads   <base model>/, <artifacts>/step2_tokenizer/, step3_model/, step5_pt/, st
 Writes  <artifacts>/step7_eval/  results.json, results.md, report.html, model_card.md;
         the card also as README.md into step6_sft/
 Run     python step7_eval.py
-        python step7_eval.py --chat      talk to the latest model in the terminal
-        python step7_eval.py --web       ... on a page in the browser, or to two side by side
+        python step7_eval.py --chat      chat with the latest model in the terminal
+        python step7_eval.py --web       ... on a web page, or with two models side by side
 """
 
 import logging
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     config = parse(EvalConfig, __doc__, constants.STEP7)
     if config.chat or config.web:
-        talk(config)
+        chat_with_model(config)
         return
     compared = config.stages()
     inputs = [
@@ -55,19 +55,19 @@ def main() -> None:
     from chatglm_ja.vocabulary import segmentation
     from chatglm_ja.vocabulary.policies import Policy
 
-    material = evaluate.read_data(config)
-    evaluated = evaluate.Evaluation(config, material)
-    measured = [evaluated.of_stage(s, is_last=s is compared[-1]) for s in compared]
-    before = tokenizer.make_processor(compared[0].tokenizer_model())
+    data = evaluate.read_data(config)
+    evaluation = evaluate.Evaluation(config, data)
+    measured = [evaluation.evaluate_stage(stage) for stage in compared]
+    before = tokenizer.make_processor(compared[0].read_tokenizer_proto())
     after = tokenizer.load_processor(config.tokenizer)
     steps = read_history(config.sft) | {output.step: output.describe()}
     results = {
         "stages": measured,
         "segmentation": {
             language: segmentation.compare_segmentation(before, after, documents, Policy.ALL).row()
-            for language, documents in material.texts.items()
+            for language, documents in data.texts.items()
         },
-        "samples": segmentation.sample_sentences(before, after, material.texts),
+        "samples": segmentation.sample_sentences(before, after, data.texts),
         "curves": {
             "Step 5, continued pretraining": train.read_history(config.pretrained),
             "Step 6, instructions": train.read_history(config.sft),
@@ -89,24 +89,25 @@ def show_results(config: EvalConfig) -> None:
     print(eval_report.summarize(results, config.output_dir / eval_report.REPORT_FILE))
 
 
-def talk(config: EvalConfig) -> None:
-    """Answer in the terminal, or serve the page, until the user ends it."""
-    there = models.finished_stages(config.stages())
-    chosen = models.find_stage(there, config.stage)
-    from chatglm_ja.inference import chat, generation
+def chat_with_model(config: EvalConfig) -> None:
+    """Chat in the terminal, or serve the chat page, until the user ends it."""
+    stages = models.finished_stages(config.stages())
+    stage = models.find_stage(stages, config.stage)
+    from chatglm_ja.inference.chat import ChatOptions, chat_in_terminal
+    from chatglm_ja.inference.generation import Sampling
 
-    sampling = generation.Sampling(config.temperature, config.top_p)
-    options = chat.ChatOptions(sampling, config.max_new_tokens, config.answer_seconds)
+    sampling = Sampling(config.temperature, config.top_p)
     if config.web:
         from chatglm_ja.inference import web
 
         web.check_port(config.port)
-        web.serve(there, chosen, options, config.port)
+        options = ChatOptions(sampling, config.max_new_tokens, config.answer_seconds)
+        web.serve(stages, stage, options, config.port)
         return
-    chosen.open()
-    untrained = ", which has not been trained here" if chosen.name in ("base", "resized") else ""
-    log.info("talking to %s, %s%s", chosen.name, chosen.folder, untrained)
-    chat.chat_in_terminal(*chosen.load(), config.max_new_tokens, sampling)
+    stage.open()
+    untrained = ", which has not been trained" if stage.name in models.UNTRAINED else ""
+    log.info("chatting with %s, %s%s", stage.name, stage.folder, untrained)
+    chat_in_terminal(stage.load(), ChatOptions(sampling, config.max_new_tokens))
 
 
 if __name__ == "__main__":

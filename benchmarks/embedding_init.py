@@ -16,7 +16,6 @@ from pathlib import Path
 from measuring import step_command
 
 import constants
-from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.evaluation import likelihood
@@ -38,10 +37,10 @@ MAX_CHARS = 40_000  # per language
 
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
     """Return the bits per character of a model folder, formatted, for each language."""
-    model, encoder = models.load_model(folder), tokenizer.load_processor(folder)
+    model = models.load_model(folder)
     window, batch_size = constants.EVALUATION["window"], 16
     return [
-        f"{likelihood.score_texts(model, encoder, group, window, batch_size).bits_per_char:.3f}"
+        f"{likelihood.score_texts(model, group, window, batch_size).bits_per_char:.3f}"
         for group in texts.values()
     ]
 

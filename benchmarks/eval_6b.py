@@ -27,6 +27,7 @@ from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.evaluation import likelihood
 from chatglm_ja.inference import generation, models
+from chatglm_ja.inference.models import LoadedModel
 
 NEW_ROWS = 78_592
 MAX_NEW_TOKENS = 256
@@ -60,29 +61,29 @@ def main() -> None:
     base = Base.open(options.base_model)
     config = dict(base.config)
     config["num_layers"] = options.layers or config["num_layers"]
-    encoder = tokenizer.make_processor(tokenizer.add_special_tokens(base.proto))
+    processor = tokenizer.make_processor(tokenizer.add_special_tokens(base.proto))
     source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
     texts = corpus.take_characters(corpus.read_texts(source), 25_000)
-    prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": "你好"}])
+    prompt = chat_format.build_prompt_ids(processor, [{"role": "user", "content": "你好"}])
     on_gpu = models.choose_device() == "cuda"
     columns: dict[int, list[float]] = {}
     for rows in (config["padded_vocab_size"], NEW_ROWS):
-        model = random_model(config, rows)
-        alone = generation.tokens_per_second(model, encoder, prompt)
+        model = LoadedModel(random_model(config, rows), processor)
+        alone = generation.tokens_per_second(model, prompt)
         start = time.perf_counter()
         answers = generation.generate_answers(
-            model, encoder, [prompt] * options.answers, MAX_NEW_TOKENS, batch_size=options.answers
+            model, [prompt] * options.answers, MAX_NEW_TOKENS, batch_size=options.answers
         )
         answering = time.perf_counter() - start
         start = time.perf_counter()
-        score = likelihood.score_texts(model, encoder, texts, WINDOW, BATCH_SIZE)
+        score = likelihood.score_texts(model, texts, WINDOW, BATCH_SIZE)
         scoring = time.perf_counter() - start
         columns[rows] = [alone, answering, scoring]
         if on_gpu:
             columns[rows].append(torch.cuda.max_memory_allocated() / 2**30)
         del model
     longest = max(answer.tokens for answer in answers)
-    what = [
+    titles = [
         "one answer alone, tokens/s",
         f"{options.answers} answers of {longest} tokens, seconds",
         f"{score.tokens:,} tokens scored, seconds",
@@ -91,13 +92,13 @@ def main() -> None:
     print(f"On {torch.cuda.get_device_name() if on_gpu else 'a CPU'}, {compute_dtype()}\n")
     rows_of_table = [
         [name, *(f"{value:.1f}" for value in values)]
-        for name, *values in zip(what, *columns.values(), strict=True)
+        for name, *values in zip(titles, *columns.values(), strict=True)
     ]
     print(measuring.table(["", *(f"{rows:,} rows" for rows in columns)], rows_of_table))
     before, after = columns.values()
     measuring.conclude(
         Ratio(f"{name}: new rows to the base's", new / old)
-        for name, old, new in zip(what, before, after, strict=True)
+        for name, old, new in zip(titles, before, after, strict=True)
     )
 
 

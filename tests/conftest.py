@@ -13,6 +13,7 @@ import pytest
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.data import corpus, prepare_conversations, prepare_texts
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
+from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.manifest import Manifest
@@ -111,6 +112,16 @@ def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempP
         seed=0,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(resized_dir: Path, encoder: Any) -> LoadedModel:
+    """The resized model and the merged tokenizer, in memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
+    return LoadedModel(loaded.eval(), encoder)
 
 
 def prepare_config(tokenizer_dir: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:

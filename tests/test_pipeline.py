@@ -86,7 +86,7 @@ def test_an_adapter_names_no_folder_of_this_machine(pipeline: Runner, folder: st
     assert str(pipeline.root) not in (adapter / "adapter_config.json").read_text(encoding="utf-8")
 
 
-def test_the_latest_model_is_talked_to(pipeline: Runner) -> None:
+def test_chat_uses_the_latest_model(pipeline: Runner) -> None:
     result = subprocess.run(
         pipeline.command("step7_eval.py", "--chat", "--max-new-tokens", "5"),
         env=pipeline.environment,
@@ -97,7 +97,7 @@ def test_the_latest_model_is_talked_to(pipeline: Runner) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "talking to sft" in result.stderr
+    assert "chatting with sft" in result.stderr
     assert result.stdout.count("you> ") == 2
     said = pipeline.run("step7_eval.py", "--chat", "--stage", "sft", "--sft", "nowhere")
     assert "no model of the stage sft yet: expected one of base, resized, pretrained" in error_of(

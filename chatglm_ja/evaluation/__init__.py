@@ -1,4 +1,4 @@
-"""The measures of step 7: likelihood, answers, multiple choice, lm-evaluation-harness.
+"""The measures of step 7: log-likelihood, answers, multiple choice, lm-evaluation-harness.
 
 Imports every room but `reports`.
 """

@@ -1,11 +1,14 @@
-"""What every stage of the model is measured on, and the measures of one.
+"""All measures of step 7, stage by stage.
+
+A measure is a method of Evaluation that returns the entries it adds to a stage's results:
 
 languages      bits per character and byte, tokens per character, characters per second
-kept           against the base, over the base's ids: do the logits differ, how far did the
-               distribution of the next token move
-answers        to the questions of the prompts file, greedy and sampled; and how they are
-choices        multiple choice, by language
-held_out       how held-out questions are answered, by kind: of the last stage only
+kept           the distance from the base on the base's ids: the largest difference of the logits,
+               and the divergence of the next token's distribution
+answers        the answers to the questions of the prompts file, in each decoding
+answering      the measures of these answers
+held_out       the measures of the answers to held-out questions by kind; the last stage's only
+choices        multiple choice by language
 harness        tasks of lm-evaluation-harness
 """
 
@@ -24,11 +27,11 @@ from chatglm_ja.evaluation import answers, likelihood, multiple_choice
 from chatglm_ja.evaluation.harness import HarnessTasks
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.models import Stage
+from chatglm_ja.inference.models import LAST_STAGE, LoadedModel, Stage
 
 log = logging.getLogger(__name__)
 
-# The beginnings of texts whose logits are compared with the base's, which are kept meanwhile.
+# The starts of texts on which logits are compared; the base's logits stay in memory.
 COMPARED_TEXTS = 4
 COMPARED_TOKENS = 128
 
@@ -39,20 +42,20 @@ Results = dict[str, Any]
 class EvaluationData:
     """What the stages are measured on."""
 
-    texts: Mapping[str, Sequence[str]]
+    texts: Mapping[str, Sequence[str]]  # by language
     questions: Sequence[tuple[str, str]]  # (language or code, question)
-    conversations: Mapping[str, Sequence[answers.Talk]]
-    choices: Mapping[str, Sequence[multiple_choice.ChoiceQuestion]]
+    conversations: Mapping[str, Sequence[Sequence[chat_format.Message]]]  # held out, by kind
+    choices: Mapping[str, Sequence[multiple_choice.ChoiceQuestion]]  # by language
 
 
 def read_data(config: EvalConfig) -> EvaluationData:
-    """Read all of it, before any model is loaded. DataError for what is empty or bad."""
+    """Read all data before any model is loaded. Raises DataError for what is empty or bad."""
     texts = {
         language: corpus.take_characters(all_texts, config.max_chars)
         for language, all_texts in corpus.texts_by_language(config.sources).items()
     }
-    for language, of_language in texts.items():
-        if not any(of_language):
+    for language, texts_to_score in texts.items():
+        if not any(texts_to_score):
             raise DataError(f"--sources hold no {language} text: there is nothing to score")
     prompts = answers.read_prompts(config.prompts, list(texts))
     return EvaluationData(
@@ -64,87 +67,49 @@ def read_data(config: EvalConfig) -> EvaluationData:
 
 
 class Evaluation:
-    """Measures the stages one after the other, the base first: the others are compared with it."""
+    """Measures the stages one by one. The base comes first: the others are compared with it."""
 
-    def __init__(self, config: EvalConfig, material: EvaluationData) -> None:
+    def __init__(self, config: EvalConfig, data: EvaluationData) -> None:
         self.config = config
-        self.material = material
-        self.sampling = generation.Sampling(config.temperature, config.top_p)
+        self.data = data
+        self.measures = [
+            self._score_texts,
+            self._compare_with_base,
+            self._measure_answers,
+            self._score_choices,
+            self._run_harness,
+        ]
         self.tasks = HarnessTasks(config.harness_tasks, config.harness_folder, config.harness_limit)
-        self.task_manager = self.tasks.open() if config.harness_tasks else None
-        self._ids: dict[str, list[list[int]]] = {}  # of the base, of the texts that are compared
+        self.task_manager = self.tasks.load_manager() if config.harness_tasks else None
+        self._base_ids: dict[str, list[list[int]]] = {}  # language -> the texts that are compared
         self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
-        self._speeds: dict[int, float] = {}  # tokens per second, by the rows of the embeddings
+        self._speeds: dict[int, float] = {}  # rows of the embeddings -> tokens per second
 
-    def of_stage(self, stage: Stage, *, is_last: bool) -> Results:
-        """The measures of a stage."""
-        config, material = self.config, self.material
+    def evaluate_stage(self, stage: Stage) -> Results:
+        """Return all measures of a stage. Raises ConfigError if its window is too short."""
         log.info("%s: loading %s", stage.name, stage.folder)
-        model, encoder = stage.load()
-        if config.window > model.config.max_position_embeddings:
+        model = stage.load()
+        if self.config.window > model.window:
             raise ConfigError(
-                f"--window {config.window} is more than the {model.config.max_position_embeddings} "
-                f"positions of {stage.folder}"
+                f"--window {self.config.window} is more than the {model.window} positions of "
+                f"{stage.folder}"
             )
-        kinds = [kind for kind, _ in material.questions]
-        talks: list[answers.Talk] = [
-            [{"role": "user", "content": question}] for _, question in material.questions
-        ]
-        held_out = material.conversations if is_last else {}
-        held_out_kinds = [kind for kind, of_kind in held_out.items() for _ in of_kind]
-        talks += [talk[:-1] for of_kind in held_out.values() for talk in of_kind]
-        languages = self._languages(stage, model, encoder)
-        log.info(
-            "%s: bits per character %s",
-            stage.name,
-            ", ".join(f"{name} {row['bits_per_char']:.3f}" for name, row in languages.items()),
-        )
-        given = answers.ask(
-            model,
-            encoder,
-            [chat_format.build_prompt_ids(encoder, talk) for talk in talks],
-            config.max_new_tokens,
-            self.sampling,
-            batch_size=config.answer_batch_size,
-            title=f"{stage.name}: answers",
-        )
-        own = {way: of_way[: len(kinds)] for way, of_way in given.items()}
-        rest = {way: of_way[len(kinds) :] for way, of_way in given.items()}
-        return {
-            "name": stage.name,
-            "languages": languages,
-            "kept": self._kept(model, encoder),
-            "answers": answers.answers_by_question(material.questions, own),
-            "answering": {
-                way: answers.measure_answers(of_way, kinds) for way, of_way in own.items()
-            },
-            "held_out": answers.measures_by_kind(held_out_kinds, rest),
-            "choices": multiple_choice.score_questions(
-                model,
-                encoder,
-                material.choices,
-                config.window,
-                config.batch_size,
-                title=f"{stage.name}: choices",
-            ),
-            "harness": self._harness(stage, model, encoder),
-        }
+        results: Results = {"name": stage.name}
+        for measure in self.measures:
+            results |= measure(stage, model)
+        return results
 
-    def _languages(self, stage: Stage, model: Any, encoder: Any) -> Results:
-        size = model.config.vocab_size
-        if size not in self._speeds:  # stages of one size compute the same
-            prompt = chat_format.build_prompt_ids(encoder, [])
-            self._speeds[size] = generation.tokens_per_second(model, encoder, prompt)
+    def _score_texts(self, stage: Stage, model: LoadedModel) -> Results:
+        size = model.model.config.vocab_size
+        if size not in self._speeds:  # models of one size are equally fast
+            prompt = chat_format.build_prompt_ids(model.tokenizer, [])
+            self._speeds[size] = generation.tokens_per_second(model, prompt)
         rows = {}
-        for language, texts in self.material.texts.items():
+        for language, texts in self.data.texts.items():
+            title = f"{stage.name}: scoring {language}"
             score = likelihood.score_texts(
-                model,
-                encoder,
-                texts,
-                self.config.window,
-                self.config.batch_size,
-                title=f"{stage.name}: scoring {language}",
+                model, texts, self.config.window, self.config.batch_size, title
             )
             rows[language] = {
                 **dataclasses.asdict(score),
@@ -153,48 +118,82 @@ class Evaluation:
                 "tokens_per_char": score.tokens_per_char,
                 "chars_per_second": self._speeds[size] / score.tokens_per_char,
             }
-        return rows
+        bits = ", ".join(f"{name} {row['bits_per_char']:.3f}" for name, row in rows.items())
+        log.info("%s: bits per character %s", stage.name, bits)
+        return {"languages": rows}
 
-    def _kept(self, model: Any, encoder: Any) -> Results:
-        """How far the logits are from the base's on the same ids; empty for the base itself."""
-        prefix = chat_format.prefix_ids(encoder)
-        is_base = not self._ids
+    def _compare_with_base(self, stage: Stage, model: LoadedModel) -> Results:
+        """Compare the logits with the base's on the same ids; no entries for the base itself."""
+        prefix = chat_format.prefix_ids(model.tokenizer)
+        is_base = not self._base_ids
         if is_base:
-            self._ids = {
+            self._base_ids = {
                 language: [
-                    [*prefix, *encoder.encode(text)[:COMPARED_TOKENS]]
+                    [*prefix, *model.tokenizer.encode(text)[:COMPARED_TOKENS]]
                     for text in texts[:COMPARED_TEXTS]
                 ]
-                for language, texts in self.material.texts.items()
+                for language, texts in self.data.texts.items()
             }
-            self._base_rows = encoder.get_piece_size()
-        kept = {}
-        for language, ids in self._ids.items():
-            # From where the first token of the text is predicted.
+            self._base_rows = model.tokenizer.get_piece_size()
+        rows = {}
+        for language, ids in self._base_ids.items():
+            # The first token of the text is predicted at the end of the prefix.
             parts = [
-                (values[len(prefix) - 1 :], total[len(prefix) - 1 :])
-                for values, total in loading.compute_logits(model, ids, self._base_rows)
+                (logits[len(prefix) - 1 :], totals[len(prefix) - 1 :])
+                for logits, totals in loading.compute_logits(model.model, ids, self._base_rows)
             ]
-            found = (torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
-            if is_base:
-                self._base_logits[language] = found
-                continue
-            old = self._base_logits[language]
-            kept[language] = {
-                "tokens": len(found[0]),
-                "largest_difference": (old[0].float() - found[0].float()).abs().max().item(),
-                "divergence_bits": likelihood.divergence(old, found).mean().item(),
-            }
-        return kept
+            new = (torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
+            old = self._base_logits.setdefault(language, new)
+            if not is_base:
+                rows[language] = {
+                    "tokens": len(new[0]),
+                    "largest_difference": (old[0].float() - new[0].float()).abs().max().item(),
+                    "divergence_bits": likelihood.compute_divergence(old, new).mean().item(),
+                }
+        return {"kept": rows}
 
-    def _harness(self, stage: Stage, model: Any, encoder: Any) -> list[dict[str, Any]]:
-        if self.task_manager is None:
-            return []
-        return self.tasks.run(
-            self.task_manager,
+    def _measure_answers(self, stage: Stage, model: LoadedModel) -> Results:
+        """Measure the answers to all questions, generated together to fill the batches."""
+        kinds = [kind for kind, _ in self.data.questions]
+        conversations: list[Sequence[chat_format.Message]] = [
+            [{"role": "user", "content": question}] for _, question in self.data.questions
+        ]
+        held_out = self.data.conversations if stage.name == LAST_STAGE else {}
+        held_out_kinds = [kind for kind, group in held_out.items() for _ in group]
+        conversations += [messages[:-1] for group in held_out.values() for messages in group]
+        tokenizer = model.tokenizer
+        decodings = answers.generate_decodings(
             model,
-            encoder,
-            stage.auto_tokenizer(),
+            [chat_format.build_prompt_ids(tokenizer, messages) for messages in conversations],
+            self.config.max_new_tokens,
+            generation.Sampling(self.config.temperature, self.config.top_p),
+            batch_size=self.config.answer_batch_size,
+            title=f"{stage.name}: answers",
+        )
+        own = {name: group[: len(kinds)] for name, group in decodings.items()}
+        rest = {name: group[len(kinds) :] for name, group in decodings.items()}
+        return {
+            "answers": answers.pair_with_questions(self.data.questions, own),
+            "answering": {
+                name: answers.measure_answers(group, kinds) for name, group in own.items()
+            },
+            "held_out": answers.measure_kinds(held_out_kinds, rest),
+        }
+
+    def _score_choices(self, stage: Stage, model: LoadedModel) -> Results:
+        rows = multiple_choice.score_questions(
+            model,
+            self.data.choices,
             self.config.window,
             self.config.batch_size,
+            title=f"{stage.name}: choices",
         )
+        return {"choices": rows}
+
+    def _run_harness(self, stage: Stage, model: LoadedModel) -> Results:
+        if self.task_manager is None:
+            return {"harness": []}
+        tokenizer = stage.make_auto_tokenizer()
+        window, batch_size = self.config.window, self.config.batch_size
+        rows = self.tasks.run(self.task_manager, model, tokenizer, window, batch_size)
+        return {"harness": rows}

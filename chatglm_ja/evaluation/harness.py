@@ -1,9 +1,8 @@
-"""Any task of lm-evaluation-harness, on the models at hand.
+"""Tasks of lm-evaluation-harness, run on loaded models.
 
-The harness (EleutherAI, package lm_eval) is optional: requirements-extras.txt. It knows its own
-tasks by name, and those in a folder of YAML files besides; most load their data by name, which
-needs a network the first time. Every text is read with [gMASK] sop before it, as ChatGLM3 was
-trained to read one.
+The harness (EleutherAI, package lm_eval) is optional: requirements-extras.txt. It has tasks of its
+own and reads more from a folder of YAML files; most download their data, the first time. Every text
+is read after [gMASK] sop, as in ChatGLM3's training.
 """
 
 import importlib.util
@@ -15,22 +14,23 @@ from typing import Any
 
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation import likelihood
+from chatglm_ja.inference.models import LoadedModel
 
-ROUNDS = 1000  # bootstrap rounds for the errors of metrics that are not means
+BOOTSTRAP_ROUNDS = 1000  # for the standard errors of metrics that are not means
 
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """The tasks to run, by name; `folder` has more of them, `limit` is documents of each, or 0."""
+    """The tasks to run by name, a folder with more of them, and the documents of each (0: all)."""
 
     names: Sequence[str]
     folder: Path | None
     limit: int
 
-    def open(self) -> Any:
-        """The harness's task manager, when all tasks and their data are there.
+    def load_manager(self) -> Any:
+        """Load the tasks and their data; return the harness's task manager.
 
-        Raises ConfigError for a name that it does not know, and for data that it cannot load.
+        Raises ConfigError for an unknown name, and for data that cannot be loaded.
         """
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError(
@@ -38,54 +38,62 @@ class HarnessTasks:
                 "`pip install -r requirements-extras.txt`"
             )
         if self.folder is not None and not self.folder.is_dir():
-            raise ConfigError(f"--harness-folder {self.folder} is no folder")
+            raise ConfigError(f"--harness-folder {self.folder} is not a folder")
         from lm_eval.tasks import TaskManager
 
-        _be_quiet()
+        _silence_harness()
         path = self.folder and str(self.folder)
         # Reading the harness's own thousands of task files takes half a minute.
         manager = TaskManager(include_path=path, include_defaults=self.folder is None)
-        if self._unknown(manager) and self.folder is not None:
+        if self._unknown_names(manager) and self.folder is not None:
             manager = TaskManager(include_path=path)
-        if unknown := self._unknown(manager):
+        if unknown := self._unknown_names(manager):
             raise ConfigError(
-                f"lm-evaluation-harness knows no task {', '.join(unknown)}: `lm_eval ls tasks` "
-                "lists them, and --harness-folder adds a folder of your own"
+                f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm_eval ls tasks` "
+                "lists its tasks, and --harness-folder adds your own"
             )
         for name in manager.match_tasks(list(self.names)):
             try:
                 manager.load([name])
-            except Exception as error:  # whatever a task and its data set raise
+            except Exception as error:  # whatever a task or its data set raises
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 raise ConfigError(
                     f"lm-evaluation-harness cannot load the task {name}: {reason} (tasks that are "
-                    "not in --harness-folder load their data from a network)"
+                    "not in --harness-folder download their data)"
                 ) from error
         return manager
 
-    def _unknown(self, manager: Any) -> list[str]:
+    def _unknown_names(self, manager: Any) -> list[str]:
         return [name for name in self.names if not manager.match_tasks([name])]
 
     def run(
-        self, manager: Any, model: Any, encoder: Any, tokenizer: Any, window: int, batch_size: int
+        self,
+        manager: Any,
+        model: LoadedModel,
+        auto_tokenizer: Any,
+        window: int,
+        batch_size: int,
     ) -> list[dict[str, Any]]:
-        """The metrics of every task: `task`, `metric`, `value`, and `stderr` or None."""
+        """Run the tasks; return `task`, `metric`, `value` and `stderr` (or None) of every metric.
+
+        `auto_tokenizer` is the model's tokenizer in transformers' form.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         class Candidate(HFLM):
-            """Scores whole texts as bits per character are: the prefix is read, not scored."""
+            """Scores whole texts as bits per character does: the prefix is read, not scored."""
 
             def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
                 texts = [request.args[0] for request in requests]
-                scores = likelihood.score_each(model, encoder, texts, window, batch_size)
+                scores = likelihood.score_each(model, texts, window, batch_size)
                 return [-score.nats for score in scores]
 
-        # What a text spells stays text.
-        tokenizer.split_special_tokens = True
+        # A special token spelled in a text stays text.
+        auto_tokenizer.split_special_tokens = True
         candidate = Candidate(
-            pretrained=model,
-            tokenizer=tokenizer,
+            pretrained=model.model,
+            tokenizer=auto_tokenizer,
             backend="causal",
             max_length=window,
             batch_size=batch_size,
@@ -96,29 +104,33 @@ class HarnessTasks:
             tasks=manager.match_tasks(list(self.names)),
             task_manager=manager,
             limit=self.limit or None,
-            bootstrap_iters=ROUNDS,
+            bootstrap_iters=BOOTSTRAP_ROUNDS,
             log_samples=False,
         )
-        _be_quiet()
-        assert output is not None  # only ranks other than 0 get nothing
-        rows = []
-        for task, metrics in output["results"].items():
-            for key, value in metrics.items():
-                metric, _, kind = key.partition(",")
-                if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
-                    continue
-                stderr = metrics.get(f"{metric}_stderr,{kind}")
-                rows.append(
-                    {
-                        "task": task,
-                        "metric": metric if kind == "none" else f"{metric} ({kind})",
-                        "value": float(value),
-                        "stderr": float(stderr) if isinstance(stderr, int | float) else None,
-                    }
-                )
-        return rows
+        _silence_harness()
+        assert output is not None  # None is for ranks other than 0
+        return [row for task, metrics in output["results"].items() for row in _rows(task, metrics)]
 
 
-def _be_quiet() -> None:
-    """What the harness tells about its progress and its choices, on every run."""
+def _rows(task: str, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a task, of whose results the keys are `metric,filter`."""
+    rows = []
+    for key, value in metrics.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = metrics.get(f"{metric}_stderr,{kind}")
+        rows.append(
+            {
+                "task": task,
+                "metric": metric if kind == "none" else f"{metric} ({kind})",
+                "value": float(value),
+                "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+            }
+        )
+    return rows
+
+
+def _silence_harness() -> None:
+    """Hide the log lines on progress and choices that the harness writes on every run."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,23 +1,23 @@
-"""Multiple choice by log-likelihood: which of some continuations does the model find likeliest?
+"""Multiple choice by log-likelihood: which of several continuations does a model find likeliest?
 
 A record is a question, text and choices verbatim: the model reads them joined, so a space or line
 break between them belongs to one of the two.
 
     {"question": "日本の首都は", "choices": ["東京です。", "大阪です。"], "answer": 0}
 
-A long choice is less likely than a short one, and a common one likelier than a rare one. So the
-choices are compared in three ways, the first two of which lm-evaluation-harness has too:
+A long choice is less likely than a short one, and a common one likelier than a rare one. So METRICS
+compare the choices in several ways, by their costs in nats; the cheapest choice is the answer. The
+first two are lm-evaluation-harness's too:
 
-    acc         log P(choice | question)
+    acc         -log P(choice | question)
     acc_norm    the same per character of the choice
-    acc_gain    what the question adds to it: less log P(choice | the question's last character),
-                which leaves the choice's beginning to the same pieces (Brown et al. 2020, arXiv
-                2005.14165, section 2.4, normalise by a context of "Answer: ")
+    acc_gain    the same less -log P(choice | the question's last character): the rest is what the
+                question adds. That character leaves the choice's start to the same pieces (Brown
+                et al. 2020, arXiv 2005.14165, section 2.4, normalize by a context "Answer: ")
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from chatglm_ja.data.readers import (
     Record,
@@ -29,14 +29,33 @@ from chatglm_ja.data.readers import (
 )
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import likelihood
+from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
 
-METRICS = ("acc", "acc_norm", "acc_gain")
+
+@dataclass(frozen=True)
+class ChoiceMetric:
+    """A way to compare choices: its title in reports, and the cost of a choice.
+
+    `cost` takes the choice, and its nats after the question and after its last character only.
+    """
+
+    title: str
+    cost: Callable[[str, float, float], float]
+
+
+METRICS = {
+    "acc": ChoiceMetric("likeliest", lambda choice, nats, alone: nats),
+    "acc_norm": ChoiceMetric("per character", lambda choice, nats, alone: nats / len(choice)),
+    "acc_gain": ChoiceMetric(
+        "gains most by the question", lambda choice, nats, alone: nats - alone
+    ),
+}
 
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A text, what may follow it, and which of that is right, from 0."""
+    """A text, its possible continuations, and the index of the right one."""
 
     text: str
     choices: tuple[str, ...]
@@ -44,23 +63,23 @@ class ChoiceQuestion:
 
 
 def read_questions(sources: Iterable[Source]) -> dict[str, list[ChoiceQuestion]]:
-    """The questions by language. DataError for a source without any, or with a bad one."""
+    """Read the questions by language. Raises DataError for an empty source and for a bad record."""
     questions: dict[str, list[ChoiceQuestion]] = {}
     for source in sources:
-        found = []
+        own = []
         for chunk in read_chunks(source):
             for number, record in read_records(chunk, source):
-                question = record if isinstance(record, Reject) else _question(record)
+                question = record if isinstance(record, Reject) else _parse_question(record)
                 if isinstance(question, Reject):
                     raise reject_error(chunk.file, number, question)
-                found.append(question)
-        if not found:
+                own.append(question)
+        if not own:
             raise DataError(f"source {source.title} holds no question: expected multiple choice")
-        questions.setdefault(source.language, []).extend(found)
+        questions.setdefault(source.language, []).extend(own)
     return questions
 
 
-def _question(record: Record) -> ChoiceQuestion | Reject:
+def _parse_question(record: Record) -> ChoiceQuestion | Reject:
     text, choices, answer = (record.get(name) for name in ("question", "choices", "answer"))
     if not isinstance(text, str) or not text:
         return Reject("no question", f"expected text in 'question', found {text!r}")
@@ -81,41 +100,34 @@ def _question(record: Record) -> ChoiceQuestion | Reject:
 
 
 def score_questions(
-    model: Any,
-    encoder: Any,
+    model: LoadedModel,
     questions: Mapping[str, Sequence[ChoiceQuestion]],
     window: int,
     batch_size: int,
-    *,
     title: str = "choices",
 ) -> dict[str, dict[str, float]]:
-    """For every language: how many `questions`, the share that `chance` gets right, and the share
-    that the model does, in each of WAYS."""
-    asked = [
+    """Return for every language the number of `questions` and the shares of right answers.
+
+    The shares are that of `chance`, and the model's by each of METRICS.
+    """
+    pairs = [
         (text, question.choices)
-        for of_language in questions.values()
-        for question in of_language
+        for group in questions.values()
+        for question in group
         for text in (question.text, question.text[-1])
     ]
-    nats = iter(
-        likelihood.score_continuations(model, encoder, asked, window, batch_size, title=title)
-    )
+    nats = iter(likelihood.score_continuations(model, pairs, window, batch_size, title))
     rows = {}
-    for language, of_language in questions.items():
-        right = dict.fromkeys(METRICS, 0)
-        for question in of_language:
-            given, alone = next(nats), next(nats)
-            costs = {
-                "acc": given,
-                "acc_norm": [c / len(t) for c, t in zip(given, question.choices, strict=True)],
-                "acc_gain": [c - a for c, a in zip(given, alone, strict=True)],
-            }
-            for way in METRICS:
-                right[way] += costs[way].index(min(costs[way])) == question.answer
-        count = len(of_language)
+    for language, group in questions.items():
+        correct = dict.fromkeys(METRICS, 0)
+        for question in group:
+            scored = list(zip(question.choices, next(nats), next(nats), strict=True))
+            for name, metric in METRICS.items():
+                costs = [metric.cost(*choice) for choice in scored]
+                correct[name] += costs.index(min(costs)) == question.answer
         rows[language] = {
-            "questions": count,
-            "chance": sum(1 / len(question.choices) for question in of_language) / count,
-            **{way: right[way] / count for way in METRICS},
+            "questions": len(group),
+            "chance": sum(1 / len(question.choices) for question in group) / len(group),
+            **{name: count / len(group) for name, count in correct.items()},
         }
     return rows

@@ -1,8 +1,8 @@
-"""Answers of a model: many prompts at once, or one as it is written.
+"""Generate answers: many prompts in batches, or one as a stream of text.
 
-Prompts are token ids in ChatGLM3's conversation format (chat.py), and every answer ends at one of
-its stop tokens or at the limit. A greedy answer does not depend, but for rounding, on what it is
-batched with: padding is on the left and masked.
+Prompts are token ids in ChatGLM3's conversation format (chat_format.py). An answer ends at one of
+the format's stop tokens or at the limit. Batches are padded on the left and masked, so a greedy
+answer does not depend on the others in its batch, up to rounding.
 """
 
 import itertools
@@ -27,60 +27,37 @@ from transformers.generation.streamers import BaseStreamer
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import UNK_ID
 from chatglm_ja.errors import DataError
+from chatglm_ja.inference.models import LoadedModel
 
 TIMED_TOKENS = 64
 TIMED_ROUNDS = 3
-MIN_TEMPERATURE = 0.01  # below it the logits' quotients leave the range of floats
+MIN_TEMPERATURE = 0.01  # below it, logits divided by the temperature overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; the defaults are those of ChatGLM3's own chat, whose top_k was
-    transformers' default then. A temperature below 0.01 is greedy: always the likeliest."""
+    """How the next token is sampled. A temperature below 0.01 means greedy decoding.
+
+    The defaults are those of ChatGLM3's own chat, whose top_k was transformers' default then.
+    """
 
     temperature: float = 0.8
     top_p: float = 0.8
     top_k: int = 50
 
-    def arguments(self) -> dict[str, Any]:
-        """What `generate` calls it."""
-        if self.temperature < MIN_TEMPERATURE:
-            return {"do_sample": False}
-        # The likeliest of what _Draw leaves, which is one token.
-        return {"do_sample": False, "logits_processor": LogitsProcessorList([_Draw(self)])}
-
 
 GREEDY = Sampling(temperature=0)
 
-
-class _Draw(LogitsProcessor):
-    """Draws the next token, by temperature, top_k and top_p as transformers has them.
-
-    Its own sort the vocabulary and then draw from all of it: for a hundred answers at once on a
-    CPU that took longer than the model.
-    """
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores: [batch, vocabulary]. That of the drawn token becomes 0, the others -inf."""
-        shares, ids = self.candidates(scores)
-        drawn = ids.gather(-1, torch.multinomial(shares, 1))
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
-
-    def candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest tokens' probabilities, and their ids: [batch, top_k] both."""
-        count = min(self.sampling.top_k or scores.shape[-1], scores.shape[-1])
-        best, ids = (scores.float() / self.sampling.temperature).topk(count)
-        shares = best.softmax(dim=-1)
-        before = shares.cumsum(dim=-1) - shares  # of all that are likelier
-        return best.masked_fill(before >= self.sampling.top_p, -torch.inf).softmax(dim=-1), ids
+# How questions are answered in evaluations: name -> the sampling, given the configured one.
+DECODINGS: dict[str, Callable[[Sampling], Sampling]] = {
+    "greedy": lambda configured: GREEDY,
+    "sampled": lambda configured: configured,
+}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer; `stopped` says that it ended by itself, before the limit."""
+    """An answer's text and length in tokens; `stopped` if it ended before the limit."""
 
     text: str
     tokens: int
@@ -88,8 +65,7 @@ class Answer:
 
 
 def generate_answers(
-    model: Any,
-    encoder: Any,
+    model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -98,61 +74,62 @@ def generate_answers(
     seed: int = 0,
     title: str = "answers",
 ) -> list[Answer]:
-    """An answer to each prompt, of at most `max_new_tokens` tokens, by a GlmForCausalLM.
+    """Generate an answer of at most `max_new_tokens` tokens to each prompt, in their order.
 
-    The same seed, prompts and batch size give the same answers. `encoder` is the sentencepiece
-    processor of the model's tokenizer.
+    The same seed, prompts and batch size give the same answers.
     """
-    # Prompts of like length together: little padding.
+    # Prompts of similar length share a batch, which keeps the padding short.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), tqdm(total=len(order), desc=title, leave=False) as bar:
+    device = model.model.device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tqdm(total=len(order), desc=title, leave=False) as bar,
+    ):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            longest = len(prompts[chosen[-1]])
-            input_ids = torch.full((len(chosen), longest), UNK_ID)
+            batch = order[start : start + batch_size]
+            longest = len(prompts[batch[-1]])
+            input_ids = torch.full((len(batch), longest), UNK_ID)
             mask = torch.zeros_like(input_ids)
-            for row, index in enumerate(chosen):
-                room = longest - len(prompts[index])
-                input_ids[row, room:] = torch.tensor(prompts[index])
-                mask[row, room:] = 1
-            output = _generate(model, encoder, input_ids, mask, max_new_tokens, sampling)
-            for index, ids in zip(chosen, output[:, longest:].tolist(), strict=True):
-                answers[index] = _answer(encoder, ids)
-            bar.update(len(chosen))
+            for row, index in enumerate(batch):
+                padding = longest - len(prompts[index])
+                input_ids[row, padding:] = torch.tensor(prompts[index])
+                mask[row, padding:] = 1
+            output = _generate(model, input_ids, mask, max_new_tokens, sampling)
+            for index, ids in zip(batch, output[:, longest:].tolist(), strict=True):
+                answers[index] = _decode_answer(model.tokenizer, ids)
+            bar.update(len(batch))
     return [answers[index] for index in range(len(prompts))]
 
 
 def stream_answer(
-    model: Any,
-    encoder: Any,
+    model: LoadedModel,
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
     sampling: Sampling,
     seconds: float | None = None,
 ) -> Generator[str]:
-    """The answer to a prompt, piece by piece as it is written; the pieces joined are its text.
+    """Stream the answer to a prompt as pieces of text, which joined are the whole answer.
 
-    It is written in a thread, ahead of the reader. Closing the iterator stops it after the token
-    at hand, and so does the limit of `seconds`. What goes wrong in the thread is raised here.
+    A thread generates it ahead of the reader. Closing the generator stops the thread after its
+    current token, and so does the time limit. Errors of the thread are raised here.
     """
     pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-    ended = threading.Event()
+    closed = threading.Event()
     deadline = None if seconds is None else time.monotonic() + seconds
 
-    def has_ended() -> bool:
-        return ended.is_set() or (deadline is not None and time.monotonic() > deadline)
+    def must_stop() -> bool:
+        return closed.is_set() or (deadline is not None and time.monotonic() > deadline)
 
-    def write() -> None:
+    def generate() -> None:
         ids = torch.tensor([list(prompt)])
-        streamer = _Pieces(encoder, pieces.put)
         try:
             _generate(
-                model, encoder, ids, torch.ones_like(ids), max_new_tokens, sampling,
-                streamer=streamer, stopping_criteria=StoppingCriteriaList([_Ended(has_ended)]),
+                model, ids, torch.ones_like(ids), max_new_tokens, sampling,
+                streamer=_TextStreamer(model.tokenizer, pieces.put),
+                stopping_criteria=StoppingCriteriaList([_StopWhen(must_stop)]),
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
@@ -162,7 +139,7 @@ def stream_answer(
         else:
             pieces.put(None)
 
-    thread = threading.Thread(target=write, daemon=True)
+    thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
         while (piece := pieces.get()) is not None:
@@ -170,103 +147,132 @@ def stream_answer(
                 raise piece
             yield piece
     finally:
-        ended.set()
+        closed.set()
         thread.join()
 
 
-def tokens_per_second(model: Any, encoder: Any, prompt: Sequence[int]) -> float:
-    """How fast one answer alone is written, after its first token: by the median of 64 tokens, in
-    the best of three rounds: on a GPU it is the host that limits it, and is busy at times."""
+def tokens_per_second(model: LoadedModel, prompt: Sequence[int]) -> float:
+    """Measure how fast a single answer is generated, in tokens per second after the first token.
+
+    Returns the best of three rounds; a round is the median over 64 tokens. On a GPU the host
+    limits the speed, and it is busy at times.
+    """
     ids = torch.tensor([list(prompt)])
     speeds = []
     for _ in range(TIMED_ROUNDS):
-        clock = _Clock()
+        clock = _TokenClock()
         _generate(
-            model, encoder, ids, torch.ones_like(ids), TIMED_TOKENS, GREEDY,
+            model, ids, torch.ones_like(ids), TIMED_TOKENS, GREEDY,
             streamer=clock, min_new_tokens=TIMED_TOKENS,
         )  # fmt: skip
-        # The first time is the prompt's, the second its answer's first token's.
-        times = clock.times[1:]
+        times = clock.times[1:]  # the first one is the prompt's
         speeds.append(1 / statistics.median(b - a for a, b in itertools.pairwise(times)))
     return max(speeds)
 
 
 @torch.inference_mode()
 def _generate(
-    model: Any,
-    encoder: Any,
+    model: LoadedModel,
     input_ids: torch.Tensor,
     mask: torch.Tensor,
     max_new_tokens: int,
     sampling: Sampling,
-    **more: Any,
+    **options: Any,
 ) -> torch.Tensor:
-    # Rows without an id in the tokenizer: padding of the embeddings.
-    padding = list(range(encoder.get_piece_size(), model.config.vocab_size))
-    output: torch.Tensor = model.generate(
-        input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
+    """Return the ids of prompts and answers, [batch, length]; `options` are those of `generate`."""
+    glm, tokenizer = model.model, model.tokenizer
+    if sampling.temperature >= MIN_TEMPERATURE:
+        options["logits_processor"] = LogitsProcessorList([_Sampler(sampling)])
+    # Embedding rows that pad the matrix have no id in the tokenizer.
+    unused = list(range(tokenizer.get_piece_size(), glm.config.vocab_size))
+    output: torch.Tensor = glm.generate(
+        input_ids.to(glm.device),
+        attention_mask=mask.to(glm.device),
         max_new_tokens=max_new_tokens,
-        eos_token_id=chat_format.stop_ids(encoder),
+        do_sample=False,  # _Sampler leaves a single token, which is then the likeliest
+        eos_token_id=chat_format.stop_ids(tokenizer),
         pad_token_id=UNK_ID,
-        suppress_tokens=padding or None,
-        **sampling.arguments(),
-        **more,
+        suppress_tokens=unused or None,
+        **options,
     )
     return output
 
 
-def _answer(encoder: Any, ids: list[int]) -> Answer:
-    """Up to the first stop token; what follows it is padding."""
-    stops = chat_format.stop_ids(encoder)
+def _decode_answer(tokenizer: Any, ids: list[int]) -> Answer:
+    """Decode the ids up to the first stop token; padding follows it."""
+    stops = chat_format.stop_ids(tokenizer)
     end = next((place for place, token in enumerate(ids) if token in stops), None)
-    stopped = end is not None
-    text = encoder.decode(ids[:end]).strip()
-    return Answer(text, len(ids) if end is None else end + 1, stopped)
+    text = tokenizer.decode(ids[:end]).strip()
+    return Answer(text, len(ids) if end is None else end + 1, stopped=end is not None)
 
 
-class _Ended(StoppingCriteria):
-    """Ends a generation when a function says so."""
+class _Sampler(LogitsProcessor):
+    """Samples the next token with temperature, top_k and top_p as transformers defines them.
 
-    def __init__(self, has_ended: Callable[[], bool]) -> None:
-        self.has_ended = has_ended
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.has_ended(), device=input_ids.device)
-
-
-class _Pieces(BaseStreamer):
-    """Hands on the text of one answer as its tokens come, without what ends it.
-
-    A character that is spelled in bytes is held back until it is whole, and space at the end
-    until something follows it.
+    transformers' own processors sort the whole vocabulary and sample from all of it, which for a
+    hundred answers at once on a CPU takes longer than the model.
     """
 
-    def __init__(self, encoder: Any, hand_on: Callable[[str], None]) -> None:
-        self.encoder = encoder
-        self.hand_on = hand_on
-        self.stops = chat_format.stop_ids(encoder)
-        self.ids: list[int] | None = None  # None until the prompt has passed
-        self.shown = ""
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Set the score of the sampled token to 0 and all others to -inf: [batch, vocabulary]."""
+        probabilities, ids = self.top_candidates(scores)
+        sampled = ids.gather(-1, torch.multinomial(probabilities, 1))
+        return torch.full_like(scores, -torch.inf).scatter(-1, sampled, 0.0)
+
+    def top_candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the candidates' probabilities, and their ids: both [batch, top_k]."""
+        count = min(self.sampling.top_k or scores.shape[-1], scores.shape[-1])
+        best, ids = (scores.float() / self.sampling.temperature).topk(count)
+        probabilities = best.softmax(dim=-1)
+        likelier = probabilities.cumsum(dim=-1) - probabilities  # the sum over likelier tokens
+        return best.masked_fill(likelier >= self.sampling.top_p, -torch.inf).softmax(dim=-1), ids
+
+
+class _StopWhen(StoppingCriteria):
+    """Stops a generation when a function returns True."""
+
+    def __init__(self, must_stop: Callable[[], bool]) -> None:
+        self.must_stop = must_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.must_stop(), device=input_ids.device)
+
+
+class _TextStreamer(BaseStreamer):
+    """Passes on the text of one answer as its tokens arrive, without its stop token.
+
+    It holds back a character spelled in bytes until it is complete, and trailing space until
+    something follows it.
+    """
+
+    def __init__(self, tokenizer: Any, pass_on: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.pass_on = pass_on
+        self.stops = chat_format.stop_ids(tokenizer)
+        self.ids: list[int] | None = None  # None until the prompt has arrived
+        self.text = ""
 
     def put(self, value: torch.Tensor) -> None:
         if self.ids is None:
             self.ids = []
             return
         self.ids += [token for token in value.tolist() if token not in self.stops]
-        self._show(self.encoder.decode(self.ids).strip().rstrip("\ufffd"))
+        self._extend_text(self.tokenizer.decode(self.ids).strip().rstrip("\ufffd"))
 
     def end(self) -> None:
-        self._show(self.encoder.decode(self.ids or []).strip())
+        self._extend_text(self.tokenizer.decode(self.ids or []).strip())
 
-    def _show(self, text: str) -> None:
-        if len(text) > len(self.shown) and text.startswith(self.shown):
-            self.hand_on(text[len(self.shown) :])
-            self.shown = text
+    def _extend_text(self, text: str) -> None:
+        if len(text) > len(self.text) and text.startswith(self.text):
+            self.pass_on(text[len(self.text) :])
+            self.text = text
 
 
-class _Clock(BaseStreamer):
-    """When the prompt and each token came."""
+class _TokenClock(BaseStreamer):
+    """Records when the prompt and each token arrived."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

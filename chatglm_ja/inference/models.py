@@ -1,8 +1,8 @@
-"""The stages of the model that are compared and talked to: base, resized, pretrained, sft.
+"""The models that step 7 compares and chats with, one for each stage of the pipeline.
 
-A stage is a folder: the base's is in ChatGLM3's layout, the others are what steps 3, 5 and 6
-published. Each is loaded with the tokenizer that lies in its own folder. The large libraries are
-imported when one is loaded: what is there is looked at before.
+A stage is a folder: the base model's is in ChatGLM3's layout, the others were published by steps 3,
+5 and 6. A model is loaded with the tokenizer of its own folder. This module is imported for
+`--help`, so it imports large libraries only when it loads a model.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,30 @@ from chatglm_ja.errors import ArtifactError, DataError
 from chatglm_ja.storage.inputs import Input, open_artifact
 from chatglm_ja.storage.manifest import read_manifest
 
-MADE_BY = {
+BASE = "base"
+# The stages in the order in which the steps make them: name -> the script that publishes the model.
+STAGES: dict[str, str | None] = {
+    BASE: None,
     "resized": "step3_resize_model.py",
     "pretrained": "step5_train_pt.py",
     "sft": "step6_train_sft.py",
 }
+UNTRAINED = (BASE, "resized")  # stages whose model has not been trained by this pipeline
+LAST_STAGE = list(STAGES)[-1]
+LATEST = "latest"  # of --stage: the last stage whose model exists
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A GlmForCausalLM in evaluation mode and its tokenizer, a sentencepiece processor."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def window(self) -> int:
+        """The longest input in tokens."""
+        return int(self.model.config.max_position_embeddings)
 
 
 @dataclass(frozen=True)
@@ -30,76 +49,79 @@ class Stage:
     folder: Path
 
     def open(self, every_byte: bool | None = None) -> list[Input]:
-        """Check that the folder is whole. Raises ArtifactError, naming the step to run."""
-        if self.name == "base":
+        """Check that the folder is complete. Raises ArtifactError, naming the step to run."""
+        script = STAGES[self.name]
+        if script is None:
             return open_base_model(self.folder)
-        return [open_artifact(self.folder, MADE_BY[self.name], every_byte=every_byte)]
+        return [open_artifact(self.folder, script, every_byte=every_byte)]
 
     def exists(self) -> bool:
-        if self.name == "base":
+        """Return whether the folder holds a model, complete or not."""
+        if self.name == BASE:
             return (self.folder / "config.json").is_file()
         return read_manifest(self.folder) is not None
 
-    def load(self) -> tuple[Any, Any]:
-        """The model, on the GPU if there is one, and the sentencepiece processor of its tokenizer.
+    def load(self) -> LoadedModel:
+        """Load the model and its tokenizer, on the GPU if there is one.
 
-        Raises DataError if the model has fewer rows than the tokenizer has ids, or does not fit
-        the GPU's memory.
+        Raises DataError if the model has fewer embedding rows than the tokenizer has ids, or does
+        not fit the GPU's free memory.
         """
         import torch
 
-        from chatglm_ja.chatglm3 import loading, tokenizer
-        from chatglm_ja.chatglm3.loading import compute_dtype
+        from chatglm_ja.chatglm3.loading import compute_dtype, load_base
+        from chatglm_ja.chatglm3.tokenizer import make_processor
         from chatglm_ja.chatglm3.weights import BaseWeights
 
-        encoder = tokenizer.make_processor(self.tokenizer_model())
         try:
-            if self.name == "base":
-                model = loading.load_base(BaseWeights(self.folder), compute_dtype())
-                model = model.to(choose_device())
+            if self.name == BASE:
+                tokenizer = make_processor(self.read_tokenizer_proto())
+                model = load_base(BaseWeights(self.folder), compute_dtype())
+                loaded = LoadedModel(model.to(choose_device()), tokenizer)
             else:
-                model = load_model(self.folder)
+                loaded = load_model(self.folder)
         except torch.OutOfMemoryError:
             raise DataError(
-                f"{self.folder} does not fit what is free of the GPU's memory: end what else uses "
-                "it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+                f"{self.folder} does not fit the GPU's free memory: end the other programs that "
+                "use it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
             ) from None
-        rows, ids = model.config.vocab_size, encoder.get_piece_size()
+        rows, ids = loaded.model.config.vocab_size, loaded.tokenizer.get_piece_size()
         if rows < ids:
             raise DataError(
-                f"{self.folder}: the model has {rows:,} embedding rows, but its tokenizer "
-                f"{ids:,} ids: they do not belong together, run the step that makes it again"
+                f"{self.folder}: the model has {rows:,} embedding rows, but its tokenizer has "
+                f"{ids:,} ids: they do not belong together, re-run the step that made the folder"
             )
-        return model, encoder
+        return loaded
 
-    def auto_tokenizer(self) -> Any:
-        """The tokenizer as transformers' own, for tools that want one."""
-        from chatglm_ja.chatglm3 import tokenizer_files
-
-        return tokenizer_files.to_transformers(self.tokenizer_model())
-
-    def tokenizer_model(self) -> Any:
-        """The sentencepiece model (ModelProto), with the special tokens among its pieces."""
+    def read_tokenizer_proto(self) -> Any:
+        """Read the tokenizer's ModelProto, with the special tokens among its pieces."""
         from chatglm_ja.chatglm3 import tokenizer
         from chatglm_ja.chatglm3.base import Base
 
-        if self.name == "base":
+        if self.name == BASE:
             return tokenizer.add_special_tokens(Base.open(self.folder).proto)
         return tokenizer.read_proto(self.folder / tokenizer.MODEL_FILE)
+
+    def make_auto_tokenizer(self) -> Any:
+        """Return the tokenizer in transformers' form, for tools that need one."""
+        from chatglm_ja.chatglm3 import tokenizer_files
+
+        return tokenizer_files.to_transformers(self.read_tokenizer_proto())
 
 
 def finished_stages(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages whose models exist. Raises ArtifactError if none does."""
-    found = [stage for stage in stages if stage.exists()]
-    if not found:
+    finished = [stage for stage in stages if stage.exists()]
+    if not finished:
         raise ArtifactError(
-            f"no model to talk to, neither {stages[0].folder} nor a later one: run the steps first"
+            f"no model to chat with, neither {stages[0].folder} nor a later stage: run the steps "
+            "first"
         )
-    return found
+    return finished
 
 
 def find_stage(stages: Sequence[Stage], name: str) -> Stage:
-    """One of the stages that are there; LATEST is the last. Raises ArtifactError if missing."""
+    """Return the stage of a name, or the last one for LATEST. Raises ArtifactError if missing."""
     if name == LATEST:
         return stages[-1]
     for stage in stages:
@@ -111,24 +133,20 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage:
     )
 
 
-def load_model(folder: Path) -> Any:
-    """A model folder of steps 3, 5 or 6, to score or answer with."""
+def load_model(folder: Path) -> LoadedModel:
+    """Load the model and the tokenizer of a folder that step 3, 5 or 6 published."""
     from transformers import GlmForCausalLM
 
-    from chatglm_ja.chatglm3 import loading
-    from chatglm_ja.chatglm3.loading import compute_dtype
+    from chatglm_ja.chatglm3.loading import compute_dtype, load_glm
+    from chatglm_ja.chatglm3.tokenizer import load_processor
 
-    model: Any = loading.load_glm(folder, GlmForCausalLM, compute_dtype())
-    return model.to(choose_device()).eval()
+    tokenizer = load_processor(folder)
+    model: Any = load_glm(folder, GlmForCausalLM, compute_dtype())
+    return LoadedModel(model.to(choose_device()).eval(), tokenizer)
 
 
 def choose_device() -> str:
+    """Return the device that models are loaded on."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# The models that step 7 compares, in the order in which they come about.
-STAGES = ("base", "resized", "pretrained", "sft")
-
-LATEST = "latest"

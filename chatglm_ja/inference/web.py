@@ -1,8 +1,8 @@
-"""A page to talk to one model, or to two side by side, made with Gradio (optional).
+"""A web page to chat with one model, or with two side by side, made with Gradio (optional).
 
-It is served to this machine only, needs no network, and shows what is typed and answered as plain
-text. Messages, answers and the time that an answer may take are limited on the server, and one
-question is answered at a time: others wait for their turn.
+The page is served to this machine only, needs no network, and shows messages and answers as plain
+text. The server limits their length and the time of an answer. It answers one question at a time;
+others wait in Gradio's queue.
 """
 
 import html
@@ -14,27 +14,28 @@ import re
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.inference import chat
-from chatglm_ja.inference.chat import ChatOptions
+from chatglm_ja.inference.chat import ChatOptions, Message
 from chatglm_ja.inference.generation import Sampling
-from chatglm_ja.inference.models import Stage
+from chatglm_ja.inference.models import LoadedModel, Stage
 
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 MAX_MESSAGE = 4000  # characters
 MAX_TOKENS = 2048  # of an answer
-MAX_WAITING = 16
-NOBODY = "(none)"
+MAX_WAITING = 16  # questions in the queue
+MODELS_IN_MEMORY = 2
+NO_MODEL = "(none)"
 SIDES = ("left", "right")
-IN_MEMORY = 2
 
-# Line breaks and spaces as they are; Gradio's own button for clearing leaves the model's memory.
+# Keeps line breaks and spaces. Hides Gradio's own button for clearing, which would leave the
+# conversation in the server's memory.
 CSS = """
 footer, .chat [aria-label="Clear"] { display: none !important; }
 .chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -42,15 +43,18 @@ footer, .chat [aria-label="Clear"] { display: none !important; }
 
 INDENT = re.compile(r"^[ \t]+", re.MULTILINE)
 
-Talks = dict[str, list[chat.Message]]  # side -> messages
+Conversations = dict[str, list[Message]]  # side -> messages
 
 
 def check_port(port: int) -> None:
-    """Raises ConfigError if Gradio is missing or the port taken, before any model is loaded."""
+    """Check, before any model is loaded, that Gradio is installed and the port is free.
+
+    Raises ConfigError if not.
+    """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("--web needs Gradio: run `pip install -r requirements-extras.txt`")
     with socket.socket() as probe:
-        # As the server does, so that a port that was just given back counts as free.
+        # Set by the server too: a port that was released a moment ago counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -61,12 +65,12 @@ def check_port(port: int) -> None:
 
 
 def serve(stages: Sequence[Stage], first: Stage, options: ChatOptions, port: int) -> None:
-    """Serve the page until Ctrl-C; `first` answers on the left."""
-    models = Models(stages)
+    """Serve the page until Ctrl-C; at first the stage `first` answers on the left."""
+    models = ModelCache(stages)
     models.get(first.name)
     page = build_page(models, first.name, options)
     launch_page(page, port)
-    log.info("talk to it at http://%s:%d (Ctrl-C ends)", HOST, port)
+    log.info("chat page: http://%s:%d (Ctrl-C ends)", HOST, port)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -74,10 +78,10 @@ def serve(stages: Sequence[Stage], first: Stage, options: ChatOptions, port: int
 
 
 def launch_page(page: Any, port: int) -> None:
-    """Begin to serve a page, to this machine only; returns at once."""
+    """Start to serve a page, to this machine only, and return."""
     from gradio.themes import Default
 
-    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it is up
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio sends a request to its own server
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST, "localhost")))
 
     page.launch(
@@ -89,7 +93,7 @@ def launch_page(page: Any, port: int) -> None:
         max_file_size=1,  # bytes: nothing is uploaded
         footer_links=[],
         css=CSS,
-        # Fonts that are there: the theme's own would come from the network.
+        # Local fonts: the theme's own would be downloaded.
         theme=Default(
             font=["system-ui", "Noto Sans CJK JP", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
@@ -97,188 +101,124 @@ def launch_page(page: Any, port: int) -> None:
     )
 
 
-class Models:
-    """The stages' models by name, loaded when they are asked for; two of them are kept."""
+class ModelCache:
+    """The models of stages, loaded on first use; the two used last stay in memory."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = {stage.name: stage for stage in stages}
-        self._loaded: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+        self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
+        # A canceled question may still be loading a model when the next one asks for it.
+        self._lock = threading.Lock()
 
-    def get(self, name: str) -> tuple[Any, Any]:
-        """The model and its tokenizer."""
-        if name not in self._loaded:
-            while len(self._loaded) >= IN_MEMORY:
-                self._loaded.popitem(last=False)
-            self.stages[name].open()
-            self._loaded[name] = self.stages[name].load()
-        self._loaded.move_to_end(name)
-        return self._loaded[name]
-
-
-class Question:
-    """A question that was sent: whether its answer shall stop, and whether all was forgotten."""
-
-    def __init__(self) -> None:
-        self.stopped = threading.Event()
-        self.forgotten = threading.Event()
+    def get(self, name: str) -> LoadedModel:
+        """Return a stage's model. Raises DataError for an unknown name."""
+        if name not in list(self.stages):  # a list, as the name may be of any type
+            raise DataError(f"there is no model {name!r}: expected one of {', '.join(self.stages)}")
+        with self._lock:
+            if name not in self._loaded:
+                while len(self._loaded) >= MODELS_IN_MEMORY:
+                    self._loaded.popitem(last=False)
+                self.stages[name].open()
+                self._loaded[name] = self.stages[name].load()
+            self._loaded.move_to_end(name)
+            return self._loaded[name]
 
 
-class Sessions:
-    """The question at hand of every open page."""
-
-    def __init__(self) -> None:
-        self._questions: dict[str, Question] = {}
-
-    def begin(self, session: str) -> None:
-        self._questions[session] = Question()
-
-    def get(self, session: str) -> Question:
-        return self._questions.setdefault(session, Question())
-
-    def stop(self, session: str) -> None:
-        self.get(session).stopped.set()
-
-    def forget(self, session: str) -> None:
-        self.get(session).forgotten.set()
-        self.stop(session)
-
-    def end(self, session: str) -> None:
-        self.stop(session)
-        del self._questions[session]
-
-
-def stream_answers(
-    models: Models,
+def answer_question(
+    models: ModelCache,
     names: Sequence[str],
-    talks: Talks,
+    conversations: Conversations,
     text: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seconds: float | None,
-    stopped: threading.Event,
-) -> Iterator[Talks]:
-    """The talks of both sides as the answers to a question grow, in turn piece by piece.
+    options: ChatOptions,
+) -> Generator[None]:
+    """Add a question and its answers to the conversations; yield whenever the answers have grown.
 
-    Raises DataError for a message that is empty or too long, for the page or for a model, and for
-    a model that is not there.
+    The sides' models, one or two of `names`, answer in turn, piece by piece. Closing the generator
+    stops them, and the conversations keep what was answered. Raises DataError, before it changes a
+    conversation, for a message that is empty or too long and for an unknown model.
     """
-    for name in names:
-        if name not in [NOBODY, *models.stages]:
-            raise DataError(
-                f"there is no model {name!r}: expected one of {', '.join(models.stages)}"
-            )
     text = text.strip()
     if not text:
-        raise DataError("there is no question yet")
+        raise DataError("the question is empty: type one")
     if len(text) > MAX_MESSAGE:
         raise DataError(f"the message has {len(text):,} characters, {MAX_MESSAGE:,} are allowed")
-    asked = {
-        side: [*talks[side], {"role": "user", "content": text}]
+    question = {"role": "user", "content": text}
+    answers = {
+        side: {"role": "assistant", "content": ""}
         for side, name in zip(SIDES, names, strict=True)
-        if name != NOBODY
+        if name != NO_MODEL
     }
-    given = dict.fromkeys(asked, "")
-
-    def state() -> Talks:
-        return talks | {
-            side: [*messages, {"role": "assistant", "content": given[side]}]
-            for side, messages in asked.items()
-        }
-
     with ExitStack() as stack:
         streams = []
         for side, name in zip(SIDES, names, strict=True):
-            if name != NOBODY:
-                model, encoder = models.get(name)
-                pieces = chat.stream_reply(
-                    model, encoder, asked[side], max_new_tokens, sampling=sampling, seconds=seconds
-                )
+            if side in answers:
+                messages = [*conversations[side], question]
+                pieces = chat.stream_reply(models.get(name), messages, options)
                 streams.append(stack.enter_context(closing(pieces)))
-        yield state()
-        for pieces_of_sides in itertools.zip_longest(*streams, fillvalue=""):
-            for side, piece in zip(given, pieces_of_sides, strict=True):
-                given[side] += piece
-            yield state()
-            if stopped.is_set():
-                break
-    for side, answer in given.items():
-        given[side] = answer or chat.NO_ANSWER
-    yield state()
+        for side, answer in answers.items():
+            conversations[side] += [question, answer]
+        try:
+            yield
+            for pieces_of_sides in itertools.zip_longest(*streams, fillvalue=""):
+                for answer, piece in zip(answers.values(), pieces_of_sides, strict=True):
+                    answer["content"] += piece
+                yield
+        finally:
+            for answer in answers.values():
+                answer["content"] = answer["content"] or chat.NO_ANSWER
 
 
-def _shown(messages: Sequence[chat.Message]) -> list[chat.Message]:
-    """Messages as the page takes them: it would read their text as HTML, and dedent code."""
+def _escape_conversations(conversations: Conversations) -> list[list[Message]]:
+    """Return the messages of the sides for display: Gradio would read HTML and drop indents."""
 
-    def safe(text: str) -> str:
+    def escape(text: str) -> str:
         escaped = html.escape(text, quote=False)
-        return INDENT.sub(lambda found: "&nbsp;" * len(found[0].expandtabs(4)), escaped)
+        return INDENT.sub(lambda match: "&nbsp;" * len(match[0].expandtabs(4)), escaped)
 
-    return [{**message, "content": safe(message["content"])} for message in messages]
+    return [
+        [{**message, "content": escape(message["content"])} for message in conversations[side]]
+        for side in SIDES
+    ]
 
 
-def build_page(models: Models, first: str, options: ChatOptions) -> Any:
-    """The page as Gradio's Blocks."""
+def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
+    """Build the page, as Gradio's Blocks."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
-    sessions = Sessions()
-    nothing_said: Talks = {side: [] for side in SIDES}
+    def new_conversations() -> Conversations:
+        return {side: [] for side in SIDES}
 
-    def begin(text: str, request: gradio.Request) -> tuple[str, str]:
-        """At once, while other questions may wait: the box is free, and Stop is for this one."""
-        sessions.begin(str(request.session_hash))
-        return "", text
-
-    def ask(
+    def answer(
         text: str,
-        talks: Talks,
+        conversations: Conversations,
         left: str,
         right: str,
         temperature: float,
         top_p: float,
         max_new_tokens: float,
-        request: gradio.Request,
     ) -> Iterator[tuple[Any, ...]]:
-        question = sessions.get(str(request.session_hash))
-        unchanged = (gradio.skip(),) * 4
-        if question.stopped.is_set():  # while it waited
-            yield text, *unchanged[1:]
-            return
+        box: Any = ""  # empties the question box once, when the question has moved to the answers
         try:
-            for said in stream_answers(
-                models,
-                (left, right),
-                talks,
-                str(text),
-                min(int(max_new_tokens), MAX_TOKENS),
+            chosen = ChatOptions(
                 Sampling(float(temperature), float(top_p)),
+                min(int(max_new_tokens), MAX_TOKENS),
                 options.seconds,
-                question.stopped,
-            ):
-                if question.forgotten.is_set():
-                    yield unchanged
-                    return
-                yield gradio.skip(), said, *(_shown(said[side]) for side in SIDES)
-        except (UserError, TypeError, ValueError) as error:  # the latter for odd values, by the API
-            yield text, *unchanged[1:]  # to be mended
+            )
+            steps = answer_question(models, (left, right), conversations, str(text), chosen)
+            with closing(steps):
+                for _ in steps:
+                    yield box, *_escape_conversations(conversations)
+                    box = gradio.skip()
+        # The latter two for values that only a direct call of the API can send.
+        except (UserError, TypeError, ValueError) as error:
+            yield text, *[gradio.skip()] * len(SIDES)
             raise gradio.Error(str(error), print_exception=False) from None
 
-    def stop(request: gradio.Request) -> None:
-        sessions.stop(str(request.session_hash))
-
-    def leave(request: gradio.Request) -> None:
-        sessions.end(str(request.session_hash))
-
-    def forget(request: gradio.Request) -> tuple[Talks, list[Any], list[Any]]:
-        sessions.forget(str(request.session_hash))
-        return nothing_said, [], []
-
-    def show_right(name: str) -> Any:
-        return gradio.Column(visible=name != NOBODY)
-
     with gradio.Blocks(title="ChatGLM3", analytics_enabled=False) as page:
-        talks = gradio.State(nothing_said)
-        sent = gradio.State("")
+        # A value, which Gradio copies for every page: a function would run when the page is loaded,
+        # and could replace a conversation that has started meanwhile.
+        conversations = gradio.State(new_conversations())
         left, right = _model_choices(list(models.stages), first)
         boxes = []
         with gradio.Row():
@@ -287,7 +227,7 @@ def build_page(models: Models, first: str, options: ChatOptions) -> Any:
                     boxes.append(_answer_box(side))
         text = gradio.Textbox(
             label="Question",
-            placeholder="Enter sends, Shift+Enter begins a new line",
+            placeholder="Enter sends, Shift+Enter starts a new line",
             max_lines=8,
             max_length=MAX_MESSAGE,
             autofocus=True,
@@ -295,42 +235,62 @@ def build_page(models: Models, first: str, options: ChatOptions) -> Any:
         )
         with gradio.Row():
             send = gradio.Button("Send", variant="primary", elem_id="send")
-            halt = gradio.Button("Stop", elem_id="stop")
+            stop = gradio.Button("Stop", elem_id="stop")
             clear = gradio.Button("New conversation", elem_id="clear")
-        sampling = _sampling_sliders(options)
-        right.change(show_right, right, column, show_progress="hidden")
-        gradio.on([send.click, text.submit], begin, text, [text, sent], queue=False).then(
-            ask,
-            [sent, talks, left, right, *sampling],
-            [text, talks, *boxes],
+        sliders = _sampling_sliders(options)
+        right.change(
+            lambda name: gradio.Column(visible=name != NO_MODEL),
+            right,
+            column,
+            show_progress="hidden",
+        )
+        answering = gradio.on(
+            [send.click, text.submit],
+            answer,
+            [text, conversations, left, right, *sliders],
+            [text, *boxes],
             concurrency_limit=1,
             show_progress="minimal",
         )
-        halt.click(stop, queue=False)
-        page.unload(leave)
-        clear.click(forget, None, [talks, *boxes], queue=False)
+        # Shows the last pieces too, which a browser that canceled its question did not wait for.
+        answering.then(
+            _escape_conversations,
+            conversations,
+            boxes,
+            queue=False,
+            show_progress="hidden",
+            trigger_mode="multiple",
+        )
+        # Gradio takes a canceled question out of its queue, or closes the generator that answers
+        # it; when a page is closed it does so by itself.
+        gradio.on([stop.click, clear.click], None, cancels=[answering])
+        # A new state, not the old one emptied: the answer being canceled may still write to that.
+        clear.click(
+            lambda: (new_conversations(), [], []), None, [conversations, *boxes], queue=False
+        )
     page.queue(max_size=MAX_WAITING)
     return page
 
 
 def _model_choices(names: list[str], first: str) -> tuple[Any, Any]:
-    """The models of both sides."""
+    """Return the two dropdowns that choose the models of the left and the right side."""
     import gradio
 
     with gradio.Row():
         left = gradio.Dropdown(
-            names, value=first, label="Model", info="Another one goes on with what was said"
+            names, value=first, label="Model", info="Another model continues the conversation"
         )
         right = gradio.Dropdown(
-            [NOBODY, *names],
-            value=NOBODY,
+            [NO_MODEL, *names],
+            value=NO_MODEL,
             label="Compare with",
-            info="Joins with the next question",
+            info="Answers from the next question on",
         )
     return left, right
 
 
 def _answer_box(side: str) -> Any:
+    """Return the box that shows the conversation of a side."""
     import gradio
 
     return gradio.Chatbot(
@@ -347,24 +307,14 @@ def _answer_box(side: str) -> Any:
 
 
 def _sampling_sliders(options: ChatOptions) -> list[Any]:
-    """Temperature, top p, and the longest answer, folded away."""
+    """Return sliders for the temperature, top p and the longest answer, folded away."""
     import gradio
 
+    length = min(options.max_new_tokens, MAX_TOKENS)
+    temperature, top_p = options.sampling.temperature, options.sampling.top_p
     with gradio.Accordion("Sampling", open=False):
         return [
-            gradio.Slider(
-                0,
-                2,
-                value=options.sampling.temperature,
-                step=0.05,
-                label="Temperature (0: always the likeliest token)",
-            ),
-            gradio.Slider(0.05, 1, value=options.sampling.top_p, step=0.05, label="Top p"),
-            gradio.Slider(
-                1,
-                MAX_TOKENS,
-                value=min(options.max_new_tokens, MAX_TOKENS),
-                step=1,
-                label="Longest answer, in tokens",
-            ),
+            gradio.Slider(0, 2, temperature, step=0.05, label="Temperature (0: greedy decoding)"),
+            gradio.Slider(0.05, 1, top_p, step=0.05, label="Top p"),
+            gradio.Slider(1, MAX_TOKENS, length, step=1, label="Longest answer, in tokens"),
         ]

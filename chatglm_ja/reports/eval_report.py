@@ -29,12 +29,6 @@ REPORT_FILE = "report.html"
 
 LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 
-CHOICE_SCORES = {
-    "acc": "likeliest",
-    "acc_norm": "per character",
-    "acc_gain": "gains most",
-}
-
 
 def write_report(folder: Path, results: Results) -> None:
     """Write results.json, results.md and report.html."""
@@ -118,16 +112,24 @@ def _answer_cells(row: Mapping[str, Any]) -> list[str]:
 
 def choice_table(results: Results) -> Table:
     """Return the accuracy at multiple choice, with its standard error in percentage points."""
+    from chatglm_ja.evaluation.multiple_choice import METRICS  # imports torch
+
     rows = []
     for stage in results["stages"]:
         for language, row in stage["choices"].items():
             count = row["questions"]
             cells = [stage["name"], language, str(count), f"{row['chance']:.0%}"]
-            for score in CHOICE_SCORES:
+            for score in METRICS:
                 error = math.sqrt(row[score] * (1 - row[score]) / count)
                 cells.append(f"{row[score]:.0%} ± {100 * error:.0f}")
             rows.append(cells)
-    return ["stage", "language", "questions", "chance", *CHOICE_SCORES.values()], rows
+    return [
+        "stage",
+        "language",
+        "questions",
+        "chance",
+        *(metric.title for metric in METRICS.values()),
+    ], rows
 
 
 def harness_table(results: Results) -> Table:

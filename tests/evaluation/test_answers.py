@@ -1,52 +1,50 @@
-"""Questions from files, asked in two ways, and the measures of their answers."""
+"""Questions from files, their answers in each decoding, and the measures of the answers."""
 
 import json
+import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import answers
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import Answer
+from chatglm_ja.inference.generation import GREEDY, Answer, Sampling
+from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
 from tests.conftest import PROJECT
 
 LANGUAGES = ("ja", "ko")
 
 
-def test_every_prompt_is_asked_greedy_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def answer(*arguments: Any, sampling: generation.Sampling, **_: Any) -> list[Answer]:
-        asked.append((arguments[2], sampling))
-        return [Answer(str(sampling.temperature), 1, True)]
-
-    monkeypatch.setattr(generation, "generate_answers", answer)
-    warm = generation.Sampling(0.5, 0.9)
-    given = answers.ask("model", "encoder", [[1, 2]], 9, warm, "title")
-    assert asked == [([[1, 2]], generation.GREEDY), ([[1, 2]], warm)]
-    assert {way: found[0].text for way, found in given.items()} == {"greedy": "0", "sampled": "0.5"}
+def test_prompts_are_answered_in_each_decoding(model: LoadedModel) -> None:
+    sampling = Sampling(2.0, 0.9)
+    prompts = [[1, 2], [3]]
+    decodings = answers.generate_decodings(model, prompts, 9, sampling, seed=4)
+    assert decodings == {
+        "greedy": generation.generate_answers(model, prompts, 9, sampling=GREEDY),
+        "sampled": generation.generate_answers(model, prompts, 9, sampling=sampling, seed=4),
+    }
+    assert decodings["greedy"] != decodings["sampled"]
 
 
-def test_answers_are_measured_by_language_end_and_repetition() -> None:
-    given = [
+def test_measures_of_answers() -> None:
+    group = [
         Answer("はい、そうです。", 5, True),
         Answer("是", 5, False),
         Answer("no no no no no", 5, False),
         Answer("Dim x", 5, True),
     ]
-    measured = answers.measure_answers(given, ["ja", "ja", "en", "code"])
-    assert measured == {
+    measures = answers.measure_answers(group, ["ja", "ja", "en", "code"])
+    assert measures == {
         "questions": 4,
-        "in_language": pytest.approx(2 / 3),  # of code it is not told
+        "in_language": pytest.approx(2 / 3),  # of three: code has no language
         "ended": 0.5,
         "repeated": pytest.approx(0.5 / 4),
         "longest_loop": 5,
     }
-    assert answers.measure_answers(given[3:], ["code"])["in_language"] is None
-    rows = answers.measures_by_kind(["ja", "ja", "en", "code"], {"greedy": given})
+    assert answers.measure_answers(group[3:], ["code"])["in_language"] is None
+    rows = answers.measure_kinds(["ja", "ja", "en", "code"], {"greedy": group})
     assert [(row["kind"], row["way"], row["questions"]) for row in rows] == [
         ("ja", "greedy", 2),
         ("en", "greedy", 1),
@@ -55,32 +53,32 @@ def test_answers_are_measured_by_language_end_and_repetition() -> None:
     assert rows[0]["in_language"] == 0.5
 
 
-def test_answers_stand_beside_their_question() -> None:
-    given = {"greedy": [Answer("a", 1, True)], "sampled": [Answer("b", 2, False)]}
-    (row,) = answers.answers_by_question([("ja", "q")], given)
+def test_answers_are_paired_with_their_questions() -> None:
+    decodings = {"greedy": [Answer("a", 1, True)], "sampled": [Answer("b", 2, False)]}
+    (row,) = answers.pair_with_questions([("ja", "q")], decodings)
     assert row["question"] == "q"
     assert row["greedy"] == {"text": "a", "tokens": 1, "stopped": True}
     assert row["sampled"]["text"] == "b"
 
 
 def test_held_out_conversations_are_read_by_kind(tmp_path: Path) -> None:
-    path = tmp_path / "talks.jsonl"
+    path = tmp_path / "chats.jsonl"
     good = {"prompt": "q", "response": "a"}
     path.write_text(json.dumps(good) + "\n" + json.dumps({"messages": [{"role": "user",
                     "content": "open"}]}) + "\n")  # fmt: skip
     source = Source("ja", str(path))
-    found = answers.read_held_out([source, source])
-    assert [[message["content"] for message in talk] for talk in found["ja"]] == [["q", "a"]] * 2
+    held_out = answers.read_held_out([source, source])["ja"]
+    assert [[m["content"] for m in messages] for messages in held_out] == [["q", "a"]] * 2
     path.write_text(json.dumps(good | {"response": ""}) + "\n")
-    with pytest.raises(DataError, match=r"talks.jsonl record 1: empty answer"):
+    with pytest.raises(DataError, match=r"chats.jsonl record 1: empty answer"):
         answers.read_held_out([source])
     path.write_text("")
-    with pytest.raises(DataError, match="ja/talks holds no conversation that ends with an answer"):
+    with pytest.raises(DataError, match="ja/chats holds no conversation that ends with an answer"):
         answers.read_held_out([source])
 
 
 @pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])
-def test_the_profiles_questions(profile: str) -> None:
+def test_questions_of_the_profiles(profile: str) -> None:
     prompts = answers.read_prompts(PROJECT / "prompts" / f"{profile}.yaml", LANGUAGES)
     assert set(prompts) >= {"ja", "zh", "en"}
 
@@ -108,3 +106,68 @@ def test_bad_prompt_files(tmp_path: Path, content: str, message: str) -> None:
         answers.read_prompts(path, LANGUAGES)
     with pytest.raises(DataError, match="not found"):
         answers.read_prompts(tmp_path / "none.yaml", LANGUAGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        ("the cat, the cat", ["the", "cat", ",", "the", "cat"]),
+        ("猫が好き。", ["猫", "が", "好", "き", "。"]),
+        ("Basicの例 12.5%", ["Basic", "の", "例", "12", ".", "5", "%"]),
+        ("スーパー𠮷野家", [*"スーパー𠮷野家"]),
+        (" \n", []),
+        ("été_1", ["été_1"]),
+    ],
+)
+def test_units(text: str, units: list[str]) -> None:
+    assert answers.split_units(text) == units
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("a b c", 0.0),
+        ("a b c d", 0.0),
+        ("a b c d a b c d", 0.2),  # 5 four-grams, abcd twice
+        ("a a a a a a", 2 / 3),
+        ("", 0.0),
+    ],
+)
+def test_repeated_share(text: str, share: float) -> None:
+    assert answers.repeated_share(answers.split_units(text)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("", 0),
+        ("a", 0),
+        ("a a", 0),  # twice is not a loop
+        ("a a a", 3),
+        ("x a b a b a b c", 6),
+        ("a b a b a b a", 7),
+        ("a b c a b c", 0),
+        ("p q q q r a b c a b c a b c s", 9),
+        ("はい。はい。はい。", 9),
+    ],
+)
+def test_longest_loop(text: str, length: int) -> None:
+    assert answers.longest_loop(answers.split_units(text)) == length
+
+
+def test_longest_loop_follows_the_definition() -> None:
+    def by_definition(parts: list[str]) -> int:
+        """Return the longest stretch that repeats a period at least three times."""
+        best = 0
+        for start in range(len(parts)):
+            for end in range(start + 3, len(parts) + 1):
+                stretch = parts[start:end]
+                for period in range(1, len(stretch) // 3 + 1):
+                    if all(a == b for a, b in zip(stretch, stretch[period:], strict=False)):
+                        best = max(best, len(stretch))
+        return best
+
+    draw = random.Random(0)
+    for _ in range(200):
+        parts = [draw.choice("ab") for _ in range(draw.randrange(16))]
+        assert answers.longest_loop(parts) == by_definition(parts), parts

@@ -1,4 +1,4 @@
-"""The measures of a stage, on the tiny base and what step 3 makes of it."""
+"""The measures of the stages, on the tiny base and on the resized model."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chatglm_ja.chatglm3 import chat_format, tokenizer
+from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.chatglm3.tokenizer import load_processor
 from chatglm_ja.errors import ArtifactError, ConfigError, DataError
 from chatglm_ja.evaluation import evaluate
 from chatglm_ja.evaluation.settings import EvalConfig
@@ -42,13 +43,13 @@ def config(base_dir: Path, resized_dir: Path) -> EvalConfig:
     )
 
 
-def changed(config: EvalConfig, **changes: Any) -> EvalConfig:
+def change_config(config: EvalConfig, **changes: Any) -> EvalConfig:
     return EvalConfig(**{**vars(config), **changes})
 
 
 @pytest.fixture(scope="module")
 def stages(base_dir: Path, resized_dir: Path) -> list[Stage]:
-    return [Stage("base", base_dir), Stage("resized", resized_dir)]
+    return [Stage("base", base_dir), Stage("sft", resized_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,12 @@ def measured(
 ) -> list[dict[str, Any]]:
     prompts = tmp_path_factory.mktemp("prompts") / "p.yaml"
     prompts.write_text("ja: [あなたは誰ですか]\ncode: [Write a Basic example.]\n")
-    config = changed(config, prompts=prompts)
-    run = evaluate.Evaluation(config, evaluate.read_data(config))
-    return [run.of_stage(stage, is_last=stage is stages[-1]) for stage in stages]
+    config = change_config(config, prompts=prompts)
+    evaluation = evaluate.Evaluation(config, evaluate.read_data(config))
+    return [evaluation.evaluate_stage(stage) for stage in stages]
 
 
-def test_the_resized_model_is_the_base_on_its_ids(measured: list[dict[str, Any]]) -> None:
+def test_the_resized_model_equals_the_base_on_its_ids(measured: list[dict[str, Any]]) -> None:
     base, resized = measured
     assert base["kept"] == {}
     assert set(resized["kept"]) == {"ja", "zh"}
@@ -72,27 +73,28 @@ def test_the_resized_model_is_the_base_on_its_ids(measured: list[dict[str, Any]]
         assert row["tokens"] > 100
 
 
-def test_another_model_is_not_the_base(
+def test_distance_of_another_model_from_the_base(
     config: EvalConfig, stages: list[Stage], resized_dir: Path, tmp_path: Path
 ) -> None:
-    """One weight of the last layer norm differs: so do the logits, by a direct computation."""
+    """Compare with a direct computation when one weight of the last layer norm differs."""
     model = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
     with torch.no_grad():
         model.model.norm.weight[0] += 0.5
     other = tmp_path / "other"
     model.save_pretrained(other)
-    encoder = tokenizer.load_processor(resized_dir)
+    tokenizer = load_processor(resized_dir)
     (other / "tokenizer.model").write_bytes((resized_dir / "tokenizer.model").read_bytes())
-    material = evaluate.read_data(config)
-    run = evaluate.Evaluation(config, material)
-    run.of_stage(stages[0], is_last=False)
-    row = run.of_stage(Stage("resized", other), is_last=False)["kept"]["zh"]
-    base, _ = stages[0].load()
-    rows = encoder.piece_to_id("<|observation|>") + 1
+    data = evaluate.read_data(config)
+    evaluation = evaluate.Evaluation(config, data)
+    evaluation.evaluate_stage(stages[0])
+    row = evaluation.evaluate_stage(Stage("resized", other))["kept"]["zh"]
+    base = stages[0].load().model
+    rows = tokenizer.piece_to_id("<|observation|>") + 1
     old, new = [], []
-    for text in material.texts["zh"][: evaluate.COMPARED_TEXTS]:
+    for text in data.texts["zh"][: evaluate.COMPARED_TEXTS]:
         # The base's ids, which the merged tokenizer gives Chinese too.
-        ids = [*chat_format.prefix_ids(encoder), *encoder.encode(text)[: evaluate.COMPARED_TOKENS]]
+        prefix = chat_format.prefix_ids(tokenizer)
+        ids = [*prefix, *tokenizer.encode(text)[: evaluate.COMPARED_TOKENS]]
         with torch.inference_mode():
             old.append(base(torch.tensor([ids])).logits[0, 1:])
             new.append(model(torch.tensor([ids])).logits[0, 1:])
@@ -106,7 +108,7 @@ def test_another_model_is_not_the_base(
     assert bits > 0.001
 
 
-def test_speed_is_in_characters(measured: list[dict[str, Any]]) -> None:
+def test_chars_per_second_follow_from_one_speed(measured: list[dict[str, Any]]) -> None:
     for stage in measured:
         speeds = [
             row["chars_per_second"] * row["tokens_per_char"] for row in stage["languages"].values()
@@ -115,7 +117,7 @@ def test_speed_is_in_characters(measured: list[dict[str, Any]]) -> None:
         assert speeds[0] > 1
 
 
-def test_questions_are_asked_of_all_and_held_out_ones_of_the_last(
+def test_only_the_last_stage_answers_held_out_questions(
     measured: list[dict[str, Any]], stages: list[Stage]
 ) -> None:
     base, resized = measured
@@ -128,10 +130,12 @@ def test_questions_are_asked_of_all_and_held_out_ones_of_the_last(
         questions = [row["question"] for row in results["answers"]]
         assert questions == ["あなたは誰ですか", "Write a Basic example."]
         assert results["answering"]["greedy"]["questions"] == 2
-        model, encoder = stage.load()
-        prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": questions[0]}])
-        (given,) = generation.generate_answers(model, encoder, [prompt], 5)
-        assert results["answers"][0]["greedy"]["text"] == given.text
+        model = stage.load()
+        prompt = chat_format.build_prompt_ids(
+            model.tokenizer, [{"role": "user", "content": questions[0]}]
+        )
+        (answer,) = generation.generate_answers(model, [prompt], 5)
+        assert results["answers"][0]["greedy"]["text"] == answer.text
         assert results["choices"]["zh"]["questions"] == 25
         assert results["harness"] == []
 
@@ -148,10 +152,10 @@ def test_a_model_smaller_than_its_tokenizer_is_one_line(
 
 
 def test_a_window_beyond_the_model_is_one_line(config: EvalConfig, stages: list[Stage]) -> None:
-    config = changed(config, window=300)
-    run = evaluate.Evaluation(config, evaluate.read_data(config))
+    config = change_config(config, window=300)
+    evaluation = evaluate.Evaluation(config, evaluate.read_data(config))
     with pytest.raises(ConfigError, match="--window 300 is more than the 256 positions of"):
-        run.of_stage(stages[0], is_last=False)
+        evaluation.evaluate_stage(stages[0])
 
 
 @pytest.mark.parametrize("content", ["", json.dumps({"text": ""}) + "\n"])
@@ -160,22 +164,22 @@ def test_empty_held_out_text_is_one_line(config: EvalConfig, tmp_path: Path, con
     path.write_text(content)
     sources = (*config.sources, Source("en", str(path)))
     with pytest.raises(DataError, match="--sources hold no en text: there is nothing to score"):
-        evaluate.read_data(changed(config, sources=sources))
+        evaluate.read_data(change_config(config, sources=sources))
 
 
-def test_the_latest_model_is_the_last_that_is_there(
+def test_the_latest_stage_is_the_last_that_exists(
     config: EvalConfig, base_dir: Path, tmp_path: Path
 ) -> None:
-    config = changed(config, resized=tmp_path / "a", pretrained=tmp_path / "b")
-    there = finished_stages(config.stages())
-    assert there == [Stage("base", base_dir)]
-    assert find_stage(there, "latest") == find_stage(there, "base") == there[0]
+    config = change_config(config, resized=tmp_path / "a", pretrained=tmp_path / "b")
+    finished = finished_stages(config.stages())
+    assert finished == [Stage("base", base_dir)]
+    assert find_stage(finished, "latest") == find_stage(finished, "base") == finished[0]
     with pytest.raises(ArtifactError, match="no model of the stage sft yet: expected one of base"):
-        find_stage(there, "sft")
-    with pytest.raises(ArtifactError, match="no model to talk to"):
-        finished_stages(changed(config, base_model=tmp_path).stages())
+        find_stage(finished, "sft")
+    with pytest.raises(ArtifactError, match="no model to chat with"):
+        finished_stages(change_config(config, base_model=tmp_path).stages())
 
 
-def test_ways_to_talk_exclude_each_other(config: EvalConfig) -> None:
-    with pytest.raises(ConfigError, match="--chat and --web are two ways to talk"):
-        changed(config, chat=True, web=True)
+def test_chat_and_web_exclude_each_other(config: EvalConfig) -> None:
+    with pytest.raises(ConfigError, match="--chat and --web exclude each other"):
+        change_config(config, chat=True, web=True)

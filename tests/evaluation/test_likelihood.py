@@ -1,4 +1,4 @@
-"""Bits per character against a direct computation, and independence of window and batch size."""
+"""Log-likelihoods against direct computations, for any window and batch size."""
 
 import math
 from pathlib import Path
@@ -11,12 +11,8 @@ from transformers import AutoModelForCausalLM
 from chatglm_ja.chatglm3 import chat_format, loading
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import likelihood
+from chatglm_ja.inference.models import LoadedModel
 from tests.conftest import demo_texts
-
-
-@pytest.fixture(scope="module")
-def model(resized_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -24,47 +20,43 @@ def texts() -> list[str]:
     return [text[:150] for language in ("ja", "zh") for text in demo_texts(language, 5)]
 
 
-def test_bits_per_character_are_those_of_the_definition(
-    model: Any, encoder: Any, texts: list[str]
-) -> None:
+def test_bits_per_character_follow_the_definition(model: LoadedModel, texts: list[str]) -> None:
     bits = 0.0
     for text in texts:
-        prefix, ids = chat_format.prefix_ids(encoder), encoder.encode(text)
+        prefix, ids = chat_format.prefix_ids(model.tokenizer), model.tokenizer.encode(text)
         with torch.inference_mode():
-            logits = model(torch.tensor([prefix + ids])).logits[0].double()
+            logits = model.model(torch.tensor([prefix + ids])).logits[0].double()
         for position, token in enumerate(ids, start=len(prefix)):
             bits -= logits[position - 1].log_softmax(dim=-1)[token].item() / math.log(2)
-    score = likelihood.score_texts(model, encoder, texts, window=1024, batch_size=3)
+    score = likelihood.score_texts(model, texts, window=1024, batch_size=3)
     assert score.characters == sum(map(len, texts))
-    assert score.tokens == sum(map(len, encoder.encode(texts)))
+    assert score.tokens == sum(map(len, model.tokenizer.encode(texts)))
     assert score.bits_per_char == pytest.approx(bits / score.characters, rel=1e-6)
     assert score.bytes == len("".join(texts).encode())
     assert score.bits_per_byte == pytest.approx(bits / score.bytes, rel=1e-6)
 
 
-def test_batch_size_changes_nothing(model: Any, encoder: Any, texts: list[str]) -> None:
+def test_batch_size_changes_nothing(model: LoadedModel, texts: list[str]) -> None:
     scores = [
-        likelihood.score_texts(model, encoder, texts, window=64, batch_size=size).bits_per_char
+        likelihood.score_texts(model, texts, window=64, batch_size=size).bits_per_char
         for size in (1, 4, 32)
     ]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
 
 
-def test_a_window_that_holds_the_texts_changes_nothing(
-    model: Any, encoder: Any, texts: list[str]
-) -> None:
-    longest = 2 + max(map(len, encoder.encode(texts)))
+def test_window_size_changes_nothing_for_short_texts(model: LoadedModel, texts: list[str]) -> None:
+    longest = 2 + max(map(len, model.tokenizer.encode(texts)))
     scores = [
-        likelihood.score_texts(model, encoder, texts, window, 4).bits_per_char
+        likelihood.score_texts(model, texts, window, 4).bits_per_char
         for window in (longest, longest + 100, 2048)
     ]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
 
 
-def test_long_texts_are_scored_with_a_sliding_window(model: Any, encoder: Any) -> None:
-    """Token by token: each sees what its window, by the picture in the module, shows of it."""
+def test_long_texts_are_scored_with_a_sliding_window(model: LoadedModel) -> None:
+    """Compare token by token: each sees its window, as in the picture in the module."""
     (text,) = demo_texts("zh", 1)
-    ids = [*chat_format.prefix_ids(encoder), *encoder.encode(text[:120])]
+    ids = [*chat_format.prefix_ids(model.tokenizer), *model.tokenizer.encode(text[:120])]
     size, nats = 16, 0.0
     starts = [0]  # where each window begins: half a window before the end of the last
     while starts[-1] + size < len(ids):
@@ -72,9 +64,9 @@ def test_long_texts_are_scored_with_a_sliding_window(model: Any, encoder: Any) -
     for place in range(2, len(ids)):
         start = next(s for s in starts if place < s + size)
         with torch.inference_mode():
-            logits = model(torch.tensor([ids[start:place]])).logits[0, -1].double()
+            logits = model.model(torch.tensor([ids[start:place]])).logits[0, -1].double()
         nats -= logits.log_softmax(dim=-1)[ids[place]].item()
-    score = likelihood.score_texts(model, encoder, [text[:120]], size, 3)
+    score = likelihood.score_texts(model, [text[:120]], size, 3)
     assert score.nats == pytest.approx(nats, rel=1e-6)
 
 
@@ -89,94 +81,99 @@ def test_windows_score_every_token_once(length: int) -> None:
     assert scored == ids[2:]
 
 
-def test_nothing_to_score_is_an_error(model: Any, encoder: Any) -> None:
+def test_nothing_to_score_is_an_error(model: LoadedModel) -> None:
     with pytest.raises(DataError, match="the held-out file is empty"):
-        likelihood.score_texts(model, encoder, [], 64, 4)
+        likelihood.score_texts(model, [], 64, 4)
 
 
-def test_continuations_cost_what_their_tokens_do(model: Any, encoder: Any) -> None:
+def test_continuations_cost_what_their_tokens_do(model: LoadedModel) -> None:
     pairs = [("日本の首都は", "東京です。"), ("The capital is ", "Tokyo"), ("北京", "市")]
-    asked = [(text, [continuation]) for text, continuation in pairs]
-    costs = likelihood.score_continuations(model, encoder, asked, 64, 2)
+    questions = [(text, [continuation]) for text, continuation in pairs]
+    costs = likelihood.score_continuations(model, questions, 64, 2)
     for (text, continuation), (cost,) in zip(pairs, costs, strict=True):
-        prefix, alone = chat_format.prefix_ids(encoder), encoder.encode(text)
-        ids = encoder.encode(text + continuation)
+        prefix, alone = chat_format.prefix_ids(model.tokenizer), model.tokenizer.encode(text)
+        ids = model.tokenizer.encode(text + continuation)
         shared = 0
         while shared < len(alone) and alone[shared] == ids[shared]:
             shared += 1
         with torch.inference_mode():
-            logits = model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
+            logits = (
+                model.model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
+            )
         expected = -sum(
             logits[len(prefix) + place - 1, ids[place]].item() for place in range(shared, len(ids))
         )
         assert cost == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_end_of_a_long_text_is_read(model: Any, encoder: Any) -> None:
+def test_only_the_end_of_a_long_text_is_read(model: LoadedModel) -> None:
     text, answer = "".join(demo_texts("zh", 1))[:200], "新的图表"
-    whole = [*encoder.encode(text + answer)]
-    ((cost,),) = likelihood.score_continuations(model, encoder, [(text, [answer])], 32, 1)
-    kept = [*chat_format.prefix_ids(encoder), *whole[-30:]]
-    scored = len(whole) - len(encoder.encode(text))
+    whole = [*model.tokenizer.encode(text + answer)]
+    ((cost,),) = likelihood.score_continuations(model, [(text, [answer])], 32, 1)
+    kept = [*chat_format.prefix_ids(model.tokenizer), *whole[-30:]]
+    scored = len(whole) - len(model.tokenizer.encode(text))
     with torch.inference_mode():
-        logits = model(torch.tensor([kept])).logits[0].double().log_softmax(dim=-1)
+        logits = model.model(torch.tensor([kept])).logits[0].double().log_softmax(dim=-1)
     expected = -sum(logits[place - 1, kept[place]].item() for place in range(32 - scored, 32))
     assert cost == pytest.approx(expected, rel=1e-6)
     with pytest.raises(DataError, match="too many for --window 32"):
-        likelihood.score_continuations(model, encoder, [("a", [text])], 32, 1)
+        likelihood.score_continuations(model, [("a", [text])], 32, 1)
 
 
-def test_continuations_of_a_text_are_compared_over_the_same_stretch(
-    model: Any, encoder: Any
-) -> None:
-    """A piece across the border in one of them moves the border for all."""
+def test_continuations_of_a_text_are_scored_from_the_same_place(model: LoadedModel) -> None:
+    """A piece that spans the border in one of them moves the border for all."""
+    tokenizer = model.tokenizer
     pieces = (
-        encoder.id_to_piece(n) for n in range(chat_format.first_new_id(encoder), len(encoder))
+        tokenizer.id_to_piece(n) for n in range(chat_format.first_new_id(tokenizer), len(tokenizer))
     )
     text, crossing = next(
         (text, piece[-1])
         for text, piece in ((f"図、{piece[:-1]}", piece) for piece in pieces if len(piece) > 1)
-        if encoder.encode(text + piece[-1])[: len(encoder.encode(text))] != encoder.encode(text)
+        if tokenizer.encode(text + piece[-1])[: len(tokenizer.encode(text))]
+        != tokenizer.encode(text)
     )
     plain = "\n"
-    border = len(encoder.encode(text))
-    assert encoder.encode(text + plain)[:border] == encoder.encode(text)
-    joined = encoder.encode(text + crossing)
-    shared = next(n for n, token in enumerate(encoder.encode(text)) if joined[n] != token)
+    border = len(tokenizer.encode(text))
+    assert tokenizer.encode(text + plain)[:border] == tokenizer.encode(text)
+    joined = tokenizer.encode(text + crossing)
+    shared = next(n for n, token in enumerate(tokenizer.encode(text)) if joined[n] != token)
     assert shared < border
-    ((_, cost),) = likelihood.score_continuations(
-        model, encoder, [(text, [crossing, plain])], 64, 2
-    )
-    ((alone,),) = likelihood.score_continuations(model, encoder, [(text, [plain])], 64, 2)
-    prefix, ids = chat_format.prefix_ids(encoder), encoder.encode(text + plain)
+    ((_, cost),) = likelihood.score_continuations(model, [(text, [crossing, plain])], 64, 2)
+    ((alone,),) = likelihood.score_continuations(model, [(text, [plain])], 64, 2)
+    prefix, ids = chat_format.prefix_ids(tokenizer), tokenizer.encode(text + plain)
     with torch.inference_mode():
-        logits = model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
+        logits = model.model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
     each = [-logits[len(prefix) + place - 1, ids[place]].item() for place in range(len(ids))]
     assert alone == pytest.approx(sum(each[border:]), rel=1e-6)
     assert cost == pytest.approx(sum(each[shared:]), rel=1e-6)
 
 
-def test_in_half_precision_losses_keep_their_digits(resized_dir: Path, encoder: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.bfloat16).eval()
-    asked = [("日本の首都は", list("東京大阪北南"))]
-    (costs,) = likelihood.score_continuations(model, encoder, asked, 64, 8)
+def test_losses_of_a_half_precision_model_have_full_precision(
+    resized_dir: Path, model: LoadedModel
+) -> None:
+    half: Any = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.bfloat16)
+    model = LoadedModel(half.eval(), model.tokenizer)
+    questions = [("日本の首都は", list("東京大阪北南"))]
+    (costs,) = likelihood.score_continuations(model, questions, 64, 8)
     rounded = [torch.tensor(cost).bfloat16().item() for cost in costs]
     assert all(abs(a - b) > 1e-6 for a, b in zip(costs, rounded, strict=True))
 
 
-def test_logits_and_divergence(model: Any, encoder: Any) -> None:
-    prompt = [*chat_format.prefix_ids(encoder), *encoder.encode("你好")]
-    ((found, total),) = loading.compute_logits(model, [prompt], 100)
+def test_logits_and_divergence(model: LoadedModel) -> None:
+    prompt = [*chat_format.prefix_ids(model.tokenizer), *model.tokenizer.encode("你好")]
+    ((logits, total),) = loading.compute_logits(model.model, [prompt], 100)
     with torch.inference_mode():
-        expected = model(torch.tensor([prompt])).logits[0]
-    torch.testing.assert_close(found, expected[:, :100])
+        expected = model.model(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(logits, expected[:, :100])
     torch.testing.assert_close(total, expected.logsumexp(-1))
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     other = expected + noise
     p, q = expected.softmax(-1)[:, :100], other.softmax(-1)[:, :100]
     bits = (p * (p / q).log2()).sum(-1)
     after = (other[:, :100], other.logsumexp(-1))
-    torch.testing.assert_close(likelihood.divergence((found, total), after), bits)
-    # The same for all ids is no change; more for the others alone is one.
-    assert likelihood.divergence((found, total), (found + 3, total + 3)).abs().max() < 1e-5
-    assert likelihood.divergence((found, total), (found, total + 1)).min() > 0
+    torch.testing.assert_close(likelihood.compute_divergence((logits, total), after), bits)
+    # A constant added to all logits changes nothing; added to the other ids only, it does.
+    assert (
+        likelihood.compute_divergence((logits, total), (logits + 3, total + 3)).abs().max() < 1e-5
+    )
+    assert likelihood.compute_divergence((logits, total), (logits, total + 1)).min() > 0

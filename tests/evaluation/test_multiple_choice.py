@@ -1,4 +1,4 @@
-"""Multiple choice: accuracies against a direct computation, and records that are no questions."""
+"""Multiple choice: accuracies against a direct computation, and bad records."""
 
 import json
 from pathlib import Path
@@ -6,53 +6,50 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import multiple_choice
 from chatglm_ja.evaluation.multiple_choice import ChoiceQuestion
+from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
 from tests.conftest import DATA, demo_texts
 
 
 @pytest.fixture(scope="module")
-def model(resized_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
 def questions() -> dict[str, list[ChoiceQuestion]]:
-    """Lines of the demo: which one follows? Of two to four."""
-    found = {}
+    """Two to four lines of the demo, of which one follows the question."""
+    questions = {}
     for language in ("ja", "zh"):
         lines = [line for text in demo_texts(language, 12) for line in text.split("\n")[:2]]
-        found[language] = [
+        questions[language] = [
             ChoiceQuestion(f"{lines[n]}\n", tuple(lines[n + 1 : n + 3 + n % 3]), n % 2)
             for n in range(0, 12, 2)
         ]
-    return found
+    return questions
 
 
-def test_accuracies_are_those_of_the_definition(
-    model: Any, encoder: Any, questions: dict[str, list[ChoiceQuestion]]
+def test_accuracies_follow_the_definition(
+    model: LoadedModel, questions: dict[str, list[ChoiceQuestion]]
 ) -> None:
     def log_likelihood(text: str, choice: str) -> float:
-        prefix, alone = chat_format.prefix_ids(encoder), encoder.encode(text)
-        ids = encoder.encode(text + choice)
+        prefix, alone = chat_format.prefix_ids(model.tokenizer), model.tokenizer.encode(text)
+        ids = model.tokenizer.encode(text + choice)
         assert ids[: len(alone)] == alone  # a line break is a piece of its own
         with torch.inference_mode():
-            logits = model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
+            logits = (
+                model.model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
+            )
         scored = range(len(alone), len(ids))
         return sum(logits[len(prefix) + place - 1, ids[place]].item() for place in scored)
 
     def best(values: list[float]) -> int:
         return max(range(len(values)), key=lambda index: values[index])
 
-    rows = multiple_choice.score_questions(model, encoder, questions, 512, 5)
-    for language, asked in questions.items():
+    rows = multiple_choice.score_questions(model, questions, 512, 5)
+    for language, group in questions.items():
         right = [0, 0, 0]
-        for question in asked:
+        for question in group:
             given = [log_likelihood(question.text, choice) for choice in question.choices]
             alone = [log_likelihood("\n", choice) for choice in question.choices]
             lengths = [len(choice) for choice in question.choices]
@@ -61,25 +58,25 @@ def test_accuracies_are_those_of_the_definition(
             for way, values in enumerate((given, by_length, gains)):
                 right[way] += best(values) == question.answer
         row = rows[language]
-        assert row["questions"] == len(asked)
-        assert row["chance"] == pytest.approx(sum(1 / len(q.choices) for q in asked) / len(asked))
-        found = [row[way] * len(asked) for way in multiple_choice.METRICS]
-        assert found == pytest.approx(right)
+        assert row["questions"] == len(group)
+        assert row["chance"] == pytest.approx(sum(1 / len(q.choices) for q in group) / len(group))
+        counts = [row[name] * len(group) for name in multiple_choice.METRICS]
+        assert counts == pytest.approx(right)
 
 
 def test_the_demos_questions() -> None:
     path = str(DATA / "heldout_choice.jsonl.gz")
     sources = [Source(name, path, where=("language", name)) for name in ("ja", "zh", "en")]
-    found = multiple_choice.read_questions(sources)
-    assert {language: len(asked) for language, asked in found.items()} == {
+    questions = multiple_choice.read_questions(sources)
+    assert {language: len(group) for language, group in questions.items()} == {
         "ja": 25,
         "zh": 25,
         "en": 25,
     }
     # The right choice comes from a held-out page: no page that is trained on has it as a line.
-    for language, asked in found.items():
+    for language, group in questions.items():
         trained = {line for text in demo_texts(language, 9999) for line in text.split("\n")}
-        assert not trained & {question.choices[question.answer] for question in asked}
+        assert not trained & {question.choices[question.answer] for question in group}
 
 
 GOOD = {"question": "q", "choices": ["a", "b"], "answer": 1}

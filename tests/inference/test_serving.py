@@ -1,4 +1,4 @@
-"""What the steps write is usable by others: transformers' own server and chat."""
+"""transformers' own server and chat work with the folders that the steps publish."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import chat_format, tokenizer
+from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.inference import generation, models
 from chatglm_ja.reports.render import TEMPLATES
 
@@ -29,7 +29,7 @@ QUESTION = "<|user|> 日本の首都はどこですか？"
 
 @pytest.fixture(scope="module")
 def server(resized_dir: Path) -> Iterator[str]:
-    """Serves a model folder; the address."""
+    """The address of a server with the resized model."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,15 +59,15 @@ def server(resized_dir: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def expected(resized_dir: Path) -> str:
-    encoder = tokenizer.load_processor(resized_dir)
-    # As the chat template breaks what would become a special token.
+    model = models.load_model(resized_dir)
+    # The chat template breaks up text that would become a special token.
     message = {"role": "user", "content": QUESTION.replace("<|user|>", "< |user|>")}
-    prompt = chat_format.build_prompt_ids(encoder, [message])
-    model = models.load_model(resized_dir).float()
-    return generation.generate_answers(model, encoder, [prompt], 12)[0].text
+    prompt = chat_format.build_prompt_ids(model.tokenizer, [message])
+    model.model.float()
+    return generation.generate_answers(model, [prompt], 12)[0].text
 
 
-def test_the_lines_on_the_card_run(resized_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_code_on_the_model_card_runs(resized_dir: Path, capsys: pytest.CaptureFixture) -> None:
     card = (TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     code = code.replace("max_new_tokens=256", "max_new_tokens=4")
@@ -75,7 +75,7 @@ def test_the_lines_on_the_card_run(resized_dir: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.strip()
 
 
-def test_a_server_answers_as_we_do(server: str, resized_dir: Path, expected: str) -> None:
+def test_the_server_gives_our_answer(server: str, resized_dir: Path, expected: str) -> None:
     body: dict[str, Any] = {
         "model": str(resized_dir),
         "messages": [{"role": "user", "content": QUESTION}],
@@ -92,7 +92,7 @@ def test_a_server_answers_as_we_do(server: str, resized_dir: Path, expected: str
     assert answer.strip() == expected
 
 
-def test_the_chat_shows_the_same_answer(
+def test_the_chat_shows_our_answer(
     server: str, resized_dir: Path, expected: str, tmp_path: Path
 ) -> None:
     flags = ["max_new_tokens=12", "do_sample=False"]

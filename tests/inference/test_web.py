@@ -2,26 +2,23 @@
 
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import ArtifactError, ConfigError, DataError
 from chatglm_ja.inference import chat, generation, web
 from chatglm_ja.inference.chat import ChatOptions
 from chatglm_ja.inference.generation import GREEDY
+from chatglm_ja.inference.models import LoadedModel
 
 pytest.importorskip("gradio", reason="needs requirements-extras.txt")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-# Nothing from elsewhere is asked for at the start, and root may run it.
+# The browser runs as root, and makes no requests of its own.
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
          "--disable-component-update", "--no-first-run")  # fmt: skip
 
@@ -29,29 +26,24 @@ LOADS: list[str] = []
 
 
 class FakeStage:
-    """A stage in memory."""
+    """A stage whose model is in memory."""
 
-    def __init__(self, name: str, model: Any, encoder: Any) -> None:
-        self.name, self.loaded = name, (model, encoder)
+    def __init__(self, name: str, model: LoadedModel) -> None:
+        self.name, self.model = name, model
 
     def open(self) -> None:
         pass
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self) -> LoadedModel:
         LOADS.append(self.name)
-        return self.loaded
-
-
-@pytest.fixture(scope="module")
-def model(resized_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).eval()
+        return self.model
 
 
 @pytest.fixture
-def models(model: Any, encoder: Any) -> web.Models:
+def models(model: LoadedModel) -> web.ModelCache:
     LOADS.clear()
-    stages: Any = [FakeStage(name, model, encoder) for name in ("base", "pretrained", "sft")]
-    return web.Models(stages)
+    stages: Any = [FakeStage(name, model) for name in ("base", "pretrained", "sft")]
+    return web.ModelCache(stages)
 
 
 @pytest.fixture
@@ -66,60 +58,68 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(models: web.Models, text: str, names: tuple[str, str], **more: Any) -> list[web.Talks]:
-    settings: dict[str, Any] = {
-        "talks": {"left": [], "right": []},
-        "max_new_tokens": 8,
-        "sampling": GREEDY,
-        "seconds": 60.0,
-        "stopped": threading.Event(),
-    }
-    return list(web.stream_answers(models, names, text=text, **{**settings, **more}))
+def answer(
+    models: web.ModelCache,
+    text: str,
+    names: tuple[str, str],
+    conversations: web.Conversations | None = None,
+) -> web.Conversations:
+    """Return the conversations with the question and its whole answers."""
+    conversations = conversations or {"left": [], "right": []}
+    steps = web.answer_question(models, names, conversations, text, ChatOptions(GREEDY, 8, 60.0))
+    assert sum(1 for _ in steps) > 5
+    return conversations
 
 
-def test_both_sides_answer_and_remember(models: web.Models, model: Any, encoder: Any) -> None:
-    before: web.Talks = {"left": [{"role": "user", "content": "あ"},
+def test_both_sides_answer_and_remember(models: web.ModelCache, model: LoadedModel) -> None:
+    earlier: web.Conversations = {"left": [{"role": "user", "content": "あ"},
                                   {"role": "assistant", "content": "い"}], "right": []}  # fmt: skip
-    states = answers(models, " 日本 ", ("sft", "base"), talks=before)
-    assert len(states) > 5
-    asked = {"role": "user", "content": "日本"}
+    question = {"role": "user", "content": "日本"}
+    expected = {}
     for side in web.SIDES:
-        prompt = chat_format.build_prompt_ids(encoder, [*before[side], asked])
-        text = generation.generate_answers(model, encoder, [prompt], 8)[0].text
-        expected = [*before[side], asked, {"role": "assistant", "content": text}]
-        assert states[-1][side] == expected
-    assert before["right"] == []  # not changed in place
-    alone = answers(models, "日本", ("sft", web.NOBODY))
-    assert alone[-1]["right"] == []
-    assert alone[-1]["left"][-1]["content"]
+        prompt = chat_format.build_prompt_ids(model.tokenizer, [*earlier[side], question])
+        text = generation.generate_answers(model, [prompt], 8)[0].text
+        expected[side] = [*earlier[side], question, {"role": "assistant", "content": text}]
+    assert answer(models, " 日本 ", ("sft", "base"), earlier) == expected
+    alone = answer(models, "日本", ("sft", web.NO_MODEL))
+    assert alone["right"] == []
+    assert alone["left"][-1]["content"]
 
 
-def test_the_last_two_models_are_kept(models: web.Models) -> None:
+def test_the_last_two_models_stay_in_memory(models: web.ModelCache) -> None:
     for name in ("base", "sft", "base", "pretrained", "base", "sft"):
         models.get(name)
     assert LOADS == ["base", "sft", "pretrained", "sft"]
 
 
-def test_messages_are_limited(models: web.Models) -> None:
-    with pytest.raises(DataError, match="there is no question yet"):
-        answers(models, "  ", ("sft", web.NOBODY))
+def test_messages_are_limited(models: web.ModelCache) -> None:
+    with pytest.raises(DataError, match="the question is empty"):
+        answer(models, "  ", ("sft", web.NO_MODEL))
     with pytest.raises(DataError, match="4,001 characters, 4,000 are allowed"):
-        answers(models, "x" * 4001, ("sft", web.NOBODY))
+        answer(models, "x" * 4001, ("sft", web.NO_MODEL))
 
 
-def test_odd_names_are_refused(models: web.Models) -> None:
+def test_unknown_models_are_refused(models: web.ModelCache) -> None:
+    conversations: web.Conversations = {"left": [], "right": []}
     for name in ("nobody", None, ["sft"]):
         with pytest.raises(DataError, match=r"there is no model .*: expected one of base, pretr"):
-            answers(models, "日本", (name, web.NOBODY))  # type: ignore[arg-type]
+            answer(models, "日本", ("sft", name), conversations)  # type: ignore[arg-type]
+    assert conversations == {"left": [], "right": []}
 
 
-def test_a_stop_leaves_what_was_said(models: web.Models) -> None:
-    stopped = threading.Event()
-    stopped.set()
+@pytest.mark.parametrize("pieces", [0, 3])
+def test_a_closed_answer_stays_in_the_conversation(models: web.ModelCache, pieces: int) -> None:
+    conversations: web.Conversations = {"left": [], "right": []}
+    options = ChatOptions(GREEDY, 1500, 60.0)
+    steps = web.answer_question(models, ("sft", "base"), conversations, "日本", options)
+    for _ in range(1 + pieces):
+        next(steps)
     start = time.monotonic()
-    states = answers(models, "日本", ("sft", "base"), max_new_tokens=1500, stopped=stopped)
+    steps.close()
     assert time.monotonic() - start < 5
-    assert 0 < len(states[-1]["left"][-1]["content"]) < 100
+    contents = {messages[-1]["content"] for messages in conversations.values()}
+    assert (contents == {chat.NO_ANSWER}) == (pieces == 0)
+    assert all(0 < len(content) < 100 for content in contents)
 
 
 def test_a_port_in_use_is_one_line(free_port: int) -> None:
@@ -132,8 +132,8 @@ def test_a_port_in_use_is_one_line(free_port: int) -> None:
 
 
 @pytest.fixture
-def page(models: web.Models, options: ChatOptions, free_port: int) -> Iterator[Any]:
-    """The chat page in a browser that is not let out of this machine."""
+def page(models: web.ModelCache, options: ChatOptions, free_port: int) -> Iterator[Any]:
+    """The chat page in a browser; it must not send a request to another machine."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extras.txt")
@@ -166,24 +166,43 @@ def wait_until(page: Any, condition: Any) -> None:
         page.wait_for_timeout(50)
 
 
-def test_a_question_is_typed_and_its_answer_read_as_it_grows(page: Any, models: web.Models) -> None:
+def wait_for_rest(page: Any) -> list[str]:
+    """Wait until no answer has grown for a second; return the left conversation."""
+    shown = None
+    while shown != (shown := bubbles(page, "left")):
+        page.wait_for_timeout(1000)
+    return shown
+
+
+@pytest.fixture
+def slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real answers, at most twenty pieces a second."""
+    stream_reply = chat.stream_reply
+
+    def reply(*arguments: Any) -> Iterator[str]:
+        for piece in stream_reply(*arguments):
+            time.sleep(0.05)
+            yield piece
+
+    monkeypatch.setattr(chat, "stream_reply", reply)
+
+
+@pytest.mark.usefixtures("slower")
+def test_an_answer_streams_and_stops(page: Any, models: web.ModelCache) -> None:
     question = "<script>document.title = 'run'</script> <b>日本</b> &amp;\n  二行目"
     page.fill("#question textarea", question)
     page.keyboard.press("Enter")
     wait_until(page, lambda: len(bubbles(page, "left")) == 2 and len(bubbles(page, "left")[1]) > 3)
     early = bubbles(page, "left")
-    assert early[0] == question  # as text, with its spaces and line breaks
+    assert early[0] == question  # plain text, with its spaces and line breaks
     wait_until(page, lambda: len(bubbles(page, "left")[1]) > len(early[1]))
     assert page.title() != "run"
     page.click("#stop")
-    page.wait_for_timeout(500)
-    kept = bubbles(page, "left")
-    page.wait_for_timeout(500)
-    assert bubbles(page, "left") == kept
-    model, encoder = models.get("sft")
-    prompt = chat_format.build_prompt_ids(encoder, [{"role": "user", "content": question}])
-    assert len(kept[1]) < len(generation.generate_answers(model, encoder, [prompt], 128)[0].text)
-    # A second model joins for the next question, and knows nothing of the first.
+    stopped = wait_for_rest(page)
+    model = models.get("sft")
+    prompt = chat_format.build_prompt_ids(model.tokenizer, [{"role": "user", "content": question}])
+    assert len(stopped[1]) < len(generation.generate_answers(model, [prompt], 128)[0].text)
+    # A second model joins for the next question and does not know the first one.
     page.get_by_label("Compare with").click()
     page.get_by_role("option", name="base").click()
     page.get_by_text("Sampling").click()
@@ -191,7 +210,7 @@ def test_a_question_is_typed_and_its_answer_read_as_it_grows(page: Any, models: 
     page.fill("#question textarea", "もう一つ")
     page.click("#send")
     wait_until(page, lambda: len(bubbles(page, "right")) == 2 and len(bubbles(page, "left")) == 4)
-    assert bubbles(page, "left")[:2] == kept
+    assert bubbles(page, "left")[:2] == stopped
     assert bubbles(page, "right")[0] == bubbles(page, "left")[2] == "もう一つ"
     page.click("#clear")
     wait_until(page, lambda: bubbles(page, "left") == bubbles(page, "right") == [])
@@ -210,7 +229,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slow")
-def test_what_is_typed_meanwhile_stays_and_what_is_forgotten_is_gone(page: Any) -> None:
+def test_typing_during_an_answer_and_new_conversations(page: Any) -> None:
     page.fill("#question textarea", "一")
     page.click("#send")
     wait_until(page, lambda: len(bubbles(page, "left")) == 2 and "1" in bubbles(page, "left")[1])
@@ -227,25 +246,48 @@ def test_what_is_typed_meanwhile_stays_and_what_is_forgotten_is_gone(page: Any) 
     page.click("#stop")
 
 
+@pytest.fixture
+def other(page: Any) -> Any:
+    """The chat page in a second tab."""
+    tab = page.context.browser.new_page()
+    tab.goto(page.url)
+    tab.wait_for_selector("#question textarea")
+    return tab
+
+
 @pytest.mark.usefixtures("slow")
-def test_a_question_that_waits_can_be_stopped(page: Any) -> None:
-    """Two pages: the second one's question waits for the first one's answer."""
-    other = page.context.browser.new_page()
-    other.goto(page.url)
-    other.wait_for_selector("#question textarea")
-    for one in (page, other):
-        one.fill("#question textarea", "一")
-        one.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
+def test_a_waiting_question_can_be_stopped(page: Any, other: Any) -> None:
+    """The second tab's question waits for the first one's answer."""
+    for tab in (page, other):
+        tab.fill("#question textarea", "一")
+        tab.click("#send")
+        wait_until(page, lambda: len(bubbles(page, "left")) == 2)
+    other.wait_for_timeout(1000)
+    assert bubbles(other, "left") == []  # one question at a time
     other.click("#stop")
     other.wait_for_timeout(300)
     page.click("#stop")
-    wait_until(other, lambda: other.input_value("#question textarea") == "一")
+    other.wait_for_timeout(1500)
+    assert other.input_value("#question textarea") == "一"
     assert bubbles(other, "left") == []
 
 
-def test_a_damaged_model_is_said_on_the_page(
-    page: Any, models: web.Models, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("slow")
+def test_closing_the_page_ends_its_answer(page: Any, other: Any) -> None:
+    """The question of the tab that stays is answered long before the ten seconds are over."""
+    other.fill("#question textarea", "一")
+    other.click("#send")
+    wait_until(other, lambda: len(bubbles(other, "left")) == 2)
+    page.fill("#question textarea", "二")
+    page.click("#send")
+    other.close()
+    start = time.monotonic()
+    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
+    assert time.monotonic() - start < 5
+
+
+def test_a_damaged_model_is_shown_as_an_error(
+    page: Any, models: web.ModelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged() -> None:
         raise ArtifactError("the folder is damaged")
@@ -259,8 +301,8 @@ def test_a_damaged_model_is_said_on_the_page(
     assert page.input_value("#question textarea") == "一"
 
 
-def test_a_wrong_message_is_said_on_the_page(page: Any) -> None:
+def test_a_long_message_is_shown_as_an_error(page: Any) -> None:
     page.fill("#question textarea", "長" * 3000)  # more than the window of the model
     page.click("#send")
-    wait_until(page, lambda: "tokens, and there is room for" in page.inner_text("body"))
+    wait_until(page, lambda: "tokens, expected at most" in page.inner_text("body"))
     assert bubbles(page, "left") == []
