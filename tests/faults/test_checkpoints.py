@@ -107,6 +107,6 @@ def test_the_older_checkpoint_is_gone_on_from(
         train.train(config, "pretrain", target, checkpoints_in(target))
         assert adapter(target) == expected
         said = [record.getMessage() for record in caplog.records]
-        (row.reads,) = [line for line in said if line.startswith("passing over")]
+        (row.reads,) = [line for line in said if line.startswith("skipping the checkpoint")]
         assert message in row.reads and "step-000004" in row.reads
-        assert any("going on from" in line and "step-000002" in line for line in said)
+        assert any("resuming from" in line and "step-000002" in line for line in said)

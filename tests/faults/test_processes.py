@@ -26,6 +26,12 @@ LOST = {
 }
 
 
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
 def pid_of(rank: int, launcher: int) -> int:
     """The process of a rank, among the children of torchrun."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -60,7 +66,7 @@ def test_no_process_waits_for_a_lost_one(
     target = pipeline.root / f"lost-{number}-{rank}"
     process = subprocess.Popen(
         pipeline.command("step5_train_pt_multi_gpu.sh", *FLAGS, "--output-dir", str(target)),
-        env=pipeline.environment | {"NPROC_PER_NODE": "2", "MASTER_PORT": "29535"},
+        env=pipeline.environment | {"NPROC_PER_NODE": "2", "MASTER_PORT": free_port()},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -89,7 +95,7 @@ def test_no_process_waits_for_a_lost_one(
         row.reads = line
         again = pipeline.run("step5_train_pt.py", *FLAGS, "--output-dir", str(target))
         assert again.returncode == 0, again.stderr
-        assert f"going on from {target}.checkpoints/step-0000" in again.stderr
+        assert f"resuming from {target}.checkpoints/step-0000" in again.stderr
         assert pipeline.losses(target, "loss") == pytest.approx(undisturbed, rel=1e-5)
 
 
@@ -98,7 +104,7 @@ def run_two(pipeline: Runner, folder: Path, bad: str, *more: str) -> tuple[str, 
     flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0", *more]
     result = subprocess.run(
         [sys.executable, "-m", "chatglm_ja.training.launch", "--nproc_per_node", "2",
-         "--master_port", "29536", str(PROJECT / "tests/faults/two_processes.py"),
+         "--master_port", free_port(), str(PROJECT / "tests/faults/two_processes.py"),
          bad, str(folder / f"{bad}-notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
          "--output-dir", str(folder / f"{bad}-output")],
         env=pipeline.environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
@@ -153,8 +159,8 @@ def test_a_process_that_was_stopped_itself_goes_on() -> None:
     """Ctrl-Z for longer than the others would be waited for."""
     program = (
         "import os, signal, threading, time\n"
-        "from chatglm_ja.training.watchdog import Watch\n"
-        "with Watch(3.0, lambda: 'start it again') as watch:\n"
+        "from chatglm_ja.training.watchdog import Watchdog\n"
+        "with Watchdog(3.0, lambda: 'start it again') as watch:\n"
         "    for _ in range(4):\n"
         "        print('at work', flush=True); watch.progress(); time.sleep(1)\n"
     )
