@@ -21,7 +21,7 @@ STEPS, WARMUP = 10, 3
 UPDATED_STEP = 2  # the first step has a learning rate of 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)  # pytest would print all tensors
 class Recorded:
     """What a run did: at each step the parameter groups, inputs, and weights before it."""
 
@@ -97,7 +97,7 @@ def test_learning_rates_warm_up_and_follow_a_cosine(recorded: Recorded) -> None:
 def test_an_update_is_that_of_plain_pytorch(recorded: Recorded, resized_dir: Path) -> None:
     """Two steps of AdamW on transformers' own model with PEFT's LoRA, gradients clipped."""
     base = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
     rank, alpha = defaults["lora_rank"], defaults["lora_alpha"]
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
