@@ -1,4 +1,4 @@
-"""Numbers that go wrong in a run of one process: the step is skipped, or the run stopped."""
+"""Bad losses and gradients in one process: the step is skipped, or the run stops."""
 
 import itertools
 import json
@@ -51,12 +51,12 @@ def test_a_bad_step_changes_no_weight(
         )
 
 
-def test_a_bad_pass_spoils_its_whole_step(
+def test_a_bad_micro_batch_skips_its_whole_step(
     resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Nothing of the good pass before it is learned, then or later."""
+    """Nothing of the good micro-batch before it is learned, then or later."""
     ends = []
-    for bad in ("step3pass2", "step3"):
+    for bad in ("step3batch2", "step3"):
         with monkeypatch.context() as patch:
             factors: dict[str, Any] = {bad: math.nan}
             with_losses(patch, **factors)
@@ -72,7 +72,7 @@ def test_a_bad_pass_spoils_its_whole_step(
 def test_good_steps_between_bad_ones_are_counted(
     resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Only so many bad ones in a row stop a run."""
+    """Only consecutive skipped steps stop a run."""
     bad: dict[str, Any] = {f"step{n}": math.nan for n in (3, 4, 6, 7, 9, 10)}
     with_losses(monkeypatch, **bad)
     config = config_for(
@@ -84,7 +84,7 @@ def test_good_steps_between_bad_ones_are_counted(
 def test_one_long_answer_among_short_ones_is_learned_from(
     resized_dir: Path, data_dir: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Passes of one conversation each, of very different lengths."""
+    """Micro-batches of one conversation each, of very different lengths."""
     config = config_for(
         resized_dir, data_dir, tmp_path, packing=False, micro_batch_size=1, global_batch_size=4,
         block_size=256, max_steps=8, epochs=9.0, evaluations=0, learning_rate=1e-3,
@@ -93,7 +93,7 @@ def test_one_long_answer_among_short_ones_is_learned_from(
     assert "is skipped" not in caplog.text
 
 
-def test_a_jump_in_the_first_passes_is_seen(
+def test_a_jump_in_the_first_steps_is_skipped(
     resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two processes of a run, of which one is lost or computes no number."""
+"""Two processes of a run, of which one is lost or computes NaN."""
 
 import itertools
 import os
@@ -100,7 +100,7 @@ def test_no_process_waits_for_a_lost_one(
 
 
 def run_two(pipeline: Runner, folder: Path, bad: str, *more: str) -> tuple[str, list[str]]:
-    """What two processes of step 5 say, and the trained weights before each pass, as digests."""
+    """Run step 5 in two processes; return the log, and digests of the weights by micro-batch."""
     flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0", *more]
     result = subprocess.run(
         [sys.executable, "-m", "chatglm_ja.training.launch", "--nproc_per_node", "2",
@@ -117,7 +117,7 @@ def run_two(pipeline: Runner, folder: Path, bad: str, *more: str) -> tuple[str, 
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradients"])
-def test_no_number_in_one_process_changes_no_weight_in_any(
+def test_nan_in_one_process_changes_no_weight_in_any(
     pipeline: Runner, ledger: Ledger, thorough: bool, tmp_path: Path, bad: str
 ) -> None:
     if bad == "gradients" and not thorough:
@@ -133,14 +133,16 @@ def test_no_number_in_one_process_changes_no_weight_in_any(
 def test_nothing_of_a_skipped_step_is_learned_later(
     pipeline: Runner, ledger: Ledger, thorough: bool, tmp_path: Path
 ) -> None:
-    """DeepSpeed adds up the gradients of a step's passes: those of the good one are dropped too."""
+    """DeepSpeed sums the gradients of micro-batches: those of the good one are dropped, too."""
     if not thorough:
         pytest.skip("--thorough tries it under DeepSpeed; tests/faults/test_numbers.py without")
-    with ledger.trial("numbers", "NaN in the second pass of a step, in one of two processes"):
-        _, second = run_two(pipeline, tmp_path, "pass", "--micro-batch-size", "2")
+    with ledger.trial(
+        "numbers", "NaN in the second micro-batch of a step, in one of two processes"
+    ):
+        _, second = run_two(pipeline, tmp_path, "micro-batch", "--micro-batch-size", "2")
         _, both = run_two(pipeline, tmp_path, "loss", "--micro-batch-size", "2")
         assert second == both
-        # Before the passes of five steps, of which the first and the bad one change nothing.
+        # Before the micro-batches of five steps, of which the first and the bad one change nothing.
         assert len(set(second)) == 3
 
 
@@ -155,8 +157,8 @@ def test_a_used_port_is_one_line(pipeline: Runner) -> None:
     assert "set MASTER_PORT to a free one" in error_of(result)
 
 
-def test_a_process_that_was_stopped_itself_goes_on() -> None:
-    """Ctrl-Z for longer than the others would be waited for."""
+def test_a_process_that_was_stopped_itself_continues() -> None:
+    """Stopped for longer than --stall-seconds, as by Ctrl-Z."""
     program = (
         "import os, signal, threading, time\n"
         "from chatglm_ja.training.watchdog import Watchdog\n"

@@ -1,10 +1,9 @@
-"""Step 5 in one of two processes, with a number that goes wrong in one of them.
+"""Step 5 in one of two processes, with NaN in one step of rank 1.
 
-    two_processes.py loss|pass|gradients NOTES flags of step 5
+    two_processes.py loss|micro-batch|gradients NOTES flags of step 5
 
-What goes wrong is the loss of all passes of the step, or of its second pass, or its gradients.
-
-Before every step a process adds to NOTES-<rank> the SHA-256 of what it trains.
+NaN is the loss of all micro-batches of the step, the loss of its second one, or its gradients.
+Before every micro-batch each process appends the SHA-256 of the trained weights to NOTES-<rank>.
 """
 
 import hashlib
@@ -27,14 +26,14 @@ BAD_STEP = 3
 def main() -> None:
     bad, notes, rank = sys.argv.pop(1), sys.argv.pop(1), os.environ["RANK"]
     compute = ResumableTrainer.compute_loss
-    passes: Counter[int] = Counter()
+    micro_batches: Counter[int] = Counter()
     step = ResumableTrainer.training_step
 
     def compute_badly(self: Any, *given: Any, **named: Any) -> Any:
         loss: Any = compute(self, *given, **named)
         step = self.state.global_step + 1
-        passes[step] += 1
-        if (step, rank) != (BAD_STEP, "1") or (bad == "pass" and passes[step] != 2):
+        micro_batches[step] += 1
+        if (step, rank) != (BAD_STEP, "1") or (bad == "micro-batch" and micro_batches[step] != 2):
             return loss
         if bad != "gradients":
             return loss * math.nan

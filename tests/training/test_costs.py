@@ -1,4 +1,4 @@
-"""What training costs, against torch: real parameters, what autograd keeps, counted operations."""
+"""Cost estimates compared with torch: parameters, autograd's saved tensors, counted operations."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_both_layouts_give_the_same_shape(resized_dir: Path, base_dir: Path) -> 
 
 
 def kept_bytes(model: Any, batch: int, length: int) -> int:
-    """Bytes that autograd keeps of a forward pass, beside the weights."""
+    """Return the bytes that autograd saves in a forward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -92,7 +92,7 @@ def kept_bytes(model: Any, batch: int, length: int) -> int:
 
 
 def test_activations_are_what_autograd_keeps(config: TrainingConfig) -> None:
-    """Of all layers of the test model less those of one layer less."""
+    """The difference between all layers of the test model and one layer fewer."""
     batch, length = 2, 64
     kept = []
     for cut in (0, 1):
@@ -137,7 +137,7 @@ def test_operations_are_those_that_torch_counts(
         (4, {"gradient_checkpointing": True, "embedding_rows": "new"}, 16.87),
     ],
 )
-def test_memory_is_what_a_gpu_showed(
+def test_memory_is_what_a_gpu_measured(
     processes: int, changes: dict[str, Any], measured_gb: float
 ) -> None:
     """Peaks on an H100, of new rows on an H200, with 78,592 rows (benchmarks/train_6b.py: "4090 x
@@ -163,7 +163,7 @@ def test_memory_is_what_a_gpu_showed(
         (14, 4, 2, (1, 7)),
     ],
 )
-def test_a_global_batch_is_shared_out(
+def test_a_global_batch_is_divided(
     batch: int, micro: int, processes: int, expected: tuple[int, int]
 ) -> None:
     plan = costs.BatchPlan.divide(
@@ -174,7 +174,7 @@ def test_a_global_batch_is_shared_out(
 
 
 @pytest.mark.parametrize("processes", [3, 32])
-def test_processes_that_cannot_share_a_batch_are_refused(
+def test_processes_that_do_not_divide_a_batch_are_refused(
     processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = f"--global-batch-size 16 cannot be divided evenly among {processes} processes"

@@ -1,4 +1,4 @@
-"""Merging an adapter: what fits is merged exactly, what does not is refused."""
+"""Merging an adapter: exact if it fits, refused if it does not."""
 
 import shutil
 from pathlib import Path

@@ -190,7 +190,7 @@ def test_single_losses_are_those_of_the_tokens(
 def test_without_the_document_mask_attention_crosses_documents(
     model: Any, documents: list[list[int]]
 ) -> None:
-    """The counter-check: the test above would notice a mask that is not applied."""
+    """The counter-check: the tests above would notice a missing mask."""
     row: Row = {"input_ids": documents[0] + documents[1], "lengths": [len(documents[0]), 0]}
     row["lengths"][1] = len(documents[1])
     losses = []

@@ -1,4 +1,4 @@
-"""Training in one process: what learns, what is saved, and that the merged model is the adapter."""
+"""Training in one process: what is trained, logged, saved and merged, and how a run stops."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ def trained(resized_dir: Path, data_dir: Path, tmp_path_factory: Any) -> tuple[P
     return folder, result
 
 
-def test_the_loss_falls_and_the_history_tells(trained: tuple[Path, dict]) -> None:
+def test_the_loss_falls_and_is_logged(trained: tuple[Path, dict]) -> None:
     _, result = trained
     losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
     assert len(losses) == result["steps"] == 6
@@ -139,7 +139,7 @@ def test_conversations_are_scored_by_kind_and_by_source(
     resized_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     copy_of: Any,
 ) -> None:  # fmt: skip
-    """Against the plain model, a conversation at a time; before and after training by source."""
+    """Compared with the plain model, one conversation at a time; by source before and after."""
     data = copy_of(data_dir, tmp_path / "data")
     write_manifest(data, {"sft": {"sources": [{"name": "ja/help"}]}})
     config = config_for(
@@ -191,7 +191,7 @@ def test_a_bad_conversation_is_refused_before_the_model_is_loaded(
         train.train(config, "sft", None)
 
 
-def test_a_rising_validation_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rising_validation_loss_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     history: list[dict[str, float]] = []
     for loss in (3.0, 2.0, 2.1, 2.0, 2.2):
         history.append({trainer.ALL_LOSS: loss})
@@ -229,7 +229,7 @@ def test_packed_conversations_train_as_padded_ones(
 def test_bits_per_character_are_those_of_the_text(
     trained: tuple[Path, dict], resized_dir: Path, data_dir: Path
 ) -> None:
-    """Against the plain model, a document at a time, its logits in full."""
+    """Compared with the plain model, one document at a time, from full logits."""
     model = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
     encoder = tokenizer.load_processor(resized_dir)
     nats = characters = 0.0
@@ -267,7 +267,7 @@ def test_accumulation_changes_nothing(resized_dir: Path, data_dir: Path, tmp_pat
 def test_an_epoch_has_the_same_steps_however_it_is_divided(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    """125 rows are 15 steps of 8: what is left fills no step."""
+    """125 rows are 15 steps of 8 rows; the rest is dropped."""
     losses = []
     for micro in (8, 4, 1):
         config = config_for(
@@ -283,7 +283,7 @@ def test_an_epoch_has_the_same_steps_however_it_is_divided(
 def test_the_speed_is_that_of_training_alone(
     resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that a step puts on by 2 seconds, and scoring by 100."""
+    """On a clock that a micro-batch advances by 2 seconds, and scoring by 100."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
     for module in (trainer, progress):
@@ -302,7 +302,7 @@ def test_the_speed_is_that_of_training_alone(
     config = config_for(resized_dir, data_dir, tmp_path, micro_batch_size=4, logging_steps=2)
     result = train.train(config, "pretrain", None)
     lines = [entry for entry in result["history"] if "loss" in entry]
-    # Two passes a step: 4 seconds for 8 rows of 64 tokens.
+    # Two micro-batches a step: 4 seconds for 8 rows of 64 tokens.
     assert [line["tokens_per_second"] for line in lines] == [128.0] * 3
     assert [line["mfu"] for line in lines] == [pytest.approx(128e9 / 0.5e12, abs=1e-4)] * 3
     assert [e["step"] for e in result["history"] if "eval_ja_loss" in e] == [0, 2, 4, 6]
@@ -317,13 +317,15 @@ def test_the_last_step_is_logged_however_few_there_are(
     assert [entry["tokens_per_second"] > 0 for entry in history if "loss" in entry] == [True]
 
 
-def test_one_evaluation_is_the_last(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_a_single_evaluation_is_after_the_last_step(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, evaluations=1, max_steps=3)
     history = train.train(config, "pretrain", None)["history"]
     assert [entry["step"] for entry in history if "eval_ja_loss" in entry] == [0, 3]
 
 
-def test_a_loss_that_is_not_a_number_stops_at_once(
+def test_nan_in_the_first_step_stops_at_once(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -337,7 +339,7 @@ def test_a_loss_that_is_not_a_number_stops_at_once(
 
 
 def without_speed(entry: dict[str, Any]) -> dict[str, Any]:
-    """A line of the log, less what another run measures otherwise."""
+    """Drop from a log entry what differs between runs with the same weights."""
     measured = ("tokens_per_second", "memory_gb", "train_runtime", "train_samples_per_second",
                 "train_steps_per_second", "train_loss", "total_flos")  # fmt: skip
     return {name: value for name, value in entry.items() if name not in measured}
@@ -476,7 +478,7 @@ def test_no_validation_rows_are_refused_unless_none_are_asked_for(
     assert not any(name.startswith("eval_") for entry in history for name in entry)
 
 
-def test_curves_are_there_for_tensorboard(
+def test_curves_are_written_for_tensorboard(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -495,7 +497,7 @@ def test_curves_are_there_for_tensorboard(
 def test_compiled_layers_compute_the_same(
     resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layers are traced and differentiated as a whole; no code is generated, for time."""
+    """The layers are traced and differentiated, but no code is generated, to save time."""
     traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     losses = []
