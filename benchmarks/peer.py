@@ -45,7 +45,7 @@ class Recipe:
 
     steps: int
     rows: int  # of a step
-    micro_batch: int  # rows of a pass
+    micro_batch: int  # rows
     block_size: int  # tokens of the longest row
     learning_rate: float
     lora_rank: int

@@ -10,15 +10,15 @@ the embeddings frozen, AdamW, a cosine with the same warm-up, float32 on the CPU
 nothing saved in between.
 
 A run is one pass over the data, less what fills no step. A step takes 8 bins, of 256 tokens in the
-demo, or N conversations: as many as 8 bins hold on average, rounded up to passes of 8, in the demo
-40. `8 x 5` are five passes of 8 rows, whose gradients are accumulated:
+demo, or N conversations: the mean number in 8 bins, rounded up to a multiple of 8, in the demo
+40. `8 x 5` are five micro-batches of 8 rows with gradient accumulation:
 
-    step 6, packed             the 8 bins in one pass, attention inside conversations
-    step 6, padded, 8 x N/8    conversations padded to the longest of a pass
-    step 6, padded, N x 1      the same in one pass
+    step 6, packed             the 8 bins in one micro-batch, attention inside conversations
+    step 6, padded, 8 x N/8    conversations padded to the longest of a micro-batch
+    step 6, padded, N x 1      the same in one micro-batch
     LLaMA-Factory, 1 x N       no padding but to a multiple of 8 tokens, which it always does
     LLaMA-Factory, 8 x N/8     as step 6, padded
-    LLaMA-Factory, N x 1       the same in one pass
+    LLaMA-Factory, N x 1       the same in one micro-batch
 
 All but the first learn from the same conversations in the same order, and their losses agree.
 
@@ -85,7 +85,7 @@ class Rows:
 
     @property
     def conversations_per_step(self) -> int:
-        """As many as BINS_PER_STEP bins hold, in whole passes of MICRO_BATCH."""
+        """As many as BINS_PER_STEP bins hold, in whole micro-batches of MICRO_BATCH."""
         mean = BINS_PER_STEP * len(self.conversations) / len(self.bins)
         return MICRO_BATCH * math.ceil(mean / MICRO_BATCH)
 
@@ -223,7 +223,7 @@ def ways_to_train(arguments: argparse.Namespace, rows: Rows) -> dict[str, WayWit
 def recipe_for(
     arguments: argparse.Namespace, rows: Rows, lengths: Sequence[int], rows_per_step: int
 ) -> Recipe:
-    """All of a step's rows in one pass; raises DataError when there are not enough rows."""
+    """All of a step's rows in one micro-batch; raises DataError when there are not enough rows."""
     steps = arguments.steps or max(1, len(lengths) // rows_per_step)
     if steps * rows_per_step > len(lengths):
         raise DataError(
@@ -247,10 +247,12 @@ def tokens_learned(recipe: Recipe, lengths: Sequence[int]) -> int:
 
 
 def padding_share(lengths: Sequence[int], micro_batch: int, multiple: int = 1) -> float:
-    """The share of padding when rows in a random order are padded to the longest of each pass."""
+    """Return the share of padding for rows in random order, padded in each micro-batch."""
     order = random.Random(peer.SEED).sample(lengths, len(lengths))
-    passes = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
-    computed = sum(len(rows) * math.ceil(max(rows) / multiple) * multiple for rows in passes)
+    micro_batches = [
+        order[start : start + micro_batch] for start in range(0, len(order), micro_batch)
+    ]
+    computed = sum(len(rows) * math.ceil(max(rows) / multiple) * multiple for rows in micro_batches)
     return 1 - sum(lengths) / computed
 
 

@@ -184,7 +184,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if data_set == "sft":
         data = options.conversations
         if not settings.get("packing", True):
-            # As many conversations as a packed step has, in whole passes.
+            # As many conversations as a packed step has, in whole micro-batches.
             bins = dataset.load_rows(data, data_set, "train")
             wanted = ONE["micro_batch_size"] * len(dataset.unpack_rows(bins)) / len(bins)
             blocks *= max(1, round(wanted / blocks))

@@ -13,9 +13,9 @@ loading and saving count; peak memory is that of the process from its start to i
 or merging included. In each step all ways learn from 4 blocks:
 
     LLaMA-Factory, 1 x 4    micro-batches of one block, gradients accumulated: its usual way
-    LLaMA-Factory, 4 x 1    the four blocks in one pass
-    step 5                  as it is: the four blocks in one pass, attention inside documents
-    step 5, 1 x 4           the same in passes of one block: slower, in less memory
+    LLaMA-Factory, 4 x 1    the four blocks in one micro-batch
+    step 5                  the four blocks in one micro-batch, attention inside documents
+    step 5, 1 x 4           micro-batches of one block: slower, in less memory
     step 5, no mask         attention across documents, as LLaMA-Factory has it in pretraining:
                             what the two compute is the same, and so are the losses
 

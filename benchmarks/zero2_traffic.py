@@ -1,8 +1,8 @@
 """How many bytes ZeRO-2 sends per optimizer step, counted by DeepSpeed's own communication log.
 
-Trains a few steps of step 5 in two processes, once with one pass per step and once with the same
+Trains a few steps of step 5 in two processes, with one micro-batch per step and with the same
 global batch in two, and compares the bytes of gradients that were reduced with the bytes of the
-gradients that there are. DeepSpeed reduces after every pass: with one pass a step the gradient
+gradients that there are. DeepSpeed reduces after every micro-batch: with one a step the gradient
 travels once. What a run sends besides, to start and to save its result, is left out: each is done
 with two numbers of steps, and what the longer one sends more is that of its steps.
 

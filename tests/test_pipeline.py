@@ -393,7 +393,7 @@ def test_two_processes_are_stopped_and_one_or_two_go_on(pipeline: Runner) -> Non
     )
     other = [*flags, "--global-batch-size", "4", "--output-dir", str(target)]
     message = error_of(pipeline.run("step5_train_pt.py", *other))
-    assert "with global_batch_size=8, not 4: ask for that run" in message
+    assert "with global_batch_size=8, not 4: use that run" in message
     said = go("step5_train_pt.py", *flags, "--output-dir", str(target))
     assert f"resuming from {saved}" in said
     again = pipeline.root / "again"
