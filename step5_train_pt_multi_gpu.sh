@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# Step 5 on several GPUs: the same step5_train_pt.py under torchrun, with DeepSpeed ZeRO-2.
+# Step 5 on several GPUs: step5_train_pt.py under torchrun with DeepSpeed ZeRO-2.
 #
 #   bash step5_train_pt_multi_gpu.sh [flags of step5_train_pt.py]
 #
-# From the environment: NPROC_PER_NODE (default: the GPUs found), and for several machines NNODES,
-# NODE_RANK, MASTER_ADDR, MASTER_PORT. Without a GPU, NPROC_PER_NODE processes run over gloo. On
-# cards without peer access NCCL_P2P_DISABLE and NCCL_IB_DISABLE are set, unless they are already.
+# chatglm_ja/training/torchrun.sh documents the environment variables (NPROC_PER_NODE, NNODES, ...).
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-exec bash "$root/chatglm_ja/training/torchrun.sh" "$root/step5_train_pt.py" "$@"
+launcher="$(dirname "${BASH_SOURCE[0]}")/chatglm_ja/training/torchrun.sh"
+exec bash "$launcher" step5_train_pt.py "$@"

@@ -257,8 +257,10 @@ def tokens_learned(recipe: Recipe, lengths: Sequence[int]) -> int:
 def padding_share(lengths: Sequence[int], micro_batch: int, multiple: int = 1) -> float:
     """Return the share of padding when random micro-batches are padded to their longest row."""
     order = random.Random(peer.SEED).sample(lengths, len(lengths))
-    passes = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
-    computed = sum(len(rows) * math.ceil(max(rows) / multiple) * multiple for rows in passes)
+    micro_batches = [
+        order[start : start + micro_batch] for start in range(0, len(order), micro_batch)
+    ]
+    computed = sum(len(rows) * math.ceil(max(rows) / multiple) * multiple for rows in micro_batches)
     return 1 - sum(lengths) / computed
 
 

@@ -413,7 +413,7 @@ def test_two_processes_are_stopped_and_one_or_two_go_on(pipeline: Runner) -> Non
     message = error_of(pipeline.run("step5_train_pt.py", *other))
     assert "with global_batch_size=8, not 4: use that run" in message
     said = go("step5_train_pt.py", *flags, "--output-dir", str(target))
-    assert f"going on from {saved}" in said
+    assert f"resuming from {saved}" in said
     again = pipeline.root / "again"
     go("step5_train_pt_multi_gpu.sh", *flags, "--output-dir", str(again), **environment)
     for folder in (target, again):
@@ -476,7 +476,7 @@ def test_what_a_gpu_needs_is_estimated_without_data(base_dir: Path, tmp_path: Pa
     runner.root.mkdir()
     result = runner.run("step5_train_pt.py", "--model", str(base_dir), "--estimate", "4")
     assert result.returncode == 0
-    assert re.search(r"together +\d+\.\d\d$", result.stdout, re.MULTILINE)
+    assert re.search(r"total +\d+\.\d\d$", result.stdout, re.MULTILINE)
     again = runner.run(
         "step5_train_pt_multi_gpu.sh", "--model", str(base_dir), "--estimate", "4",
         NPROC_PER_NODE="2",
@@ -493,7 +493,7 @@ def test_data_of_other_blocks_and_processes_that_do_not_divide_are_said_once(
     message = error_of(pipeline.run("step5_train_pt.py", "--block-size", "256", *new))
     assert "has rows of 128 tokens, but --block-size is 256" in message
     message = error_of(pipeline.small("step5_train_pt_multi_gpu.sh", *new, NPROC_PER_NODE="3"))
-    assert "--global-batch-size 8 cannot be shared evenly by 3 processes" in message
+    assert "--global-batch-size 8 cannot be divided evenly among 3 processes" in message
 
 
 def test_check_stops_before_the_work(pipeline: Runner) -> None:

@@ -132,23 +132,23 @@ class ModelShape:
     positions: int  # the longest context, in tokens
 
     @property
-    def projections(self) -> tuple[tuple[int, int], ...]:
-        """(input, output) sizes of a layer's six matrices: q, k, v, o, gate_up, down."""
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(input, output) sizes of a layer's six matrices, by module name: the targets of LoRA."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return (
-            (self.hidden, queries),
-            (self.hidden, keys),
-            (self.hidden, keys),
-            (queries, self.hidden),
-            (self.hidden, 2 * self.ffn),
-            (self.ffn, self.hidden),
-        )
+        return {
+            "q_proj": (self.hidden, queries),
+            "k_proj": (self.hidden, keys),
+            "v_proj": (self.hidden, keys),
+            "o_proj": (queries, self.hidden),
+            "gate_up_proj": (self.hidden, 2 * self.ffn),
+            "down_proj": (self.ffn, self.hidden),
+        }
 
     @property
     def layer_weights(self) -> int:
         """Parameters of all layers and the final norm: matrices, biases of q, k, v, and norms."""
-        matrices = sum(i * o for i, o in self.projections)
-        biases = sum(o for _, o in self.projections[:3])
+        matrices = sum(i * o for i, o in self.projections.values())
+        biases = sum(self.projections[name][1] for name in ("q_proj", "k_proj", "v_proj"))
         return self.layers * (matrices + biases + 2 * self.hidden) + self.hidden
 
     @property
@@ -158,7 +158,7 @@ class ModelShape:
 
     def lora_weights(self, rank: int) -> int:
         """Return the parameters of LoRA matrices of this rank on all projections."""
-        return self.layers * rank * sum(i + o for i, o in self.projections)
+        return self.layers * rank * sum(i + o for i, o in self.projections.values())
 
 
 def read_shape(folder: Path) -> ModelShape:

@@ -35,7 +35,7 @@ DAMAGED = "damaged-"
 
 
 class CheckpointManifest(BaseModel):
-    """The manifest of a checkpoint; `run` is what makes its run this run."""
+    """The manifest of a checkpoint; `run` identifies the run it belongs to."""
 
     model_config = ConfigDict(strict=True)
 
@@ -45,10 +45,9 @@ class CheckpointManifest(BaseModel):
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder.
+    """The checkpoints of one run in a folder, of which the last `keep` are kept.
 
-    `run` is what makes a run this run: settings, data, model. Checkpoints of two runs never share a
-    folder. The last `keep` are kept.
+    `run` identifies the run: settings, data, model. Checkpoints of two runs never share a folder.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], keep: int) -> None:
@@ -121,12 +120,12 @@ class Checkpoints:
         return "there is no checkpoint yet: re-running the command starts again"
 
     def _newest_first(self) -> list[Path]:
-        found = [
+        paths = [
             path
             for path in self.folder.glob(f"{FOLDER_PREFIX}*")
             if path.is_dir() and path.name.removeprefix(FOLDER_PREFIX).isdecimal()
         ]
-        return sorted(found, key=step_of, reverse=True)
+        return sorted(paths, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:

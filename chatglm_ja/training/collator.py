@@ -1,4 +1,4 @@
-"""Batches of tensors from rows."""
+"""Collate rows of step 4's data into batches of tensors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from chatglm_ja.chatglm3.tokenizer import UNK_ID
 
 
 class Collator:
-    """Rows to a batch of tensors [rows, longest row], int64: input_ids, labels, position_ids.
+    """Collates rows into int64 tensors [rows, longest row]: input_ids, labels, position_ids.
 
-    The second dimension is at least `length`: compiled layers want batches of one shape.
+    The second dimension is at least `length`: compiled layers need batches of one shape.
 
-    With `document_mask` positions restart at every document and the first token of each, which
-    nothing before it can predict, is not trained. transformers keeps attention inside documents
-    where positions restart, provided that no attention mask and no cache is given. Without it
-    a row is one text. Padding is a document of its own and never trained.
+    With `document_mask`, positions restart at every document, and its first token, which nothing
+    before it predicts, is not trained. transformers keeps attention inside documents if positions
+    restart and neither an attention mask nor a cache is given. Without it a row is one document.
+    Padding is a document of its own and is never trained.
     """
 
     def __init__(self, document_mask: bool, length: int = 0) -> None:
@@ -37,9 +37,8 @@ class Collator:
             labels = row["labels"] if "labels" in row else row["input_ids"]
             batch["input_ids"][index, :size] = torch.tensor(row["input_ids"])
             batch["labels"][index, :size] = torch.tensor(labels)
-            pieces = row["lengths"] if self.document_mask else [size]
             start = 0
-            for length in [*pieces, longest - size]:
+            for length in [*(row["lengths"] if self.document_mask else [size]), longest - size]:
                 batch["position_ids"][index, start : start + length] = torch.arange(length)
                 if length:
                     batch["labels"][index, start] = chat_format.IGNORE_INDEX

@@ -1,7 +1,7 @@
-"""torchrun, whose last word is one line: which process ended the run, and how.
+"""torchrun with a one-line error: which process ended the run, and how.
 
-Takes torchrun's arguments. What a process had to say itself, it has said; for one that a signal
-ended this speaks, where torchrun would print two tracebacks and a table.
+Takes torchrun's arguments. A process that failed has already printed its own error. For one that a
+signal ended, this prints a line where torchrun would print two tracebacks and a table.
 """
 
 import logging
@@ -12,18 +12,16 @@ from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from chatglm_ja.training import watchdog
+from chatglm_ja.training.watchdog import first_sentence
 
 
 def main() -> None:
-    # Warnings and errors about what is said below; torch's loggers have levels of their own.
-    logging.disable(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # torch's loggers have levels of their own
     arguments = run.parse_args(sys.argv[1:])
     try:
         run.run(arguments)
     except ChildFailedError as error:
-        # The first to end: the others follow from it.
-        rank, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()  # the other processes fail because of it
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
@@ -31,13 +29,11 @@ def main() -> None:
         print(f"error: process {rank} of the run was ended by {name}{cause}", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
     except DistError as error:
-        place = f"{arguments.master_addr}:{arguments.master_port}"
-        print(
-            f"error: the processes cannot meet at {place} ({watchdog.first_sentence(error)}): "
-            "another run may use it; set MASTER_PORT to a free port",
-            file=sys.stderr,
+        address = f"{arguments.master_addr}:{arguments.master_port}"
+        sys.exit(
+            f"error: the processes cannot connect at {address} ({first_sentence(error)}): another "
+            "run may use the port; set MASTER_PORT to a free one"
         )
-        sys.exit(1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 

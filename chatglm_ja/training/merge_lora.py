@@ -1,14 +1,13 @@
-"""A trained adapter merged into the model that it was trained on, one tensor at a time.
+"""Merge a trained adapter into the model it was trained on, tensor by tensor.
 
     LoRA         W + (alpha / rank) B A, in float32, rounded once to the model's stored dtype
-    embeddings   the trained matrices in place of the old ones
-    the rest     as it is
+    embeddings   the trained matrices replace the stored ones
+    the rest     copied
 
-Memory holds the adapter and one shard of the result, whatever the model's size. The result has the
-names, shapes and dtypes of the model it came from, which is checked on the written files.
+Memory holds the adapter and one shard of the result, whatever the size of the model. The result has
+the model's names, shapes and dtypes, which is checked on the written files.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,31 +21,33 @@ from transformers import GlmForCausalLM
 
 from chatglm_ja.chatglm3 import loading, tokenizer_files, weights
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage.files import read_json
 
 ADAPTER = "adapter"
 MAX_SHARD_BYTES = 2 * 10**9
-# Names in an adapter are those in the model with this before them.
+# An adapter's tensors have the names of the model's with this prefix.
 PEFT_PREFIX = "base_model.model."
 CONFIGS = ("config.json", "generation_config.json")
-VERIFIED_IDS = 64  # ids that both models read for `verify_logits`, over the whole vocabulary
-# Differences of logits, of the largest: what another order of sums makes in float32, deep models
-# included. A merge that is wrong differs by far more.
+VERIFIED_IDS = 64  # input of `verify_logits`: ids spread over the whole vocabulary
+# Allowed difference of logits, relative to the largest, for another order of sums in float32, also
+# in deep models. A wrong merge differs by far more.
 ROUNDING = 1e-3
 
 
 def write_merged(model_dir: Path, output_dir: Path) -> None:
     """Merge `output_dir`/adapter into the model of `model_dir` and write it to `output_dir`.
 
-    The adapter is read back from the disk, so what is merged is what was saved; the model's stored
-    dtype is kept. The folder loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Raises
-    DataError when adapter and model do not fit, or a written tensor is not as it should be.
+    The adapter is read back from disk, so that what was saved is what is merged. The result keeps
+    the model's stored dtype and loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Raises
+    DataError if adapter and model do not fit, and if a tensor was written with another shape or
+    dtype.
     """
     folder = output_dir / ADAPTER
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "adapter_config.json")
     adapter = load_file(folder / "adapter_model.safetensors")
     scale = settings["lora_alpha"] / settings["r"]
 
-    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+    def merge() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights.iterate_tensors(model_dir):
             weight = adapter.pop(PEFT_PREFIX + name, None)
             module = PEFT_PREFIX + name.removesuffix(".weight")
@@ -66,7 +67,7 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
                 tensor = (tensor.float() + update).to(tensor.dtype)
             yield name, tensor
 
-    tensors = tqdm(merged(), desc="merging", unit=" tensors")
+    tensors = tqdm(merge(), desc="merging", unit=" tensors")
     weights.write_sharded(tensors, output_dir, MAX_SHARD_BYTES)
     if adapter:
         raise DataError(f"{folder} holds {min(adapter)}, which {model_dir} has no place for")
@@ -78,7 +79,10 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
 
 
 def _verify_shapes(model_dir: Path, output_dir: Path) -> None:
-    """Reopen what was written: fully trained embeddings have been saved empty by others."""
+    """Raise DataError if the written tensors differ in name, shape or dtype from the model's.
+
+    Other programs have saved fully trained embeddings as empty tensors.
+    """
     before, after = (weights.describe_tensors(folder) for folder in (model_dir, output_dir))
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
@@ -90,26 +94,25 @@ def _verify_shapes(model_dir: Path, output_dir: Path) -> None:
 
 @torch.inference_mode()
 def verify_logits(model_dir: Path, output_dir: Path) -> float:
-    """The largest difference of logits between the merged model and model plus adapter.
+    """Return the largest difference between logits of the merged model and of model plus adapter.
 
-    In float32, relative to the largest logit. Raises DataError when it is more than rounding every
-    weight to the stored dtype explains.
+    Computed in float32, relative to the largest logit. Raises DataError if it is larger than
+    rounding the weights to the stored dtype explains.
     """
 
-    def logits(folder: Path, adapter: Path | None) -> torch.Tensor:
+    def compute_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
         model: Any = loading.load_glm(folder, GlmForCausalLM, torch.float32)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         ids = torch.linspace(0, model.config.vocab_size - 1, VERIFIED_IDS).long()
         return model.eval()(ids[None]).logits
 
-    expected = logits(model_dir, output_dir / ADAPTER)
-    found = logits(output_dir, None)
-    difference = ((expected - found).abs().max() / expected.abs().max()).item()
+    expected = compute_logits(model_dir, output_dir / ADAPTER)
+    actual = compute_logits(output_dir, None)
+    difference = ((expected - actual).abs().max() / expected.abs().max()).item()
     dtypes = {dtype for dtype, _ in weights.describe_tensors(output_dir).values()}
-    # Every weight was rounded to the stored dtype.
-    stored = max(torch.finfo(weights.DTYPES[dtype]).eps for dtype in dtypes)
-    allowed = max(8 * stored, ROUNDING)
+    eps = max(torch.finfo(weights.DTYPES[dtype]).eps for dtype in dtypes)
+    allowed = max(8 * eps, ROUNDING)
     if not difference <= allowed:
         raise DataError(
             f"{output_dir}: logits of the merged model differ from those of model plus adapter by "

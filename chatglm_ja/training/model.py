@@ -1,4 +1,4 @@
-"""The model as it is trained and scored: next-token losses without the logits of a whole batch."""
+"""The model for training and scoring: next-token losses without the logits of a whole batch."""
 
 import functools
 import logging
@@ -16,88 +16,88 @@ from chatglm_ja.training import costs
 
 log = logging.getLogger(__name__)
 
-# The bars over the shards of a checkpoint; the log says what is loaded.
+# The progress bars over a checkpoint's shards; the log names the model that is loaded.
 transformers.utils.logging.disable_progress_bar()
 
-# Rows of hidden states whose logits are held at once: a GPU wants larger products.
+# Rows of hidden states whose logits are in memory at once; a GPU needs larger products.
 CPU_LOSS_ROWS = 256
 
 
 def token_losses_sum(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of the next-token cross entropies, in nats: a float32 scalar.
+    """Return the sum of the next-token cross entropies, in nats: a float32 scalar.
 
-    hidden [batch, length, width], weight [vocabulary, width], labels [batch, length]: position t
-    predicts label t + 1. Positions whose label is IGNORE are left out before the product with
-    `weight`, so they cost nothing.
+    hidden [batch, length, width], weight [vocabulary, width], labels int64 [batch, length]:
+    position t predicts label t + 1. Positions with the label IGNORE_INDEX are dropped before the
+    product with `weight`, so they cost nothing.
     """
-    return _losses(hidden, weight, labels, "sum").sum()
+    return _compute_losses(hidden, weight, labels, "sum").sum()
 
 
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross entropies one by one, float32 [trained positions], in the order of labels[:, 1:].
+    """Return the cross entropies one by one: float32 [trained positions], ordered as labels[:, 1:].
 
-    The arguments are those of `token_losses_sum`, which needs one product less backwards.
+    Arguments as in `token_losses_sum`, whose backward pass takes one product fewer.
     """
-    return _losses(hidden, weight, labels, "none")
+    return _compute_losses(hidden, weight, labels, "none")
 
 
-def _losses(
+def _compute_losses(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str
 ) -> torch.Tensor:
-    """Cross entropies in float32; with the reduction "sum" they may be summed already."""
+    """Return float32 cross entropies; the reduction "sum" allows a sum, but does not require it."""
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
     rows = hidden[:, :-1][trained]
     if torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+    weight, targets = weight.to(rows.dtype), targets[trained]
+    size = costs.LOSS_ROWS if rows.is_cuda else CPU_LOSS_ROWS
     if not hasattr(F, "linear_cross_entropy"):
-        _say_that_the_loss_is_plain()
-        return _plain_losses(rows, weight.to(rows.dtype), targets[trained])
-    # A sum taken inside is kept in the dtype of the rows: in bfloat16 it was off by 4% for 12,000
-    # tokens, in float16 it overflowed. So in half precision the tokens' losses come out one by
-    # one, for one more product with `weight` in the backward pass.
+        _log_fallback()
+        return _compute_losses_in_chunks(rows, weight, targets, size)
+    # linear_cross_entropy accumulates a sum in the dtype of the rows: in bfloat16 it was off by 4%
+    # for 12,000 tokens, in float16 it overflowed. So in half precision we take single losses, at
+    # the price of one more product with `weight` in the backward pass.
     losses = F.linear_cross_entropy(
         rows,
-        weight.to(rows.dtype),
-        targets[trained],
+        weight,
+        targets,
         reduction=reduction if rows.dtype == torch.float32 else "none",
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_loss_rows(rows)),
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size),
     )
     return losses.float()
 
 
-def _plain_losses(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The same one by one from functions that every torch has: the logits of a chunk are computed
-    again for the backward pass instead of being kept."""
+def _compute_losses_in_chunks(
+    rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, size: int
+) -> torch.Tensor:
+    """Return single losses without `linear_cross_entropy`, which older versions of torch lack.
 
-    def of_chunk(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    The backward pass recomputes the logits of each chunk, so that none are kept.
+    """
+
+    def compute(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="none")
 
-    size = _loss_rows(rows)
     parts: list[Any] = [
-        checkpoint(of_chunk, chunk, weight, aims, use_reentrant=False)
-        for chunk, aims in zip(rows.split(size), targets.split(size), strict=True)
+        checkpoint(compute, chunk, weight, labels, use_reentrant=False)
+        for chunk, labels in zip(rows.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(parts)
 
 
-def _loss_rows(rows: torch.Tensor) -> int:
-    return costs.LOSS_ROWS if rows.is_cuda else CPU_LOSS_ROWS
-
-
-@functools.cache
-def _say_that_the_loss_is_plain() -> None:
-    """Once: the arguments are always the same."""
+@functools.cache  # logs once
+def _log_fallback() -> None:
     log.info(
-        "torch %s has no linear_cross_entropy: the loss is computed from logits, a part at a time",
+        "torch %s has no linear_cross_entropy: computing the loss from logits, chunk by chunk",
         torch.__version__,
     )
 
 
 class GlmForTraining(GlmForCausalLM):
-    """GlmForCausalLM that returns the loss and no logits when it is given labels.
+    """GlmForCausalLM that returns the loss and no logits if it is given labels.
 
     With `position_ids` that restart, attention stays inside each document: transformers builds
     that mask only if there is neither an attention mask nor a cache.
@@ -114,13 +114,15 @@ class GlmForTraining(GlmForCausalLM):
         reduction: Literal["mean", "none"] = "mean",
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids, position_ids, labels: int64 [batch, length]. The loss is the sum over the
-        trained tokens divided by `num_items_in_batch`, by default their number in this batch; or,
-        with the reduction "none", those of the tokens as `token_losses` has them."""
+        """Compute the loss of input_ids, position_ids and labels, int64 [batch, length].
+
+        The loss is the sum over the trained tokens divided by `num_items_in_batch`, by default
+        their number in this batch. With the reduction "none" it is that of `token_losses`.
+        """
         if labels is None:
             return super().forward(input_ids, position_ids=position_ids, **kwargs)
-        # Autocast leaves what is looked up in float32 embeddings, and all that is added to it, in
-        # float32: twice the activations.
+        # Autocast leaves the output of float32 embeddings, and all that is added to it, in float32,
+        # which would double the activations.
         embedded = self.model.embed_tokens(input_ids)
         if torch.is_autocast_enabled(embedded.device.type):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))

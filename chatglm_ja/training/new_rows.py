@@ -1,11 +1,11 @@
-"""Training only the embedding rows that were added, while the base's rows stay as they are.
+"""Training only the added embedding rows, with the base's rows frozen.
 
-    embed_tokens  [ old: frozen | new: trained ]     the base's ids and special tokens | new pieces
+    embed_tokens  [ old: frozen | new: trained ]     base ids and special tokens | new pieces
     lm_head       [ old: frozen | new: trained ]
 
-There are gradients, float32 masters and moments for the new rows only: with 13,741 new pieces of
-ChatGLM3-6B 0.11 B parameters instead of 0.64 B. Modules of this kind stand in place of the two
-matrices while training; `join` puts plain ones back, in float32.
+Gradients, float32 masters and moments exist for the new rows only: with 13,741 new pieces of
+ChatGLM3-6B, 0.11 B parameters instead of 0.64 B. `split_embeddings` replaces the two matrices with
+modules of this file; after training `join_embeddings` restores plain ones, in float32.
 """
 
 from typing import Any
@@ -25,13 +25,17 @@ class _Rows(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The whole matrix, put together."""
+        """The whole matrix, concatenated."""
         return torch.cat([self.old, self.new.to(self.old.dtype)])
+
+    def replace_last_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return a stored matrix with the trained rows in place of its last ones, float32, CPU."""
+        return torch.cat([stored[: len(self.old)].float(), self.new.detach().float().cpu()])
 
 
 class NewRowsEmbedding(_Rows):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids int64 [...], result [..., width]: looked up in both parts, without joining them."""
+        """Look up ids, int64 [...], in both parts without concatenating them: [..., width]."""
         first = len(self.old)
         old = F.embedding(ids.clamp(max=first - 1), self.old)
         new = F.embedding((ids - first).clamp(min=0), self.new).to(old.dtype)
@@ -44,24 +48,20 @@ class NewRowsHead(_Rows):
 
 
 def split_embeddings(model: Any, first: int) -> None:
-    """Let only the rows from id `first` on of a model's two embedding matrices learn."""
+    """Make only the rows from id `first` on trainable, in both embedding matrices."""
     model.set_input_embeddings(NewRowsEmbedding(model.get_input_embeddings().weight.data, first))
     model.set_output_embeddings(NewRowsHead(model.get_output_embeddings().weight.data, first))
 
 
-def join_embeddings(model: Any, embedding_rows: torch.Tensor, head_rows: torch.Tensor) -> None:
-    """Undo `split`: plain matrices, with what was learned in place of the last rows of those given,
-    which are as they were stored: training may have held the old rows in another precision."""
+def join_embeddings(model: Any, stored_input: torch.Tensor, stored_output: torch.Tensor) -> None:
+    """Undo `split_embeddings`: plain float32 matrices with the trained rows in place.
+
+    The old rows are taken from the stored matrices, as training may have rounded them.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, NewRowsEmbedding):
-        weight = _with_new(embedding_rows, embedding)
-        model.set_input_embeddings(nn.Embedding.from_pretrained(weight))
-    if isinstance(head, NewRowsHead):
-        weight = _with_new(head_rows, head)
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        model.set_output_embeddings(plain)
-
-
-def _with_new(stored: torch.Tensor, rows: _Rows) -> torch.Tensor:
-    return torch.cat([stored[: len(rows.old)].float(), rows.new.detach().float().cpu()])
+    weight = embedding.replace_last_rows(stored_input)
+    model.set_input_embeddings(nn.Embedding.from_pretrained(weight))
+    weight = head.replace_last_rows(stored_output)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    model.set_output_embeddings(plain)

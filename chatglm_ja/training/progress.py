@@ -1,6 +1,6 @@
-"""What a training run shows while it goes on: a bar, a line now and then, curves for TensorBoard.
+"""What a run shows while it trains: a progress bar, log lines, and curves for TensorBoard.
 
-The callback also says when to score, to save and to stop: it sees every step end.
+The callback also ends each step: it decides when to score, to save and to stop.
 """
 
 import math
@@ -15,35 +15,34 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from chatglm_ja.data import dataset
+from chatglm_ja.data.dataset import SourceCount
 from chatglm_ja.training import source_losses, validation
 from chatglm_ja.training.trainer import ResumableTrainer
 
 
 class Progress(TrainerCallback):
-    """A progress bar, a line per logging step and evaluation, checkpoints, the end on a signal,
-    and an evaluation at the end."""
+    """Shows the progress, saves checkpoints, stops on a signal, and scores after the last step."""
 
-    def __init__(self, trainer: ResumableTrainer, sources: Sequence[dataset.SourceCount]) -> None:
-        """`sources` are those of the conversations that are trained on, where there are any."""
+    def __init__(self, trainer: ResumableTrainer, sources: Sequence[SourceCount]) -> None:
+        """`sources` are those of the training conversations; empty for pretraining."""
         self.trainer = trainer
         self.sources = sources
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            # tqdm's own clock goes on while the run scores and saves.
-            shown = "training: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{desc}"
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=shown)
+            # Without tqdm's own clock, which runs on while the run scores and saves.
+            layout = "training: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{desc}"
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=layout)
         self.started, self.first_step = self._training_time(), state.global_step
         self.trainer.last_logged = self.started, state.global_step
 
     def _training_time(self) -> float:
-        """Seconds by a clock that stands still while the run scores or saves."""
+        """Return the seconds on a clock that stands still while the run scores or saves."""
         return time.monotonic() - self.trainer.paused
 
     def _time_left(self, state: Any) -> str:
-        """Of training alone, by the mean of this process's steps."""
+        """Estimate the remaining training time from the mean time of this process's steps."""
         seconds = self._training_time() - self.started
         done = max(state.global_step - self.first_step, 1)
         left = seconds / done * (state.max_steps - state.global_step)
@@ -51,16 +50,17 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
+        trainer.end_step()
         if self.bar is not None:
             self.bar.set_description_str(f", {self._time_left(state)}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
         is_last = state.global_step == state.max_steps
         if is_last:
-            control.should_log = True  # however few steps there are
+            control.should_log = True  # even if there are fewer steps than --logging-steps
             control.should_evaluate = args.eval_strategy != "no"
         if trainer.checkpoints is not None:
             is_due = state.global_step % trainer.config.save_steps == 0
-            # After the last step there is nothing to go on with.
+            # After the last step there is nothing to resume.
             control.should_save = (is_due or trainer.should_stop) and not is_last
         control.should_training_stop |= trainer.should_stop
 
@@ -84,9 +84,9 @@ class Progress(TrainerCallback):
             parts.append("validation loss")
         for language, loss in losses.items():
             bits = logs.get(f"{validation.LANGUAGE}{language}{validation.BITS}")
-            more = "" if bits is None else f" ({bits:.3f} bits/char)"
-            parts.append(f"{language} {loss:.4f}{more}")
-        if self.sources and source_losses.are_scored(logs):
+            suffix = "" if bits is None else f" ({bits:.3f} bits/char)"
+            parts.append(f"{language} {loss:.4f}{suffix}")
+        if self.sources and source_losses.has_sources(logs):
             table = "\n".join(source_losses.describe_losses(self.sources, state.log_history))
             self.bar.write(table, file=sys.stderr)
         if len(parts) > 1:
@@ -100,11 +100,11 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def tensorboard(folder: Path, resumed_after: int | None) -> TrainerCallback:
-    """Curves for TensorBoard in `folder`; those of a run that is resumed go on after that step."""
+def make_tensorboard_callback(folder: Path, resumed_step: int | None) -> TrainerCallback:
+    """Return a callback that writes curves to `folder`; a resumed run adds to them."""
     from torch.utils.tensorboard import SummaryWriter
 
-    if resumed_after is None:
+    if resumed_step is None:
         shutil.rmtree(folder, ignore_errors=True)
         return TensorBoardCallback(SummaryWriter(str(folder)))
-    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=resumed_after + 1))
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=resumed_step + 1))

@@ -1,56 +1,57 @@
-"""Where conversations come from: their kinds and sources, and what each costs a model.
+"""Validation losses of the sources of conversations, before and after fine-tuning.
 
-The losses of the sources before training say how hard each is for the model, as a table of the
-article does, and those after it what was learned of each:
+The losses before training show how hard each source is for the model, as a table of the article
+does; those after it show what the model learned from each:
 
     source              language   examples    tokens  loss before    after
     ja/dolly                  ja     15,000  2,100,000       3.1012   1.8023
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja.data.dataset import SourceCount
+from chatglm_ja.storage.files import write_json
 from chatglm_ja.training.validation import LOSS, SOURCE, TOKENS
 
 SOURCES_FILE = "sources.json"
 History = Sequence[Mapping[str, Any]]  # the Trainer's log
 
 
-def are_scored(logs: Iterable[str]) -> bool:
-    return any(name.startswith(SOURCE) for name in logs)
+def has_sources(entry: Iterable[str]) -> bool:
+    """Return whether an entry of the Trainer's log has losses by source."""
+    return any(name.startswith(SOURCE) for name in entry)
 
 
 def losses_by_source(sources: Sequence[SourceCount], history: History) -> list[dict[str, Any]]:
-    """Every source with its validation losses before training and after, of so many tokens.
+    """Return each source's counts and its validation losses before and after training.
 
-    None for what was not scored: a source of which no conversation is kept for validation, or a
-    run that began without evaluations.
+    A loss is None if it was not scored: no conversation of the source is kept for validation, or
+    the run began without evaluations.
     """
-    first, last = _scored(history)
+    before, after = _find_scores(history)
     table = []
     for source in sources:
         name = SOURCE + source.source
-        tokens = (first or last).get(name + TOKENS)
-        row = {"loss_before": first.get(name + LOSS), "loss": last.get(name + LOSS)}
-        table.append(asdict(source) | {"scored_tokens": tokens} | row)
+        tokens = (before or after).get(name + TOKENS)
+        losses = {"loss_before": before.get(name + LOSS), "loss": after.get(name + LOSS)}
+        table.append(asdict(source) | {"scored_tokens": tokens} | losses)
     return table
 
 
-def _scored(history: History) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The entries in which the sources are scored before and after training, empty where none."""
-    scored = [entry for entry in history if are_scored(entry)]
-    before = [entry for entry in scored if entry["step"] == 0]
-    after = [entry for entry in scored if entry["step"] > 0]
+def _find_scores(history: History) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the entries with losses by source before and after training; {} if there is none."""
+    entries = [entry for entry in history if has_sources(entry)]
+    before = [entry for entry in entries if entry["step"] == 0]
+    after = [entry for entry in entries if entry["step"] > 0]
     return (before or [{}])[0], (after or [{}])[-1]
 
 
 def describe_losses(sources: Sequence[SourceCount], history: History) -> list[str]:
-    """The table's lines; before training its last column is left out."""
-    is_trained = bool(_scored(history)[1])
+    """Return the lines of the table; before training without its last column."""
+    is_trained = bool(_find_scores(history)[1])
     rows = losses_by_source(sources, history)
     width = max(map(len, ["source", *(row["source"] for row in rows)]))
     head = f"{'source':<{width}}  language{'examples':>10}{'tokens':>13}{'loss before':>13}"
@@ -66,5 +67,5 @@ def describe_losses(sources: Sequence[SourceCount], history: History) -> list[st
 
 
 def write_source_losses(sources: Sequence[SourceCount], history: History, folder: Path) -> None:
-    text = json.dumps(losses_by_source(sources, history), indent=1, ensure_ascii=False)
-    (folder / SOURCES_FILE).write_text(text + "\n", encoding="utf-8")
+    """Write `losses_by_source` to `folder`/sources.json."""
+    write_json(folder / SOURCES_FILE, losses_by_source(sources, history))

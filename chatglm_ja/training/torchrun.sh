@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # Start a training step under torchrun with DeepSpeed ZeRO-2: torchrun.sh SCRIPT [FLAGS].
-# The step*_multi_gpu.sh files call this; they document the environment variables.
+#
+# Environment variables:
+#   NPROC_PER_NODE           processes on this machine (default: its GPUs); needed without a GPU,
+#                            where the processes communicate over gloo
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT      for several machines
+#   NCCL_P2P_DISABLE, NCCL_IB_DISABLE                set below for GPUs without peer access
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+script="$root/$1"
+shift
 
 if ! command -v torchrun >/dev/null && [[ -x "$root/.venv/bin/torchrun" ]]; then
   PATH="$root/.venv/bin:$PATH"
@@ -12,7 +19,7 @@ if ! command -v torchrun >/dev/null; then
   exit 1
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exec python "$1" --help
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exec python "$script" --help
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
   NPROC_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count())')"
   if [[ "$NPROC_PER_NODE" -eq 0 ]]; then
@@ -20,14 +27,14 @@ if [[ -z "${NPROC_PER_NODE:-}" ]]; then
     exit 1
   fi
 fi
-# torchrun would give every process one thread, and say so.
+# By default torchrun gives every process one thread.
 if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   OMP_NUM_THREADS=$(($(nproc) / NPROC_PER_NODE))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
 fi
-# GeForce cards from the 40 series on cannot read each other's memory, but some drivers say that they
-# can: NCCL then hangs, and accelerate refuses unless both variables are set. InfiniBand is of no use
-# on one machine; between several it stays on. What the user has set stays.
+# GeForce cards from the 40 series on have no peer access, but some drivers report it: NCCL then
+# hangs, and accelerate refuses to start unless both variables are set. InfiniBand is needed between
+# machines only. Values that the user has set are kept.
 if command -v nvidia-smi >/dev/null &&
   nvidia-smi --query-gpu=name --format=csv,noheader | grep 'GeForce RTX [45]0' >/dev/null; then
   export NCCL_P2P_DISABLE="${NCCL_P2P_DISABLE:-1}"
@@ -35,13 +42,13 @@ if command -v nvidia-smi >/dev/null &&
   echo "GPUs without peer access: NCCL_P2P_DISABLE=$NCCL_P2P_DISABLE" \
     "NCCL_IB_DISABLE=$NCCL_IB_DISABLE" >&2
 fi
-# A process that is told to stop ends its step and writes a checkpoint, 9 GB at 6B size; torchrun
-# would kill it after 30 seconds.
+# A process that receives SIGTERM ends its step and writes a checkpoint, 9 GB at 6B size. torchrun
+# kills it after 30 seconds by default.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
-# What is wrong with settings or inputs is said once here, not by every process.
+# Check settings and inputs once, so that an error is not printed by every process.
 WORLD_SIZE=$((${NNODES:-1} * NPROC_PER_NODE)) \
-  python "$1" --check --deepspeed "$root/ds_zero2.json" "${@:2}"
-# An estimate was asked for, and has been given.
+  python "$script" --check --deepspeed "$root/ds_zero2.json" "$@"
+# --estimate has printed its table.
 [[ " $* " == *" --estimate"* ]] && exit 0
 
 exec python -m chatglm_ja.training.launch \
@@ -50,4 +57,4 @@ exec python -m chatglm_ja.training.launch \
   --node_rank "${NODE_RANK:-0}" \
   --master_addr "${MASTER_ADDR:-127.0.0.1}" \
   --master_port "${MASTER_PORT:-29500}" \
-  "$1" --deepspeed "$root/ds_zero2.json" "${@:2}"
+  "$script" --deepspeed "$root/ds_zero2.json" "$@"

@@ -1,18 +1,14 @@
-"""Continued pretraining and fine-tuning: LoRA on the transformer, the embeddings in full, together.
+"""Continued pretraining and fine-tuning: LoRA on the transformer, and the embeddings in full.
 
-Steps 5 and 6 are this one function on different data. It is transformers' Trainer with
-  * a loss that never holds the logits of a batch (78,592 columns at 6B size),
-  * the two embedding matrices trained in place: PEFT's `modules_to_save` would keep a frozen
-    second copy of both,
-  * a learning rate of their own for the embeddings,
-and it runs as a plain process on one GPU or the CPU, or under torchrun with DeepSpeed ZeRO-2.
+Steps 5 and 6 are this one program on different data. It is transformers' Trainer (trainer.py) with
+a loss that never holds the logits of a batch (model.py), on the model that adapter.py builds. It
+runs as a plain process on one GPU or the CPU, or under torchrun with DeepSpeed ZeRO-2.
 
-It can be stopped at any moment: SIGTERM and Ctrl-C save a checkpoint at the end of the step, a run
-that is started again goes on from the newest whole one, and ends where an undisturbed run ends.
+A run can be stopped at any moment: SIGTERM and Ctrl-C save a checkpoint after the current step. A
+resumed run starts from the newest intact checkpoint; its weights are byte-identical.
 """
 
 import gc
-import json
 import logging
 import os
 import statistics
@@ -22,100 +18,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names, tokenizer
-from chatglm_ja.chatglm3.loading import compute_dtype, load_glm
+from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.chatglm3.model_files import weights_bytes
-from chatglm_ja.chatglm3.weights import read_tensor
+from chatglm_ja.chatglm3.tokenizer import load_processor
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import dataset
-from chatglm_ja.errors import ConfigError, DataError, StoppedError, UserError
+from chatglm_ja.errors import DataError, StoppedError, UserError
+from chatglm_ja.storage.files import read_json, write_json
 from chatglm_ja.storage.output import Output
-from chatglm_ja.training import (
-    costs,
-    loss_plot,
-    merge_lora,
-    new_rows,
-    source_losses,
-    training_state,
-)
+from chatglm_ja.training import costs, merge_lora, source_losses, training_state
+from chatglm_ja.training.adapter import choose_dtype, load_for_training, save_adapter
 from chatglm_ja.training.checkpoints import Checkpoints, step_of
-from chatglm_ja.training.merge_lora import ADAPTER
-from chatglm_ja.training.model import GlmForTraining
-from chatglm_ja.training.progress import Progress, tensorboard
+from chatglm_ja.training.loss_plot import plot_losses
+from chatglm_ja.training.progress import Progress, make_tensorboard_callback
 from chatglm_ja.training.settings import TrainingConfig
-from chatglm_ja.training.trainer import (
-    EMBEDDINGS,
-    MEASURED,
-    ResumableTrainer,
-    stopping_on_signals,
-    stored_embeddings,
-)
+from chatglm_ja.training.trainer import MEASURED, ResumableTrainer, stopping_on_signals
 from chatglm_ja.training.validation import Validation
 from chatglm_ja.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 HISTORY_FILE = "history.json"
 RUNTIME = "train_runtime"
-# Rows from which the lengths of documents, and the share of trained tokens, are estimated.
+# The first rows, from which the lengths of documents and the share of trained tokens are estimated.
 SAMPLED_ROWS = 256
 
 
-def choose_dtype(config: TrainingConfig) -> torch.dtype:
-    """The dtype of the frozen weights and of the computation."""
-    if config.precision != "auto":
-        chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        if config.precision == "fp16" and not torch.cuda.is_available():
-            raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
-        return chosen[config.precision]
-    return compute_dtype()
-
-
-def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
-    """The model with LoRA matrices, and its embeddings trainable if the settings say so.
-
-    What is trained is kept in float32 (under DeepSpeed in half precision, with float32 masters);
-    the rest is frozen in `dtype`.
-    """
-    log.info("loading %s", config.model)
-    model: Any = load_glm(config.model, GlmForTraining, dtype)
-    if config.embedding_rows == "new":
-        encoder = tokenizer.load_processor(config.model)
-        new_rows.split_embeddings(model, chat_format.first_new_id(encoder))
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(LORA_TARGETS),
-    )
-    model = get_peft_model(model, lora)
-    for name, parameter in model.named_parameters():
-        if name.endswith(EMBEDDINGS):
-            parameter.requires_grad_(config.train_embeddings)
-        elif config.learning_rate == 0:
-            parameter.requires_grad_(False)
-    for name, rows in stored_embeddings(config.model, model):
-        model.get_parameter(name).data = rows
-    for module in model.modules():
-        # Otherwise the LoRA layers make float32 copies of their inputs, for autocast to undo.
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-    if config.compile:
-        # A layer at a time: they are alike, so that one compilation serves all.
-        for layer in model.get_base_model().model.layers:
-            layer.compile()
-    return model
-
-
 def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None:
-    """Train on the data set `name` (pretrain or sft) and publish adapter and merged model.
+    """Train on the data set `name` (pretrain or sft); publish the adapter and the merged model.
 
     Every process of a torchrun job calls this; rank 0 writes and publishes.
     """
@@ -127,22 +59,19 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
     with output.write() as working:
         result = train(config, name, working, checkpoints)
         history, sources = result.pop("history"), result.pop("sources")
-        # Sorted, as the lines of a run that was resumed are.
-        text = json.dumps(_repeatable(history), indent=1, sort_keys=True)
-        (working / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
+        # Sorted, because entries read back from a checkpoint are.
+        write_json(working / HISTORY_FILE, _drop_measured(history), sort_keys=True)
         if sources:
             source_losses.write_source_losses(sources, history, working)
-        fit = loss_plot.plot_losses(history, result["tokens_per_step"], working)
-        if fit is not None:
-            log.info("%s", fit.describe())
-        gc.collect()  # the trainer and its callbacks hold each other, and all that was trained
+        plot_losses(history, result["tokens_per_step"], working)
+        gc.collect()  # frees the trainer and its callbacks, a reference cycle that holds the model
         torch.cuda.empty_cache()
         log.info("merging the adapter")
         merge_lora.write_merged(config.model, working)
         if config.should_compare_logits(weights_bytes(config.model)):
             difference = merge_lora.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
-        output.counts.update(result, speed=_speed(history))
+        output.counts.update(result, speed=_summarize_speed(history))
     log.info("trained model: %s", config.output_dir)
 
 
@@ -152,169 +81,140 @@ def train(
     output_dir: Path | None,
     checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
-    """Train and write `output_dir`/adapter, on the rank that is given an `output_dir`.
+    """Train, and write `output_dir`/adapter on the rank that is given an `output_dir`.
 
-    With `checkpoints` the run goes on from the newest of them, and adds to them. Returns the loss
-    history and counts. Raises DataError when the data does not fit the model, StoppedError when a
-    signal ended the run, and LostError when another process of it ended.
+    With `checkpoints` the run resumes from the newest of them and adds to them. Returns the loss
+    history and counts. Raises DataError if the data does not fit the model, StoppedError if a
+    signal ended the run, and LostError if another process of it ended.
     """
 
-    def advice() -> str:
-        return "start it again" if checkpoints is None else checkpoints.describe_resume()
+    def describe_resume() -> str:
+        if checkpoints is None:
+            return "re-run the command"
+        return checkpoints.describe_resume()
 
-    with Watchdog(config.stall_seconds, advice) as watch:
-        return _train(config, name, output_dir, checkpoints, watch)
+    with Watchdog(config.stall_seconds, describe_resume) as watchdog:
+        _prepare_for_cpu(config)
+        rows, validation_rows = _read_data(config, name)
+        validation, sources = None, []
+        if config.evaluations:
+            tokenizer = load_processor(config.model)
+            validation = Validation.prepare(validation_rows, config.data, name, tokenizer)
+            if name == "sft":
+                sources = dataset.count_sources(rows, validation.titles)
+        # PEFT and the Trainer use the global generators: the same seed on every rank.
+        set_seed(config.seed)
+        arguments = _make_arguments(config, output_dir)
+        resumed = None if checkpoints is None else _find_newest(checkpoints, config.overwrite)
+        if resumed is not None:
+            log.info("resuming from %s", resumed)
+            arguments.eval_on_start = False
+        trainer = _build_trainer(config, rows, validation, checkpoints, watchdog, arguments)
+        progress = Progress(trainer, sources)
+        trainer.add_callback(progress)
+        if config.tracker == "tensorboard" and output_dir is not None:
+            folder = config.output_dir.with_name(config.output_dir.name + ".tensorboard")
+            step = None if resumed is None else step_of(resumed)
+            trainer.add_callback(make_tensorboard_callback(folder, step))
+        trainer.remove_callback(PrinterCallback)
+        with stopping_on_signals(trainer), progress:
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        step, last_step = trainer.state.global_step, trainer.state.max_steps
+        if trainer.should_stop and step < last_step:
+            raise StoppedError(f"at step {step} of {last_step}: {describe_resume()}")
+        return _finish(trainer, output_dir) | {"sources": sources}
 
 
-def _train(
+def _build_trainer(
     config: TrainingConfig,
-    name: str,
-    output_dir: Path | None,
+    rows: Any,
+    validation: Validation | None,
     checkpoints: Checkpoints | None,
-    watch: Watchdog,
-) -> dict[str, Any]:
-    if not torch.cuda.is_available():
-        # Otherwise DeepSpeed, which the Trainer imports, warns that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if config.deepspeed is not None:
-            _build_no_kernel()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = costs.BatchPlan.of(config, world_size)
+    watchdog: Watchdog,
+    arguments: TrainingArguments,
+) -> ResumableTrainer:
+    """Load the model; log what is trained, and how a global batch is divided."""
+    model = load_for_training(config, choose_dtype(config))
     shape = base_config.read_shape(config.model)
-    train_set, validation = _read_data(config, name, shape)
-    dtype = choose_dtype(config)
-    # PEFT and the Trainer draw from the global generators: the same seed on every rank.
-    set_seed(config.seed)
-    arguments = _trainer_arguments(config, plan, dtype, output_dir)
-    found = None if checkpoints is None else _newest(checkpoints, config.overwrite)
-    if found is not None:
-        log.info("going on from %s", found)
-        arguments.eval_on_start = False
-    model = load_for_training(config, dtype)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens_per_step = config.global_batch_size * dataset.count_tokens(train_set) // len(train_set)
-    log.info(
-        "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
-        trained / 1e6,
-        model.num_parameters() / 1e6,
-        len(train_set),
-        plan,
-        config.global_batch_size,
-        f"{tokens_per_step:,}",
-    )
-    _say_what_is_lost(config, plan, len(train_set))
-    scored, sources = None, []
-    if config.evaluations:
-        scored = Validation.of(
-            validation, config.data, name, tokenizer.load_processor(config.model)
-        )
-        if name == "sft":
-            sources = dataset.count_sources(train_set, scored.titles)
-    trainer = ResumableTrainer(
-        config,
-        model,
-        scored,
-        checkpoints,
-        watch,
-        tokens_per_step,
-        _flops_per_token(config, shape, train_set),
-        args=arguments,
-        train_dataset=train_set,
-    )
-    progress = Progress(trainer, sources)
-    trainer.add_callback(progress)
-    if config.tracker == "tensorboard" and output_dir is not None:
-        folder = config.output_dir.with_name(config.output_dir.name + ".tensorboard")
-        trainer.add_callback(tensorboard(folder, None if found is None else step_of(found)))
-    trainer.remove_callback(PrinterCallback)
-    with stopping_on_signals(trainer), progress:
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    if trainer.should_stop and trainer.state.global_step < trainer.state.max_steps:
-        raise StoppedError(
-            f"at step {trainer.state.global_step} of {trainer.state.max_steps}: {watch.advice()}"
-        )
-    weights = training_state.trained_weights(trainer, output_dir is not None)
-    if output_dir is not None:
-        _save_adapter(config, trainer.accelerator.unwrap_model(trainer.model_wrapped), weights,
-                      output_dir / ADAPTER)  # fmt: skip
-    trainer.accelerator.free_memory()  # DeepSpeed's engine is held by others too
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return {
-        "trained_parameters": trained,
-        "steps": trainer.state.global_step,
-        "tokens_per_step": tokens_per_step,
-        "world_size": world_size,
-        "history": trainer.state.log_history,
-        "sources": sources,
-    }
-
-
-def _say_what_is_lost(config: TrainingConfig, plan: costs.BatchPlan, rows: int) -> None:
-    """On the way of the gradients, and of the data."""
-    if plan.accumulation > 1 and config.deepspeed is not None:
-        log.info(
-            "ZeRO-2 sends the gradients %d times a step, once a pass: a larger --micro-batch-size "
-            "or more GPUs make it fewer",
-            plan.accumulation,
-        )
-    if left_over := rows % config.global_batch_size:
-        log.info("rows of an epoch that fill no step and are left out: %d", left_over)
-
-
-def _flops_per_token(config: TrainingConfig, shape: base_config.ModelShape, rows: Any) -> float:
-    """Operations of a trained token, by the lengths of the documents in the first rows."""
     lengths = rows.select(range(min(SAMPLED_ROWS, len(rows))))["lengths"]
     if not config.document_mask:
-        lengths = [[sum(of_row)] for of_row in lengths]
-    return costs.flops_per_token(
+        lengths = [[sum(row)] for row in lengths]
+    flops_per_token = costs.flops_per_token(
         shape,
         costs.trained_parameters(shape, config),
         costs.mean_context(lengths),
         dataset.scored_share(rows, SAMPLED_ROWS),
     )
-
-
-def _build_no_kernel() -> None:
-    """Keep DeepSpeed from compiling its kernel for sums in shared memory at the start of a run on
-    the CPU: killed meanwhile, it leaves a lock for which every later run would wait, for ever."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _save_adapter(
-    config: TrainingConfig, model: Any, weights: Mapping[str, torch.Tensor], folder: Path
-) -> None:
-    """Write what was trained, in float32, in PEFT's format. DeepSpeed's model is a rounded copy."""
-    for name, value in weights.items():
-        model.get_parameter(name).data = value
-    if config.embedding_rows == "new":
-        names = tensor_names.GLM_EMBEDDINGS
-        new_rows.join_embeddings(
-            model.get_base_model(), *(read_tensor(config.model, name) for name in names)
+    tokens_per_step = config.global_batch_size * dataset.count_tokens(rows) // len(rows)
+    plan = costs.BatchPlan.divide(config, _world_size())
+    trainer = ResumableTrainer(config, model, validation, checkpoints, watchdog, tokens_per_step,
+                               flops_per_token, args=arguments, train_dataset=rows)  # fmt: skip
+    log.info(
+        "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
+        training_state.count_trained(trainer) / 1e6,
+        model.num_parameters() / 1e6,
+        len(rows),
+        plan,
+        config.global_batch_size,
+        f"{tokens_per_step:,}",
+    )
+    if plan.accumulation > 1 and config.deepspeed is not None:
+        log.info(
+            "ZeRO-2 reduces the gradients after every micro-batch, %d times a step: a larger "
+            "--micro-batch-size or more GPUs reduce the traffic",
+            plan.accumulation,
         )
-    # Its name alone: where it lies on this machine means nothing elsewhere.
-    model.peft_config["default"].base_model_name_or_path = config.model.resolve().name
-    model.save_pretrained(folder, save_embedding_layers=config.train_embeddings)
-    (folder / "README.md").unlink()  # PEFT's form for a model card, which nobody has filled in
+    if dropped := len(rows) % config.global_batch_size:
+        log.info("dropping %d rows per epoch (incomplete global batch)", dropped)
+    return trainer
 
 
-def _read_data(config: TrainingConfig, name: str, shape: base_config.ModelShape) -> tuple[Any, Any]:
-    """The rows to train on and to score; raises DataError when they do not fit."""
-    train_set = dataset.load_rows(config.data, name, "train")
-    validation = dataset.load_rows(config.data, name, "validation")
-    encoder = tokenizer.load_processor(config.model) if name == "sft" else None
-    for split, rows in (("train", train_set), ("validation", validation)):
+def _finish(trainer: ResumableTrainer, output_dir: Path | None) -> dict[str, Any]:
+    """Write the adapter on the rank with an `output_dir`, free memory, and return the counts."""
+    trained_parameters = training_state.count_trained(trainer)  # save_adapter changes the model
+    weights = training_state.trained_weights(trainer, output_dir is not None)
+    if output_dir is not None:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        save_adapter(trainer.config, model, weights, output_dir / merge_lora.ADAPTER)
+    trainer.accelerator.free_memory()  # DeepSpeed's engine has other references
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return {
+        "trained_parameters": trained_parameters,
+        "steps": trainer.state.global_step,
+        "tokens_per_step": trainer.tokens_per_step,
+        "world_size": _world_size(),
+        "history": trainer.state.log_history,
+    }
+
+
+def _prepare_for_cpu(config: TrainingConfig) -> None:
+    """Keep DeepSpeed from looking for a GPU, and from compiling a kernel, in a run on the CPU."""
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found no GPU
+    if config.deepspeed is not None:
+        import deepspeed
+
+        # If the run is killed while DeepSpeed compiles this kernel for sums in shared memory, a
+        # lock is left behind, for which every later run would wait forever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _read_data(config: TrainingConfig, name: str) -> tuple[Any, Any]:
+    """Open the training and validation rows; raise DataError if they do not fit the model."""
+    shape = base_config.read_shape(config.model)
+    splits = [dataset.load_rows(config.data, name, split) for split in ("train", "validation")]
+    tokenizer = load_processor(config.model) if name == "sft" else None
+    for split, rows in zip(("train", "validation"), splits, strict=True):
         dataset.check_rows(rows, config.block_size, shape, config.data, name)
-        if encoder is not None:
-            dataset.check_conversations(rows, config.data, split, encoder)
-    if config.evaluations and not len(validation):
+        if tokenizer is not None:
+            dataset.check_conversations(rows, config.data, split, tokenizer)
+    if config.evaluations and not len(splits[1]):
         raise DataError(
             f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
         )
-    if not config.packing:
-        train_set, validation = dataset.unpack_rows(train_set), dataset.unpack_rows(validation)
+    train_set, validation = splits if config.packing else map(dataset.unpack_rows, splits)
     if len(train_set) < config.global_batch_size:
         raise DataError(
             f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "
@@ -323,12 +223,11 @@ def _read_data(config: TrainingConfig, name: str, shape: base_config.ModelShape)
     return train_set, validation
 
 
-def _trainer_arguments(
-    config: TrainingConfig, plan: costs.BatchPlan, dtype: torch.dtype, output_dir: Path | None
-) -> TrainingArguments:
-    """The settings in the Trainer's words."""
+def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> TrainingArguments:
+    """Translate the settings into the Trainer's."""
+    plan, dtype = costs.BatchPlan.divide(config, _world_size()), choose_dtype(config)
     arguments = TrainingArguments(
-        # The Trainer makes this folder and, as nothing is saved through it, leaves it empty.
+        # The Trainer creates this folder and leaves it empty, as nothing is saved through it.
         output_dir=str(output_dir or tempfile.gettempdir()),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
@@ -347,8 +246,7 @@ def _trainer_arguments(
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if config.evaluations else "no",
-        # A share of all steps. The last step is scored anyway: one evaluation is no share, but
-        # a step that never comes.
+        # A fraction of all steps. The last step is always scored; a single evaluation is only that.
         eval_steps=1 / config.evaluations if config.evaluations > 1 else 10**9,
         eval_on_start=config.evaluations > 0,
         save_strategy="no",
@@ -360,34 +258,38 @@ def _trainer_arguments(
         ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
-        # Without torchrun the Trainer would spread the batch over all GPUs with DataParallel.
+        # Without torchrun the Trainer would use all GPUs, with DataParallel.
         arguments._n_gpu = 1
     return arguments
 
 
-def _newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
-    """The checkpoint to resume from: rank 0 looks, so that all ranks take the same."""
-    found: list[Any] = [None, None]
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _find_newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
+    """Return the checkpoint to resume from; rank 0 looks, so that all ranks use the same one."""
+    answer: list[Any] = [None, None]  # the path, an error
     if is_main_process():
         try:
-            found[0] = checkpoints.find_newest(overwrite)
+            answer[0] = checkpoints.find_newest(overwrite)
         except UserError as error:
-            found[1] = error
+            answer[1] = error
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+        torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
-def _repeatable(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The log less what another run measures otherwise: the same weights have the same history."""
-    lines = [entry for entry in history if RUNTIME not in entry]
-    return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in lines]
+def _drop_measured(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what differs between two runs with the same weights: speed, memory, and times."""
+    entries = [entry for entry in history if RUNTIME not in entry]
+    return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in entries]
 
 
-def _speed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds since this process began to train, and the medians of what its lines measured."""
+def _summarize_speed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return this process's training time in seconds, and the medians of what it measured."""
     speed = {"seconds": next(entry[RUNTIME] for entry in history if RUNTIME in entry)}
     for name in MEASURED:
         values = [entry[name] for entry in history if name in entry]
@@ -397,5 +299,5 @@ def _speed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The Trainer's log of a folder that `train_and_publish` made."""
-    return json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
+    """Read the Trainer's log from a folder that `train_and_publish` wrote."""
+    return read_json(folder / HISTORY_FILE)

@@ -1,10 +1,10 @@
 """Losses on the validation set while training: exact means per token, by language and by source.
 
-Step 4 numbers the sources of texts and of conversations; its manifest names them LANGUAGE/NAME,
-where the language may also be a kind of conversations as code. Rows are scored as they are packed:
-every token's loss counts for the source that its document or conversation is of, so one pass gives
-all figures, and they depend neither on the batch size nor on the number of processes; and, unless
---no-document-mask lets tokens see what is packed before them, not on the packing.
+Step 4 numbers the sources; its manifest names them LANGUAGE/NAME, where the language may also be a
+kind of conversations, such as code. Rows are scored packed: the loss of each token counts for the
+source of its document or conversation, so one pass over the rows gives all figures. They depend
+neither on the batch size nor on the number of processes nor, with the document mask, on the
+packing.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 
 from chatglm_ja.data.dataset import source_titles, title_language
 
-# Names in the Trainer's log; that of a language or source stands between prefix and suffix.
+# Names in the Trainer's log; a language or source stands between prefix and suffix.
 ALL_LOSS = "validation_loss"
 LANGUAGE, SOURCE = "eval_", "source_"
 LOSS, TOKENS, BITS = "_loss", "_tokens", "_bits_per_char"
@@ -26,33 +26,36 @@ LOSS, TOKENS, BITS = "_loss", "_tokens", "_bits_per_char"
 
 @dataclass(frozen=True)
 class Validation:
-    """Rows to score, the titles of their sources by number, and, for texts, the characters of each
-    language: of conversations only the answers are scored, which have none of their own."""
+    """Rows to score, the titles of their sources by number, and the characters of each language.
+
+    Conversations have no number of characters, as only their answers are scored.
+    """
 
     rows: Any
     titles: Sequence[str]
     characters: Mapping[str, int]
 
     @classmethod
-    def of(cls, rows: Any, data: Path, name: str, encoder: Any) -> "Validation":
-        """The validation set `name` (pretrain or sft) of step 4's folder."""
+    def prepare(cls, rows: Any, data: Path, name: str, tokenizer: Any) -> "Validation":
+        """Read the titles of the sources of step 4's data set `name`, and count characters."""
         characters: dict[str, int] = {}
         if "language" in rows.column_names:
-            # Special tokens have no text.
             for row in rows:
-                text = encoder.decode(row["input_ids"])
+                text = tokenizer.decode(row["input_ids"])  # special tokens have no text
                 characters[row["language"]] = characters.get(row["language"], 0) + len(text)
         return cls(rows, source_titles(data, name), characters)
 
     def metrics(self, nats: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
-        """Entries for the Trainer's log, from the sum of the losses and the trained tokens of every
-        source: the mean of all, of every language with bits per character where they are known,
-        and of every source."""
+        """Return entries for the Trainer's log: mean losses of all, each language and each source.
+
+        `nats` and `tokens` have for each source the sum of the losses and the number of trained
+        tokens. Languages get bits per character as well, if their characters are known.
+        """
         languages: dict[str, np.ndarray] = {}
         sources: dict[str, np.ndarray] = {}
         for title, *pair in zip(self.titles, nats, tokens, strict=True):
             if pair[1]:
-                # Sources of one name count as one.
+                # Sources with the same title count as one.
                 for group, name in ((languages, title_language(title)), (sources, title)):
                     group[name] = group.get(name, np.zeros(2)) + pair
         metrics = {}
@@ -70,7 +73,7 @@ class Validation:
 
 
 def language_losses(logs: Mapping[str, Any]) -> dict[str, float]:
-    """The validation losses in an entry of the Trainer's log, by language."""
+    """Return the validation losses in an entry of the Trainer's log, by language."""
     return {
         name.removeprefix(LANGUAGE).removesuffix(LOSS): value
         for name, value in logs.items()
@@ -79,7 +82,7 @@ def language_losses(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The validation losses of every language over the steps, from the Trainer's log."""
+    """Return (step, validation loss) pairs of every language from the Trainer's log."""
     points: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for language, loss in language_losses(entry).items():
@@ -88,9 +91,9 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, fl
 
 
 def token_sources(rows: Sequence[Mapping[str, Any]], width: int) -> torch.Tensor:
-    """The source of every token of some rows, int64 [rows, width]; 0 for padding."""
+    """Return the source number of every token, int64 [rows, width]; 0 for padding."""
     sources = np.zeros((len(rows), width), dtype=np.int64)
     for index, row in enumerate(rows):
-        of_row = np.repeat(row["sources"], row["lengths"])
-        sources[index, : len(of_row)] = of_row
+        numbers = np.repeat(row["sources"], row["lengths"])
+        sources[index, : len(numbers)] = numbers
     return torch.from_numpy(sources)

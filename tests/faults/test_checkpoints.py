@@ -1,4 +1,4 @@
-"""A damaged newest checkpoint, a good one beside it: it costs steps, and nothing else."""
+"""A run resumes from the older checkpoint if the newest is damaged."""
 
 import shutil
 from collections.abc import Callable
@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def interrupted(
     resized_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainingConfig, Path, bytes]:
-    """A run that was interrupted after its second checkpoint, and what it would have ended with."""
+    """A run interrupted after its second checkpoint, and the adapter of an uninterrupted one."""
     root = tmp_path_factory.mktemp("interrupted")
     config = config_for(resized_dir, data_dir, root / "output", save_steps=2, evaluations=0)
     train.train(config, "pretrain", root / "once", checkpoints_in(root / "once"))
@@ -80,7 +80,7 @@ def interrupted(
     return config, root / "twice", adapter(root / "once")
 
 
-def test_a_checkpoint_takes_the_room_that_is_asked_for(
+def test_a_checkpoint_takes_the_estimated_disk_space(
     interrupted: tuple[TrainingConfig, Path, bytes],
 ) -> None:
     config, folder, _ = interrupted
@@ -90,7 +90,7 @@ def test_a_checkpoint_takes_the_room_that_is_asked_for(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_older_checkpoint_is_gone_on_from(
+def test_a_run_resumes_from_the_older_checkpoint(
     interrupted: tuple[TrainingConfig, Path, bytes],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -107,6 +107,6 @@ def test_the_older_checkpoint_is_gone_on_from(
         train.train(config, "pretrain", target, checkpoints_in(target))
         assert adapter(target) == expected
         said = [record.getMessage() for record in caplog.records]
-        (row.reads,) = [line for line in said if line.startswith("passing over")]
+        (row.reads,) = [line for line in said if line.startswith("skipping the checkpoint")]
         assert message in row.reads and "step-000004" in row.reads
-        assert any("going on from" in line and "step-000002" in line for line in said)
+        assert any("resuming from" in line and "step-000002" in line for line in said)

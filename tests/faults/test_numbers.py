@@ -1,4 +1,4 @@
-"""Numbers that go wrong in a run of one process: the step is skipped, or the run stopped."""
+"""Bad losses and gradients in one process: the step is skipped, or the run stops."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def test_a_bad_step_changes_no_weight(
 ) -> None:  # fmt: skip
     if not thorough and not clipping:
         pytest.skip("--thorough tries without gradient clipping, too")
-    monkeypatch.setattr(spikes, "RECENT_PASSES", 3)
+    monkeypatch.setattr(spikes, "WINDOW", 3)
     weights = with_losses(monkeypatch, of_gradients="gradients" in fault, step5=factor)
     config = config_for(resized_dir, data_dir, tmp_path, max_steps=7, max_grad_norm=clipping)
     with ledger.trial("numbers", fault) as row:
@@ -51,12 +51,12 @@ def test_a_bad_step_changes_no_weight(
         )
 
 
-def test_a_bad_pass_spoils_its_whole_step(
+def test_a_bad_micro_batch_skips_its_whole_step(
     resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Nothing of the good pass before it is learned, then or later."""
+    """Nothing of the good micro-batch before it is learned, then or later."""
     ends = []
-    for bad in ("step3pass2", "step3"):
+    for bad in ("step3batch2", "step3"):
         with monkeypatch.context() as patch:
             factors: dict[str, Any] = {bad: math.nan}
             with_losses(patch, **factors)
@@ -72,7 +72,7 @@ def test_a_bad_pass_spoils_its_whole_step(
 def test_good_steps_between_bad_ones_are_counted(
     resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Only so many bad ones in a row stop a run."""
+    """Only consecutive skipped steps stop a run."""
     bad: dict[str, Any] = {f"step{n}": math.nan for n in (3, 4, 6, 7, 9, 10)}
     with_losses(monkeypatch, **bad)
     config = config_for(
@@ -84,7 +84,7 @@ def test_good_steps_between_bad_ones_are_counted(
 def test_one_long_answer_among_short_ones_is_learned_from(
     resized_dir: Path, data_dir: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Passes of one conversation each, of very different lengths."""
+    """Micro-batches of one conversation each, of very different lengths."""
     config = config_for(
         resized_dir, data_dir, tmp_path, packing=False, micro_batch_size=1, global_batch_size=4,
         block_size=256, max_steps=8, epochs=9.0, evaluations=0, learning_rate=1e-3,
@@ -93,7 +93,7 @@ def test_one_long_answer_among_short_ones_is_learned_from(
     assert "is skipped" not in caplog.text
 
 
-def test_a_jump_in_the_first_passes_is_seen(
+def test_a_jump_in_the_first_steps_is_skipped(
     resized_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -134,22 +134,23 @@ def test_a_learning_rate_that_diverges_stops_the_run(
         assert "steps in a row were skipped for that: lower --learning-rate" in row.reads
 
 
-def test_a_run_that_diverges_slowly_is_stopped() -> None:
-    """A tenth more at every pass: against the mean of the last ones it would never be a jump."""
-    judge = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
+def test_a_run_that_diverges_slowly_is_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    """The loss rises by a tenth per step, which is no jump against the mean of the last ones."""
+    guard = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
     loss, step = 4.0, 1
-    while judge.accepts(step, loss, has_tokens=True):
-        judge.judge_gradients(step, 1.0)
+    while not caplog.records:
+        guard.end_step(step, [loss], 1.0)
         loss, step = 1.1 * loss, step + 1
         assert step < 100
-    assert loss > 3 * judge.lowest
+    assert loss / 1.1 > 3 * guard.lowest_mean
 
 
-def test_what_is_usual_is_known_to_a_run_that_is_resumed() -> None:
-    judge = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
+def test_a_resumed_run_knows_the_losses_before_it() -> None:
+    guard = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
     for step, loss in enumerate([2.0] * 20 + [4.0] * 20, start=1):
-        assert judge.accepts(step, loss, has_tokens=True)
+        guard.end_step(step, [loss], 1.0)
     resumed = spikes.SpikeGuard(max_jump=3.0, max_skipped=5)
-    resumed.restore(json.loads(json.dumps(judge.state())))
-    assert (resumed.lowest, resumed.usual) == (2.0, 4.0)
-    assert not resumed.accepts(41, 6.5, has_tokens=True)
+    resumed.restore(json.loads(json.dumps(guard.state())))
+    assert (resumed.lowest_mean, resumed.mean, resumed.limit) == (2.0, 4.0, 6.0)
+    resumed.end_step(41, [6.5], 1.0)
+    assert resumed.skipped == 1

@@ -1,4 +1,4 @@
-"""Two processes of a run, of which one is lost or computes no number."""
+"""Two processes of a run, of which one is lost or computes NaN."""
 
 import itertools
 import os
@@ -24,6 +24,12 @@ LOST = {
     "one is killed": (signal.SIGKILL, "another process of the run has ended"),
     "one is stopped": (signal.SIGSTOP, "another process of the run stands still"),
 }
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 def pid_of(rank: int, launcher: int) -> int:
@@ -60,7 +66,7 @@ def test_no_process_waits_for_a_lost_one(
     target = pipeline.root / f"lost-{number}-{rank}"
     process = subprocess.Popen(
         pipeline.command("step5_train_pt_multi_gpu.sh", *FLAGS, "--output-dir", str(target)),
-        env=pipeline.environment | {"NPROC_PER_NODE": "2", "MASTER_PORT": "29535"},
+        env=pipeline.environment | {"NPROC_PER_NODE": "2", "MASTER_PORT": free_port()},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -89,16 +95,16 @@ def test_no_process_waits_for_a_lost_one(
         row.reads = line
         again = pipeline.run("step5_train_pt.py", *FLAGS, "--output-dir", str(target))
         assert again.returncode == 0, again.stderr
-        assert f"going on from {target}.checkpoints/step-0000" in again.stderr
+        assert f"resuming from {target}.checkpoints/step-0000" in again.stderr
         assert pipeline.losses(target, "loss") == pytest.approx(undisturbed, rel=1e-5)
 
 
 def run_two(pipeline: Runner, folder: Path, bad: str, *more: str) -> tuple[str, list[str]]:
-    """What two processes of step 5 say, and the trained weights before each pass, as digests."""
+    """Run step 5 in two processes; return the log, and digests of the weights by micro-batch."""
     flags = [*SMALL["step5_train_pt.py"].split(), "--max-steps", "5", "--evaluations", "0", *more]
     result = subprocess.run(
         [sys.executable, "-m", "chatglm_ja.training.launch", "--nproc_per_node", "2",
-         "--master_port", "29536", str(PROJECT / "tests/faults/two_processes.py"),
+         "--master_port", free_port(), str(PROJECT / "tests/faults/two_processes.py"),
          bad, str(folder / f"{bad}-notes"), "--deepspeed", str(PROJECT / "ds_zero2.json"), *flags,
          "--output-dir", str(folder / f"{bad}-output")],
         env=pipeline.environment | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
@@ -111,7 +117,7 @@ def run_two(pipeline: Runner, folder: Path, bad: str, *more: str) -> tuple[str, 
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradients"])
-def test_no_number_in_one_process_changes_no_weight_in_any(
+def test_nan_in_one_process_changes_no_weight_in_any(
     pipeline: Runner, ledger: Ledger, thorough: bool, tmp_path: Path, bad: str
 ) -> None:
     if bad == "gradients" and not thorough:
@@ -127,14 +133,16 @@ def test_no_number_in_one_process_changes_no_weight_in_any(
 def test_nothing_of_a_skipped_step_is_learned_later(
     pipeline: Runner, ledger: Ledger, thorough: bool, tmp_path: Path
 ) -> None:
-    """DeepSpeed adds up the gradients of a step's passes: those of the good one are dropped too."""
+    """DeepSpeed sums the gradients of micro-batches: those of the good one are dropped, too."""
     if not thorough:
         pytest.skip("--thorough tries it under DeepSpeed; tests/faults/test_numbers.py without")
-    with ledger.trial("numbers", "NaN in the second pass of a step, in one of two processes"):
-        _, second = run_two(pipeline, tmp_path, "pass", "--micro-batch-size", "2")
+    with ledger.trial(
+        "numbers", "NaN in the second micro-batch of a step, in one of two processes"
+    ):
+        _, second = run_two(pipeline, tmp_path, "micro-batch", "--micro-batch-size", "2")
         _, both = run_two(pipeline, tmp_path, "loss", "--micro-batch-size", "2")
         assert second == both
-        # Before the passes of five steps, of which the first and the bad one change nothing.
+        # Before the micro-batches of five steps, of which the first and the bad one change nothing.
         assert len(set(second)) == 3
 
 
@@ -149,12 +157,12 @@ def test_a_used_port_is_one_line(pipeline: Runner) -> None:
     assert "set MASTER_PORT to a free one" in error_of(result)
 
 
-def test_a_process_that_was_stopped_itself_goes_on() -> None:
-    """Ctrl-Z for longer than the others would be waited for."""
+def test_a_process_that_was_stopped_itself_continues() -> None:
+    """Stopped for longer than --stall-seconds, as by Ctrl-Z."""
     program = (
         "import os, signal, threading, time\n"
-        "from chatglm_ja.training.watchdog import Watch\n"
-        "with Watch(3.0, lambda: 'start it again') as watch:\n"
+        "from chatglm_ja.training.watchdog import Watchdog\n"
+        "with Watchdog(3.0, lambda: 'start it again') as watch:\n"
         "    for _ in range(4):\n"
         "        print('at work', flush=True); watch.progress(); time.sleep(1)\n"
     )

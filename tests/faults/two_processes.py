@@ -1,10 +1,9 @@
-"""Run step 5 as one of two processes, and make a number non-finite in rank 1.
+"""Step 5 in one of two processes, with NaN in one step of rank 1.
 
-    two_processes.py loss|pass|gradients NOTES flags of step 5
+    two_processes.py loss|micro-batch|gradients NOTES flags of step 5
 
-The number is the loss of all micro-batches of the step, the loss of its second micro-batch, or the
-gradients. Before every step, each process appends the SHA-256 of its trained weights to
-NOTES-<rank>.
+NaN is the loss of all micro-batches of the step, the loss of its second one, or its gradients.
+Before every micro-batch each process appends the SHA-256 of the trained weights to NOTES-<rank>.
 """
 
 import hashlib
@@ -27,14 +26,14 @@ BAD_STEP = 3
 def main() -> None:
     bad, notes, rank = sys.argv.pop(1), sys.argv.pop(1), os.environ["RANK"]
     compute = ResumableTrainer.compute_loss
-    passes: Counter[int] = Counter()
+    micro_batches: Counter[int] = Counter()
     step = ResumableTrainer.training_step
 
     def compute_badly(self: Any, *given: Any, **named: Any) -> Any:
         loss: Any = compute(self, *given, **named)
         step = self.state.global_step + 1
-        passes[step] += 1
-        if (step, rank) != (BAD_STEP, "1") or (bad == "pass" and passes[step] != 2):
+        micro_batches[step] += 1
+        if (step, rank) != (BAD_STEP, "1") or (bad == "micro-batch" and micro_batches[step] != 2):
             return loss
         if bad != "gradients":
             return loss * math.nan

@@ -40,7 +40,7 @@ def adapter(folder: Path) -> bytes:
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process "dies" as soon as the checkpoint of a step is written."""
+    """Raise KeyboardInterrupt as soon as the checkpoint of a step is written."""
     whole = ResumableTrainer._save_checkpoint
 
     def dying(self: Any, *arguments: Any) -> None:
@@ -54,20 +54,22 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def with_losses(
     monkeypatch: pytest.MonkeyPatch, of_gradients: bool = False, **factors: float
 ) -> list[dict[str, torch.Tensor]]:
-    """Multiply the loss of some steps, step3=..., or passes of them, step3pass2=..., or its
-    gradients only; gives the trained weights before every pass."""
+    """Multiply the loss of steps (step3=...) or micro-batches (step3batch2=...), or only gradients.
+
+    Returns a list that gets the trained weights before every micro-batch.
+    """
     whole = ResumableTrainer.compute_loss
     weights: list[dict[str, torch.Tensor]] = []
-    passes: Counter[int] = Counter()
+    micro_batches: Counter[int] = Counter()
 
     def losses(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
         trained = self.model.named_parameters()
         weights.append({n: p.detach().clone() for n, p in trained if p.requires_grad})
         loss: Any = whole(self, model, *arguments, **named)
         step = self.state.global_step + 1
-        passes[step] += 1
+        micro_batches[step] += 1
         whole_step = factors.get(f"step{step}", 1.0)
-        factor = factors.get(f"step{step}pass{passes[step]}", whole_step)
+        factor = factors.get(f"step{step}batch{micro_batches[step]}", whole_step)
         if of_gradients:
             loss.register_hook(lambda gradient: gradient * factor)
             return loss

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, the last ones kept, and a damaged one never opened."""
+"""Checkpoints: published atomically, pruned, and never opened if damaged."""
 
 import json
 from pathlib import Path
@@ -30,10 +30,10 @@ def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-000010", "step-001000"]
 
 
-def test_damaged_ones_make_no_room_for_themselves(
+def test_damaged_ones_do_not_count_among_those_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Newer ones that are damaged are not counted among those that are kept."""
+    """Damaged newer checkpoints do not displace intact older ones."""
     monkeypatch.setattr(files, "HASHED_BYTES", 0)  # the bytes of large checkpoints count as well
     checkpoints = Checkpoints(tmp_path, RUN, keep=1)
     fill(checkpoints, 10)
@@ -60,7 +60,7 @@ def test_an_exception_while_writing_leaves_the_older_ones(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
 
 
-def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     fill(Checkpoints(tmp_path, RUN, keep=2), 10, 20)
     other = Checkpoints(tmp_path, RUN | {"lora_rank": 16}, keep=2)
     with pytest.raises(ArtifactError, match="of a run with lora_rank=8, not 16: use that run"):
@@ -82,7 +82,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
     assert checkpoints.find_newest(overwrite=False) is None
 
 
-def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+def test_other_folders_are_not_checkpoints(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, RUN, keep=2)
     (tmp_path / "step-by-step").mkdir()
     fill(checkpoints, 999_999, 1_000_000)
@@ -90,7 +90,7 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
     assert checkpoints.describe_resume() == "re-run the command to resume from step 1000000"
 
 
-def test_a_checkpoint_without_room_is_left_out_and_said(
+def test_a_checkpoint_without_disk_space_is_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(tmp_path, RUN, keep=1)

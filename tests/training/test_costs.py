@@ -1,4 +1,4 @@
-"""What training costs, against torch: real parameters, what autograd keeps, counted operations."""
+"""Cost estimates compared with torch: parameters, autograd's saved tensors, counted operations."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_both_layouts_give_the_same_shape(resized_dir: Path, base_dir: Path) -> 
 
 
 def kept_bytes(model: Any, batch: int, length: int) -> int:
-    """Bytes that autograd keeps of a forward pass, beside the weights."""
+    """Return the bytes that autograd saves in a forward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -92,7 +92,7 @@ def kept_bytes(model: Any, batch: int, length: int) -> int:
 
 
 def test_activations_are_what_autograd_keeps(config: TrainingConfig) -> None:
-    """Of all layers of the test model less those of one layer less."""
+    """The difference between all layers of the test model and one layer fewer."""
     batch, length = 2, 64
     kept = []
     for cut in (0, 1):
@@ -137,7 +137,7 @@ def test_operations_are_those_that_torch_counts(
         (4, {"gradient_checkpointing": True, "embedding_rows": "new"}, 16.87),
     ],
 )
-def test_memory_is_what_a_gpu_showed(
+def test_memory_is_what_a_gpu_measured(
     processes: int, changes: dict[str, Any], measured_gb: float
 ) -> None:
     """Peaks on an H100, of new rows on an H200, with 78,592 rows (benchmarks/train_6b.py: "4090 x
@@ -163,19 +163,21 @@ def test_memory_is_what_a_gpu_showed(
         (14, 4, 2, (1, 7)),
     ],
 )
-def test_a_global_batch_is_shared_out(
+def test_a_global_batch_is_divided(
     batch: int, micro: int, processes: int, expected: tuple[int, int]
 ) -> None:
-    plan = costs.BatchPlan.of(config_6b(global_batch_size=batch, micro_batch_size=micro), processes)
+    plan = costs.BatchPlan.divide(
+        config_6b(global_batch_size=batch, micro_batch_size=micro), processes
+    )
     assert (plan.micro_batch, plan.accumulation) == expected
     assert plan.micro_batch * plan.accumulation * processes == batch
 
 
 @pytest.mark.parametrize("processes", [3, 32])
-def test_processes_that_cannot_share_a_batch_are_refused(
+def test_processes_that_do_not_divide_a_batch_are_refused(
     processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = f"--global-batch-size 16 cannot be shared evenly by {processes} processes"
+    message = f"--global-batch-size 16 cannot be divided evenly among {processes} processes"
     with pytest.raises(ConfigError, match=message):
         config_6b(estimate=processes)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -211,7 +213,10 @@ def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> Non
         model=base_dir, estimate=4, deepspeed=PROJECT / "ds_zero2.json", embedding_rows="all"
     )
     text = costs.describe_costs(config)
-    assert "16,384 tokens = 4 GPUs x 1 passes x 4 blocks x 1024 tokens" in text
+    assert (
+        "micro-batch 4 x accumulation 1 x 4 GPUs = 16 blocks of 1,024 tokens = 16,384 tokens"
+        in text
+    )
     shape = base_config.read_shape(base_dir)
     items = costs.estimate_memory(shape, costs.trained_parameters(shape, config), config, 4)
     assert f"{sum(size for _, size in items):.2f}" in text
@@ -231,41 +236,17 @@ def test_the_hours_are_those_of_the_measured_speed() -> None:
     shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
     config = config_6b(gradient_checkpointing=True, compile=True)
     trained = costs.trained_parameters(shape, config)
-    lines = "\n".join(costs._times(shape, trained, config, costs.BatchPlan(4, 1, 4)))
-    assert "at 30% of a card's peak" in lines
+    lines = "\n".join(costs._describe_time(shape, trained, config, costs.BatchPlan(4, 1, 4)))
+    assert "1 B tokens at 30% MFU" in lines
     measured = 1e9 / (4 * 11_547) / 3600
     (found,) = re.findall(r"H100 (\S+) h", lines)
     assert float(found) == pytest.approx(measured, rel=0.03)
 
 
-def test_what_is_sent_is_what_deepspeed_sends() -> None:
-    """All gradients in a ring twice, the weights once; in GB, in half precision."""
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradient_traffic_is_what_deepspeed_logged(accumulation: int) -> None:
+    """benchmarks/zero2_traffic.py, two processes: all gradients once per micro-batch."""
     trained = costs.ParameterCounts(lora=100_000_000, embeddings=400_000_000, frozen=0)
-    assert costs.sent_per_step(trained, costs.BatchPlan(4, 1, 2)) == pytest.approx((1.0, 0.5))
-    assert costs.sent_per_step(trained, costs.BatchPlan(4, 3, 4)) == pytest.approx((4.5, 0.75))
-
-
-def test_every_item_of_the_memory() -> None:
-    """By hand, of 4 GPUs with checkpointing: in GB, bytes times numbers over 10^9."""
-    shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
-    config = config_6b(gradient_checkpointing=True)
-    trained = costs.ParameterCounts(lora=16_658_432, embeddings=643_825_664, frozen=5_710_907_392)
-    assert costs.trained_parameters(shape, config) == trained
-    found = dict(costs.estimate_memory(shape, trained, config, 4))
-    tokens, width, ffn = 4 * 1024, 4096, 13_696
-    layer = tokens * (12 * width + 10 * width + 2 * 1024 + 4 * 32 + 8 * ffn + 96 + 8 + 256)
-    expected = {
-        "frozen weights": 2 * 5_710_907_392,
-        "trained weights": 2 * 660_484_096,
-        "float32 weights and Adam's moments": 3 * 660_484_096,
-        "buckets": 2 * 2 * 50_000_000,
-        "activations": 28 * tokens * 2 * width,
-        "a layer or the loss, in work": layer + tokens * 8 * ffn,
-        "output matrix: gradient, and a copy where one is made": 2 * 78_592 * width,
-    }
-    assert found == pytest.approx({name: size / 1e9 for name, size in expected.items()})
-    # With little to keep, the loss is larger than a layer, and the end fuller than the beginning.
-    small = dict(
-        costs.estimate_memory(shape, trained, config_6b(block_size=64, micro_batch_size=1), 1)
-    )
-    assert small["gradients"] == pytest.approx(4 * 660_484_096 / 1e9)
+    gradients, weights = costs.sent_per_step(trained, costs.BatchPlan(4, accumulation, 2))
+    assert gradients == pytest.approx(accumulation * 2 * trained.all / 1e9)
+    assert weights == pytest.approx(2 * trained.all / 2 / 1e9)

@@ -1,33 +1,49 @@
-"""Loss curves: a known power law is found again; runs too short for one are drawn all the same."""
+"""The loss plot: what it draws, and that it is written."""
 
 from pathlib import Path
 
-import numpy as np
-import pytest
-
+from chatglm_ja import plots
 from chatglm_ja.training import loss_plot
 
-
-def test_a_known_power_law_is_found_again(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    history = [
-        {"step": step, "loss": 20 * (1000.0 * step) ** -0.12 * rng.normal(1, 0.005)}
-        for step in range(10, 500, 10)
-    ]
-    history += [
-        {"step": step, "eval_ja_loss": 3.0, "eval_ja_bits_per_char": 5.0} for step in (0, 490)
-    ]
-    law = loss_plot.plot_losses(history, 1000, tmp_path)
-    assert law is not None
-    assert law.exponent == pytest.approx(0.12, abs=0.003)
-    assert law.at(4_900_000) == pytest.approx(20 * 4_900_000**-0.12, rel=0.01)
-    assert "extrapolated" in law.describe() and "490,000 tokens" in law.describe()
-    assert (tmp_path / loss_plot.LOSS_PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+HISTORY = [
+    {"step": 0, "eval_ja_loss": 4.0, "eval_zh_loss": 3.5, "eval_ja_bits_per_char": 5.0},
+    {"step": 10, "loss": 3.0},
+    {"step": 20, "loss": 2.0, "grad_norm": 1.0},
+    {"step": 20, "eval_ja_loss": 2.5, "eval_zh_loss": 3.0},
+]
 
 
-def test_short_or_rising_runs_have_no_law(tmp_path: Path) -> None:
-    assert loss_plot.plot_losses([{"step": 0, "eval_ja_loss": 1.0}], 10, tmp_path) is None
-    assert loss_plot.plot_losses([{"step": 1, "loss": 3.0}], 10, tmp_path) is None
-    rising = [{"step": step, "loss": 1.0 + step} for step in range(1, 30)]
-    assert loss_plot.plot_losses(rising, 10, tmp_path) is None
-    assert (tmp_path / loss_plot.LOSS_PLOT_FILE).is_file()
+def drawn(scale: str) -> dict[str, list[tuple[float, float]]]:
+    """The points of every curve, by its label."""
+    _, axis = plots.make_figure(4, 3)
+    loss_plot.draw_losses(axis, HISTORY, 1000, scale)
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axis.lines}
+
+
+def test_training_and_validation_losses_are_drawn_over_tokens() -> None:
+    assert drawn("linear") == {
+        "training": [(10_000, 3.0), (20_000, 2.0)],
+        "validation ja": [(0, 4.0), (20_000, 2.5)],
+        "validation zh": [(0, 3.5), (20_000, 3.0)],
+    }
+    # Without step 0, which a logarithmic axis cannot show.
+    assert drawn("log") == {
+        "training": [(10_000, 3.0), (20_000, 2.0)],
+        "validation ja": [(20_000, 2.5)],
+        "validation zh": [(20_000, 3.0)],
+    }
+
+
+def test_the_picture_is_written_with_the_curves(tmp_path: Path) -> None:
+    loss_plot.plot_losses(HISTORY, 1000, tmp_path)
+    picture = (tmp_path / loss_plot.LOSS_PLOT_FILE).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    # It shows the history: other losses give another picture.
+    changed = [entry | {"loss": 2.9} if "loss" in entry else entry for entry in HISTORY]
+    loss_plot.plot_losses(changed, 1000, tmp_path)
+    assert (tmp_path / loss_plot.LOSS_PLOT_FILE).read_bytes() != picture
+
+
+def test_no_picture_without_training_losses(tmp_path: Path) -> None:
+    loss_plot.plot_losses(HISTORY[:1], 1000, tmp_path)
+    assert not list(tmp_path.iterdir())

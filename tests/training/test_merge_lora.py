@@ -1,4 +1,4 @@
-"""Merging an adapter: what fits is merged exactly, what does not is refused."""
+"""Merging an adapter: exact if it fits, refused if it does not."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import GlmForCausalLM
 
 from chatglm_ja.chatglm3 import tokenizer_files, weights
 from chatglm_ja.errors import DataError
-from chatglm_ja.training import merge_lora, train
+from chatglm_ja.training import merge_lora
 
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
 
@@ -21,7 +21,11 @@ def adapted(resized_dir: Path, tmp_path: Path) -> Path:
     """A folder with an adapter of random matrices and random embeddings."""
     torch.manual_seed(0)
     base = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
-    settings = LoraConfig(r=4, lora_alpha=6, target_modules=list(train.LORA_TARGETS))
+    settings = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    )
     model = get_peft_model(base, settings)
     for name, parameter in model.named_parameters():
         if "lora_" in name or name.endswith("embed_tokens.weight"):

@@ -57,7 +57,7 @@ def test_the_loss_is_the_same_on_a_torch_that_lacks_it(
     labels[0, 50:300] = chat_format.IGNORE_INDEX
     found: list[tuple[torch.Tensor, ...]] = []
     caplog.set_level("INFO")
-    model._say_that_the_loss_is_plain.cache_clear()
+    model._log_fallback.cache_clear()
     for has_it in (True, False, False):
         if not has_it:
             monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
@@ -115,40 +115,13 @@ def test_labels_give_the_loss_of_transformers(model: Any, documents: list[list[i
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_documents_train_as_separate_ones(
-    model: Any, documents: list[list[int]], checkpointing: bool
+def test_packed_conversations_train_as_padded_ones(
+    model: Any, data_dir: Path, checkpointing: bool
 ) -> None:
+    """Loss and gradient of a step, packed into bins, and padded in micro-batches of 5."""
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    collate = collator.Collator(document_mask=True)
-    count = sum(len(document) - 1 for document in documents)
-
-    def gradient(rows: list[Row]) -> tuple[float, torch.Tensor]:
-        model.zero_grad()
-        total = 0.0
-        for row in rows:
-            loss = model(**collate([row]), num_items_in_batch=count).loss
-            loss.backward()
-            total += loss.item()
-        return total, torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    packed: Row = {
-        "input_ids": [token for document in documents for token in document],
-        "lengths": [len(document) for document in documents],
-    }
-    separate: list[Row] = [{"input_ids": d, "lengths": [len(d)]} for d in documents]
-    packed_loss, packed_grad = gradient([packed])
-    separate_loss, separate_grad = gradient(separate)
-    assert packed_loss == pytest.approx(separate_loss, rel=1e-5)
-    assert torch.allclose(packed_grad, separate_grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows_a_pass", [1, 5])
-def test_packed_conversations_train_as_padded_ones(
-    model: Any, data_dir: Path, rows_a_pass: int
-) -> None:
-    """Loss and gradient of a step, packed into bins, and one a row in several padded passes."""
     bins = dataset.load_rows(data_dir, "sft", "train")
     collate = collator.Collator(document_mask=True)
     trained = sum(label != chat_format.IGNORE_INDEX for row in bins["labels"] for label in row)
@@ -166,7 +139,7 @@ def test_packed_conversations_train_as_padded_ones(
     loss, gradient = step(bins, len(bins))
     apart = dataset.unpack_rows(bins)
     assert len(apart) > 2 * len(bins)
-    padded_loss, padded_gradient = step(apart, rows_a_pass)
+    padded_loss, padded_gradient = step(apart, 5)
     assert padded_loss == pytest.approx(loss, rel=1e-5)
     assert (padded_gradient - gradient).norm() < 1e-5 * gradient.norm()
 
@@ -217,7 +190,7 @@ def test_single_losses_are_those_of_the_tokens(
 def test_without_the_document_mask_attention_crosses_documents(
     model: Any, documents: list[list[int]]
 ) -> None:
-    """The counter-check: the test above would notice a mask that is not applied."""
+    """The counter-check: the tests above would notice a missing mask."""
     row: Row = {"input_ids": documents[0] + documents[1], "lengths": [len(documents[0]), 0]}
     row["lengths"][1] = len(documents[1])
     losses = []

@@ -1,4 +1,4 @@
-"""Only the added rows learn: the same model before training, the base's rows after it."""
+"""Only the added rows are trained; the base's rows stay bit-identical."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
 def test_the_base_s_rows_stay_and_the_new_ones_learn(
     resized_dir: Path, data_dir: Path, tmp_path: Path, precision: str
 ) -> None:
-    """To the last bit of what is stored, float16, which bfloat16 cannot hold."""
+    """Bit-identical in the stored float16, which bfloat16 cannot represent."""
     config = config_for(
         resized_dir, data_dir, tmp_path, embedding_rows="new", save_steps=3, precision=precision
     )

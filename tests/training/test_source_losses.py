@@ -1,4 +1,4 @@
-"""Conversations by source: counted, checked with their origin, and their losses as a table."""
+"""Conversations by source: counts, checks that name the source, and the table of losses."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Training in one process: what learns, what is saved, and that the merged model is the adapter."""
+"""Training in one process: what is trained, logged, saved and merged, and how a run stops."""
 
 import functools
 import json
@@ -24,6 +24,7 @@ from chatglm_ja.chatglm3 import weights as stored_weights
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
 from chatglm_ja.training import merge_lora, progress, train, trainer
+from chatglm_ja.training.adapter import EMBEDDINGS
 from chatglm_ja.training.trainer import ResumableTrainer
 from tests.conftest import write_manifest
 from tests.training.runs import (
@@ -44,7 +45,7 @@ def trained(resized_dir: Path, data_dir: Path, tmp_path_factory: Any) -> tuple[P
     return folder, result
 
 
-def test_the_loss_falls_and_the_history_tells(trained: tuple[Path, dict]) -> None:
+def test_the_loss_falls_and_is_logged(trained: tuple[Path, dict]) -> None:
     _, result = trained
     losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
     assert len(losses) == result["steps"] == 6
@@ -60,7 +61,7 @@ def test_lora_and_both_embeddings_learn_and_nothing_else(
     config = config_for(resized_dir, data_dir, tmp_path)
     model = train.load_for_training(config, torch.bfloat16)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    embeddings = {name for name in trained if name.endswith(train.EMBEDDINGS)}
+    embeddings = {name for name in trained if name.endswith(EMBEDDINGS)}
     assert len(embeddings) == 2
     assert all("lora_" in name for name in trained - embeddings)
     # Six projections in each of three layers, two matrices each.
@@ -138,7 +139,7 @@ def test_conversations_are_scored_by_kind_and_by_source(
     resized_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     copy_of: Any,
 ) -> None:  # fmt: skip
-    """Against the plain model, a conversation at a time; before and after training by source."""
+    """Compared with the plain model, one conversation at a time; by source before and after."""
     data = copy_of(data_dir, tmp_path / "data")
     write_manifest(data, {"sft": {"sources": [{"name": "ja/help"}]}})
     config = config_for(
@@ -190,14 +191,14 @@ def test_a_bad_conversation_is_refused_before_the_model_is_loaded(
         train.train(config, "sft", None)
 
 
-def test_a_rising_validation_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rising_validation_loss_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     history: list[dict[str, float]] = []
     for loss in (3.0, 2.0, 2.1, 2.0, 2.2):
         history.append({trainer.ALL_LOSS: loss})
-        trainer._warn_of_a_rise(history)
+        trainer.warn_of_rise(history)
     assert not caplog.records
     history.append({trainer.ALL_LOSS: 2.3})
-    trainer._warn_of_a_rise(history)
+    trainer.warn_of_rise(history)
     assert "the validation loss rises: 2.0000, 2.2000, 2.3000" in caplog.text
 
 
@@ -228,7 +229,7 @@ def test_packed_conversations_train_as_padded_ones(
 def test_bits_per_character_are_those_of_the_text(
     trained: tuple[Path, dict], resized_dir: Path, data_dir: Path
 ) -> None:
-    """Against the plain model, a document at a time, its logits in full."""
+    """Compared with the plain model, one document at a time, from full logits."""
     model = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
     encoder = tokenizer.load_processor(resized_dir)
     nats = characters = 0.0
@@ -266,7 +267,7 @@ def test_accumulation_changes_nothing(resized_dir: Path, data_dir: Path, tmp_pat
 def test_an_epoch_has_the_same_steps_however_it_is_divided(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    """125 rows are 15 steps of 8: what is left fills no step."""
+    """125 rows are 15 steps of 8 rows; the rest is dropped."""
     losses = []
     for micro in (8, 4, 1):
         config = config_for(
@@ -282,7 +283,7 @@ def test_an_epoch_has_the_same_steps_however_it_is_divided(
 def test_the_speed_is_that_of_training_alone(
     resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that a step puts on by 2 seconds, and scoring by 100."""
+    """On a clock that a micro-batch advances by 2 seconds, and scoring by 100."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
     for module in (trainer, progress):
@@ -301,7 +302,7 @@ def test_the_speed_is_that_of_training_alone(
     config = config_for(resized_dir, data_dir, tmp_path, micro_batch_size=4, logging_steps=2)
     result = train.train(config, "pretrain", None)
     lines = [entry for entry in result["history"] if "loss" in entry]
-    # Two passes a step: 4 seconds for 8 rows of 64 tokens.
+    # Two micro-batches a step: 4 seconds for 8 rows of 64 tokens.
     assert [line["tokens_per_second"] for line in lines] == [128.0] * 3
     assert [line["mfu"] for line in lines] == [pytest.approx(128e9 / 0.5e12, abs=1e-4)] * 3
     assert [e["step"] for e in result["history"] if "eval_ja_loss" in e] == [0, 2, 4, 6]
@@ -316,13 +317,15 @@ def test_the_last_step_is_logged_however_few_there_are(
     assert [entry["tokens_per_second"] > 0 for entry in history if "loss" in entry] == [True]
 
 
-def test_one_evaluation_is_the_last(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_a_single_evaluation_is_after_the_last_step(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, evaluations=1, max_steps=3)
     history = train.train(config, "pretrain", None)["history"]
     assert [entry["step"] for entry in history if "eval_ja_loss" in entry] == [0, 3]
 
 
-def test_a_loss_that_is_not_a_number_stops_at_once(
+def test_nan_in_the_first_step_stops_at_once(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -336,30 +339,28 @@ def test_a_loss_that_is_not_a_number_stops_at_once(
 
 
 def without_speed(entry: dict[str, Any]) -> dict[str, Any]:
-    """A line of the log, less what another run measures otherwise."""
+    """Drop from a log entry what differs between runs with the same weights."""
     measured = ("tokens_per_second", "memory_gb", "train_runtime", "train_samples_per_second",
                 "train_steps_per_second", "train_loss", "total_flos")  # fmt: skip
     return {name: value for name, value in entry.items() if name not in measured}
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft"])
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
-    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit: weights, losses, and what was logged in between, with dropout on."""
+    """Weights, losses and log are bit-identical, with dropout."""
     folders = [tmp_path / "once", tmp_path / "twice"]
     results = []
     for folder in folders:
         config = config_for(
             resized_dir, data_dir, folder, max_steps=7, save_steps=3, logging_steps=2,
             micro_batch_size=1, global_batch_size=2, lora_dropout=0.1, epochs=5.0,
-            block_size={"pretrain": 64, "sft": 256}[name],
         )  # fmt: skip
         if folder == folders[1]:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 interrupt_after(3, patch)
-                train.train(config, name, folder, checkpoints_in(folder))
-        results.append(train.train(config, name, folder, checkpoints_in(folder)))
+                train.train(config, "pretrain", folder, checkpoints_in(folder))
+        results.append(train.train(config, "pretrain", folder, checkpoints_in(folder)))
     assert adapter(folders[0]) == adapter(folders[1])
     for entries in zip(*(result["history"] for result in results), strict=True):
         assert without_speed(entries[0]) == without_speed(entries[1])
@@ -403,8 +404,13 @@ def test_a_second_signal_ends_the_run_at_once(
     monkeypatch.setattr(trainer, "SAME_SIGNAL_SECONDS", 0.0)
     monkeypatch.setattr(ResumableTrainer, "training_step", signalled)
     config = config_for(resized_dir, data_dir, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(config, "pretrain", None, checkpoints_in(tmp_path))
+    # The caller of pytest may ignore SIGINT, as nohup does.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, "pretrain", None, checkpoints_in(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -472,7 +478,7 @@ def test_no_validation_rows_are_refused_unless_none_are_asked_for(
     assert not any(name.startswith("eval_") for entry in history for name in entry)
 
 
-def test_curves_are_there_for_tensorboard(
+def test_curves_are_written_for_tensorboard(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -491,7 +497,7 @@ def test_curves_are_there_for_tensorboard(
 def test_compiled_layers_compute_the_same(
     resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layers are traced and differentiated as a whole; no code is generated, for time."""
+    """The layers are traced and differentiated, but no code is generated, to save time."""
     traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     losses = []

@@ -1,4 +1,4 @@
-"""What validation losses are made of; training's tests compare them with the plain model."""
+"""How validation losses are combined; test_train.py compares them with the plain model."""
 
 import math
 from pathlib import Path

@@ -1,0 +1,36 @@
+"""What steps 5 and 6 do: open model and data, train, and publish the result."""
+
+from pathlib import Path
+
+from chatglm_ja.storage.inputs import open_artifact
+from chatglm_ja.storage.output import Output
+from chatglm_ja.training.settings import TrainingConfig
+
+# The data sets in step 4's folder, and the setting of step 4 that limits the tokens in their rows.
+ROW_SETTINGS = {"pretrain": "block_size", "sft": "max_length"}
+
+
+def run_training_step(
+    config: TrainingConfig, script: str, data_set: str, model_scripts: tuple[str, ...]
+) -> bool:
+    """Train on `data_set` for the step in the file `script`; return whether a model was trained.
+
+    `model_scripts` are the steps whose output can be trained. Nothing is trained if the result
+    exists already, and for --check and --estimate.
+    """
+    if config.estimate is not None:
+        from chatglm_ja.training import costs
+
+        print(costs.describe_costs(config))
+        return False
+    data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
+    config.check_rows(data.read_number("arguments", ROW_SETTINGS[data_set]))
+    model = open_artifact(config.model, *model_scripts, every_byte=config.verify)
+    output = Output(config, Path(script).stem, [model, data], unfinished="checkpoints")
+    if not output.prepare():
+        return False
+
+    from chatglm_ja.training import train
+
+    train.train_and_publish(config, output, data_set)
+    return True
