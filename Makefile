@@ -37,7 +37,7 @@ demo: $(VENV)/ready
 	$(PYTHON) step7_eval.py
 
 # One thread per process: several processes with several threads each would slow each other down.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4
 
 test: $(VENV)/extras
 	$(PYTEST)

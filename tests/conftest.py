@@ -1,6 +1,7 @@
 """Small real things to test on: ChatGLM3's own layout in miniature, and the demo's texts."""
 
 import itertools
+import re
 import shutil
 import signal
 import subprocess
@@ -37,11 +38,24 @@ needs_real_tokenizer = pytest.mark.skipif(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests of the finished pipeline in one pytest-xdist worker, which builds it once."""
-    for item in items:
-        if "pipeline" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("pipeline"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Schedule all tests of the finished pipeline to one worker, which builds it once.
+
+    pytest-xdist's own --dist loadgroup has no effect under pytest 9.2, whose node ids do not follow
+    `_nodeid`.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    uses = re.compile(r"\b(pipeline: Runner|unlocked: Runner|forks: Forks)\b")
+    tests = (PROJECT / "tests").rglob("test_*.py")
+    files = {str(path.relative_to(PROJECT)) for path in tests if uses.search(path.read_text())}
+
+    class PipelineScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "pipeline" if nodeid.partition("::")[0] in files else nodeid
+
+    return PipelineScheduling(config, log)
 
 
 def demo_texts(language: str, count: int, split: str = "train") -> list[str]:
