@@ -69,10 +69,14 @@ def publish_file(path: Path) -> Iterator[Path]:
 def publish_folder(working: Path, target: Path) -> None:
     """Flush a finished folder to disk and rename it to `target`, replacing what is there.
 
+    All files get the mode of its manifest, which is what the umask allows.
     A crash leaves either folder whole. Between the two renames the old one is at
     `replaced_path(target)`; `restore_replaced` moves it back.
     """
+    mode = (working / MANIFEST).stat().st_mode
     for path in (working, *working.rglob("*")):
+        if path.is_file():
+            path.chmod(mode)  # safetensors writes files that only their owner can read
         fsync(path)
     old = replaced_path(target)
     shutil.rmtree(old, ignore_errors=True)

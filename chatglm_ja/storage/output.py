@@ -6,6 +6,7 @@ artifacts/demo/step4_data/            ... then renamed here, with manifest.json
 artifacts/demo/step4_data.work/       finished parts, from which a killed run resumes
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -34,6 +35,9 @@ from chatglm_ja.storage.manifest import (
 )
 
 log = logging.getLogger(__name__)
+
+# What flock fails with on a file system without locks, such as some NFS and Lustre mounts.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 class Output:
@@ -181,6 +185,14 @@ class Output:
                 is_free = path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
             except BlockingIOError:
                 is_free = False
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning(
+                    "the file system of %s has no file locks (%s): make sure that no other process "
+                    "writes this folder", self.path, error.strerror,
+                )  # fmt: skip
+                is_free = True
             if not is_free:
                 raise ArtifactError(
                     f"another process is writing {self.path}: wait for it, or stop it"

@@ -1,5 +1,7 @@
 """Hand-off folders: whole or absent, refused when damaged or made from something else."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.settings import StepConfig, setting
@@ -367,6 +371,32 @@ def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("a file")
     with pytest.raises(ArtifactError, match="b exists and no step made it"):
         make(tmp_path / "b")
+
+
+def test_published_files_have_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [])
+    assert output.prepare()
+    umask = os.umask(0o027)
+    try:
+        with output.write() as folder:
+            save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == {"model.safetensors": 0o640, "manifest.json": 0o640}
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_lock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    assert make(tmp_path / "a")
+    assert f"the file system of {tmp_path}/a has no file locks" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 KILLED = """
