@@ -4,7 +4,7 @@
 # make faults   kills, full disks, damaged files, lost processes; rewrites docs/reliability.md
 # make audit    known vulnerabilities of the pinned packages; needs the network
 # make extras   the optional packages too: chat page, lm-evaluation-harness, serving
-# make clean    remove the results, keep the environment
+# make clean    remove the results of the demo, keep the environment
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -59,7 +59,7 @@ audit: $(VENV)/ready
 extras: $(VENV)/extras
 
 clean:
-	rm -rf artifacts
+	rm -rf artifacts/demo
 
 $(VENV)/ready: requirements.txt
 	@test -n "$(PYTHON3)" || { echo "error: Python 3.11 or 3.12 not found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }
