@@ -1,5 +1,14 @@
-"""What the seven steps share: vocabulary, checkpoint, packing, training, evaluation.
+"""The library behind the numbered steps; each subpackage's docstring says what it is for.
 
-The steps import this package; it never imports a step nor `constants.py`. Every path and setting
-is passed in, so each module can be used and tested on its own in any folder.
+The steps import this package. It imports neither a step nor constants.py: every path and setting is
+passed in, so each module can be used and tested on its own, in any folder.
 """
+
+import importlib.util
+import sys
+
+if importlib.util.find_spec("pydantic") is None:
+    sys.exit(
+        f"error: the project's packages are not installed for {sys.executable}: run "
+        "`source .venv/bin/activate` first, or `pip install -r requirements.txt`"
+    )

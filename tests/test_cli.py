@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import PROJECT
+from tests.pipeline import PROJECT, STEPS, only_error
 
 IN_A_DESTRUCTOR = """
 import os, signal, time
@@ -44,3 +44,12 @@ def test_ctrl_c_is_neither_lost_nor_a_traceback(program: str, status: int, said:
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (status, "it goes on\n", said)
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+@pytest.mark.parametrize("script", STEPS)
+def test_a_python_without_the_packages_is_one_line(script: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-S", str(PROJECT / script)], capture_output=True, text=True, check=False
+    )
+    assert only_error(result.returncode, result.stderr).endswith("pip install -r requirements.txt`")
+    assert len(result.stderr.splitlines()) == 1
