@@ -8,6 +8,7 @@ answers at once. Each room's settings.py holds the classes of its steps.
 
 import argparse
 import dataclasses
+import difflib
 import enum
 import itertools
 import math
@@ -132,7 +133,13 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
+        hint = "--help lists the flags"
+        for word in message.removeprefix("unrecognized arguments: ").split():
+            known = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions)
+            if word.startswith("-") and message.startswith("unrecognized") and known:
+                hint = f"did you mean {known[0]}?"
+                break
+        raise ConfigError(f"{message} ({hint})")
 
 
 def parse(

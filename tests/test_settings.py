@@ -35,7 +35,9 @@ def test_flags_go_before_the_profile_and_the_profile_before_the_class() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lora-rnk", "4"], "unrecognized arguments: --lora-rnk 4"),
+        (["--lora-rnk", "4"], "unrecognized arguments: --lora-rnk 4 (did you mean --lora-rank?)"),
+        (["--max_steps=4"], "did you mean --max-steps?"),
+        (["--zzz"], "unrecognized arguments: --zzz (--help lists the flags)"),
         (["--lora-rank", "many"], "argument --lora-rank: invalid int value: 'many'"),
         (["--precision", "int8"], "invalid choice: 'int8'"),
         (["--lora-rank", "0"], "--lora-rank is 0, expected 1 to inf"),
