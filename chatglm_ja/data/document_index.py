@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from chatglm_ja.data import dedup, token_store
-from chatglm_ja.data.fates import Fate
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.token_store import COLUMN_TYPES, StoredChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source

@@ -14,13 +14,12 @@ import numpy as np
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import load_processor
-from chatglm_ja.data import arrow, conversations, mixing, packing, parallel, tokenizing
+from chatglm_ja.data import conversations, dataset, mixing, packing, resume, token_store
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.conversations import Conversation
 from chatglm_ja.data.document_index import DocumentIndex
-from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
-from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk, find_chunk
-from chatglm_ja.data.tokenizing import ChunkTask
+from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.inputs import Input
 
@@ -30,40 +29,35 @@ SHORTENED = "shortened"  # a count, not a fate: the conversation is kept without
 
 def content_keys(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[str, Any]]:
     """Return all that shapes the tokens of each source of conversations."""
-    return tokenizing.content_keys(
-        config.sft_sources,
-        inputs,
-        "conversations",
-        max_length=config.max_length,
-        long_conversations=config.long_conversations,
-    )
+    return resume.content_keys(
+        config.sft_sources, inputs, "conversations",
+        max_length=config.max_length, long_conversations=config.long_conversations,
+    )  # fmt: skip
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
     """Tokenize every source into its folder; return the index of the conversations."""
     tokenize = functools.partial(tokenize_conversations, config)
-    tasks = tokenizing.list_tasks(config.sft_sources, folders)
-    results = parallel.map_in_order(tokenize, tasks, config.num_processes)
-    chunks = tokenizing.collect_chunks(results, config.max_rejects, "conversations")
-    return DocumentIndex(config.sft_sources, chunks)
+    sources = config.sft_sources
+    chunks = token_store.tokenize_sources(tokenize, sources, folders, config, "conversations")
+    return DocumentIndex(sources, chunks)
 
 
 def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> StoredChunk:
     """Filter and tokenize a chunk of conversations, unless an earlier run stored it."""
-    if stored := find_chunk(task.stem, task.number):
+    if stored := token_store.find_chunk(task.stem, task.number):
         return stored
     tokenized = TokenizedChunk(file=Path(task.chunk.file).name)
     for conversation in conversations.parse_conversations(task.chunk, task.source):
-        if isinstance(conversation, Conversation):
-            tokenized.found += 1
-            tokenized.text_bytes += sum(
-                len(message["content"].encode()) for message in conversation.messages
-            )
-            fate = _add_conversation(tokenized, conversation, config)
-            if fate is not Fate.KEPT:
-                tokenized.counts[fate] += 1
-        else:
+        if not isinstance(conversation, Conversation):
             tokenized.rejects.append(conversation)
+            continue
+        tokenized.found += 1
+        contents = [message["content"] for message in conversation.messages]
+        tokenized.text_bytes += len("".join(contents).encode())
+        fate = _add_conversation(tokenized, conversation, config)
+        if fate is not Fate.KEPT:
+            tokenized.counts[fate] += 1
     return tokenized.write(task.stem, task.number)
 
 
@@ -115,7 +109,7 @@ def write(
     for name, documents in ((TRAIN, train), (VALIDATION, validation)):
         plan = packing.plan_best_fit(index.length[documents], config.max_length)
         bins[name] = len(plan)
-        arrow.write_shards(
+        dataset.write_shards(
             folder, name, plan.shuffle(config.seed), index, documents,
             processes=config.num_processes, with_labels=True,
         )  # fmt: skip

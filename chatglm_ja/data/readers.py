@@ -91,8 +91,17 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
                 yield Chunk(str(path), 1, path)
             case _:
                 yield from _cut_lines(path, chunk_bytes)
-    if not paths:
-        yield from _cut_dataset(source, chunk_bytes)
+    if paths:
+        return
+    rows = load_hub_dataset(source)
+    table = rows.with_format("arrow")
+    per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
+    for start in range(0, len(rows), per_chunk):
+        part = table[start : start + per_chunk]
+        stream = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(stream, part.schema) as writer:
+            writer.write_table(part, max_chunksize=ROWS_AT_ONCE)
+        yield Chunk(source.path, start + 1, stream.getvalue())
 
 
 def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
@@ -101,9 +110,14 @@ def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | R
         if source.where is None or isinstance(record, Reject):
             yield number, record
         elif source.where[0] not in record:
-            yield number, _missing_column(source.where[0], record)
+            yield number, missing_column(source.where[0], record)
         elif str(record[source.where[0]]) == source.where[1]:
             yield number, record
+
+
+def missing_column(column: str, record: Record) -> Reject:
+    """Return the Reject for a record without a column that is needed."""
+    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
 
 
 def record_id(record: Record, source: Source) -> str | None:
@@ -115,7 +129,7 @@ def record_id(record: Record, source: Source) -> str | None:
 def check_text(value: Any, column: str, record: Record) -> Reject | None:
     """Return why the value of a text column cannot be used, or None."""
     if column not in record:
-        return _missing_column(column, record)
+        return missing_column(column, record)
     if not isinstance(value, str):
         return Reject("wrong type", f"column {column!r} holds {type(value).__name__}, not text")
     return check_characters(value)
@@ -153,10 +167,6 @@ def load_hub_dataset(source: Source) -> Any:
             f"could be loaded ({_first_line(error)}): without a network, download it and pass its "
             "path as LANGUAGE=PATH"
         ) from None
-
-
-def _missing_column(column: str, record: Record) -> Reject:
-    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -266,15 +276,11 @@ def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
 def _decode_lines(payload: bytes) -> Iterator[str | Reject]:
     """Decode the lines of a chunk; one by one only if the chunk as a whole is not UTF-8."""
     try:
-        lines: Any = payload.decode("utf-8").split("\n")
+        yield from payload.decode("utf-8").removesuffix("\n").split("\n")
+        return
     except UnicodeDecodeError:
-        lines = payload.split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line break is not a line
+        lines = payload.removesuffix(b"\n").split(b"\n")
     for line in lines:
-        if isinstance(line, str):
-            yield line
-            continue
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -341,18 +347,6 @@ def _read_rows(file: str, rows: ParquetRows) -> Iterator[pyarrow.RecordBatch]:
         seen += len(batch)
         if seen >= rows.stop:
             return
-
-
-def _cut_dataset(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
-    rows = load_hub_dataset(source)
-    table = rows.with_format("arrow")
-    per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
-    for start in range(0, len(rows), per_chunk):
-        part = table[start : start + per_chunk]
-        stream = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(stream, part.schema) as writer:
-            writer.write_table(part, max_chunksize=ROWS_AT_ONCE)
-        yield Chunk(source.path, start + 1, stream.getvalue())
 
 
 def _to_records(batch: pyarrow.RecordBatch) -> list[Record]:

@@ -21,15 +21,37 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.document_index import DocumentIndex
-from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.readers import LOST_FILE
 from chatglm_ja.data.token_store import FORMAT
 from chatglm_ja.errors import DataError
+from chatglm_ja.sources import Source
+from chatglm_ja.storage.inputs import Input
 
 log = logging.getLogger(__name__)
 
 OUTDATED = "outdated-"
+
+
+def content_keys(
+    sources: Sequence[Source], inputs: Sequence[Input], role: str, **settings: Any
+) -> list[dict[str, Any]]:
+    """Return all that shapes the tokens of each source, which names its folder.
+
+    That is the source's files and declaration, the tokenizer, and `settings`.
+    """
+    by_role = {source.role: source for source in inputs}
+    settings["tokenizer"] = by_role["step2_merge_tokenizer"].fingerprint
+    return [
+        {
+            "files": fingerprint,
+            "changed": source.modification_times(),
+            "source": source.settings(),
+            **settings,
+        }
+        for source, fingerprint in zip(sources, by_role[role].source_fingerprints, strict=True)
+    ]
 
 
 @contextmanager
@@ -55,7 +77,10 @@ def open_folders(
     if root.exists():
         for path in root.iterdir():
             if path not in current:
-                _remove(path)
+                # Rename before deleting, so that a crash leaves nothing that looks resumable.
+                if not path.name.startswith(OUTDATED):
+                    path = path.rename(path.with_name(OUTDATED + path.name))
+                shutil.rmtree(path)
         for part in root.rglob("*.part"):
             part.unlink()
     for path in current:
@@ -65,13 +90,6 @@ def open_folders(
     except BaseException:
         log.info("finished work is kept in %s: re-run the command to resume", root)
         raise
-
-
-def _remove(folder: Path) -> None:
-    """Rename a folder before deleting it, so that a crash leaves nothing that looks resumable."""
-    if not folder.name.startswith(OUTDATED):
-        folder = folder.rename(folder.with_name(OUTDATED + folder.name))
-    shutil.rmtree(folder)
 
 
 def link_files(source: Path, target: Path) -> None:

@@ -60,8 +60,7 @@ class PrepareDataConfig(StepConfig):
         high=1,
     )
     decontaminate: tuple[Source, ...] = setting(
-        "evaluation texts; drop pretraining texts that share 13 consecutive tokens with them",
-        (),
+        "evaluation texts; drop pretraining texts that share 13 consecutive tokens with them", ()
     )
     sft_sources: tuple[Source, ...] = setting(
         "conversations: a YAML file of sources, or each as "
