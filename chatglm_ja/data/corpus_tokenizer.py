@@ -75,7 +75,6 @@ class CorpusTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32."""
-        texts = list(texts)
         if not texts:
             return []
         if len(self._starts) > MAX_CACHED:
@@ -112,49 +111,38 @@ class CorpusTokenizer:
         starts, ends = bounds[:-1], bounds[1:]
         sizes = ends - starts
         rows = np.empty(len(sizes), dtype=np.int64)
+
+        def cut(stretches: np.ndarray) -> list[str]:
+            spans = zip(starts[stretches].tolist(), ends[stretches].tolist(), strict=True)
+            return [joined[start:end] for start, end in spans]
+
         one = np.flatnonzero(sizes == 1)
-        rows[one] = self._rows_of_characters(codes[starts[one]])
+        characters = codes[starts[one]]
+        new = np.unique(characters[self._row_of_character.take(characters) < 0])
+        self._row_of_character[new] = self._add([chr(code) for code in new.tolist()])
+        rows[one] = self._row_of_character.take(characters)
+
+        # The key of a short stretch holds the numbers of its characters side by side.
         short = np.flatnonzero((sizes > 1) & (sizes <= self._key_characters))
-        keys = self._keys(numbers, starts[short], sizes[short])
-        rows[short] = self._rows_of_keys(keys, joined, starts[short], ends[short])
-        long = np.flatnonzero(sizes > self._key_characters)
-        spans = zip(starts[long].tolist(), ends[long].tolist(), strict=True)
-        rows[long] = self._rows_of_texts([joined[start:end] for start, end in spans])
-        return rows
-
-    def _rows_of_characters(self, codes: np.ndarray) -> np.ndarray:
-        rows = self._row_of_character.take(codes)
-        if (rows < 0).any():
-            new = np.unique(codes[rows < 0])
-            self._row_of_character[new] = self._add([chr(code) for code in new.tolist()])
-            rows = self._row_of_character.take(codes)
-        return rows
-
-    def _rows_of_keys(
-        self, keys: np.ndarray, joined: str, starts: np.ndarray, ends: np.ndarray
-    ) -> np.ndarray:
+        keys = np.zeros(len(short), dtype=np.int64)
+        for offset in range(self._key_characters):
+            inside = np.flatnonzero(sizes[short] > offset)
+            part = numbers.take(starts[short[inside]] + offset).astype(np.int64)
+            keys[inside] |= part << (self._bits * offset)
         unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         names = unique.tolist()
-        rows = np.array([self._row_of_key.get(name, -1) for name in names], dtype=np.int64)
-        new = np.flatnonzero(rows < 0)
-        spans = zip(starts[first[new]].tolist(), ends[first[new]].tolist(), strict=True)
-        rows[new] = self._add([joined[start:end] for start, end in spans])
-        self._row_of_key.update((names[place], int(rows[place])) for place in new)
-        return rows[inverse]
+        key_rows = np.array([self._row_of_key.get(name, -1) for name in names], dtype=np.int64)
+        new = np.flatnonzero(key_rows < 0)
+        key_rows[new] = self._add(cut(short[first[new]]))
+        self._row_of_key.update((names[place], int(key_rows[place])) for place in new)
+        rows[short] = key_rows[inverse]
 
-    def _rows_of_texts(self, texts: Sequence[str]) -> list[int]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._row_of_text]
-        self._row_of_text.update(zip(new, self._add(new).tolist(), strict=True))
-        return [self._row_of_text[text] for text in texts]
-
-    def _keys(self, numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Return a unique integer for each short stretch: its characters' numbers side by side."""
-        keys = np.zeros(len(starts), dtype=np.int64)
-        for offset in range(self._key_characters):
-            inside = np.flatnonzero(sizes > offset)
-            part = numbers.take(starts[inside] + offset).astype(np.int64)
-            keys[inside] |= part << (self._bits * offset)
-        return keys
+        long = np.flatnonzero(sizes > self._key_characters)
+        texts = cut(long)
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._row_of_text]
+        self._row_of_text.update(zip(unknown, self._add(unknown).tolist(), strict=True))
+        rows[long] = [self._row_of_text[text] for text in texts]
+        return rows
 
     def _add(self, stretches: Sequence[str]) -> np.ndarray:
         """Encode new stretches and return their cache rows."""

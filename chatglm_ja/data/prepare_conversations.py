@@ -14,25 +14,13 @@ import numpy as np
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import load_processor
-from chatglm_ja.data import conversations, dataset, mixing, packing, resume, token_store
+from chatglm_ja.data import conversations, dataset, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.conversations import Conversation
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.inputs import Input
-
-TRAIN, VALIDATION = "sft_train", "sft_validation"
-SHORTENED = "shortened"  # a count, not a fate: the conversation is kept without its beginning
-
-
-def content_keys(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[str, Any]]:
-    """Return all that shapes the tokens of each source of conversations."""
-    return resume.content_keys(
-        config.sft_sources, inputs, "conversations",
-        max_length=config.max_length, long_conversations=config.long_conversations,
-    )  # fmt: skip
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
@@ -86,7 +74,7 @@ def _add_conversation(
             return Fate.TOO_LONG
         first = 1 if roles[0] == "system" else 0
         del parts[first : first + oldest], roles[first : first + oldest]
-        tokenized.counts[SHORTENED] += 1
+        tokenized.counts["shortened"] += 1  # not a fate: the rest of the conversation is kept
     ids, labels = chat_format.join_example(prefix, roles, parts)
     # Examples are compared, not conversations: what was left out makes no difference to a model.
     content = np.array(ids, dtype="<i4").tobytes()
@@ -106,11 +94,11 @@ def write(
     index.drop_duplicates()
     train, validation = _draw(index, config, shares)
     bins = {}
-    for name, documents in ((TRAIN, train), (VALIDATION, validation)):
+    for split, documents in (("train", train), ("validation", validation)):
         plan = packing.plan_best_fit(index.length[documents], config.max_length)
-        bins[name] = len(plan)
+        bins[split] = len(plan)
         dataset.write_shards(
-            folder, name, plan.shuffle(config.seed), index, documents,
+            folder, f"sft_{split}", plan.shuffle(config.seed), index, documents,
             processes=config.num_processes, with_labels=True,
         )  # fmt: skip
     tokens = int(index.length[train].sum())
@@ -129,10 +117,10 @@ def write(
     counts = {
         "train_examples": {kind: int((kinds[train] == kind).sum()) for kind in shares},
         "validation_examples": {kind: int((kinds[validation] == kind).sum()) for kind in shares},
-        "train_bins": bins[TRAIN],
+        "train_bins": bins["train"],
         "train_tokens": tokens,
-        "train_fill": round(tokens / (bins[TRAIN] * config.max_length), 4),
-        "validation_bins": bins[VALIDATION],
+        "train_fill": round(tokens / (bins["train"] * config.max_length), 4),
+        "validation_bins": bins["validation"],
         "max_length": config.max_length,
         "sources": sources,
     }

@@ -20,7 +20,7 @@ import numpy as np
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, MODEL_FILE, load_processor, read_proto
-from chatglm_ja.data import cleaning, corpus, dataset, dedup, mixing, packing, resume, token_store
+from chatglm_ja.data import cleaning, corpus, dataset, dedup, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.corpus import Document
 from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
@@ -28,27 +28,9 @@ from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.inputs import Input
 
 # Documents are tokenized in batches of this many characters: enough for numpy, little memory.
 BATCH_CHARACTERS = 2**20
-TRAIN, VALIDATION = "pretrain_train", "pretrain_validation"
-
-
-def content_keys(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[str, Any]]:
-    """Return all that shapes the tokens of each source of texts."""
-    evaluation_texts = [item.fingerprint for item in inputs if item.role == "evaluation_texts"]
-    return resume.content_keys(
-        config.sources,
-        inputs,
-        "texts",
-        unicode_form=config.unicode_form,
-        min_characters=config.min_characters,
-        check_language=config.check_language,
-        decontaminate=[source.settings() for source in config.decontaminate],
-        evaluation_texts=evaluation_texts[0] if evaluation_texts else None,
-        signatures=config.near_duplicates > 0,
-    )
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
@@ -171,9 +153,9 @@ def write(
             "raise --total-tokens"
         )
     processes = config.num_processes
-    dataset.write_shards(folder, TRAIN, plan, index, drawn.document, processes=processes)
+    dataset.write_shards(folder, "pretrain_train", plan, index, drawn.document, processes=processes)
     _write_validation(index, config, held_out, folder)
-    return _count(index, config, shares, plan, drawn, held_out)
+    return _count(index, config, plan, drawn, held_out)
 
 
 def _write_validation(
@@ -191,14 +173,13 @@ def _write_validation(
         before += len(documents)
     plan, documents = packing.join_plans(plans), np.concatenate(list(held_out.values()))
     dataset.write_shards(
-        folder, VALIDATION, plan, index, documents, processes=1, languages=languages
+        folder, "pretrain_validation", plan, index, documents, processes=1, languages=languages
     )
 
 
 def _count(
     index: DocumentIndex,
     config: PrepareDataConfig,
-    shares: Mapping[str, float],
     plan: packing.PackingPlan,
     drawn: mixing.Draw,
     held_out: Mapping[str, np.ndarray],
@@ -211,7 +192,7 @@ def _count(
     is_held_out[np.concatenate(list(held_out.values()))] = True
     is_kept = index.is_fate(Fate.KEPT)
     sources = []
-    train: dict[str, int] = dict.fromkeys(shares, 0)
+    train: dict[str, int] = dict.fromkeys(held_out, 0)
     for number, source in enumerate(config.sources):
         own = index.source == number
         tokens = int(used[drawn_source == number].sum())

@@ -173,13 +173,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).split("\n")[0]
 
 
-def _raise_system_error(error: BaseException) -> None:
-    """Re-raise an error of the system, such as a missing file or a failing disk, not of the data.
+def _damaged(kind: str, detail: str, error: Exception) -> Reject:
+    """Return the Reject for corrupt data; re-raise an error of the system, such as a failing disk.
 
     Errors about corrupt data may be OSErrors, too, but have no errno.
     """
     if isinstance(error, OSError) and error.errno:
         raise error
+    return Reject(f"damaged {kind}", detail)
 
 
 def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
@@ -211,9 +212,8 @@ def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
                     yield number, record
                     number += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
-            _raise_system_error(error)
             detail = f"the rest of its rows is lost ({_first_line(error)})"
-            yield number, Reject("damaged parquet", detail)
+            yield number, _damaged("parquet", detail, error)
 
 
 def _cut_lines(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
@@ -263,11 +263,11 @@ def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
                     yield b"".join(parts)
                     parts, buffered = [], 0
         except compression.error_types() as error:
-            _raise_system_error(error)
+            detail = f"the rest of the file is lost ({_first_line(error)})"
+            reject = _damaged(compression.module, detail, error)
             text = b"".join(parts)
             yield text[: text.rfind(b"\n") + 1]
-            detail = f"the rest of the file is lost ({_first_line(error)})"
-            yield Reject(f"damaged {compression.module}", detail)
+            yield reject
             return
     if buffered:
         yield b"".join(parts)
@@ -308,22 +308,20 @@ def _parse_list(path: Path) -> Iterator[Record | Reject]:
     except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError, too
         yield Reject("broken file", f"it is not JSON ({error}): one object a line is .jsonl")
     except compression.error_types() as error:
-        _raise_system_error(error)
-        yield Reject(f"damaged {compression.module}", str(error))
+        yield _damaged(compression.module, str(error), error)
     else:
-        if not isinstance(rows, list):
+        if isinstance(rows, list):
+            yield from map(_check_object, rows)
+        else:
             kind = type(rows).__name__
             yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
-            return
-        yield from map(_check_object, rows)
 
 
 def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
     try:
         metadata = pyarrow.parquet.ParquetFile(path).metadata
     except (pyarrow.ArrowInvalid, OSError) as error:
-        _raise_system_error(error)
-        reject = Reject("damaged parquet", f"the file is lost ({_first_line(error)})")
+        reject = _damaged("parquet", f"the file is lost ({_first_line(error)})", error)
         yield Chunk(str(path), 1, reject)
         return
     first = 1

@@ -24,9 +24,9 @@ from typing import Any
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.readers import LOST_FILE
+from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import FORMAT
 from chatglm_ja.errors import DataError
-from chatglm_ja.sources import Source
 from chatglm_ja.storage.inputs import Input
 
 log = logging.getLogger(__name__)
@@ -35,23 +35,43 @@ OUTDATED = "outdated-"
 
 
 def content_keys(
-    sources: Sequence[Source], inputs: Sequence[Input], role: str, **settings: Any
-) -> list[dict[str, Any]]:
-    """Return all that shapes the tokens of each source, which names its folder.
+    config: PrepareDataConfig, inputs: Sequence[Input]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return all that shapes the tokens of each source: of texts, and of conversations.
 
-    That is the source's files and declaration, the tokenizer, and `settings`.
+    That is the source's files and declaration, the tokenizer, and settings of step 4.
     """
-    by_role = {source.role: source for source in inputs}
-    settings["tokenizer"] = by_role["step2_merge_tokenizer"].fingerprint
-    return [
-        {
-            "files": fingerprint,
-            "changed": source.modification_times(),
-            "source": source.settings(),
-            **settings,
-        }
-        for source, fingerprint in zip(sources, by_role[role].source_fingerprints, strict=True)
-    ]
+    by_role = {item.role: item for item in inputs}
+    tokenizer = by_role["step2_merge_tokenizer"].fingerprint
+    evaluation = by_role.get("evaluation_texts")
+    settings: dict[str, dict[str, Any]] = {
+        "texts": {
+            "unicode_form": config.unicode_form,
+            "min_characters": config.min_characters,
+            "check_language": config.check_language,
+            "decontaminate": [source.settings() for source in config.decontaminate],
+            "evaluation_texts": evaluation and evaluation.fingerprint,
+            "signatures": config.near_duplicates > 0,
+        },
+        "conversations": {
+            "max_length": config.max_length,
+            "long_conversations": config.long_conversations,
+        },
+    }
+    keys: dict[str, list[dict[str, Any]]] = {}
+    for role, sources in (("texts", config.sources), ("conversations", config.sft_sources)):
+        fingerprints = zip(sources, by_role[role].source_fingerprints, strict=True)
+        keys[role] = [
+            {
+                "files": fingerprint,
+                "changed": source.modification_times(),
+                "source": source.settings(),
+                "tokenizer": tokenizer,
+                **settings[role],
+            }
+            for source, fingerprint in fingerprints
+        ]
+    return keys
 
 
 @contextmanager

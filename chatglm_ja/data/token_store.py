@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from tqdm.auto import tqdm
 
 from chatglm_ja.data import dedup, parallel
@@ -192,7 +192,7 @@ def find_chunk(stem: Path, source: int) -> StoredChunk | None:
         return None
     try:
         summary = ChunkSummary.model_validate(read_json(path))
-    except (ValidationError, ValueError):
+    except ValueError:  # pydantic's ValidationError, too
         problem: str | None = f"{path.name} is corrupt"
     else:
         if summary.files.keys() >= {f"{stem.name}{TOKENS}", f"{stem.name}{COLUMNS}"}:
