@@ -20,20 +20,14 @@ from chatglm_ja.data import readers
 from chatglm_ja.data.readers import Chunk, Record, Reject
 from chatglm_ja.sources import Source
 
-# The usual names of speakers, as ChatGLM3's roles.
-ROLE_NAMES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "observation",
-    "tool": "observation",
-    "function": "observation",
+# The usual names of speakers, by ChatGLM3's roles.
+SPEAKERS = {
+    "system": ("system",),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "bot", "function_call"),
+    "observation": ("observation", "tool", "function"),
 }
+ROLES = {speaker: role for role, speakers in SPEAKERS.items() for speaker in speakers}
 # The roles that may follow a role; None is the beginning.
 FOLLOWERS: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -191,9 +185,9 @@ def _parse_messages(record: Record, column: str) -> list[Message] | Reject:
         content = turn.get("content")
         if content is None:
             content = turn.get("value")
-        role = ROLE_NAMES.get(speaker.lower()) if isinstance(speaker, str) else None
+        role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
         if role is None:
-            known = ", ".join(ROLE_NAMES)
+            known = ", ".join(ROLES)
             return Reject("unknown role", f"message {index} is of {speaker!r}: expected {known}")
         if not isinstance(content, str):
             return Reject("wrong type", f"message {index} holds {type(content).__name__}, not text")

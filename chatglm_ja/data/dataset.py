@@ -203,8 +203,7 @@ def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, 
             f"model reads at most {shape.positions} (max_position_embeddings): prepare the data "
             "with shorter rows"
         )
-    largest = (pyarrow.compute.max(pyarrow.compute.list_flatten(c)).as_py() for c in column.chunks)
-    largest_id = max((value for value in largest if value is not None), default=0)
+    largest_id = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() or 0
     if largest_id >= shape.rows:
         raise DataError(
             f"the data holds token id {largest_id}, but the model has {shape.rows} embedding rows: "
