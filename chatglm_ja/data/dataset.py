@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from chatglm_ja.chatglm3 import chat_format
@@ -39,7 +39,7 @@ SHARD_TOKENS = 2**26
 ROWS_AT_ONCE = 1000
 TOKENS_AT_ONCE = 2**24
 TOKEN_COLUMNS = {"input_ids": TOKENS, "labels": LABELS}
-CONVERSATION_COLUMNS = ("input_ids", "labels", "lengths", "sources")
+SFT_COLUMNS = ("input_ids", "labels", "lengths", "sources")
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def unpack_rows(rows: "Dataset") -> "Dataset":
 
     batches = []
     for batch in rows.data.table.to_batches():
-        counts = pyarrow.compute.list_value_length(batch["lengths"]).to_numpy()
+        counts = pc.list_value_length(batch["lengths"]).to_numpy()
         lengths = batch["lengths"].flatten().to_numpy()
         token_starts = np.concatenate([[0], np.cumsum(lengths)])
         columns = []
@@ -187,7 +187,7 @@ def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, 
     `data` and `name` are the folder and the data set that the rows were read from.
     """
     column = rows.data.table["input_ids"]
-    sizes = pyarrow.compute.list_value_length(column).to_numpy()
+    sizes = pc.list_value_length(column).to_numpy()
     longest = int(sizes.max(initial=0))
     if longest > block_size:
         raise DataError(
@@ -203,7 +203,7 @@ def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, 
             f"model reads at most {shape.positions} (max_position_embeddings): prepare the data "
             "with shorter rows"
         )
-    largest_id = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() or 0
+    largest_id = pc.max(pc.list_flatten(column)).as_py() or 0
     if largest_id >= shape.rows:
         raise DataError(
             f"the data holds token id {largest_id}, but the model has {shape.rows} embedding rows: "
@@ -213,9 +213,7 @@ def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, 
 
 def count_tokens(rows: "Dataset") -> int:
     """Count the tokens of all rows."""
-    return pyarrow.compute.sum(
-        pyarrow.compute.list_value_length(rows.data.table["input_ids"])
-    ).as_py()
+    return pc.sum(pc.list_value_length(rows.data.table["input_ids"])).as_py()
 
 
 def scored_share(rows: "Dataset", sample: int) -> float:
@@ -287,9 +285,7 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
     empty_answer = len(chat_format.encode_text(tokenizer, "\n")) + 1
     before = 0
     for batch in rows.data.table.to_batches():
-        ids, labels, lengths, sources = (
-            batch[name].flatten().to_numpy() for name in CONVERSATION_COLUMNS
-        )
+        ids, labels, lengths, sources = (batch[name].flatten().to_numpy() for name in SFT_COLUMNS)
         _check_lengths(batch, data, split, len(titles))
         if not len(lengths):
             continue
@@ -316,10 +312,7 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
 
 def _check_lengths(batch: Any, data: Path, split: str, num_sources: int) -> None:
     """Raise DataError if the lists of a row have lengths that contradict each other."""
-    sizes = {
-        name: pyarrow.compute.list_value_length(batch[name]).to_numpy()
-        for name in CONVERSATION_COLUMNS
-    }
+    sizes = {name: pc.list_value_length(batch[name]).to_numpy() for name in SFT_COLUMNS}
     lengths = batch["lengths"].flatten().to_numpy()
     numbers = batch["sources"].flatten().to_numpy()
     rows = np.repeat(np.arange(len(batch)), sizes["lengths"])

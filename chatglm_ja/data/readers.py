@@ -251,26 +251,23 @@ def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
     Of a corrupt file, what was decompressed before the damage comes first, then a Reject.
     """
     compression = file_compression(path)
-    parts: list[bytes] = []
-    buffered = 0
+    block = bytearray()
     with compression.open(path) as file:
         try:
             # read1 returns what is decompressed already; read would lose it if damage follows.
-            while part := file.read1(size - buffered):  # type: ignore[attr-defined]
-                parts.append(part)
-                buffered += len(part)
-                if buffered == size:
-                    yield b"".join(parts)
-                    parts, buffered = [], 0
+            while part := file.read1(size - len(block)):  # type: ignore[attr-defined]
+                block += part
+                if len(block) == size:
+                    yield bytes(block)
+                    block.clear()
         except compression.error_types() as error:
             detail = f"the rest of the file is lost ({_first_line(error)})"
             reject = _damaged(compression.module, detail, error)
-            text = b"".join(parts)
-            yield text[: text.rfind(b"\n") + 1]
+            yield bytes(block[: block.rfind(b"\n") + 1])
             yield reject
             return
-    if buffered:
-        yield b"".join(parts)
+    if block:
+        yield bytes(block)
 
 
 def _decode_lines(payload: bytes) -> Iterator[str | Reject]:

@@ -44,33 +44,27 @@ def content_keys(
     by_role = {item.role: item for item in inputs}
     tokenizer = by_role["step2_merge_tokenizer"].fingerprint
     evaluation = by_role.get("evaluation_texts")
-    settings: dict[str, dict[str, Any]] = {
-        "texts": {
-            "unicode_form": config.unicode_form,
-            "min_characters": config.min_characters,
-            "check_language": config.check_language,
-            "decontaminate": [source.settings() for source in config.decontaminate],
-            "evaluation_texts": evaluation and evaluation.fingerprint,
-            "signatures": config.near_duplicates > 0,
-        },
-        "conversations": {
-            "max_length": config.max_length,
-            "long_conversations": config.long_conversations,
-        },
+    texts = {
+        "unicode_form": config.unicode_form,
+        "min_characters": config.min_characters,
+        "check_language": config.check_language,
+        "decontaminate": [source.settings() for source in config.decontaminate],
+        "evaluation_texts": evaluation and evaluation.fingerprint,
+        "signatures": config.near_duplicates > 0,
     }
-    keys: dict[str, list[dict[str, Any]]] = {}
-    for role, sources in (("texts", config.sources), ("conversations", config.sft_sources)):
-        fingerprints = zip(sources, by_role[role].source_fingerprints, strict=True)
-        keys[role] = [
-            {
-                "files": fingerprint,
-                "changed": source.modification_times(),
-                "source": source.settings(),
-                "tokenizer": tokenizer,
-                **settings[role],
-            }
-            for source, fingerprint in fingerprints
-        ]
+    conversations = {
+        "max_length": config.max_length,
+        "long_conversations": config.long_conversations,
+    }
+    keys: dict[str, list[dict[str, Any]]] = {"texts": [], "conversations": []}
+    for role, sources, settings in (
+        ("texts", config.sources, texts),
+        ("conversations", config.sft_sources, conversations),
+    ):
+        for source, files in zip(sources, by_role[role].source_fingerprints, strict=True):
+            changed, declaration = source.modification_times(), source.settings()
+            own = {"files": files, "changed": changed, "source": declaration}
+            keys[role].append({**own, "tokenizer": tokenizer, **settings})
     return keys
 
 
