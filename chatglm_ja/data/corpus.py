@@ -126,15 +126,9 @@ def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
 
 
 def round_robin(streams: Iterable[Iterator[str]]) -> Iterator[str]:
-    """Yield the items of several streams, one from each in turn, until all have ended."""
-    streams = list(streams)
-    while streams:
-        for stream in list(streams):
-            text = next(stream, None)
-            if text is None:
-                streams.remove(stream)
-            else:
-                yield text
+    """Return the items of several streams, one from each in turn, until all have ended."""
+    rounds = itertools.zip_longest(*streams)
+    return (text for texts in rounds for text in texts if text is not None)
 
 
 def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> Iterator[str]:

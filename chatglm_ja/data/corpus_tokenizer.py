@@ -49,28 +49,24 @@ class CorpusTokenizer:
                 "the tokenizer normalizes text or has no byte fallback: expected one from step 2"
             )
         self._processor = tokenizer.make_processor(proto, dummy_prefix=False)
-        texts = [
+        longer = [
             piece.piece.replace(tokenizer.SPACE, " ")
             for piece in proto.pieces
-            if piece.type not in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)
+            if len(piece.piece) > 1 and piece.type not in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)
         ]
-        longer = [text for text in texts if len(text) > 1]
-        characters = sorted(set("".join(longer)))
+        codes = code_points(longer)
+        characters = np.unique(codes)
         # Characters of longer pieces are numbered from 1; all others are 0.
         self._number = np.zeros(CODE_POINTS, dtype=np.int32)
-        self._number[[ord(character) for character in characters]] = np.arange(
-            1, len(characters) + 1
-        )
+        self._number[characters] = np.arange(1, len(characters) + 1)
         self._number[ord(tokenizer.SPACE)] = self._number[SPACE]
         self._bits = (len(characters) + 1).bit_length()
         # Characters whose numbers fit into a key of 63 bits.
         self._key_characters = 63 // self._bits
+        is_inside = np.ones(len(codes), dtype=bool)
+        is_inside[np.cumsum([len(text) for text in longer]) - 1] = False
         self._joined = np.zeros(2**PAIR_BITS, dtype=bool)
-        numbers = self._number[code_points(longer)]
-        inside = np.ones(len(numbers), dtype=bool)
-        inside[np.cumsum([len(text) for text in longer]) - 1] = False
-        pairs = self._pairs(numbers)[inside[:-1]]
-        self._joined[pairs] = True
+        self._joined[self._pairs(self._number[codes])[is_inside[:-1]]] = True
         self._clear()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -163,13 +163,12 @@ def unpack_rows(rows: "Dataset") -> "Dataset":
 
     batches = []
     for batch in rows.data.table.to_batches():
-        counts = pc.list_value_length(batch["lengths"]).to_numpy()
         lengths = batch["lengths"].flatten().to_numpy()
         token_starts = np.concatenate([[0], np.cumsum(lengths)])
         columns = []
         for field, column in zip(batch.schema, batch.columns, strict=True):
             if field.name == "language":  # one per row
-                part = column.take(pyarrow.array(np.repeat(np.arange(len(counts)), counts)))
+                part = column.take(pc.list_parent_indices(batch["lengths"]))
             else:
                 is_token = field.name in TOKEN_COLUMNS
                 starts = token_starts if is_token else np.arange(len(lengths) + 1)
@@ -315,7 +314,7 @@ def _check_lengths(batch: Any, data: Path, split: str, num_sources: int) -> None
     sizes = {name: pc.list_value_length(batch[name]).to_numpy() for name in SFT_COLUMNS}
     lengths = batch["lengths"].flatten().to_numpy()
     numbers = batch["sources"].flatten().to_numpy()
-    rows = np.repeat(np.arange(len(batch)), sizes["lengths"])
+    rows = pc.list_parent_indices(batch["lengths"]).to_numpy()
     filled = np.bincount(rows, lengths, len(batch))
     good = (sizes["input_ids"] == filled) & (sizes["labels"] == filled)
     good &= sizes["sources"] == sizes["lengths"]
