@@ -41,11 +41,8 @@ def main() -> None:
         if not source.is_local():  # fail on a wrong name now, not after hours
             readers.load_hub_dataset(source)
     report = config.output_dir.with_name(config.output_dir.name + ".rejects.jsonl")
-    contents = {
-        "conversations": prepare_conversations.content_keys(config, inputs),
-        "texts": prepare_texts.content_keys(config, inputs),
-        "shards": [{"inputs": output.lineage, **output.arguments}],
-    }
+    contents = resume.content_keys(config, inputs)
+    contents["shards"] = [{"inputs": output.lineage, **output.arguments}]
     with output.write() as folder, resume.open_folders(output.unfinished, **contents) as work:
         (shards,) = work["shards"]
         rejects = resume.RejectsFile(shards / "rejects.jsonl", report, config.max_rejects)

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import cleaning, corpus, prepare_texts
-from chatglm_ja.data.fates import Fate
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source

@@ -1,4 +1,4 @@
-"""Cleaning texts, and the filters that look at one text alone: empty, short, language.
+"""Cleaning texts, the filters that look at one text alone, and the fates of step 4's records.
 
 A cleaned text has Unicode's canonical form, no control or invisible formatting characters, one
 kind of line break, no blanks (space, tab, ideographic space) at the ends of lines and at most one
@@ -6,15 +6,17 @@ empty line in a row. Blanks inside a line stay: code and Japanese paragraphs are
 
 The language filter knows ja, zh and en and accepts every text of another language. It counts the
 letters of each script: Japanese has kana, Chinese has Han characters and few kana.
+
+To add a filter, add a member to `Fate` and a condition here or in prepare_conversations.py. The
+counts, log lines and columns of data_report.html follow from the enum.
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 
 import numpy as np
-
-from chatglm_ja.data.fates import Fate
 
 # Controls but tab and line break, soft hyphens, zero-width and direction marks, byte-order marks,
 # noncharacters, U+FFFD's neighbors in the specials block. Joiners stay: emoji and names use them.
@@ -50,6 +52,25 @@ KANA_SHARE = 0.1
 MIN_LATIN_SHARE = 0.5
 
 
+class Fate(StrEnum):
+    """The fates of a record, in the order in which they are decided."""
+
+    REJECTED = "rejected"  # unreadable, of the wrong type, or with the id of an earlier record
+    # Texts.
+    EMPTY = "empty"  # nothing is left after cleaning
+    SHORT = "short"  # fewer than --min-characters
+    LANGUAGE = "language"  # not written in the script of its language
+    CONTAMINATED = "contaminated"  # shares 13 tokens in a row with an evaluation text
+    # Conversations.
+    NO_ANSWER = "no answer at the end"  # the last message is not the assistant's
+    # The last exchange exceeds --max-length or, with --long-conversations drop, the whole does.
+    TOO_LONG = "too long"
+    # Both.
+    DUPLICATE = "duplicate"  # of an earlier text or conversation of any source
+    NEAR_DUPLICATE = "near_duplicate"  # texts only
+    KEPT = "kept"
+
+
 def clean(text: str, unicode_form: str) -> str:
     """Return the cleaned text; `unicode_form` is NFC, NFKC or none."""
     if _UNWANTED.search(text):
@@ -76,7 +97,9 @@ def apply_filters(
 
     `codes` are the texts' code points. With `language` None the script is not checked.
     """
-    fits = _fits_language(texts, codes, language) if language in _RULES else [True] * len(texts)
+    fits = [True] * len(texts)
+    if language in _RULES:
+        fits = _fits_language(texts, codes, language)
     fates = []
     for text, is_in_language in zip(texts, fits, strict=True):
         if not text:
@@ -92,7 +115,7 @@ def in_language(texts: Sequence[str], language: str) -> list[bool] | None:
     """Return whether each text is in the script of ja, zh or en; None for another language."""
     if language not in _RULES:
         return None
-    return [bool(fits) for fits in _fits_language(texts, code_points(texts), language)]
+    return _fits_language(texts, code_points(texts), language)
 
 
 _SCRIPTS = np.zeros(0x110000, dtype=np.uint8)  # by code point
@@ -100,8 +123,20 @@ for _script, _ranges in _RANGES.items():
     for _first, _last in _ranges:
         _SCRIPTS[_first : _last + 1] = _script
 
+# Whether texts fit a language, from the numbers of their kana, Han, Latin and all letters.
+_RULES: dict[str, Callable[..., np.ndarray]] = {
+    "ja": lambda kana, han, latin, letters: (
+        (kana > 0) & (kana >= KANA_SHARE * (kana + han)) & (kana + han >= MIN_OWN_SHARE * letters)
+    ),
+    "zh": lambda kana, han, latin, letters: (
+        (han > 0) & (kana < KANA_SHARE * (kana + han)) & (kana + han >= MIN_OWN_SHARE * letters)
+    ),
+    "en": lambda kana, han, latin, letters: (latin > 0) & (latin >= MIN_LATIN_SHARE * letters),
+}
+LANGUAGES = tuple(_RULES)  # those that the language filter knows
 
-def _fits_language(texts: Sequence[str], codes: np.ndarray, language: str | None) -> list[bool]:
+
+def _fits_language(texts: Sequence[str], codes: np.ndarray, language: str) -> list[bool]:
     """Return whether each text is in the script of its language; one without letters is not."""
     counts = np.zeros((5, len(texts)), dtype=np.int64)
     lengths = np.array([len(text) for text in texts])
@@ -111,25 +146,4 @@ def _fits_language(texts: Sequence[str], codes: np.ndarray, language: str | None
         scripts = _SCRIPTS[codes]
         for script in (KANA, HAN, LATIN, FOREIGN):
             counts[script, filled] = np.add.reduceat(scripts == script, starts, dtype=np.int64)
-    return list(_RULES[language or ""](counts))
-
-
-def _is_japanese(counts: np.ndarray) -> np.ndarray:
-    own, letters = counts[KANA] + counts[HAN], counts.sum(axis=0)
-    return (
-        (counts[KANA] > 0) & (counts[KANA] >= KANA_SHARE * own) & (own >= MIN_OWN_SHARE * letters)
-    )
-
-
-def _is_chinese(counts: np.ndarray) -> np.ndarray:
-    own, letters = counts[KANA] + counts[HAN], counts.sum(axis=0)
-    return (counts[HAN] > 0) & (counts[KANA] < KANA_SHARE * own) & (own >= MIN_OWN_SHARE * letters)
-
-
-def _is_english(counts: np.ndarray) -> np.ndarray:
-    letters = counts.sum(axis=0)
-    return (counts[LATIN] > 0) & (counts[LATIN] >= MIN_LATIN_SHARE * letters)
-
-
-_RULES = {"ja": _is_japanese, "zh": _is_chinese, "en": _is_english}
-LANGUAGES = tuple(_RULES)  # those that the language filter knows
+    return _RULES[language](*counts[[KANA, HAN, LATIN]], counts.sum(axis=0)).tolist()

@@ -16,33 +16,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from chatglm_ja.chatglm3.chat_format import Message
-from chatglm_ja.data.readers import (
-    Chunk,
-    Record,
-    Reject,
-    check_characters,
-    check_text,
-    read_chunks,
-    read_records,
-    record_id,
-    reject_error,
-)
+from chatglm_ja.data import readers
+from chatglm_ja.data.readers import Chunk, Record, Reject
 from chatglm_ja.sources import Source
 
-# The usual names of speakers, as ChatGLM3's roles.
-ROLE_NAMES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "observation",
-    "tool": "observation",
-    "function": "observation",
+# The usual names of speakers, by ChatGLM3's roles.
+SPEAKERS = {
+    "system": ("system",),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "bot", "function_call"),
+    "observation": ("observation", "tool", "function"),
 }
+ROLES = {speaker: role for role, speakers in SPEAKERS.items() for speaker in speakers}
 # The roles that may follow a role; None is the beginning.
 FOLLOWERS: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -79,15 +64,13 @@ def parse_conversations(
     chunk: Chunk, source: Source
 ) -> Iterator[Conversation | tuple[int, Reject]]:
     """Parse a chunk into conversations and, for bad records, their numbers and Rejects."""
-    for number, record in read_records(chunk, source):
+    for number, record in readers.read_records(chunk, source):
         if isinstance(record, Reject):
             yield number, record
-            continue
-        messages = read_messages(record, source.columns)
-        if isinstance(messages, Reject):
+        elif isinstance(messages := read_messages(record, source.columns), Reject):
             yield number, messages
         else:
-            yield Conversation(number, messages, record_id(record, source))
+            yield Conversation(number, messages, readers.record_id(record, source))
 
 
 def read_conversations(source: Source) -> Iterator[list[Message]]:
@@ -95,10 +78,10 @@ def read_conversations(source: Source) -> Iterator[list[Message]]:
 
     Raises DataError, naming the file and the record's number, for the first bad one.
     """
-    for chunk in read_chunks(source):
+    for chunk in readers.read_chunks(source):
         for conversation in parse_conversations(chunk, source):
             if not isinstance(conversation, Conversation):
-                raise reject_error(chunk.file, *conversation)
+                raise readers.reject_error(chunk.file, *conversation)
             if conversation.messages[-1]["role"] == "assistant":
                 yield conversation.messages
 
@@ -115,18 +98,15 @@ def read_messages(record: Record, columns: str | None) -> list[Message] | Reject
     before = _parse_history(record)
     if isinstance(before, Reject):
         return before
-    parse = _parse_pair if ">" in columns else _parse_messages
-    messages = parse(record, columns)
+    messages = (_parse_pair if ">" in columns else _parse_messages)(record, columns)
     if isinstance(messages, Reject):
         return messages
     if messages[0]["role"] == "system":
         before = [message for message in before if message["role"] != "system"]
     messages = [*before, *messages]
-    for message in messages:
-        for text in message.values():
-            if reject := check_characters(text):
-                return reject
-    return check_order(messages) or messages
+    texts = (text for message in messages for text in message.values())
+    problem = next(filter(None, map(readers.check_characters, texts)), None)
+    return problem or check_order(messages) or messages
 
 
 def check_order(messages: Sequence[Message]) -> Reject | None:
@@ -178,23 +158,20 @@ def _parse_pair(record: Record, columns: str) -> list[Message] | Reject:
         # Many tables have null for a missing input.
         if name in record and value is None:
             value = ""
-        elif reject := check_text(value, name, record):
+        elif reject := readers.check_text(value, name, record):
             return reject
         texts.append(str(value).strip())
     question = "\n".join(text for text in texts[:-1] if text)
     if not question:
         return Reject("empty question", f"nothing in {columns.partition('>')[0]}")
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": texts[-1]},
-    ]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[-1]}]
 
 
 def _parse_messages(record: Record, column: str) -> list[Message] | Reject:
     """Read a column of messages."""
     turns = record.get(column)
     if column not in record:
-        return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
+        return readers.missing_column(column, record)
     if not isinstance(turns, list):
         return Reject("wrong type", f"column {column!r} holds {type(turns).__name__}, not a list")
     if not turns:
@@ -208,9 +185,9 @@ def _parse_messages(record: Record, column: str) -> list[Message] | Reject:
         content = turn.get("content")
         if content is None:
             content = turn.get("value")
-        role = ROLE_NAMES.get(speaker.lower()) if isinstance(speaker, str) else None
+        role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
         if role is None:
-            known = ", ".join(ROLE_NAMES)
+            known = ", ".join(ROLES)
             return Reject("unknown role", f"message {index} is of {speaker!r}: expected {known}")
         if not isinstance(content, str):
             return Reject("wrong type", f"message {index} holds {type(content).__name__}, not text")

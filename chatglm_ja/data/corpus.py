@@ -2,31 +2,42 @@
 
 Step 4 reads documents chunk by chunk, in several processes, and counts bad records. Other code
 calls `read_texts`, which stops at the first bad one. All are iterators: memory holds no corpus.
+
+In the WikiText corpora (format wikitext; Merity et al. 2016, arXiv 1609.07843) a record is a line
+of an article, with spaces around punctuation, and "@-@", "@,@" and "@.@" for a hyphen inside a word
+and the separators inside a number. That markup is undone:
+
+     = Robert Boulter =                          Robert Boulter
+                                                 An English film, television and
+     An English film , television and    ->      theatre actor (born in 1978-79).
+     theatre actor ( born in 1978 @-@ 79 ) .     Career
+     = = Career = =
 """
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm_ja.data import wikitext
-from chatglm_ja.data.readers import (
-    TEXT_COLUMN,
-    Chunk,
-    Reject,
-    check_text,
-    read_chunks,
-    read_records,
-    record_id,
-    reject_error,
-)
+from chatglm_ja.data import readers
+from chatglm_ja.data.readers import Chunk, Reject
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 
 # A longer line is not prose, since a whole novel has fewer characters: it is base64, or a corpus
 # whose line breaks were lost.
 MAX_LINE_CHARACTERS = 1_000_000
+
+# WikiText: a title has one = on each side, a section's heading two or more.
+_TITLE = re.compile(r" = (?!= )(.*\S) = ?\n?")
+# At most six: without a limit, matching a line of = takes cubic time.
+_HEADING = re.compile(r" (?:= ){1,6}(.*?)(?: =){1,6} ?\n?")
+_JOINED = re.compile(r" @([-,.])@ ")
+_CLOSING = re.compile(r" ([,.;:!?%)\]}]|'(?:s|t|re|ve|ll|d|m)\b|n't\b)")
+_OPENING = re.compile(r"([(\[{$£]) ")
+_QUOTED = re.compile(r'" (.*?) "', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,18 +55,18 @@ def read_documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[in
     In the format wikitext, lines are joined into articles; an article that continues in the next
     chunk becomes two documents.
     """
-    column = source.columns or TEXT_COLUMN
+    column = source.columns or readers.TEXT_COLUMN
     lines: list[tuple[int, str]] = []
-    for number, record in read_records(chunk, source):
+    for number, record in readers.read_records(chunk, source):
         if isinstance(record, Reject):
             yield number, record
-        elif reject := check_text(record.get(column), column, record):
+        elif reject := readers.check_text(record.get(column), column, record):
             yield number, reject
         elif source.format == "wikitext":
             lines.append((number, record[column]))
         else:
-            yield Document(number, record[column], record_id(record, source))
-    for number, text in wikitext.join_articles(lines):
+            yield Document(number, record[column], readers.record_id(record, source))
+    for number, text in join_articles(lines):
         yield Document(number, text)
 
 
@@ -64,12 +75,41 @@ def read_texts(source: Source) -> Iterator[str]:
 
     Raises DataError, naming the file and the record's number, for the first bad record.
     """
-    for chunk in read_chunks(source):
+    for chunk in readers.read_chunks(source):
         for document in read_documents(chunk, source):
             if not isinstance(document, Document):
-                raise reject_error(chunk.file, *document)
+                raise readers.reject_error(chunk.file, *document)
             if document.text and not document.text.isspace():
                 yield document.text
+
+
+def restore_line(line: str) -> str:
+    """Return a line as it was written before the corpus was tokenized."""
+    if heading := _HEADING.fullmatch(line):
+        line = heading[1]
+    line = _JOINED.sub(r"\1", line.strip())
+    line = _CLOSING.sub(r"\1", line)
+    line = _OPENING.sub(r"\1", line)
+    # Quotes open and close in turn, which tells which of their spaces to remove. Without this
+    # limit, each opening quote after the last closing one is a search to the end.
+    end = line.rfind(' "') + 2
+    return _QUOTED.sub(r'"\1"', line[:end]) + line[end:]
+
+
+def join_articles(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Join numbered lines into restored articles, each with the number of its first line."""
+    first = 0
+    article: list[str] = []
+    for number, line in lines:
+        if _TITLE.fullmatch(line) and article:
+            yield first, "\n".join(article)
+            article = []
+        if text := restore_line(line):
+            if not article:
+                first = number
+            article.append(text)
+    if article:
+        yield first, "\n".join(article)
 
 
 def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
@@ -86,15 +126,9 @@ def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
 
 
 def round_robin(streams: Iterable[Iterator[str]]) -> Iterator[str]:
-    """Yield the items of several streams, one from each in turn, until all have ended."""
-    streams = list(streams)
-    while streams:
-        for stream in list(streams):
-            text = next(stream, None)
-            if text is None:
-                streams.remove(stream)
-            else:
-                yield text
+    """Return the items of several streams, one from each in turn, until all have ended."""
+    rounds = itertools.zip_longest(*streams)
+    return (text for texts in rounds for text in texts if text is not None)
 
 
 def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> Iterator[str]:
@@ -108,7 +142,13 @@ def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> It
     for text in texts:
         documents += 1
         if len(text) > MAX_LINE_CHARACTERS:
-            _check_lines(text, documents)
+            longest = max(text.split("\n"), key=len)
+            if len(longest) > MAX_LINE_CHARACTERS:
+                raise DataError(
+                    f"document {documents} has a line of {len(longest):,} characters, which starts "
+                    f"{longest[:20]!r}: expected text with line breaks, at most "
+                    f"{MAX_LINE_CHARACTERS:,} characters a line"
+                )
         # Text files give millions of documents of one line, which are not to be split.
         for line in text.split("\n") if "\n" in text else (text,):
             if line.strip():
@@ -118,16 +158,6 @@ def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> It
     if not lines:
         raise DataError("the sources hold no text, expected at least one line: check the paths")
     counts.update(documents=documents, lines=lines, characters=characters)
-
-
-def _check_lines(text: str, number: int) -> None:
-    longest = max(text.split("\n"), key=len)
-    if len(longest) > MAX_LINE_CHARACTERS:
-        raise DataError(
-            f"document {number} has a line of {len(longest):,} characters, which starts "
-            f"{longest[:20]!r}: expected text with line breaks, at most {MAX_LINE_CHARACTERS:,} "
-            "characters a line"
-        )
 
 
 def sample_lines(lines: Iterable[str], size: int, seed: int) -> list[str]:

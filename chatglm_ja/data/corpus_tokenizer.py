@@ -49,33 +49,28 @@ class CorpusTokenizer:
                 "the tokenizer normalizes text or has no byte fallback: expected one from step 2"
             )
         self._processor = tokenizer.make_processor(proto, dummy_prefix=False)
-        texts = [
+        longer = [
             piece.piece.replace(tokenizer.SPACE, " ")
             for piece in proto.pieces
-            if piece.type not in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)
+            if len(piece.piece) > 1 and piece.type not in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)
         ]
-        longer = [text for text in texts if len(text) > 1]
-        characters = sorted(set("".join(longer)))
+        codes = code_points(longer)
+        characters = np.unique(codes)
         # Characters of longer pieces are numbered from 1; all others are 0.
         self._number = np.zeros(CODE_POINTS, dtype=np.int32)
-        self._number[[ord(character) for character in characters]] = np.arange(
-            1, len(characters) + 1
-        )
+        self._number[characters] = np.arange(1, len(characters) + 1)
         self._number[ord(tokenizer.SPACE)] = self._number[SPACE]
         self._bits = (len(characters) + 1).bit_length()
         # Characters whose numbers fit into a key of 63 bits.
         self._key_characters = 63 // self._bits
+        is_inside = np.ones(len(codes), dtype=bool)
+        is_inside[np.cumsum([len(text) for text in longer]) - 1] = False
         self._joined = np.zeros(2**PAIR_BITS, dtype=bool)
-        numbers = self._number[code_points(longer)]
-        inside = np.ones(len(numbers), dtype=bool)
-        inside[np.cumsum([len(text) for text in longer]) - 1] = False
-        pairs = self._pairs(numbers)[inside[:-1]]
-        self._joined[pairs] = True
+        self._joined[self._pairs(self._number[codes])[is_inside[:-1]]] = True
         self._clear()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32."""
-        texts = list(texts)
         if not texts:
             return []
         if len(self._starts) > MAX_CACHED:
@@ -112,49 +107,38 @@ class CorpusTokenizer:
         starts, ends = bounds[:-1], bounds[1:]
         sizes = ends - starts
         rows = np.empty(len(sizes), dtype=np.int64)
+
+        def cut(stretches: np.ndarray) -> list[str]:
+            spans = zip(starts[stretches].tolist(), ends[stretches].tolist(), strict=True)
+            return [joined[start:end] for start, end in spans]
+
         one = np.flatnonzero(sizes == 1)
-        rows[one] = self._rows_of_characters(codes[starts[one]])
+        characters = codes[starts[one]]
+        new = np.unique(characters[self._row_of_character.take(characters) < 0])
+        self._row_of_character[new] = self._add([chr(code) for code in new.tolist()])
+        rows[one] = self._row_of_character.take(characters)
+
+        # The key of a short stretch holds the numbers of its characters side by side.
         short = np.flatnonzero((sizes > 1) & (sizes <= self._key_characters))
-        keys = self._keys(numbers, starts[short], sizes[short])
-        rows[short] = self._rows_of_keys(keys, joined, starts[short], ends[short])
-        long = np.flatnonzero(sizes > self._key_characters)
-        spans = zip(starts[long].tolist(), ends[long].tolist(), strict=True)
-        rows[long] = self._rows_of_texts([joined[start:end] for start, end in spans])
-        return rows
-
-    def _rows_of_characters(self, codes: np.ndarray) -> np.ndarray:
-        rows = self._row_of_character.take(codes)
-        if (rows < 0).any():
-            new = np.unique(codes[rows < 0])
-            self._row_of_character[new] = self._add([chr(code) for code in new.tolist()])
-            rows = self._row_of_character.take(codes)
-        return rows
-
-    def _rows_of_keys(
-        self, keys: np.ndarray, joined: str, starts: np.ndarray, ends: np.ndarray
-    ) -> np.ndarray:
+        keys = np.zeros(len(short), dtype=np.int64)
+        for offset in range(self._key_characters):
+            inside = np.flatnonzero(sizes[short] > offset)
+            part = numbers.take(starts[short[inside]] + offset).astype(np.int64)
+            keys[inside] |= part << (self._bits * offset)
         unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         names = unique.tolist()
-        rows = np.array([self._row_of_key.get(name, -1) for name in names], dtype=np.int64)
-        new = np.flatnonzero(rows < 0)
-        spans = zip(starts[first[new]].tolist(), ends[first[new]].tolist(), strict=True)
-        rows[new] = self._add([joined[start:end] for start, end in spans])
-        self._row_of_key.update((names[place], int(rows[place])) for place in new)
-        return rows[inverse]
+        key_rows = np.array([self._row_of_key.get(name, -1) for name in names], dtype=np.int64)
+        new = np.flatnonzero(key_rows < 0)
+        key_rows[new] = self._add(cut(short[first[new]]))
+        self._row_of_key.update((names[place], int(key_rows[place])) for place in new)
+        rows[short] = key_rows[inverse]
 
-    def _rows_of_texts(self, texts: Sequence[str]) -> list[int]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._row_of_text]
-        self._row_of_text.update(zip(new, self._add(new).tolist(), strict=True))
-        return [self._row_of_text[text] for text in texts]
-
-    def _keys(self, numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Return a unique integer for each short stretch: its characters' numbers side by side."""
-        keys = np.zeros(len(starts), dtype=np.int64)
-        for offset in range(self._key_characters):
-            inside = np.flatnonzero(sizes > offset)
-            part = numbers.take(starts[inside] + offset).astype(np.int64)
-            keys[inside] |= part << (self._bits * offset)
-        return keys
+        long = np.flatnonzero(sizes > self._key_characters)
+        texts = cut(long)
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._row_of_text]
+        self._row_of_text.update(zip(unknown, self._add(unknown).tolist(), strict=True))
+        rows[long] = [self._row_of_text[text] for text in texts]
+        return rows
 
     def _add(self, stretches: Sequence[str]) -> np.ndarray:
         """Encode new stretches and return their cache rows."""

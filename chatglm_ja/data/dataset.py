@@ -1,67 +1,192 @@
-"""Step 4's data sets as training reads them: memory-mapped, checked, counted by source.
+"""Step 4's packed rows as Arrow files: written in shards, memory-mapped and checked for training.
 
-arrow.py describes the files and their columns.
+    pretrain_train-00000-of-00016.arrow     input_ids, lengths, sources
+    pretrain_validation-...                 the same, and language: one per block
+    sft_train-..., sft_validation-...       input_ids, labels, lengths, sources
+
+A row is a block: its tokens, the lengths of the documents or conversations in it, and the number of
+each one's source (data_report.json names them). A shard is a range of blocks, so any number of
+processes can write them; shards that an earlier run finished are kept. `datasets` is imported only
+where it is needed: the processes that tokenize import this module.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow
-import pyarrow.compute
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.base_config import ModelShape
+from chatglm_ja.data import parallel
+from chatglm_ja.data.document_index import DocumentIndex
+from chatglm_ja.data.packing import PackingPlan
+from chatglm_ja.data.token_store import LABELS, TOKENS, read_tokens
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage.files import publish_file
 from chatglm_ja.storage.manifest import read_manifest
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def load_rows(folder: Path, name: str, split: str) -> datasets.Dataset:
+# A shard of full blocks has 256 MiB of tokens.
+SHARD_TOKENS = 2**26
+ROWS_AT_ONCE = 1000
+TOKENS_AT_ONCE = 2**24
+TOKEN_COLUMNS = {"input_ids": TOKENS, "labels": LABELS}
+SFT_COLUMNS = ("input_ids", "labels", "lengths", "sources")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A range of blocks and where their tokens lie: all that a process needs to write them.
+
+    `chunk`, `offset` and `source` have an entry for each segment of the plan.
+    """
+
+    path: Path
+    schema: pyarrow.Schema
+    stems: Sequence[Path]
+    plan: PackingPlan
+    chunk: np.ndarray
+    offset: np.ndarray
+    source: np.ndarray
+    languages: Sequence[str] | None
+
+
+def write_shards(
+    folder: Path,
+    name: str,
+    plan: PackingPlan,
+    index: DocumentIndex,
+    documents: np.ndarray,
+    *,
+    processes: int,
+    with_labels: bool = False,
+    languages: Sequence[str] | None = None,
+) -> None:
+    """Write the blocks of a plan whose items are places in `documents`.
+
+    `languages` has the language of each block, if every block holds one only.
+    """
+    import datasets
+
+    tokens = datasets.List(datasets.Value("int32"))
+    features: dict[str, Any] = {"input_ids": tokens, "lengths": tokens, "sources": tokens}
+    if with_labels:
+        features["labels"] = tokens
+    if languages is not None:
+        features["language"] = datasets.Value("string")
+    schema = datasets.Features(features).arrow_schema
+    ends = np.cumsum(plan.block_lengths())
+    total = int(ends[-1]) if len(ends) else 0
+    count = max(1, -(-total // SHARD_TOKENS))
+    bounds = np.searchsorted(ends, np.arange(1, count) * SHARD_TOKENS, side="left")
+    edges = [0, *bounds.tolist(), len(plan)]
+
+    def list_shards() -> Iterator[_Shard]:
+        for number, (first, end) in enumerate(itertools.pairwise(edges)):
+            part = plan.take(np.arange(first, end))
+            owners = documents[part.item]
+            yield _Shard(
+                folder / f"{name}-{number:05d}-of-{count:05d}.arrow",
+                schema,
+                index.stems,
+                part,
+                index.chunk[owners],
+                index.offset[owners] + part.start,
+                index.source[owners],
+                languages and languages[first:end],
+            )
+
+    done = parallel.map_in_order(_write_shard, list_shards(), min(processes, count))
+    for _ in tqdm(done, total=count, desc=f"writing {name}", unit=" shards", disable=count == 1):
+        pass
+
+
+def _write_shard(shard: _Shard) -> None:
+    if shard.path.exists():
+        return
+    with (
+        publish_file(shard.path) as partial,
+        open(partial, "wb") as file,
+        pyarrow.ipc.new_stream(file, shard.schema) as writer,
+    ):
+        longest = int(shard.plan.block_lengths().max(initial=1))
+        step = max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // longest))
+        for start in range(0, len(shard.plan), step):
+            writer.write_batch(_make_batch(shard, start, min(start + step, len(shard.plan))))
+
+
+def _make_batch(shard: _Shard, start: int, end: int) -> pyarrow.RecordBatch:
+    """Build rows of a shard from slices of arrays, without Python lists of tokens."""
+    bounds = shard.plan.bounds[start : end + 1]
+    segments = slice(bounds[0], bounds[-1])
+    lengths = shard.plan.length[segments]
+    token_bounds = np.concatenate([[0], np.cumsum(lengths)])[bounds - bounds[0]]
+    columns: list[pyarrow.Array] = []
+    for name in shard.schema.names:
+        if name == "language":
+            assert shard.languages is not None
+            columns.append(pyarrow.array(shard.languages[start:end], pyarrow.string()))
+            continue
+        offsets, values = bounds - bounds[0], shard.source[segments]
+        if name in TOKEN_COLUMNS:
+            place = shard.chunk[segments], shard.offset[segments], lengths
+            offsets, values = token_bounds, read_tokens(shard.stems, TOKEN_COLUMNS[name], *place)
+        elif name == "lengths":
+            values = lengths
+        arrays = (pyarrow.array(part, pyarrow.int32()) for part in (offsets, values))
+        columns.append(pyarrow.ListArray.from_arrays(*arrays))
+    return pyarrow.RecordBatch.from_arrays(columns, schema=shard.schema)
+
+
+def load_rows(folder: Path, name: str, split: str) -> "Dataset":
     """Memory-map the shards of a split as one data set; `name` is pretrain or sft."""
+    import datasets
+
     shards = sorted(folder.glob(f"{name}_{split}-*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
 
 
-def unpack_rows(rows: datasets.Dataset) -> datasets.Dataset:
-    """Split packed rows into one row per document or conversation, without copying tokens."""
-    table = rows.data.table
-    batches = [_unpack_batch(batch) for batch in table.to_batches()]
-    unpacked = pyarrow.Table.from_batches(batches, schema=table.schema)
+def unpack_rows(rows: "Dataset") -> "Dataset":
+    """Split packed rows into one row per document or conversation, without copying tokens.
+
+    The new columns are lists with other offsets over the same values.
+    """
+    import datasets
+
+    batches = []
+    for batch in rows.data.table.to_batches():
+        lengths = batch["lengths"].flatten().to_numpy()
+        token_starts = np.concatenate([[0], np.cumsum(lengths)])
+        columns = []
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            if field.name == "language":  # one per row
+                part = column.take(pc.list_parent_indices(batch["lengths"]))
+            else:
+                is_token = field.name in TOKEN_COLUMNS
+                starts = token_starts if is_token else np.arange(len(lengths) + 1)
+                offsets = pyarrow.array(starts, pyarrow.int32())
+                part = pyarrow.ListArray.from_arrays(offsets, column.flatten())
+            columns.append(part.cast(field.type))
+        batches.append(pyarrow.RecordBatch.from_arrays(columns, schema=batch.schema))
+    unpacked = pyarrow.Table.from_batches(batches, schema=rows.data.table.schema)
     return datasets.Dataset(datasets.table.InMemoryTable(unpacked))
 
 
-def _unpack_batch(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """Build lists with new offsets over the same values."""
-    counts = pyarrow.compute.list_value_length(batch["lengths"]).to_numpy()
-    lengths = batch["lengths"].flatten().to_numpy()
-    starts = {
-        "input_ids": np.concatenate([[0], np.cumsum(lengths)]),
-        "lengths": np.arange(len(lengths) + 1),
-    }
-    starts |= {"labels": starts["input_ids"], "sources": starts["lengths"]}
-    columns = []
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        if field.name in starts:
-            offsets = pyarrow.array(starts[field.name], pyarrow.int32())
-            part = pyarrow.ListArray.from_arrays(offsets, column.flatten())
-        else:  # the language, one per row
-            part = column.take(pyarrow.array(np.repeat(np.arange(len(counts)), counts)))
-        columns.append(part.cast(field.type))
-    return pyarrow.RecordBatch.from_arrays(columns, schema=batch.schema)
-
-
-def check_rows(
-    rows: datasets.Dataset, block_size: int, shape: ModelShape, data: Path, name: str
-) -> None:
+def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, name: str) -> None:
     """Raise DataError for rows longer than `block_size` or the model's window, or unknown ids.
 
     `data` and `name` are the folder and the data set that the rows were read from.
     """
     column = rows.data.table["input_ids"]
-    sizes = pyarrow.compute.list_value_length(column).to_numpy()
+    sizes = pc.list_value_length(column).to_numpy()
     longest = int(sizes.max(initial=0))
     if longest > block_size:
         raise DataError(
@@ -77,8 +202,7 @@ def check_rows(
             f"model reads at most {shape.positions} (max_position_embeddings): prepare the data "
             "with shorter rows"
         )
-    largest = (pyarrow.compute.max(pyarrow.compute.list_flatten(c)).as_py() for c in column.chunks)
-    largest_id = max((value for value in largest if value is not None), default=0)
+    largest_id = pc.max(pc.list_flatten(column)).as_py() or 0
     if largest_id >= shape.rows:
         raise DataError(
             f"the data holds token id {largest_id}, but the model has {shape.rows} embedding rows: "
@@ -86,14 +210,12 @@ def check_rows(
         )
 
 
-def count_tokens(rows: datasets.Dataset) -> int:
+def count_tokens(rows: "Dataset") -> int:
     """Count the tokens of all rows."""
-    return pyarrow.compute.sum(
-        pyarrow.compute.list_value_length(rows.data.table["input_ids"])
-    ).as_py()
+    return pc.sum(pc.list_value_length(rows.data.table["input_ids"])).as_py()
 
 
-def scored_share(rows: datasets.Dataset, sample: int) -> float:
+def scored_share(rows: "Dataset", sample: int) -> float:
     """Return the share of trained tokens in the first `sample` rows; 1 for pretraining blocks."""
     if "labels" not in rows.column_names:
         return 1.0
@@ -117,9 +239,6 @@ def source_titles(data: Path, name: str) -> list[str]:
 def title_language(title: str) -> str:
     """Return the language, or the kind of conversations, in a source's title."""
     return title.split("/")[0]
-
-
-COLUMNS = ("input_ids", "labels", "lengths", "sources")
 
 
 @dataclass(frozen=True)
@@ -165,7 +284,7 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
     empty_answer = len(chat_format.encode_text(tokenizer, "\n")) + 1
     before = 0
     for batch in rows.data.table.to_batches():
-        ids, labels, lengths, sources = (batch[name].flatten().to_numpy() for name in COLUMNS)
+        ids, labels, lengths, sources = (batch[name].flatten().to_numpy() for name in SFT_COLUMNS)
         _check_lengths(batch, data, split, len(titles))
         if not len(lengths):
             continue
@@ -192,10 +311,10 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
 
 def _check_lengths(batch: Any, data: Path, split: str, num_sources: int) -> None:
     """Raise DataError if the lists of a row have lengths that contradict each other."""
-    sizes = {name: pyarrow.compute.list_value_length(batch[name]).to_numpy() for name in COLUMNS}
+    sizes = {name: pc.list_value_length(batch[name]).to_numpy() for name in SFT_COLUMNS}
     lengths = batch["lengths"].flatten().to_numpy()
     numbers = batch["sources"].flatten().to_numpy()
-    rows = np.repeat(np.arange(len(batch)), sizes["lengths"])
+    rows = pc.list_parent_indices(batch["lengths"]).to_numpy()
     filled = np.bincount(rows, lengths, len(batch))
     good = (sizes["input_ids"] == filled) & (sizes["labels"] == filled)
     good &= sizes["sources"] == sizes["lengths"]

@@ -16,7 +16,6 @@ all texts, whatever their length, and the candidate pairs; signatures stay in th
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import rensa
@@ -157,13 +156,3 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
         hashes = (hashes + column.astype(np.uint64)) * _MULTIPLIER
         hashes ^= hashes >> np.uint64(32)
     return hashes
-
-
-def describe_method(threshold: float) -> dict[str, Any]:
-    """Return the parameters of the near-duplicate search, for the report."""
-    return {
-        "threshold": threshold,
-        "hashes": NUM_HASHES,
-        "bands": NUM_HASHES // BAND_SIZE,
-        "shingle_characters": SHINGLE_CHARACTERS,
-    }

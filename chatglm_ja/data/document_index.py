@@ -3,7 +3,8 @@
 It is held in memory, about 60 bytes per document; tokens stay on disk until they are packed.
 """
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from zipfile import BadZipFile
@@ -11,7 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from chatglm_ja.data import dedup, token_store
-from chatglm_ja.data.fates import Fate
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.token_store import COLUMN_TYPES, StoredChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
@@ -66,7 +67,13 @@ class DocumentIndex:
         before = np.cumsum(self.length, dtype=np.int64) - self.length
         self.offset = before - (before[self.first[self.chunk]] if len(before) else 0)
         self.fate = np.full(len(self), FATES.index(Fate.KEPT), dtype=np.uint8)
-        self._reject_repeated_ids()
+        # Reject documents whose id an earlier record of the same file has.
+        numbers: dict[tuple[int, str], int] = defaultdict(itertools.count().__next__)
+        file_numbers = [numbers[chunk.source, chunk.summary.file] for chunk in self.chunks]
+        with_id = np.flatnonzero((self.identity != 0).any(axis=1))
+        files = np.array(file_numbers, dtype=np.uint64)[self.chunk]
+        keys = np.column_stack([files, self.identity])[with_id]
+        self.fate[with_id[dedup.mark_repeated(keys)]] = FATES.index(Fate.REJECTED)
 
     def __len__(self) -> int:
         return len(self.length)
@@ -82,18 +89,6 @@ class DocumentIndex:
             return documents
         numbers = [n for n, source in enumerate(self.sources) if source.language == language]
         return documents[np.isin(self.source[documents], numbers)]
-
-    def _reject_repeated_ids(self) -> None:
-        """Reject documents whose id an earlier record of the same file has."""
-        numbers: dict[tuple[int, str], int] = {}
-        file_numbers = [
-            numbers.setdefault((chunk.source, chunk.summary.file), len(numbers))
-            for chunk in self.chunks
-        ]
-        with_id = np.flatnonzero((self.identity != 0).any(axis=1))
-        files = np.array(file_numbers, dtype=np.uint64)[self.chunk]
-        keys = np.column_stack([files, self.identity])[with_id]
-        self.fate[with_id[dedup.mark_repeated(keys)]] = FATES.index(Fate.REJECTED)
 
     def drop_duplicates(self) -> None:
         """Drop documents whose content equals that of an earlier one that is kept."""

@@ -15,7 +15,7 @@ what must be cut leaves a model more whole documents to learn from (Ding et al. 
 2404.10830).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,42 +125,32 @@ def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
     the number of items. Raises ValueError for a length that fits no bin.
     """
     order = np.argsort(-lengths, kind="stable")
-    values, counts = np.unique(lengths, return_counts=True)
+    values, numbers = np.unique(lengths, return_counts=True)
+    if len(values) and not 0 < values[0] <= values[-1] <= capacity:
+        bad = values[0] if values[0] <= 0 else values[-1]
+        raise ValueError(f"an item has length {bad}, expected 1 to {capacity}")
+    left = values.tolist()
+    counts = dict(zip(left, numbers.tolist(), strict=True))
     # The first unused item of each length in `order`.
-    starts = dict(zip(values.tolist(), (len(lengths) - np.cumsum(counts)).tolist(), strict=True))
+    starts = dict(zip(left, (len(lengths) - np.cumsum(numbers)).tolist(), strict=True))
     members, sizes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    histogram = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    for selection, bins in _selections(histogram, capacity):
+    while left:
+        longest = left[-1]
+        counts[longest] -= 1
+        selection = _fullest(left, counts, capacity - longest)
+        counts[longest] += 1
+        selection[longest] = selection.get(longest, 0) + 1
+        bins = min(counts[length] // number for length, number in selection.items())
         columns = []
         for length, number in selection.items():
             first = starts[length]
             starts[length] += bins * number
+            counts[length] -= bins * number
             columns.append(order[first : starts[length]].reshape(bins, number))
         members.append(np.concatenate(columns, axis=1).ravel())
         sizes.append(np.full(bins, sum(selection.values()), dtype=np.int64))
+        left = [length for length in left if counts[length]]
     return np.concatenate(members), np.concatenate(sizes)
-
-
-def _selections(counts: dict[int, int], capacity: int) -> Iterator[tuple[dict[int, int], int]]:
-    """Yield selections of items, length -> number, and how many bins to fill with each.
-
-    `counts` is the histogram of the lengths.
-    """
-    lengths = sorted(counts)
-    if lengths and not 0 < lengths[0] <= lengths[-1] <= capacity:
-        bad = lengths[0] if lengths[0] <= 0 else lengths[-1]
-        raise ValueError(f"an item has length {bad}, expected 1 to {capacity}")
-    while lengths:
-        longest = lengths[-1]
-        counts[longest] -= 1
-        selection = _fullest(lengths, counts, capacity - longest)
-        counts[longest] += 1
-        selection[longest] = selection.get(longest, 0) + 1
-        bins = min(counts[length] // number for length, number in selection.items())
-        yield selection, bins
-        for length, number in selection.items():
-            counts[length] -= bins * number
-        lengths = [length for length in lengths if counts[length]]
 
 
 def _fullest(lengths: Sequence[int], counts: dict[int, int], room: int) -> dict[int, int]:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import TypeVar
 
 from chatglm_ja.errors import DataError
@@ -35,9 +34,16 @@ def map_in_order(
         processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     try:
-        with _ignore_interrupts():  # the children inherit it from their first moment
-            # One empty task for each process, so that all of them start now.
+        # Ctrl-C reaches every process of the terminal, and only the parent is to act on it: the
+        # children inherit from their first moment that it is ignored. One empty task for each
+        # process lets all of them start now.
+        is_main = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+        try:
             started = [pool.submit(os.getpid) for _ in range(processes)]
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, handler)
         for future in started:
             future.result()
         waiting: deque[Future[Result]] = deque()
@@ -56,28 +62,12 @@ def map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _ignore_interrupts() -> Iterator[None]:
-    """Ignore SIGINT in processes that are started meanwhile.
-
-    Ctrl-C reaches every process of the terminal; only the parent is to act on it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+        parent.join()
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -14,56 +14,38 @@ import numpy as np
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import load_processor
-from chatglm_ja.data import arrow, conversations, mixing, packing, parallel, tokenizing
+from chatglm_ja.data import conversations, dataset, mixing, packing, token_store
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.conversations import Conversation
 from chatglm_ja.data.document_index import DocumentIndex
-from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
-from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk, find_chunk
-from chatglm_ja.data.tokenizing import ChunkTask
+from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.inputs import Input
-
-TRAIN, VALIDATION = "sft_train", "sft_validation"
-SHORTENED = "shortened"  # a count, not a fate: the conversation is kept without its beginning
-
-
-def content_keys(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[str, Any]]:
-    """Return all that shapes the tokens of each source of conversations."""
-    return tokenizing.content_keys(
-        config.sft_sources,
-        inputs,
-        "conversations",
-        max_length=config.max_length,
-        long_conversations=config.long_conversations,
-    )
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
     """Tokenize every source into its folder; return the index of the conversations."""
     tokenize = functools.partial(tokenize_conversations, config)
-    tasks = tokenizing.list_tasks(config.sft_sources, folders)
-    results = parallel.map_in_order(tokenize, tasks, config.num_processes)
-    chunks = tokenizing.collect_chunks(results, config.max_rejects, "conversations")
-    return DocumentIndex(config.sft_sources, chunks)
+    sources = config.sft_sources
+    chunks = token_store.tokenize_sources(tokenize, sources, folders, config, "conversations")
+    return DocumentIndex(sources, chunks)
 
 
 def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> StoredChunk:
     """Filter and tokenize a chunk of conversations, unless an earlier run stored it."""
-    if stored := find_chunk(task.stem, task.number):
+    if stored := token_store.find_chunk(task.stem, task.number):
         return stored
     tokenized = TokenizedChunk(file=Path(task.chunk.file).name)
     for conversation in conversations.parse_conversations(task.chunk, task.source):
-        if isinstance(conversation, Conversation):
-            tokenized.found += 1
-            tokenized.text_bytes += sum(
-                len(message["content"].encode()) for message in conversation.messages
-            )
-            fate = _add_conversation(tokenized, conversation, config)
-            if fate is not Fate.KEPT:
-                tokenized.counts[fate] += 1
-        else:
+        if not isinstance(conversation, Conversation):
             tokenized.rejects.append(conversation)
+            continue
+        tokenized.found += 1
+        contents = [message["content"] for message in conversation.messages]
+        tokenized.text_bytes += len("".join(contents).encode())
+        fate = _add_conversation(tokenized, conversation, config)
+        if fate is not Fate.KEPT:
+            tokenized.counts[fate] += 1
     return tokenized.write(task.stem, task.number)
 
 
@@ -92,7 +74,7 @@ def _add_conversation(
             return Fate.TOO_LONG
         first = 1 if roles[0] == "system" else 0
         del parts[first : first + oldest], roles[first : first + oldest]
-        tokenized.counts[SHORTENED] += 1
+        tokenized.counts["shortened"] += 1  # not a fate: the rest of the conversation is kept
     ids, labels = chat_format.join_example(prefix, roles, parts)
     # Examples are compared, not conversations: what was left out makes no difference to a model.
     content = np.array(ids, dtype="<i4").tobytes()
@@ -112,11 +94,11 @@ def write(
     index.drop_duplicates()
     train, validation = _draw(index, config, shares)
     bins = {}
-    for name, documents in ((TRAIN, train), (VALIDATION, validation)):
+    for split, documents in (("train", train), ("validation", validation)):
         plan = packing.plan_best_fit(index.length[documents], config.max_length)
-        bins[name] = len(plan)
-        arrow.write_shards(
-            folder, name, plan.shuffle(config.seed), index, documents,
+        bins[split] = len(plan)
+        dataset.write_shards(
+            folder, f"sft_{split}", plan.shuffle(config.seed), index, documents,
             processes=config.num_processes, with_labels=True,
         )  # fmt: skip
     tokens = int(index.length[train].sum())
@@ -135,10 +117,10 @@ def write(
     counts = {
         "train_examples": {kind: int((kinds[train] == kind).sum()) for kind in shares},
         "validation_examples": {kind: int((kinds[validation] == kind).sum()) for kind in shares},
-        "train_bins": bins[TRAIN],
+        "train_bins": bins["train"],
         "train_tokens": tokens,
-        "train_fill": round(tokens / (bins[TRAIN] * config.max_length), 4),
-        "validation_bins": bins[VALIDATION],
+        "train_fill": round(tokens / (bins["train"] * config.max_length), 4),
+        "validation_bins": bins["validation"],
         "max_length": config.max_length,
         "sources": sources,
     }

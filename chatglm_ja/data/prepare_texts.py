@@ -1,10 +1,10 @@
 """Step 4's pretraining blocks: tokenize texts, drop duplicates, mix, pack.
 
-    chunks of records --(processes)--> tokenized chunks on disk      tokenizing.py, token_store.py
+    chunks of records --(processes)--> tokenized chunks on disk      token_store.py
     index of documents --> duplicates dropped                        document_index.py, dedup.py
                        --> validation and training documents chosen  mixing.py
                        --> plan of the blocks                        packing.py
-    plan and chunks --(processes)--> Arrow shards                    arrow.py
+    plan and chunks --(processes)--> Arrow shards                    dataset.py
 
 A document becomes [gMASK] sop, its tokens, </s>: the form in which ChatGLM3 reads every text. Text
 that says "</s>" stays text.
@@ -20,37 +20,17 @@ import numpy as np
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, MODEL_FILE, load_processor, read_proto
-from chatglm_ja.data import arrow, cleaning, corpus, dedup, mixing, packing, parallel, tokenizing
+from chatglm_ja.data import cleaning, corpus, dataset, dedup, mixing, packing, token_store
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.corpus import Document
 from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.data.document_index import DocumentIndex
-from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
-from chatglm_ja.data.token_store import StoredChunk, TokenizedChunk, find_chunk
-from chatglm_ja.data.tokenizing import ChunkTask
+from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.inputs import Input
 
 # Documents are tokenized in batches of this many characters: enough for numpy, little memory.
 BATCH_CHARACTERS = 2**20
-TRAIN, VALIDATION = "pretrain_train", "pretrain_validation"
-
-
-def content_keys(config: PrepareDataConfig, inputs: Sequence[Input]) -> list[dict[str, Any]]:
-    """Return all that shapes the tokens of each source of texts."""
-    by_role = {source.role: source for source in inputs}
-    evaluation = by_role.get("evaluation_texts")
-    return tokenizing.content_keys(
-        config.sources,
-        inputs,
-        "texts",
-        unicode_form=config.unicode_form,
-        min_characters=config.min_characters,
-        check_language=config.check_language,
-        decontaminate=[source.settings() for source in config.decontaminate],
-        evaluation_texts=evaluation and evaluation.fingerprint,
-        signatures=config.near_duplicates > 0,
-    )
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
@@ -64,9 +44,7 @@ def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex
         ids = (tokenizer.encode(text, return_type="numpy") for text in cleaned)
         np.save(overlap_file, dedup.overlap_hashes(ids), allow_pickle=False)
     tokenize = functools.partial(tokenize_texts, config, overlap_file)
-    tasks = tokenizing.list_tasks(config.sources, folders)
-    results = parallel.map_in_order(tokenize, tasks, config.num_processes)
-    chunks = tokenizing.collect_chunks(results, config.max_rejects, "texts")
+    chunks = token_store.tokenize_sources(tokenize, config.sources, folders, config, "texts")
     return DocumentIndex(config.sources, chunks)
 
 
@@ -77,7 +55,7 @@ def tokenize_texts(
 
     `overlap_file` holds the n-grams of the evaluation texts, see dedup.py.
     """
-    if stored := find_chunk(task.stem, task.number):
+    if stored := token_store.find_chunk(task.stem, task.number):
         return stored
     tokenized = TokenizedChunk(file=Path(task.chunk.file).name)
     batch: list[Document] = []
@@ -159,7 +137,7 @@ def write(
         )
         held_out[language] = candidates[places]
     documents = index.kept_documents()
-    trainable = documents[~np.isin(documents, _concatenate(held_out))]
+    trainable = documents[~np.isin(documents, np.concatenate(list(held_out.values())))]
     pools = mixing.build_pools(
         config.sources, shares, config.total_tokens, trainable, index.source, index.length
     )
@@ -174,13 +152,10 @@ def write(
             f"{config.total_tokens} tokens do not fill a block of {config.block_size}: "
             "raise --total-tokens"
         )
-    arrow.write_shards(folder, TRAIN, plan, index, drawn.document, processes=config.num_processes)
+    processes = config.num_processes
+    dataset.write_shards(folder, "pretrain_train", plan, index, drawn.document, processes=processes)
     _write_validation(index, config, held_out, folder)
-    return _count(index, config, shares, plan, drawn, held_out)
-
-
-def _concatenate(held_out: Mapping[str, np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int64), *held_out.values()])
+    return _count(index, config, plan, drawn, held_out)
 
 
 def _write_validation(
@@ -190,24 +165,21 @@ def _write_validation(
     folder: Path,
 ) -> None:
     """Write the validation blocks; each holds one language, and the last of each may be short."""
-    plans: list[packing.PackingPlan] = []
-    languages: list[str] = []
-    before = 0
+    plans, languages, before = [], [], 0
     for language, documents in held_out.items():
         plan = packing.plan_concat(index.length[documents], config.block_size, keep_tail=True)
         plans.append(dataclasses.replace(plan, item=plan.item + before))
         languages += [language] * len(plan)
         before += len(documents)
-    arrow.write_shards(
-        folder, VALIDATION, packing.join_plans(plans), index, _concatenate(held_out),
-        processes=1, languages=languages,
-    )  # fmt: skip
+    plan, documents = packing.join_plans(plans), np.concatenate(list(held_out.values()))
+    dataset.write_shards(
+        folder, "pretrain_validation", plan, index, documents, processes=1, languages=languages
+    )
 
 
 def _count(
     index: DocumentIndex,
     config: PrepareDataConfig,
-    shares: Mapping[str, float],
     plan: packing.PackingPlan,
     drawn: mixing.Draw,
     held_out: Mapping[str, np.ndarray],
@@ -217,10 +189,10 @@ def _count(
     used = np.bincount(plan.item, weights=plan.length, minlength=len(drawn.document))
     drawn_source = index.source[drawn.document]
     is_held_out = np.zeros(len(index), dtype=bool)
-    is_held_out[_concatenate(held_out)] = True
+    is_held_out[np.concatenate(list(held_out.values()))] = True
     is_kept = index.is_fate(Fate.KEPT)
     sources = []
-    train: dict[str, int] = dict.fromkeys(shares, 0)
+    train: dict[str, int] = dict.fromkeys(held_out, 0)
     for number, source in enumerate(config.sources):
         own = index.source == number
         tokens = int(used[drawn_source == number].sum())
@@ -248,6 +220,11 @@ def _count(
         "train_shares": {name: round(n / total, 4) for name, n in train.items()},
         "validation_tokens": {name: int(index.length[ids].sum()) for name, ids in held_out.items()},
         "documents_cut": int((np.bincount(plan.item) > 1).sum()),
-        "near_duplicates": dedup.describe_method(config.near_duplicates),
+        "near_duplicates": {
+            "threshold": config.near_duplicates,
+            "hashes": dedup.NUM_HASHES,
+            "bands": dedup.NUM_HASHES // dedup.BAND_SIZE,
+            "shingle_characters": dedup.SHINGLE_CHARACTERS,
+        },
         "sources": sources,
     }

@@ -91,8 +91,17 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
                 yield Chunk(str(path), 1, path)
             case _:
                 yield from _cut_lines(path, chunk_bytes)
-    if not paths:
-        yield from _cut_dataset(source, chunk_bytes)
+    if paths:
+        return
+    rows = load_hub_dataset(source)
+    table = rows.with_format("arrow")
+    per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
+    for start in range(0, len(rows), per_chunk):
+        part = table[start : start + per_chunk]
+        stream = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(stream, part.schema) as writer:
+            writer.write_table(part, max_chunksize=ROWS_AT_ONCE)
+        yield Chunk(source.path, start + 1, stream.getvalue())
 
 
 def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
@@ -101,9 +110,14 @@ def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | R
         if source.where is None or isinstance(record, Reject):
             yield number, record
         elif source.where[0] not in record:
-            yield number, _missing_column(source.where[0], record)
+            yield number, missing_column(source.where[0], record)
         elif str(record[source.where[0]]) == source.where[1]:
             yield number, record
+
+
+def missing_column(column: str, record: Record) -> Reject:
+    """Return the Reject for a record without a column that is needed."""
+    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
 
 
 def record_id(record: Record, source: Source) -> str | None:
@@ -115,7 +129,7 @@ def record_id(record: Record, source: Source) -> str | None:
 def check_text(value: Any, column: str, record: Record) -> Reject | None:
     """Return why the value of a text column cannot be used, or None."""
     if column not in record:
-        return _missing_column(column, record)
+        return missing_column(column, record)
     if not isinstance(value, str):
         return Reject("wrong type", f"column {column!r} holds {type(value).__name__}, not text")
     return check_characters(value)
@@ -155,21 +169,18 @@ def load_hub_dataset(source: Source) -> Any:
         ) from None
 
 
-def _missing_column(column: str, record: Record) -> Reject:
-    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).split("\n")[0]
 
 
-def _raise_system_error(error: BaseException) -> None:
-    """Re-raise an error of the system, such as a missing file or a failing disk, not of the data.
+def _damaged(kind: str, detail: str, error: Exception) -> Reject:
+    """Return the Reject for corrupt data; re-raise an error of the system, such as a failing disk.
 
     Errors about corrupt data may be OSErrors, too, but have no errno.
     """
     if isinstance(error, OSError) and error.errno:
         raise error
+    return Reject(f"damaged {kind}", detail)
 
 
 def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
@@ -201,9 +212,8 @@ def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
                     yield number, record
                     number += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
-            _raise_system_error(error)
             detail = f"the rest of its rows is lost ({_first_line(error)})"
-            yield number, Reject("damaged parquet", detail)
+            yield number, _damaged("parquet", detail, error)
 
 
 def _cut_lines(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
@@ -241,40 +251,33 @@ def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
     Of a corrupt file, what was decompressed before the damage comes first, then a Reject.
     """
     compression = file_compression(path)
-    parts: list[bytes] = []
-    buffered = 0
+    block = bytearray()
     with compression.open(path) as file:
         try:
             # read1 returns what is decompressed already; read would lose it if damage follows.
-            while part := file.read1(size - buffered):  # type: ignore[attr-defined]
-                parts.append(part)
-                buffered += len(part)
-                if buffered == size:
-                    yield b"".join(parts)
-                    parts, buffered = [], 0
+            while part := file.read1(size - len(block)):  # type: ignore[attr-defined]
+                block += part
+                if len(block) == size:
+                    yield bytes(block)
+                    block.clear()
         except compression.error_types() as error:
-            _raise_system_error(error)
-            text = b"".join(parts)
-            yield text[: text.rfind(b"\n") + 1]
             detail = f"the rest of the file is lost ({_first_line(error)})"
-            yield Reject(f"damaged {compression.module}", detail)
+            reject = _damaged(compression.module, detail, error)
+            yield bytes(block[: block.rfind(b"\n") + 1])
+            yield reject
             return
-    if buffered:
-        yield b"".join(parts)
+    if block:
+        yield bytes(block)
 
 
 def _decode_lines(payload: bytes) -> Iterator[str | Reject]:
     """Decode the lines of a chunk; one by one only if the chunk as a whole is not UTF-8."""
     try:
-        lines: Any = payload.decode("utf-8").split("\n")
+        yield from payload.decode("utf-8").removesuffix("\n").split("\n")
+        return
     except UnicodeDecodeError:
-        lines = payload.split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line break is not a line
+        lines = payload.removesuffix(b"\n").split(b"\n")
     for line in lines:
-        if isinstance(line, str):
-            yield line
-            continue
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -302,22 +305,20 @@ def _parse_list(path: Path) -> Iterator[Record | Reject]:
     except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError, too
         yield Reject("broken file", f"it is not JSON ({error}): one object a line is .jsonl")
     except compression.error_types() as error:
-        _raise_system_error(error)
-        yield Reject(f"damaged {compression.module}", str(error))
+        yield _damaged(compression.module, str(error), error)
     else:
-        if not isinstance(rows, list):
+        if isinstance(rows, list):
+            yield from map(_check_object, rows)
+        else:
             kind = type(rows).__name__
             yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
-            return
-        yield from map(_check_object, rows)
 
 
 def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
     try:
         metadata = pyarrow.parquet.ParquetFile(path).metadata
     except (pyarrow.ArrowInvalid, OSError) as error:
-        _raise_system_error(error)
-        reject = Reject("damaged parquet", f"the file is lost ({_first_line(error)})")
+        reject = _damaged("parquet", f"the file is lost ({_first_line(error)})", error)
         yield Chunk(str(path), 1, reject)
         return
     first = 1
@@ -341,18 +342,6 @@ def _read_rows(file: str, rows: ParquetRows) -> Iterator[pyarrow.RecordBatch]:
         seen += len(batch)
         if seen >= rows.stop:
             return
-
-
-def _cut_dataset(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
-    rows = load_hub_dataset(source)
-    table = rows.with_format("arrow")
-    per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
-    for start in range(0, len(rows), per_chunk):
-        part = table[start : start + per_chunk]
-        stream = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(stream, part.schema) as writer:
-            writer.write_table(part, max_chunksize=ROWS_AT_ONCE)
-        yield Chunk(source.path, start + 1, stream.getvalue())
 
 
 def _to_records(batch: pyarrow.RecordBatch) -> list[Record]:

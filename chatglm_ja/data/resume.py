@@ -21,15 +21,51 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.document_index import DocumentIndex
-from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.readers import LOST_FILE
+from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import FORMAT
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage.inputs import Input
 
 log = logging.getLogger(__name__)
 
 OUTDATED = "outdated-"
+
+
+def content_keys(
+    config: PrepareDataConfig, inputs: Sequence[Input]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return all that shapes the tokens of each source: of texts, and of conversations.
+
+    That is the source's files and declaration, the tokenizer, and settings of step 4.
+    """
+    by_role = {item.role: item for item in inputs}
+    tokenizer = by_role["step2_merge_tokenizer"].fingerprint
+    evaluation = by_role.get("evaluation_texts")
+    texts = {
+        "unicode_form": config.unicode_form,
+        "min_characters": config.min_characters,
+        "check_language": config.check_language,
+        "decontaminate": [source.settings() for source in config.decontaminate],
+        "evaluation_texts": evaluation and evaluation.fingerprint,
+        "signatures": config.near_duplicates > 0,
+    }
+    conversations = {
+        "max_length": config.max_length,
+        "long_conversations": config.long_conversations,
+    }
+    keys: dict[str, list[dict[str, Any]]] = {"texts": [], "conversations": []}
+    for role, sources, settings in (
+        ("texts", config.sources, texts),
+        ("conversations", config.sft_sources, conversations),
+    ):
+        for source, files in zip(sources, by_role[role].source_fingerprints, strict=True):
+            changed, declaration = source.modification_times(), source.settings()
+            own = {"files": files, "changed": changed, "source": declaration}
+            keys[role].append({**own, "tokenizer": tokenizer, **settings})
+    return keys
 
 
 @contextmanager
@@ -55,7 +91,10 @@ def open_folders(
     if root.exists():
         for path in root.iterdir():
             if path not in current:
-                _remove(path)
+                # Rename before deleting, so that a crash leaves nothing that looks resumable.
+                if not path.name.startswith(OUTDATED):
+                    path = path.rename(path.with_name(OUTDATED + path.name))
+                shutil.rmtree(path)
         for part in root.rglob("*.part"):
             part.unlink()
     for path in current:
@@ -65,13 +104,6 @@ def open_folders(
     except BaseException:
         log.info("finished work is kept in %s: re-run the command to resume", root)
         raise
-
-
-def _remove(folder: Path) -> None:
-    """Rename a folder before deleting it, so that a crash leaves nothing that looks resumable."""
-    if not folder.name.startswith(OUTDATED):
-        folder = folder.rename(folder.with_name(OUTDATED + folder.name))
-    shutil.rmtree(folder)
 
 
 def link_files(source: Path, target: Path) -> None:

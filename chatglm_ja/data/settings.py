@@ -7,7 +7,7 @@ from typing import Literal
 
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, setting
-from chatglm_ja.sources import COMPRESSIONS, Source, file_format, source_contradictions
+from chatglm_ja.sources import COMPRESSIONS, Source, source_contradictions
 
 TOKEN_BYTES = 4
 COMPRESSION_RATIO = 4  # of compressed texts and parquet files, about
@@ -60,8 +60,7 @@ class PrepareDataConfig(StepConfig):
         high=1,
     )
     decontaminate: tuple[Source, ...] = setting(
-        "evaluation texts; drop pretraining texts that share 13 consecutive tokens with them",
-        (),
+        "evaluation texts; drop pretraining texts that share 13 consecutive tokens with them", ()
     )
     sft_sources: tuple[Source, ...] = setting(
         "conversations: a YAML file of sources, or each as "
@@ -132,14 +131,11 @@ class PrepareDataConfig(StepConfig):
 def _text_bytes(sources: Sequence[Source]) -> int:
     """Estimate the bytes of text in local sources; data sets on the hub count as nothing."""
     return sum(
-        path.stat().st_size * (COMPRESSION_RATIO if _is_compressed(path) else 1)
+        path.stat().st_size
+        * (COMPRESSION_RATIO if path.suffix in (*COMPRESSIONS, ".parquet") else 1)
         for source in sources
         for path in source.files()
     )
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.suffix in COMPRESSIONS or file_format(path) == "parquet"
 
 
 def parse_shares(specs: Sequence[str]) -> dict[str, float]:

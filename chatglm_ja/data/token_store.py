@@ -1,4 +1,4 @@
-"""Tokenized chunks on disk, between reading and packing.
+"""Tokenizing sources chunk by chunk in several processes; the chunks on disk, until packing.
 
 A chunk of a source becomes a group of files of one name. The .json is written last, so a chunk that
 has one is complete, and a killed run resumes with the first chunk that lacks it:
@@ -16,30 +16,28 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from tqdm.auto import tqdm
 
-from chatglm_ja.data import dedup
-from chatglm_ja.data.readers import Reject
+from chatglm_ja.data import dedup, parallel
+from chatglm_ja.data.readers import Chunk, Reject, read_chunks
+from chatglm_ja.data.settings import TOKEN_BYTES, PrepareDataConfig
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.files import (
-    FileRecord,
-    find_problem,
-    publish_file,
-    read_json,
-    record_file,
-)
+from chatglm_ja.sources import Source
+from chatglm_ja.storage.files import FileRecord, find_problem, publish_file, read_json, record_file
 
 log = logging.getLogger(__name__)
 
 # Increased when the files of a chunk change their meaning: work of earlier versions is discarded.
 FORMAT = 2
-TOKEN_BYTES = 4
 MAX_DETAIL = 200
+# Reading stops early if most of at least this many records of a source are bad.
+EARLY_RECORDS = 20_000
 TOKENS, LABELS, HASHES, COLUMNS, SUMMARY = ".tokens", ".labels", ".hashes", ".npz", ".json"
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "record": ("<i8", ()),
@@ -144,6 +142,49 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, "<i4"), *parts], dtype="<i4")
 
 
+@dataclass(frozen=True)
+class ChunkTask:
+    """A chunk to tokenize, its source, the source's number, and the stem of the files to write."""
+
+    chunk: Chunk
+    source: Source
+    number: int
+    stem: Path
+
+
+def tokenize_sources(
+    tokenize: Callable[[ChunkTask], StoredChunk],
+    sources: Sequence[Source],
+    folders: Sequence[Path],
+    config: PrepareDataConfig,
+    description: str,
+) -> list[StoredChunk]:
+    """Tokenize the chunks of sources into a folder for each source, with a progress bar.
+
+    `tokenize` returns the chunk that an earlier run stored, or tokenizes and stores it. Stops early
+    when most records of a source are bad, since the source will be refused.
+    """
+    tasks = (
+        ChunkTask(chunk, source, number, folder / f"{index:06d}")
+        for number, (source, folder) in enumerate(zip(sources, folders, strict=True))
+        for index, chunk in enumerate(read_chunks(source))
+    )
+    limit = max(0.5, config.max_rejects)
+    chunks: list[StoredChunk] = []
+    read: Counter[int] = Counter()
+    bad: Counter[int] = Counter()
+    with tqdm(desc=description, unit="B", unit_scale=True) as bar:
+        for chunk in parallel.map_in_order(tokenize, tasks, config.num_processes):
+            chunks.append(chunk)
+            number, summary = chunk.source, chunk.summary
+            bar.update(summary.bytes)
+            read[number] += summary.found + len(summary.rejects)
+            bad[number] += len(summary.rejects)
+            if read[number] >= EARLY_RECORDS and bad[number] > limit * read[number]:
+                break
+    return chunks
+
+
 def find_chunk(stem: Path, source: int) -> StoredChunk | None:
     """Return a chunk that is stored and intact, or None; all its bytes are read to check it."""
     path = stem.with_suffix(SUMMARY)
@@ -151,7 +192,7 @@ def find_chunk(stem: Path, source: int) -> StoredChunk | None:
         return None
     try:
         summary = ChunkSummary.model_validate(read_json(path))
-    except (ValidationError, ValueError):
+    except ValueError:  # pydantic's ValidationError, too
         problem: str | None = f"{path.name} is corrupt"
     else:
         if summary.files.keys() >= {f"{stem.name}{TOKENS}", f"{stem.name}{COLUMNS}"}:
@@ -176,11 +217,7 @@ class _OpenFile:
 
 
 def read_tokens(
-    stems: Sequence[Path],
-    suffix: str,
-    chunks: np.ndarray,
-    offsets: np.ndarray,
-    lengths: np.ndarray,
+    stems: Sequence[Path], suffix: str, chunks: np.ndarray, offsets: np.ndarray, lengths: np.ndarray
 ) -> np.ndarray:
     """Read segments of chunks' tokens or labels into one int32 array, one after another.
 

@@ -15,8 +15,8 @@ import numpy as np
 from chatglm_ja import plots
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
 from chatglm_ja.chatglm3.tokenizer import load_processor
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.document_index import DocumentIndex
-from chatglm_ja.data.fates import Fate
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.data.token_store import LABELS
 from chatglm_ja.reports.render import Table, render_template

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatglm_ja.data import cleaning
-from chatglm_ja.data.fates import Fate
+from chatglm_ja.data.cleaning import Fate
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chatglm_ja.chatglm3 import base_config, chat_format
-from chatglm_ja.data import arrow, dataset
+from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError
 from chatglm_ja.training import collator
 from tests.conftest import DATA, Source, prepare_config, write_pretraining
@@ -23,7 +23,7 @@ def test_shards_are_one_data_set_and_not_copied(
     for folder in (whole, parts):
         folder.mkdir()
         write_pretraining(folder, config)
-        monkeypatch.setattr(arrow, "SHARD_TOKENS", 9_000)
+        monkeypatch.setattr(dataset, "SHARD_TOKENS", 9_000)
     assert len(list(parts.glob("pretrain_train-*-of-00005.arrow"))) == 5
     allocated = pyarrow.total_allocated_bytes()
     rows = dataset.load_rows(parts, "pretrain", "train")

@@ -11,7 +11,7 @@ import pytest
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
-from chatglm_ja.data import arrow, corpus, dataset, prepare_texts, readers, tokenizing
+from chatglm_ja.data import corpus, dataset, prepare_texts, readers, token_store
 from chatglm_ja.data.resume import RejectsFile
 from chatglm_ja.data.settings import parse_shares
 from chatglm_ja.errors import DataError
@@ -205,7 +205,7 @@ def test_processes_and_interruptions_change_no_byte(
 ) -> None:
     monkeypatch.setattr(readers, "CHUNK_BYTES", 20_000)
     monkeypatch.setattr(readers.read_chunks, "__defaults__", (20_000,))
-    monkeypatch.setattr(arrow, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(dataset, "SHARD_TOKENS", 3000)
     sources = flawed(tmp_path)
     settings: dict[str, Any] = {
         "shares": ("ja=76", "zh=12", "en=12"), "total_tokens": 20_000, "validation_tokens": 1500,
@@ -243,7 +243,7 @@ def test_processes_and_interruptions_change_no_byte(
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "three/texts").glob("*/*.json")}
     assert len(finished) == 4
     with monkeypatch.context() as patch:
-        patch.setattr(arrow, "_make_batch", lambda *_: 1 / 0)
+        patch.setattr(dataset, "_make_batch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make("three")
     # Chunks that were corrupted meanwhile are tokenized again.
@@ -299,7 +299,7 @@ def test_reading_stops_early_if_most_records_are_bad(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers.read_chunks, "__defaults__", (1000,))
-    monkeypatch.setattr(tokenizing, "EARLY_RECORDS", 1000)
+    monkeypatch.setattr(token_store, "EARLY_RECORDS", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "列の名前が違う"}\n' * 20_000)
     config = prepare_config(merged_dir, [Source("ja", str(path))])

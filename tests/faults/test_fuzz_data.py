@@ -23,7 +23,7 @@ from chatglm_ja.data import (
     readers,
 )
 from chatglm_ja.data.readers import Reject
-from chatglm_ja.data.tokenizing import ChunkTask
+from chatglm_ja.data.token_store import ChunkTask
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, multiple_choice
 from chatglm_ja.sources import Source
