@@ -28,8 +28,7 @@ from chatglm_ja.data.readers import (
     reject_error,
 )
 from chatglm_ja.errors import DataError
-from chatglm_ja.evaluation import likelihood
-from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.sources import Source
 
 
@@ -100,11 +99,7 @@ def _parse_question(record: Record) -> ChoiceQuestion | Reject:
 
 
 def score_questions(
-    model: LoadedModel,
-    questions: Mapping[str, Sequence[ChoiceQuestion]],
-    window: int,
-    batch_size: int,
-    title: str = "choices",
+    scorer: Scorer, questions: Mapping[str, Sequence[ChoiceQuestion]], title: str = "choices"
 ) -> dict[str, dict[str, float]]:
     """Return for every language the number of `questions` and the shares of right answers.
 
@@ -116,7 +111,7 @@ def score_questions(
         for question in group
         for text in (question.text, question.text[-1])
     ]
-    nats = iter(likelihood.score_continuations(model, pairs, window, batch_size, title))
+    nats = iter(scorer.score_continuations(pairs, title))
     rows = {}
     for language, group in questions.items():
         correct = dict.fromkeys(METRICS, 0)

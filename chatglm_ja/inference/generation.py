@@ -15,13 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ja.chatglm3 import chat_format
@@ -53,6 +49,15 @@ DECODINGS: dict[str, Callable[[Sampling], Sampling]] = {
     "greedy": lambda configured: GREEDY,
     "sampled": lambda configured: configured,
 }
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How a chat answers: sampling, the longest answer in tokens, its time limit in seconds."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,27 +94,15 @@ def generate_answers(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            longest = len(prompts[batch[-1]])
-            input_ids = torch.full((len(batch), longest), UNK_ID)
-            mask = torch.zeros_like(input_ids)
-            for row, index in enumerate(batch):
-                padding = longest - len(prompts[index])
-                input_ids[row, padding:] = torch.tensor(prompts[index])
-                mask[row, padding:] = 1
-            output = _generate(model, input_ids, mask, max_new_tokens, sampling)
-            for index, ids in zip(batch, output[:, longest:].tolist(), strict=True):
+            output = _generate(model, [prompts[index] for index in batch], max_new_tokens, sampling)
+            for index, ids in zip(batch, output.tolist(), strict=True):
                 answers[index] = _decode_answer(model.tokenizer, ids)
             bar.update(len(batch))
     return [answers[index] for index in range(len(prompts))]
 
 
 def stream_answer(
-    model: LoadedModel,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    *,
-    sampling: Sampling,
-    seconds: float | None = None,
+    model: LoadedModel, prompt: Sequence[int], options: ChatOptions
 ) -> Generator[str]:
     """Stream the answer to a prompt as pieces of text, which joined are the whole answer.
 
@@ -118,18 +111,17 @@ def stream_answer(
     """
     pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()
-    deadline = None if seconds is None else time.monotonic() + seconds
 
-    def must_stop() -> bool:
-        return closed.is_set() or (deadline is not None and time.monotonic() > deadline)
+    def stop_when_closed(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
 
     def generate() -> None:
-        ids = torch.tensor([list(prompt)])
         try:
             _generate(
-                model, ids, torch.ones_like(ids), max_new_tokens, sampling,
+                model, [prompt], options.max_new_tokens, options.sampling,
                 streamer=_TextStreamer(model.tokenizer, pieces.put),
-                stopping_criteria=StoppingCriteriaList([_StopWhen(must_stop)]),
+                stopping_criteria=StoppingCriteriaList([stop_when_closed]),
+                max_time=options.seconds,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
@@ -157,14 +149,12 @@ def tokens_per_second(model: LoadedModel, prompt: Sequence[int]) -> float:
     Returns the best of three rounds; a round is the median over 64 tokens. On a GPU the host
     limits the speed, and it is busy at times.
     """
-    ids = torch.tensor([list(prompt)])
     speeds = []
     for _ in range(TIMED_ROUNDS):
         clock = _TokenClock()
         _generate(
-            model, ids, torch.ones_like(ids), TIMED_TOKENS, GREEDY,
-            streamer=clock, min_new_tokens=TIMED_TOKENS,
-        )  # fmt: skip
+            model, [prompt], TIMED_TOKENS, GREEDY, streamer=clock, min_new_tokens=TIMED_TOKENS
+        )
         times = clock.times[1:]  # the first one is the prompt's
         speeds.append(1 / statistics.median(b - a for a, b in itertools.pairwise(times)))
     return max(speeds)
@@ -173,21 +163,23 @@ def tokens_per_second(model: LoadedModel, prompt: Sequence[int]) -> float:
 @torch.inference_mode()
 def _generate(
     model: LoadedModel,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
     **options: Any,
 ) -> torch.Tensor:
-    """Return the ids of prompts and answers, [batch, length]; `options` are those of `generate`."""
+    """Return the ids of the answers, [batch, length]; `options` are those of `generate`."""
     glm, tokenizer = model.model, model.tokenizer
     if sampling.temperature >= MIN_TEMPERATURE:
         options["logits_processor"] = LogitsProcessorList([_Sampler(sampling)])
+    rows = [torch.tensor(prompt, device=glm.device) for prompt in prompts]
+    input_ids = pad_sequence(rows, True, UNK_ID, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
     # Embedding rows that pad the matrix have no id in the tokenizer.
     unused = list(range(tokenizer.get_piece_size(), glm.config.vocab_size))
     output: torch.Tensor = glm.generate(
-        input_ids.to(glm.device),
-        attention_mask=mask.to(glm.device),
+        input_ids,
+        attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,  # _Sampler leaves a single token, which is then the likeliest
         eos_token_id=chat_format.stop_ids(tokenizer),
@@ -195,7 +187,7 @@ def _generate(
         suppress_tokens=unused or None,
         **options,
     )
-    return output
+    return output[:, input_ids.shape[1] :]
 
 
 def _decode_answer(tokenizer: Any, ids: list[int]) -> Answer:
@@ -229,16 +221,6 @@ class _Sampler(LogitsProcessor):
         probabilities = best.softmax(dim=-1)
         likelier = probabilities.cumsum(dim=-1) - probabilities  # the sum over likelier tokens
         return best.masked_fill(likelier >= self.sampling.top_p, -torch.inf).softmax(dim=-1), ids
-
-
-class _StopWhen(StoppingCriteria):
-    """Stops a generation when a function returns True."""
-
-    def __init__(self, must_stop: Callable[[], bool]) -> None:
-        self.must_stop = must_stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.must_stop(), device=input_ids.device)
 
 
 class _TextStreamer(BaseStreamer):

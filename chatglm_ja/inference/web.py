@@ -18,10 +18,10 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
+from chatglm_ja.chatglm3.chat_format import Message
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.inference import chat
-from chatglm_ja.inference.chat import ChatOptions, Message
-from chatglm_ja.inference.generation import Sampling
+from chatglm_ja.inference.generation import ChatOptions, Sampling
 from chatglm_ja.inference.models import LoadedModel, Stage
 
 log = logging.getLogger(__name__)
@@ -143,28 +143,27 @@ def answer_question(
     if len(text) > MAX_MESSAGE:
         raise DataError(f"the message has {len(text):,} characters, {MAX_MESSAGE:,} are allowed")
     question = {"role": "user", "content": text}
-    answers = {
-        side: {"role": "assistant", "content": ""}
+    answers, streams = [], []
+    asked = [
+        (conversations[side], name)
         for side, name in zip(SIDES, names, strict=True)
         if name != NO_MODEL
-    }
+    ]
     with ExitStack() as stack:
-        streams = []
-        for side, name in zip(SIDES, names, strict=True):
-            if side in answers:
-                messages = [*conversations[side], question]
-                pieces = chat.stream_reply(models.get(name), messages, options)
-                streams.append(stack.enter_context(closing(pieces)))
-        for side, answer in answers.items():
-            conversations[side] += [question, answer]
+        for messages, name in asked:
+            pieces = chat.stream_reply(models.get(name), [*messages, question], options)
+            streams.append(stack.enter_context(closing(pieces)))
+        for messages, _ in asked:
+            answers.append({"role": "assistant", "content": ""})
+            messages += [question, answers[-1]]
         try:
             yield
             for pieces_of_sides in itertools.zip_longest(*streams, fillvalue=""):
-                for answer, piece in zip(answers.values(), pieces_of_sides, strict=True):
+                for answer, piece in zip(answers, pieces_of_sides, strict=True):
                     answer["content"] += piece
                 yield
         finally:
-            for answer in answers.values():
+            for answer in answers:
                 answer["content"] = answer["content"] or chat.NO_ANSWER
 
 
@@ -190,21 +189,13 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
         return {side: [] for side in SIDES}
 
     def answer(
-        text: str,
-        conversations: Conversations,
-        left: str,
-        right: str,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
+        text: str, conversations: Conversations, left: str, right: str, *sliders: float
     ) -> Iterator[tuple[Any, ...]]:
         box: Any = ""  # empties the question box once, when the question has moved to the answers
         try:
-            chosen = ChatOptions(
-                Sampling(float(temperature), float(top_p)),
-                min(int(max_new_tokens), MAX_TOKENS),
-                options.seconds,
-            )
+            temperature, top_p, longest = map(float, sliders)
+            max_new_tokens = int(min(longest, MAX_TOKENS))
+            chosen = ChatOptions(Sampling(temperature, top_p), max_new_tokens, options.seconds)
             steps = answer_question(models, (left, right), conversations, str(text), chosen)
             with closing(steps):
                 for _ in steps:
@@ -219,7 +210,14 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
         # A value, which Gradio copies for every page: a function would run when the page is loaded,
         # and could replace a conversation that has started meanwhile.
         conversations = gradio.State(new_conversations())
-        left, right = _model_choices(list(models.stages), first)
+        names = list(models.stages)
+        with gradio.Row():
+            info = "Another model continues the conversation"
+            left = gradio.Dropdown(names, value=first, label="Model", info=info)
+            info = "Answers from the next question on"
+            right = gradio.Dropdown(
+                [NO_MODEL, *names], value=NO_MODEL, label="Compare with", info=info
+            )
         boxes = []
         with gradio.Row():
             for side in SIDES:
@@ -270,23 +268,6 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
         )
     page.queue(max_size=MAX_WAITING)
     return page
-
-
-def _model_choices(names: list[str], first: str) -> tuple[Any, Any]:
-    """Return the two dropdowns that choose the models of the left and the right side."""
-    import gradio
-
-    with gradio.Row():
-        left = gradio.Dropdown(
-            names, value=first, label="Model", info="Another model continues the conversation"
-        )
-        right = gradio.Dropdown(
-            [NO_MODEL, *names],
-            value=NO_MODEL,
-            label="Compare with",
-            info="Answers from the next question on",
-        )
-    return left, right
 
 
 def _answer_box(side: str) -> Any:

@@ -1,5 +1,8 @@
 """Step 7's results as tables: the last screen, results.md, and report.html with charts and answers.
 
+The model card is README.md beside the weights, which Hugging Face shows: what the model was made
+from, with which settings, what step 7 measured, and how to use it.
+
 results = {
     "stages": [what evaluate.Evaluation measures of a stage],
     "segmentation": {language: Segmentation.row()},
@@ -12,29 +15,36 @@ A measure that is added to evaluate.py gets its table here: a function, and an e
 """
 
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja import plots
 from chatglm_ja.reports.render import Table, markdown_table, render_template
-from chatglm_ja.storage.files import write_json
+from chatglm_ja.storage.files import publish_file, write_json
 from chatglm_ja.vocabulary.segmentation import segmentation_table
+
+log = logging.getLogger(__name__)
 
 Results = Mapping[str, Any]
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+CARD_FILE = "model_card.md"  # in step 7's folder; README.md in the model's
+LICENSE = "MODEL_LICENSE"  # ChatGLM3-6B's, published beside its weights
 
 LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 
 
-def write_report(folder: Path, results: Results) -> None:
-    """Write results.json, results.md and report.html."""
+def write_report(folder: Path, results: Results, base_dir: Path) -> None:
+    """Write results.json, results.md, report.html and model_card.md."""
     write_json(folder / RESULTS_FILE, results)
     (folder / "results.md").write_text(render_markdown(results), encoding="utf-8")
     (folder / REPORT_FILE).write_text(render_html(results), encoding="utf-8")
+    (folder / CARD_FILE).write_text(render_card(results, base_dir), encoding="utf-8")
 
 
 def stage_table(results: Results) -> Table:
@@ -119,29 +129,23 @@ def choice_table(results: Results) -> Table:
         for language, row in stage["choices"].items():
             count = row["questions"]
             cells = [stage["name"], language, str(count), f"{row['chance']:.0%}"]
-            for score in METRICS:
-                error = math.sqrt(row[score] * (1 - row[score]) / count)
-                cells.append(f"{row[score]:.0%} ± {100 * error:.0f}")
+            for share in (row[name] for name in METRICS):
+                error = math.sqrt(share * (1 - share) / count)
+                cells.append(f"{share:.0%} ± {100 * error:.0f}")
             rows.append(cells)
-    return [
-        "stage",
-        "language",
-        "questions",
-        "chance",
-        *(metric.title for metric in METRICS.values()),
-    ], rows
+    titles = [metric.title for metric in METRICS.values()]
+    return ["stage", "language", "questions", "chance", *titles], rows
 
 
 def harness_table(results: Results) -> Table:
     """Return a row for every task and metric of lm-evaluation-harness, with standard errors."""
     stages = results["stages"]
     rows = []
-    for index, first in enumerate(stages[0]["harness"]):
-        row = [first["task"], first["metric"]]
-        for stage in stages:
-            measured = stage["harness"][index]
-            error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.3f}"
-            row.append(f"{measured['value']:.3f}{error}")
+    for measured in zip(*(stage["harness"] for stage in stages), strict=True):
+        row = [measured[0]["task"], measured[0]["metric"]]
+        for entry in measured:
+            error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.3f}"
+            row.append(f"{entry['value']:.3f}{error}")
         rows.append(row)
     return ["task", "metric", *(stage["name"] for stage in stages)], rows
 
@@ -243,14 +247,11 @@ def summarize(results: Results, report: Path) -> str:
         else:
             costs.append(f"{name} {change}")
     cost = f"{', '.join(costs)} bits/char" if costs else "no language has more bits/char"
-    return "\n".join(
-        [
-            markdown_table(*stage_table(results)),
-            "",
-            f"gained: {'; '.join(gains) or 'no language has fewer bits/char'}",
-            f"cost: {cost}; {_describe_answers(results)}",
-            f"report: {report}",
-        ]
+    return (
+        f"{markdown_table(*stage_table(results))}\n\n"
+        f"gained: {'; '.join(gains) or 'no language has fewer bits/char'}\n"
+        f"cost: {cost}; {_describe_answers(results)}\n"
+        f"report: {report}"
     )
 
 
@@ -315,3 +316,59 @@ def _draw_losses(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return plots.to_svg(figure)
+
+
+def render_card(results: Results, base_dir: Path) -> str:
+    """Return the model card; it links to the base's license if `base_dir` holds it."""
+    steps, settings = results["steps"], []
+    for step, title in (
+        ("step5_train_pt", "Continued pretraining"),
+        ("step6_train_sft", "Instructions"),
+    ):
+        if step in steps:
+            counts = dict(steps[step]["counts"])
+            speed = counts.pop("speed", {})
+            values = {**steps[step]["arguments"], **counts, **speed}
+            settings.append((title, [[f"`{name}`", str(values[name])] for name in values]))
+    return render_template(
+        "model_card.md.jinja",
+        languages=list(results["stages"][0]["languages"]),
+        license_file=LICENSE if (base_dir / LICENSE).is_file() else None,
+        results=render_markdown(results).rstrip(),
+        data=list(_data_tables(steps.get("step4_prepare_data", {}).get("counts", {}))),
+        settings=settings,
+    )
+
+
+def _data_tables(counts: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Yield a table of the sources of each data set: its title, head and rows."""
+    for part, title, columns in (
+        ("pretrain", "Pretraining", ("documents", "train_documents", "train_tokens", "repeats")),
+        ("sft", "Instructions", ("documents", "train_examples", "train_tokens")),
+    ):
+        rows = [
+            [source["name"], *(f"{source[c]:,}" if c in source else "" for c in columns)]
+            for source in counts.get(part, {}).get("sources", [])
+        ]
+        if rows:
+            head = [column.removeprefix("train_") for column in columns[1:]]
+            yield title, ["source", "read", *head], rows
+
+
+def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
+    """Copy the card, and the base's license if there is one, into the model's folder.
+
+    The model's manifest does not list them, so the model counts as unchanged. If the folder is not
+    writable, a warning is logged.
+    """
+    card = model_dir / "README.md"
+    copies = {results_dir / CARD_FILE: card}
+    if (base_dir / LICENSE).is_file():
+        copies[base_dir / LICENSE] = model_dir / LICENSE
+    try:
+        for source, target in copies.items():
+            with publish_file(target) as partial:
+                shutil.copyfile(source, partial)
+        log.info("model card: %s", card)
+    except OSError as error:
+        log.warning("could not write the model card to %s: %s", model_dir, error.strerror)
