@@ -112,28 +112,24 @@ class Evaluation:
 
     def _compare_with_base(self, stage: Stage, scorer: Scorer) -> Results:
         """Compare the logits with the base's on the same ids; no entries for the base itself."""
-        tokenizer = scorer.model.tokenizer
-        prefix = chat_format.prefix_ids(tokenizer)
+        model = scorer.model
+        prefix = chat_format.prefix_ids(model.tokenizer)
         is_base = not self._base_ids
         if is_base:
             self._base_ids = {
                 language: [
-                    [*prefix, *tokenizer.encode(text)[:COMPARED_TOKENS]]
+                    [*prefix, *model.tokenizer.encode(text)[:COMPARED_TOKENS]]
                     for text in texts[:COMPARED_TEXTS]
                 ]
                 for language, texts in self.texts.items()
             }
-            self._base_rows = tokenizer.get_piece_size()
+            self._base_rows = model.tokenizer.get_piece_size()
         rows = {}
         for language, ids in self._base_ids.items():
+            parts = zip(*loading.compute_logits(model.model, ids, self._base_rows), strict=True)
             # The first token of the text is predicted at the end of the prefix.
-            parts = [
-                (logits[len(prefix) - 1 :], totals[len(prefix) - 1 :])
-                for logits, totals in loading.compute_logits(
-                    scorer.model.model, ids, self._base_rows
-                )
-            ]
-            new = (torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
+            logits, totals = (torch.cat([p[len(prefix) - 1 :] for p in part]) for part in parts)
+            new = (logits, totals)
             old = self._base_logits.setdefault(language, new)
             if not is_base:
                 rows[language] = {

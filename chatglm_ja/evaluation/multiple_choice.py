@@ -19,14 +19,8 @@ first two are lm-evaluation-harness's too:
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from chatglm_ja.data.readers import (
-    Record,
-    Reject,
-    check_characters,
-    read_chunks,
-    read_records,
-    reject_error,
-)
+from chatglm_ja.data import readers
+from chatglm_ja.data.readers import Record, Reject, check_characters
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.sources import Source
@@ -66,11 +60,11 @@ def read_questions(sources: Iterable[Source]) -> dict[str, list[ChoiceQuestion]]
     questions: dict[str, list[ChoiceQuestion]] = {}
     for source in sources:
         own = []
-        for chunk in read_chunks(source):
-            for number, record in read_records(chunk, source):
+        for chunk in readers.read_chunks(source):
+            for number, record in readers.read_records(chunk, source):
                 question = record if isinstance(record, Reject) else _parse_question(record)
                 if isinstance(question, Reject):
-                    raise reject_error(chunk.file, number, question)
+                    raise readers.reject_error(chunk.file, number, question)
                 own.append(question)
         if not own:
             raise DataError(f"source {source.title} holds no question: expected multiple choice")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import UNK_ID
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
+
+Prompts = Sequence[Sequence[int]]  # token ids
 
 TIMED_TOKENS = 64
 TIMED_ROUNDS = 3
@@ -71,7 +74,7 @@ class Answer:
 
 def generate_answers(
     model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
@@ -150,23 +153,21 @@ def tokens_per_second(model: LoadedModel, prompt: Sequence[int]) -> float:
     limits the speed, and it is busy at times.
     """
     speeds = []
+    times: list[float] = []
+    clock = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
     for _ in range(TIMED_ROUNDS):
-        clock = _TokenClock()
+        times.clear()
         _generate(
             model, [prompt], TIMED_TOKENS, GREEDY, streamer=clock, min_new_tokens=TIMED_TOKENS
         )
-        times = clock.times[1:]  # the first one is the prompt's
-        speeds.append(1 / statistics.median(b - a for a, b in itertools.pairwise(times)))
+        # The first time is the prompt's.
+        speeds.append(1 / statistics.median(b - a for a, b in itertools.pairwise(times[1:])))
     return max(speeds)
 
 
 @torch.inference_mode()
 def _generate(
-    model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    **options: Any,
+    model: LoadedModel, prompts: Prompts, max_new_tokens: int, sampling: Sampling, **options: Any
 ) -> torch.Tensor:
     """Return the ids of the answers, [batch, length]; `options` are those of `generate`."""
     glm, tokenizer = model.model, model.tokenizer
@@ -251,16 +252,3 @@ class _TextStreamer(BaseStreamer):
         if len(text) > len(self.text) and text.startswith(self.text):
             self.pass_on(text[len(self.text) :])
             self.text = text
-
-
-class _TokenClock(BaseStreamer):
-    """Records when the prompt and each token arrived."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass

@@ -170,23 +170,18 @@ def answer_question(
 def _escape_conversations(conversations: Conversations) -> list[list[Message]]:
     """Return the messages of the sides for display: Gradio would read HTML and drop indents."""
 
-    def escape(text: str) -> str:
-        escaped = html.escape(text, quote=False)
-        return INDENT.sub(lambda match: "&nbsp;" * len(match[0].expandtabs(4)), escaped)
+    def escape(message: Message) -> Message:
+        escaped = html.escape(message["content"], quote=False)
+        indented = INDENT.sub(lambda match: "&nbsp;" * len(match[0].expandtabs(4)), escaped)
+        return {**message, "content": indented}
 
-    return [
-        [{**message, "content": escape(message["content"])} for message in conversations[side]]
-        for side in SIDES
-    ]
+    return [[escape(message) for message in conversations[side]] for side in SIDES]
 
 
 def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
     """Build the page, as Gradio's Blocks."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
-
-    def new_conversations() -> Conversations:
-        return {side: [] for side in SIDES}
 
     def answer(
         text: str, conversations: Conversations, left: str, right: str, *sliders: float
@@ -209,7 +204,7 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
     with gradio.Blocks(title="ChatGLM3", analytics_enabled=False) as page:
         # A value, which Gradio copies for every page: a function would run when the page is loaded,
         # and could replace a conversation that has started meanwhile.
-        conversations = gradio.State(new_conversations())
+        conversations = gradio.State({side: [] for side in SIDES})
         names = list(models.stages)
         with gradio.Row():
             info = "Another model continues the conversation"
@@ -264,7 +259,10 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
         gradio.on([stop.click, clear.click], None, cancels=[answering])
         # A new state, not the old one emptied: the answer being canceled may still write to that.
         clear.click(
-            lambda: (new_conversations(), [], []), None, [conversations, *boxes], queue=False
+            lambda: ({side: [] for side in SIDES}, [], []),
+            None,
+            [conversations, *boxes],
+            queue=False,
         )
     page.queue(max_size=MAX_WAITING)
     return page

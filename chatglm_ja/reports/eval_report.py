@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -330,29 +330,27 @@ def render_card(results: Results, base_dir: Path) -> str:
             speed = counts.pop("speed", {})
             values = {**steps[step]["arguments"], **counts, **speed}
             settings.append((title, [[f"`{name}`", str(values[name])] for name in values]))
-    return render_template(
-        "model_card.md.jinja",
-        languages=list(results["stages"][0]["languages"]),
-        license_file=LICENSE if (base_dir / LICENSE).is_file() else None,
-        results=render_markdown(results).rstrip(),
-        data=list(_data_tables(steps.get("step4_prepare_data", {}).get("counts", {}))),
-        settings=settings,
-    )
-
-
-def _data_tables(counts: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Yield a table of the sources of each data set: its title, head and rows."""
+    counts = steps.get("step4_prepare_data", {}).get("counts", {})
+    data = []
     for part, title, columns in (
         ("pretrain", "Pretraining", ("documents", "train_documents", "train_tokens", "repeats")),
         ("sft", "Instructions", ("documents", "train_examples", "train_tokens")),
     ):
+        head = ["source", "read", *(column.removeprefix("train_") for column in columns[1:])]
         rows = [
             [source["name"], *(f"{source[c]:,}" if c in source else "" for c in columns)]
             for source in counts.get(part, {}).get("sources", [])
         ]
         if rows:
-            head = [column.removeprefix("train_") for column in columns[1:]]
-            yield title, ["source", "read", *head], rows
+            data.append((title, head, rows))
+    return render_template(
+        "model_card.md.jinja",
+        languages=list(results["stages"][0]["languages"]),
+        license_file=LICENSE if (base_dir / LICENSE).is_file() else None,
+        results=render_markdown(results).rstrip(),
+        data=data,
+        settings=settings,
+    )
 
 
 def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
