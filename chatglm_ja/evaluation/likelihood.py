@@ -13,10 +13,10 @@ is read with a sliding window:
                          e f g h      h is scored
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
+from itertools import chain, islice, takewhile
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -70,7 +70,7 @@ def cut_windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model that scores texts, in windows of at most `window` tokens and in batches of them."""
+    """A model that scores texts: windows of at most `window` tokens, `batch_size` in a batch."""
 
     model: LoadedModel
     window: int
@@ -91,11 +91,9 @@ class Scorer:
         windows = [
             list(cut_windows([*prefix, *ids], len(prefix), self.window)) for _, ids in encoded
         ]
-        nats = iter(self._score_windows(list(itertools.chain(*windows)), title))
+        nats = iter(self._score_windows(list(chain(*windows)), title))
         return [
-            TextScore(
-                len(text), len(text.encode()), len(ids), sum(itertools.islice(nats, len(own)))
-            )
+            TextScore(len(text), len(text.encode()), len(ids), sum(islice(nats, len(own))))
             for (text, ids), own in zip(encoded, windows, strict=True)
         ]
 
@@ -117,7 +115,7 @@ class Scorer:
             alone = chat_format.encode_text(tokenizer, text)
             joined = [chat_format.encode_text(tokenizer, text + end) for end in continuations]
             columns = zip(alone, *joined, strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns))
+            shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
             for ids in joined:
                 if len(ids) - shared >= size:
                     raise DataError(
@@ -145,13 +143,14 @@ class Scorer:
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, desc=title, unit=" batches", leave=False, delay=1):
             batch = order[start : start + self.batch_size]
-            rows = [torch.tensor(windows[index][0], device=glm.device) for index in batch]
+            rows = [torch.tensor(windows[index][0]) for index in batch]
             input_ids = pad_sequence(rows, batch_first=True, padding_value=UNK_ID)
             labels = pad_sequence(rows, batch_first=True, padding_value=chat_format.IGNORE_INDEX)
             for row, index in enumerate(batch):
                 labels[row, : windows[index][1]] = chat_format.IGNORE_INDEX
-            states = glm.model(input_ids=input_ids, use_cache=False).last_hidden_state.float()
-            losses = token_losses(states, weight, labels).double()
+            output = glm.model(input_ids=input_ids.to(glm.device), use_cache=False)
+            states = output.last_hidden_state.float()
+            losses = token_losses(states, weight, labels.to(glm.device)).double()
             counts = [len(windows[index][0]) - windows[index][1] for index in batch]
             for index, part in zip(batch, losses.split(counts), strict=True):
                 nats[index] = part.sum().item()

@@ -173,14 +173,14 @@ def _generate(
     glm, tokenizer = model.model, model.tokenizer
     if sampling.temperature >= MIN_TEMPERATURE:
         options["logits_processor"] = LogitsProcessorList([_Sampler(sampling)])
-    rows = [torch.tensor(prompt, device=glm.device) for prompt in prompts]
+    rows = [torch.tensor(prompt) for prompt in prompts]
     input_ids = pad_sequence(rows, True, UNK_ID, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
     # Embedding rows that pad the matrix have no id in the tokenizer.
     unused = list(range(tokenizer.get_piece_size(), glm.config.vocab_size))
     output: torch.Tensor = glm.generate(
-        input_ids,
-        attention_mask=mask,
+        input_ids.to(glm.device),
+        attention_mask=mask.to(glm.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,  # _Sampler leaves a single token, which is then the likeliest
         eos_token_id=chat_format.stop_ids(tokenizer),

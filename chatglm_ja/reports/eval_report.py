@@ -233,42 +233,39 @@ def describe_pretraining(results: Results) -> str:
 def summarize(results: Results, report: Path) -> str:
     """Return step 7's last screen: a table, then what was gained, what it cost, and the report."""
     gains, costs = [], []
+    last = results["stages"][-1]
     for language, base in results["stages"][0]["languages"].items():
-        last = results["stages"][-1]["languages"][language]
+        score = last["languages"][language]
         name = LANGUAGE_NAMES.get(language, language)
-        old, new = base["bits_per_char"], last["bits_per_char"]
+        old, new = base["bits_per_char"], score["bits_per_char"]
         change = f"{new / old - 1:+.1%}"
         if new < old:
             gain = f"{name} {old:.3f} -> {new:.3f} bits/char ({change})"
-            old, new = base["tokens_per_char"], last["tokens_per_char"]
+            old, new = base["tokens_per_char"], score["tokens_per_char"]
             if old != new:
                 gain += f", {new:.2f} instead of {old:.2f} tokens/char"
             gains.append(gain)
         else:
             costs.append(f"{name} {change}")
     cost = f"{', '.join(costs)} bits/char" if costs else "no language has more bits/char"
+    # Sampled answers to the held-out questions, or if there are none, to those of --prompts.
+    rows = [row for row in last["held_out"] if row["way"] == "sampled"]
+    rows = rows or [last["answering"]["sampled"]]
+    shares = []
+    for key, phrase in (
+        ("in_language", "in the question's language"),
+        ("ended", "end by themselves"),
+    ):
+        counted = [row for row in rows if row[key] is not None]
+        if total := sum(row["questions"] for row in counted):
+            share = sum(row[key] * row["questions"] for row in counted) / total
+            shares.append(f"{share:.0%} {phrase}")
     return (
         f"{markdown_table(*stage_table(results))}\n\n"
         f"gained: {'; '.join(gains) or 'no language has fewer bits/char'}\n"
-        f"cost: {cost}; {_describe_answers(results)}\n"
+        f"cost: {cost}; sampled answers: {', '.join(shares)}\n"
         f"report: {report}"
     )
-
-
-def _describe_answers(results: Results) -> str:
-    """Return a phrase on the last stage's sampled answers, of held-out questions if it has any."""
-    last = results["stages"][-1]
-    rows = [row for row in last["held_out"] if row["way"] == "sampled"]
-    rows = rows or [last["answering"]["sampled"]]
-
-    def share(key: str) -> str:
-        counted = [row for row in rows if row[key] is not None]
-        total = sum(row["questions"] for row in counted)
-        return f"{sum(row[key] * row['questions'] for row in counted) / total:.0%}"
-
-    in_language = any(row["in_language"] is not None for row in rows)
-    language = f"{share('in_language')} in the question's language, " if in_language else ""
-    return f"sampled answers: {language}{share('ended')} end by themselves"
 
 
 def render_markdown(results: Results) -> str:
