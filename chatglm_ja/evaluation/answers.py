@@ -42,7 +42,6 @@ from chatglm_ja.training.settings import SftConfig
 
 log = logging.getLogger(__name__)
 
-NGRAM = 4
 MIN_REPEATS = 3  # of a loop
 
 _SINGLE = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -156,7 +155,7 @@ def split_units(text: str) -> list[str]:
     return _UNITS.findall(text)
 
 
-def repeated_share(units: Sequence[str], n: int = NGRAM) -> float:
+def repeated_share(units: Sequence[str], n: int = 4) -> float:
     """Return the share of n-grams that occurred earlier in the same text: 1 - distinct / all.
 
     seq-rep-n of Welleck et al. 2020 (arXiv 1908.04319), over units instead of tokens. A text

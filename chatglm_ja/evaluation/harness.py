@@ -13,8 +13,6 @@ from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.settings import EvalConfig
 
-BOOTSTRAP_ROUNDS = 1000  # for the standard errors of metrics that are not means
-
 
 def load_tasks(config: EvalConfig) -> Any:
     """Load the tasks of --harness-tasks and their data; return the harness's task manager.
@@ -86,7 +84,7 @@ def run_tasks(
         tasks=manager.match_tasks(list(config.harness_tasks)),
         task_manager=manager,
         limit=config.harness_limit or None,
-        bootstrap_iters=BOOTSTRAP_ROUNDS,
+        bootstrap_iters=1000,  # for the standard errors of metrics that are not means
         log_samples=False,
     )
     _silence_harness()

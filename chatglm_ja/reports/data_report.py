@@ -24,9 +24,6 @@ from chatglm_ja.storage.files import write_json
 
 Counts = Mapping[str, Any]
 
-# Prefer examples of at most this many tokens.
-EXAMPLE_TOKENS = 400
-
 
 def write_report(
     folder: Path,
@@ -153,8 +150,8 @@ def choose_examples(
         documents = examples[index.source[examples] == number]
         if not len(documents):
             continue
-        # The first short one, or if there is none, the first.
-        chosen = int(documents[np.argmax(index.length[documents] <= EXAMPLE_TOKENS)])
+        # The first one of at most 400 tokens, or if there is none, the first.
+        chosen = int(documents[np.argmax(index.length[documents] <= 400)])
         ids, labels = index.read_document(chosen), index.read_document(chosen, LABELS)
         yield {
             "origin": f"{source.title}, record {int(index.record[chosen]):,}",
