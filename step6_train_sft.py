@@ -18,9 +18,9 @@ from chatglm_ja.training.step import run_training_step
 def main() -> None:
     config = parse(SftConfig, __doc__, constants.STEP6)
     if run_training_step(config, __file__, "sft", ("step5_train_pt.py",)):
-        from chatglm_ja.evaluation import validation_answers
+        from chatglm_ja.evaluation import answers
 
-        validation_answers.print_samples(config)
+        answers.print_samples(config)
 
 
 if __name__ == "__main__":

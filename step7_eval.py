@@ -42,7 +42,7 @@ def main() -> None:
     if config.check:
         from chatglm_ja.evaluation import evaluate
 
-        evaluate.Evaluation(config, evaluate.read_data(config))
+        evaluate.Evaluation(config)
     if not output.prepare():
         if not config.check:
             show_results(config)
@@ -50,13 +50,12 @@ def main() -> None:
 
     from chatglm_ja.chatglm3 import tokenizer
     from chatglm_ja.evaluation import evaluate
-    from chatglm_ja.reports import eval_report, model_card
+    from chatglm_ja.reports import eval_report
     from chatglm_ja.training import train
     from chatglm_ja.vocabulary import segmentation
     from chatglm_ja.vocabulary.policies import Policy
 
-    data = evaluate.read_data(config)
-    evaluation = evaluate.Evaluation(config, data)
+    evaluation = evaluate.Evaluation(config)
     measured = [evaluation.evaluate_stage(stage) for stage in compared]
     before = tokenizer.make_processor(compared[0].read_tokenizer_proto())
     after = tokenizer.load_processor(config.tokenizer)
@@ -65,9 +64,9 @@ def main() -> None:
         "stages": measured,
         "segmentation": {
             language: segmentation.compare_segmentation(before, after, documents, Policy.ALL).row()
-            for language, documents in data.texts.items()
+            for language, documents in evaluation.texts.items()
         },
-        "samples": segmentation.sample_sentences(before, after, data.texts),
+        "samples": segmentation.sample_sentences(before, after, evaluation.texts),
         "curves": {
             "Step 5, continued pretraining": train.read_history(config.pretrained),
             "Step 6, instructions": train.read_history(config.sft),
@@ -75,16 +74,15 @@ def main() -> None:
         "steps": {step: manifest.model_dump() for step, manifest in steps.items()},
     }
     with output.write() as folder:
-        eval_report.write_report(folder, results)
-        model_card.write_card(folder, results, config.base_model)
+        eval_report.write_report(folder, results, config.base_model)
     show_results(config)
 
 
 def show_results(config: EvalConfig) -> None:
     """Copy the model card into the model's folder and print the summary of the results."""
-    from chatglm_ja.reports import eval_report, model_card
+    from chatglm_ja.reports import eval_report
 
-    model_card.publish_card(config.output_dir, config.sft, config.base_model)
+    eval_report.publish_card(config.output_dir, config.sft, config.base_model)
     results = read_json(config.output_dir / eval_report.RESULTS_FILE)
     print(eval_report.summarize(results, config.output_dir / eval_report.REPORT_FILE))
 
@@ -93,8 +91,8 @@ def chat_with_model(config: EvalConfig) -> None:
     """Chat in the terminal, or serve the chat page, until the user ends it."""
     stages = models.finished_stages(config.stages())
     stage = models.find_stage(stages, config.stage)
-    from chatglm_ja.inference.chat import ChatOptions, chat_in_terminal
-    from chatglm_ja.inference.generation import Sampling
+    from chatglm_ja.inference.chat import chat_in_terminal
+    from chatglm_ja.inference.generation import ChatOptions, Sampling
 
     sampling = Sampling(config.temperature, config.top_p)
     if config.web:

@@ -18,7 +18,7 @@ from measuring import step_command
 import constants
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
-from chatglm_ja.evaluation import likelihood
+from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.inference import models
 
 WAYS = [
@@ -37,12 +37,8 @@ MAX_CHARS = 40_000  # per language
 
 def score(folder: Path, texts: dict[str, list[str]]) -> list[str]:
     """Return the bits per character of a model folder, formatted, for each language."""
-    model = models.load_model(folder)
-    window, batch_size = constants.EVALUATION["window"], 16
-    return [
-        f"{likelihood.score_texts(model, group, window, batch_size).bits_per_char:.3f}"
-        for group in texts.values()
-    ]
+    scorer = Scorer(models.load_model(folder), constants.EVALUATION["window"], batch_size=16)
+    return [f"{scorer.score_texts(group).bits_per_char:.3f}" for group in texts.values()]
 
 
 def step(name: str, output: Path, *flags: str, **paths: Path) -> None:

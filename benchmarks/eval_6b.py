@@ -25,7 +25,7 @@ from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.loading import compute_dtype
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
-from chatglm_ja.evaluation import likelihood
+from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.inference import generation, models
 from chatglm_ja.inference.models import LoadedModel
 
@@ -76,7 +76,7 @@ def main() -> None:
         )
         answering = time.perf_counter() - start
         start = time.perf_counter()
-        score = likelihood.score_texts(model, texts, WINDOW, BATCH_SIZE)
+        score = Scorer(model, WINDOW, BATCH_SIZE).score_texts(texts)
         scoring = time.perf_counter() - start
         columns[rows] = [alone, answering, scoring]
         if on_gpu:

@@ -1,33 +1,47 @@
-"""The questions of step 7, a model's answers to them, and the measures of the answers.
+"""Questions, a model's answers to them in each of generation.DECODINGS, and their measures.
 
-Every question is answered in each of generation.DECODINGS. The measures are the shares of answers
-in the question's language, of answers that end by themselves, and of repetition. Repetition is
-counted over words, and over single characters of scripts without spaces (kana, Han) and marks, so
-it does not depend on a tokenizer:
+The measures are the shares of answers in the question's language, of answers that end by
+themselves, and of repetition. Repetition is counted over words, and over single characters of
+scripts without spaces (kana, Han) and marks, so it does not depend on a tokenizer:
 
     "the cat, the cat"    the | cat | , | the | cat
     "猫が好き。"           猫 | が | 好 | き | 。
+
+At the end of fine-tuning, answers to validation questions are printed. The prompts are the starts
+of validation conversations, as step 4 prepared them, up to their first answer. So no file of
+questions is needed, and the expected answer is known.
+
+    ja  次の文を日本語に翻訳してください。⏎Click to open the Fields dialog.
+        expected  クリックするとフィールドダイアログが開きます。
+        greedy    クリックするとフィールドダイアログを開きます。 ■
+        sampled   フィールドダイアログを開きます。 ■           ■ ended by itself, … cut at the limit
 """
 
 import dataclasses
+import itertools
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from chatglm_ja.chatglm3.chat_format import Message
-from chatglm_ja.data import cleaning
+from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX, Message
+from chatglm_ja.cli import is_main_process
+from chatglm_ja.data import cleaning, dataset
 from chatglm_ja.data.conversations import read_conversations
 from chatglm_ja.data.readers import check_characters
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import DECODINGS, Answer, Sampling
-from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.inference.generation import DECODINGS, Answer, Prompts, Sampling
+from chatglm_ja.inference.models import LoadedModel, load_model
 from chatglm_ja.sources import Source, load_yaml
+from chatglm_ja.training.settings import SftConfig
 
-NGRAM = 4
+log = logging.getLogger(__name__)
+
 MIN_REPEATS = 3  # of a loop
 
 _SINGLE = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -75,23 +89,18 @@ def read_held_out(sources: Iterable[Source]) -> dict[str, list[Sequence[Message]
 
 
 def generate_decodings(
-    model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-    title: str = "answers",
+    model: LoadedModel, prompts: Prompts, max_new_tokens: int, sampling: Sampling, **options: Any
 ) -> dict[str, list[Answer]]:
-    """Answer all prompts (token ids) in each of DECODINGS: name -> answers."""
-    return {
-        name: generation.generate_answers(
-            model, prompts, max_new_tokens, sampling=choose_sampling(sampling), seed=seed,
-            batch_size=batch_size, title=f"{title}, {name}",
-        )
-        for name, choose_sampling in DECODINGS.items()
-    }  # fmt: skip
+    """Answer all prompts in each of DECODINGS: name -> answers.
+
+    `options` are those of generation.generate_answers: `batch_size`, `seed`, `title`.
+    """
+    answers = {}
+    title = options.pop("title", "answers")
+    for name, choose_sampling in DECODINGS.items():
+        options |= {"sampling": choose_sampling(sampling), "title": f"{title}, {name}"}
+        answers[name] = generation.generate_answers(model, prompts, max_new_tokens, **options)
+    return answers
 
 
 def measure_answers(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, Any]:
@@ -146,7 +155,7 @@ def split_units(text: str) -> list[str]:
     return _UNITS.findall(text)
 
 
-def repeated_share(units: Sequence[str], n: int = NGRAM) -> float:
+def repeated_share(units: Sequence[str], n: int = 4) -> float:
     """Return the share of n-grams that occurred earlier in the same text: 1 - distinct / all.
 
     seq-rep-n of Welleck et al. 2020 (arXiv 1908.04319), over units instead of tokens. A text
@@ -172,3 +181,72 @@ def longest_loop(units: Sequence[str]) -> int:
         if run >= (MIN_REPEATS - 1) * period:
             longest = max(longest, run + period)
     return longest
+
+
+def print_samples(config: SftConfig) -> None:
+    """Let the merged model answer `config.samples` questions of every kind; print the answers.
+
+    The model is published already, so a full GPU is only logged.
+    """
+    if not is_main_process():
+        return
+    rows = dataset.unpack_rows(dataset.load_rows(config.data, "sft", "validation"))
+    kinds = [dataset.title_language(title) for title in dataset.source_titles(config.data, "sft")]
+    chosen: dict[str, list[Any]] = {kind: [] for kind in kinds}
+    for place, (source,) in enumerate(rows["sources"]):
+        if len(chosen[kinds[source]]) < config.samples:
+            chosen[kinds[source]].append(rows[place])
+    questions = [(kind, row) for kind, group in chosen.items() for row in group]
+    if not questions:
+        return
+    try:
+        print(describe_samples(_answer_questions(config, questions)))
+    except torch.OutOfMemoryError as error:
+        log.warning("no sample answers, the GPU's memory is full: %s", str(error).split(". ")[0])
+
+
+def _answer_questions(
+    config: SftConfig, questions: Sequence[tuple[str, Any]]
+) -> list[dict[str, Any]]:
+    """Answer questions, given as (kind, row of the SFT data); see `pair_with_questions`."""
+    model = load_model(config.output_dir)
+    prompts, expected, texts = [], [], []
+    for kind, row in questions:
+        start, end = _find_first_answer(row["labels"])
+        prompts.append(row["input_ids"][:start])
+        # Special tokens have no text.
+        texts.append((kind, model.tokenizer.decode(prompts[-1]).strip()))
+        expected.append(model.tokenizer.decode(row["input_ids"][start:end]).strip())
+    answers = generate_decodings(
+        model, prompts, config.max_new_tokens, Sampling(), seed=config.seed
+    )
+    pairs = zip(pair_with_questions(texts, answers), expected, strict=True)
+    return [{**sample, "expected": text} for sample, text in pairs]
+
+
+def _find_first_answer(labels: Sequence[int]) -> tuple[int, int]:
+    """Return where a conversation's first answer starts, and where the token that ends it is."""
+    groups = itertools.groupby(range(len(labels)), key=lambda place: labels[place] != IGNORE_INDEX)
+    first = next(list(places) for is_answer, places in groups if is_answer)
+    return first[0], first[-1]
+
+
+def describe_samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Format the samples as lines; the last one counts the answers that ended by themselves."""
+
+    def shorten(text: str, width: int = 160) -> str:
+        text = text.replace("\n", "⏎")
+        return text if len(text) <= width else text[: width - 1] + "…"
+
+    lines = ["answers to validation questions; ■ ended by itself, … cut at the limit"]
+    for sample in samples:
+        lines.append(f"{sample['language']:<4}  {shorten(sample['question'])}")
+        lines.append(f"      expected  {shorten(sample['expected'])}")
+        for name in DECODINGS:
+            end = "■" if sample[name]["stopped"] else "…"
+            lines.append(f"      {name:<8}  {shorten(sample[name]['text'])} {end}")
+    ended = ", ".join(
+        f"{sum(sample[name]['stopped'] for sample in samples)} of {len(samples)} {name}"
+        for name in DECODINGS
+    )
+    return "\n".join([*lines, f"ended by themselves: {ended}"])

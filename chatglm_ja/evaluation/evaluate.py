@@ -14,20 +14,19 @@ harness        tasks of lm-evaluation-harness
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from chatglm_ja.chatglm3 import chat_format, loading
+from chatglm_ja.chatglm3 import chat_format, loading, tokenizer_files
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import ConfigError, DataError
-from chatglm_ja.evaluation import answers, likelihood, multiple_choice
-from chatglm_ja.evaluation.harness import HarnessTasks
+from chatglm_ja.evaluation import answers, harness, likelihood, multiple_choice
+from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.models import LAST_STAGE, LoadedModel, Stage
+from chatglm_ja.inference.models import LAST_STAGE, Stage
 
 log = logging.getLogger(__name__)
 
@@ -38,40 +37,31 @@ COMPARED_TOKENS = 128
 Results = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class EvaluationData:
-    """What the stages are measured on."""
-
-    texts: Mapping[str, Sequence[str]]  # by language
-    questions: Sequence[tuple[str, str]]  # (language or code, question)
-    conversations: Mapping[str, Sequence[Sequence[chat_format.Message]]]  # held out, by kind
-    choices: Mapping[str, Sequence[multiple_choice.ChoiceQuestion]]  # by language
-
-
-def read_data(config: EvalConfig) -> EvaluationData:
-    """Read all data before any model is loaded. Raises DataError for what is empty or bad."""
-    texts = {
-        language: corpus.take_characters(all_texts, config.max_chars)
-        for language, all_texts in corpus.texts_by_language(config.sources).items()
-    }
-    for language, texts_to_score in texts.items():
-        if not any(texts_to_score):
-            raise DataError(f"--sources hold no {language} text: there is nothing to score")
-    prompts = answers.read_prompts(config.prompts, list(texts))
-    return EvaluationData(
-        texts,
-        [(language, question) for language in prompts for question in prompts[language]],
-        answers.read_held_out(config.conversations),
-        multiple_choice.read_questions(config.choices),
-    )
-
-
 class Evaluation:
-    """Measures the stages one by one. The base comes first: the others are compared with it."""
+    """Measures the stages one by one. The base comes first: the others are compared with it.
 
-    def __init__(self, config: EvalConfig, data: EvaluationData) -> None:
+    All data is read when it is made, before any model is loaded:
+
+    texts           held-out texts by language
+    questions       (language or code, question)
+    conversations   held-out conversations by kind
+    choices         multiple-choice questions by language
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        """Read the data. Raises DataError for what is empty or bad."""
         self.config = config
-        self.data = data
+        self.texts = {
+            language: corpus.take_characters(texts, config.max_chars)
+            for language, texts in corpus.texts_by_language(config.sources).items()
+        }
+        for language, texts in self.texts.items():
+            if not any(texts):
+                raise DataError(f"--sources hold no {language} text: there is nothing to score")
+        prompts = answers.read_prompts(config.prompts, list(self.texts))
+        self.questions = [(kind, question) for kind in prompts for question in prompts[kind]]
+        self.conversations = answers.read_held_out(config.conversations)
+        self.choices = multiple_choice.read_questions(config.choices)
         self.measures = [
             self._score_texts,
             self._compare_with_base,
@@ -79,8 +69,7 @@ class Evaluation:
             self._score_choices,
             self._run_harness,
         ]
-        self.tasks = HarnessTasks(config.harness_tasks, config.harness_folder, config.harness_limit)
-        self.task_manager = self.tasks.load_manager() if config.harness_tasks else None
+        self.task_manager = harness.load_tasks(config) if config.harness_tasks else None
         self._base_ids: dict[str, list[list[int]]] = {}  # language -> the texts that are compared
         self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
@@ -95,22 +84,21 @@ class Evaluation:
                 f"--window {self.config.window} is more than the {model.window} positions of "
                 f"{stage.folder}"
             )
+        scorer = Scorer(model, self.config.window, self.config.batch_size)
         results: Results = {"name": stage.name}
         for measure in self.measures:
-            results |= measure(stage, model)
+            results |= measure(stage, scorer)
         return results
 
-    def _score_texts(self, stage: Stage, model: LoadedModel) -> Results:
+    def _score_texts(self, stage: Stage, scorer: Scorer) -> Results:
+        model = scorer.model
         size = model.model.config.vocab_size
         if size not in self._speeds:  # models of one size are equally fast
             prompt = chat_format.build_prompt_ids(model.tokenizer, [])
             self._speeds[size] = generation.tokens_per_second(model, prompt)
         rows = {}
-        for language, texts in self.data.texts.items():
-            title = f"{stage.name}: scoring {language}"
-            score = likelihood.score_texts(
-                model, texts, self.config.window, self.config.batch_size, title
-            )
+        for language, texts in self.texts.items():
+            score = scorer.score_texts(texts, f"{stage.name}: scoring {language}")
             rows[language] = {
                 **dataclasses.asdict(score),
                 "bits_per_char": score.bits_per_char,
@@ -122,8 +110,9 @@ class Evaluation:
         log.info("%s: bits per character %s", stage.name, bits)
         return {"languages": rows}
 
-    def _compare_with_base(self, stage: Stage, model: LoadedModel) -> Results:
+    def _compare_with_base(self, stage: Stage, scorer: Scorer) -> Results:
         """Compare the logits with the base's on the same ids; no entries for the base itself."""
+        model = scorer.model
         prefix = chat_format.prefix_ids(model.tokenizer)
         is_base = not self._base_ids
         if is_base:
@@ -132,17 +121,15 @@ class Evaluation:
                     [*prefix, *model.tokenizer.encode(text)[:COMPARED_TOKENS]]
                     for text in texts[:COMPARED_TEXTS]
                 ]
-                for language, texts in self.data.texts.items()
+                for language, texts in self.texts.items()
             }
             self._base_rows = model.tokenizer.get_piece_size()
         rows = {}
         for language, ids in self._base_ids.items():
+            parts = zip(*loading.compute_logits(model.model, ids, self._base_rows), strict=True)
             # The first token of the text is predicted at the end of the prefix.
-            parts = [
-                (logits[len(prefix) - 1 :], totals[len(prefix) - 1 :])
-                for logits, totals in loading.compute_logits(model.model, ids, self._base_rows)
-            ]
-            new = (torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
+            logits, totals = (torch.cat([p[len(prefix) - 1 :] for p in part]) for part in parts)
+            new = (logits, totals)
             old = self._base_logits.setdefault(language, new)
             if not is_base:
                 rows[language] = {
@@ -152,18 +139,18 @@ class Evaluation:
                 }
         return {"kept": rows}
 
-    def _measure_answers(self, stage: Stage, model: LoadedModel) -> Results:
+    def _measure_answers(self, stage: Stage, scorer: Scorer) -> Results:
         """Measure the answers to all questions, generated together to fill the batches."""
-        kinds = [kind for kind, _ in self.data.questions]
+        kinds = [kind for kind, _ in self.questions]
         conversations: list[Sequence[chat_format.Message]] = [
-            [{"role": "user", "content": question}] for _, question in self.data.questions
+            [{"role": "user", "content": question}] for _, question in self.questions
         ]
-        held_out = self.data.conversations if stage.name == LAST_STAGE else {}
+        held_out = self.conversations if stage.name == LAST_STAGE else {}
         held_out_kinds = [kind for kind, group in held_out.items() for _ in group]
         conversations += [messages[:-1] for group in held_out.values() for messages in group]
-        tokenizer = model.tokenizer
+        tokenizer = scorer.model.tokenizer
         decodings = answers.generate_decodings(
-            model,
+            scorer.model,
             [chat_format.build_prompt_ids(tokenizer, messages) for messages in conversations],
             self.config.max_new_tokens,
             generation.Sampling(self.config.temperature, self.config.top_p),
@@ -173,27 +160,19 @@ class Evaluation:
         own = {name: group[: len(kinds)] for name, group in decodings.items()}
         rest = {name: group[len(kinds) :] for name, group in decodings.items()}
         return {
-            "answers": answers.pair_with_questions(self.data.questions, own),
+            "answers": answers.pair_with_questions(self.questions, own),
             "answering": {
                 name: answers.measure_answers(group, kinds) for name, group in own.items()
             },
             "held_out": answers.measure_kinds(held_out_kinds, rest),
         }
 
-    def _score_choices(self, stage: Stage, model: LoadedModel) -> Results:
-        rows = multiple_choice.score_questions(
-            model,
-            self.data.choices,
-            self.config.window,
-            self.config.batch_size,
-            title=f"{stage.name}: choices",
-        )
-        return {"choices": rows}
+    def _score_choices(self, stage: Stage, scorer: Scorer) -> Results:
+        title = f"{stage.name}: choices"
+        return {"choices": multiple_choice.score_questions(scorer, self.choices, title)}
 
-    def _run_harness(self, stage: Stage, model: LoadedModel) -> Results:
+    def _run_harness(self, stage: Stage, scorer: Scorer) -> Results:
         if self.task_manager is None:
             return {"harness": []}
-        tokenizer = stage.make_auto_tokenizer()
-        window, batch_size = self.config.window, self.config.batch_size
-        rows = self.tasks.run(self.task_manager, model, tokenizer, window, batch_size)
-        return {"harness": rows}
+        tokenizer = tokenizer_files.to_transformers(stage.read_tokenizer_proto())
+        return {"harness": harness.run_tasks(self.config, self.task_manager, scorer, tokenizer)}

@@ -7,109 +7,89 @@ is read after [gMASK] sop, as in ChatGLM3's training.
 
 import importlib.util
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from chatglm_ja.errors import ConfigError
-from chatglm_ja.evaluation import likelihood
-from chatglm_ja.inference.models import LoadedModel
-
-BOOTSTRAP_ROUNDS = 1000  # for the standard errors of metrics that are not means
+from chatglm_ja.evaluation.likelihood import Scorer
+from chatglm_ja.evaluation.settings import EvalConfig
 
 
-@dataclass(frozen=True)
-class HarnessTasks:
-    """The tasks to run by name, a folder with more of them, and the documents of each (0: all)."""
+def load_tasks(config: EvalConfig) -> Any:
+    """Load the tasks of --harness-tasks and their data; return the harness's task manager.
 
-    names: Sequence[str]
-    folder: Path | None
-    limit: int
-
-    def load_manager(self) -> Any:
-        """Load the tasks and their data; return the harness's task manager.
-
-        Raises ConfigError for an unknown name, and for data that cannot be loaded.
-        """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError(
-                "--harness-tasks needs lm-evaluation-harness: run "
-                "`pip install -r requirements-extras.txt`"
-            )
-        if self.folder is not None and not self.folder.is_dir():
-            raise ConfigError(f"--harness-folder {self.folder} is not a folder")
-        from lm_eval.tasks import TaskManager
-
-        _silence_harness()
-        path = self.folder and str(self.folder)
-        # Reading the harness's own thousands of task files takes half a minute.
-        manager = TaskManager(include_path=path, include_defaults=self.folder is None)
-        if self._unknown_names(manager) and self.folder is not None:
-            manager = TaskManager(include_path=path)
-        if unknown := self._unknown_names(manager):
-            raise ConfigError(
-                f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm_eval ls tasks` "
-                "lists its tasks, and --harness-folder adds your own"
-            )
-        for name in manager.match_tasks(list(self.names)):
-            try:
-                manager.load([name])
-            except Exception as error:  # whatever a task or its data set raises
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                raise ConfigError(
-                    f"lm-evaluation-harness cannot load the task {name}: {reason} (tasks that are "
-                    "not in --harness-folder download their data)"
-                ) from error
-        return manager
-
-    def _unknown_names(self, manager: Any) -> list[str]:
-        return [name for name in self.names if not manager.match_tasks([name])]
-
-    def run(
-        self,
-        manager: Any,
-        model: LoadedModel,
-        auto_tokenizer: Any,
-        window: int,
-        batch_size: int,
-    ) -> list[dict[str, Any]]:
-        """Run the tasks; return `task`, `metric`, `value` and `stderr` (or None) of every metric.
-
-        `auto_tokenizer` is the model's tokenizer in transformers' form.
-        """
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        class Candidate(HFLM):
-            """Scores whole texts as bits per character does: the prefix is read, not scored."""
-
-            def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-                texts = [request.args[0] for request in requests]
-                scores = likelihood.score_each(model, texts, window, batch_size)
-                return [-score.nats for score in scores]
-
-        # A special token spelled in a text stays text.
-        auto_tokenizer.split_special_tokens = True
-        candidate = Candidate(
-            pretrained=model.model,
-            tokenizer=auto_tokenizer,
-            backend="causal",
-            max_length=window,
-            batch_size=batch_size,
-            add_bos_token=True,
+    Raises ConfigError for an unknown name, and for data that cannot be loaded.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--harness-tasks needs lm-evaluation-harness: run "
+            "`pip install -r requirements-extras.txt`"
         )
-        output = simple_evaluate(
-            model=candidate,
-            tasks=manager.match_tasks(list(self.names)),
-            task_manager=manager,
-            limit=self.limit or None,
-            bootstrap_iters=BOOTSTRAP_ROUNDS,
-            log_samples=False,
+    folder, names = config.harness_folder, config.harness_tasks
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--harness-folder {folder} is not a folder")
+    from lm_eval.tasks import TaskManager
+
+    _silence_harness()
+    path = folder and str(folder)
+    # Reading the harness's own thousands of task files takes half a minute.
+    manager = TaskManager(include_path=path, include_defaults=folder is None)
+    if folder is not None and not all(manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=path)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ConfigError(
+            f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm_eval ls tasks` "
+            "lists its tasks, and --harness-folder adds your own"
         )
-        _silence_harness()
-        assert output is not None  # None is for ranks other than 0
-        return [row for task, metrics in output["results"].items() for row in _rows(task, metrics)]
+    for name in manager.match_tasks(list(names)):
+        try:
+            manager.load([name])
+        except Exception as error:  # whatever a task or its data set raises
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ConfigError(
+                f"lm-evaluation-harness cannot load the task {name}: {reason} (tasks that are "
+                "not in --harness-folder download their data)"
+            ) from error
+    return manager
+
+
+def run_tasks(
+    config: EvalConfig, manager: Any, scorer: Scorer, auto_tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Run the tasks; return `task`, `metric`, `value` and `stderr` (or None) of every metric.
+
+    `auto_tokenizer` is the model's tokenizer in transformers' form.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    class Candidate(HFLM):
+        """Scores whole texts as bits per character does: the prefix is read, not scored."""
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            scores = scorer.score_each(request.args[0] for request in requests)
+            return [-score.nats for score in scores]
+
+    # A special token spelled in a text stays text.
+    auto_tokenizer.split_special_tokens = True
+    candidate = Candidate(
+        pretrained=scorer.model.model,
+        tokenizer=auto_tokenizer,
+        backend="causal",
+        max_length=scorer.window,
+        batch_size=scorer.batch_size,
+        add_bos_token=True,
+    )
+    output = simple_evaluate(
+        model=candidate,
+        tasks=manager.match_tasks(list(config.harness_tasks)),
+        task_manager=manager,
+        limit=config.harness_limit or None,
+        bootstrap_iters=1000,  # for the standard errors of metrics that are not means
+        log_samples=False,
+    )
+    _silence_harness()
+    assert output is not None  # None is for ranks other than 0
+    return [row for task, metrics in output["results"].items() for row in _rows(task, metrics)]
 
 
 def _rows(task: str, metrics: dict[str, Any]) -> list[dict[str, Any]]:

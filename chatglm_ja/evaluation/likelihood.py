@@ -13,12 +13,13 @@ is read with a sliding window:
                          e f g h      h is scored
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import chain, islice, takewhile
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from chatglm_ja.chatglm3 import chat_format
@@ -67,108 +68,93 @@ def cut_windows(ids: Sequence[int], context: int, size: int) -> Iterator[Window]
         start, scored = end - size // 2, end
 
 
-def score_texts(
-    model: LoadedModel, texts: Iterable[str], window: int, batch_size: int, title: str = "scoring"
-) -> TextScore:
-    """Score texts with windows of at most `window` tokens; return the sums over all texts.
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores texts: windows of at most `window` tokens, `batch_size` in a batch."""
 
-    Raises DataError if the texts are empty.
-    """
-    scores = score_each(model, texts, window, batch_size, title)
-    if not any(score.characters for score in scores):
-        raise DataError("there is no text to score: the held-out file is empty")
-    return TextScore(
-        characters=sum(score.characters for score in scores),
-        bytes=sum(score.bytes for score in scores),
-        tokens=sum(score.tokens for score in scores),
-        nats=sum(score.nats for score in scores),
-    )
+    model: LoadedModel
+    window: int
+    batch_size: int
 
+    def score_texts(self, texts: Iterable[str], title: str = "scoring") -> TextScore:
+        """Return the sums of the scores of all texts. Raises DataError if the texts are empty."""
+        scores = self.score_each(texts, title)
+        if not any(score.characters for score in scores):
+            raise DataError("there is no text to score: the held-out file is empty")
+        return TextScore(*map(sum, zip(*map(astuple, scores), strict=True)))
 
-def score_each(
-    model: LoadedModel, texts: Iterable[str], window: int, batch_size: int, title: str = "scoring"
-) -> list[TextScore]:
-    """Score every text by itself; a batch holds windows of several texts."""
-    prefix = chat_format.prefix_ids(model.tokenizer)
-    encoded = [(text, chat_format.encode_text(model.tokenizer, text)) for text in texts]
-    windows = [list(cut_windows([*prefix, *ids], len(prefix), window)) for _, ids in encoded]
-    nats = iter(_score_windows(model, list(itertools.chain(*windows)), batch_size, title))
-    return [
-        TextScore(len(text), len(text.encode()), len(ids), sum(itertools.islice(nats, len(own))))
-        for (text, ids), own in zip(encoded, windows, strict=True)
-    ]
+    def score_each(self, texts: Iterable[str], title: str = "scoring") -> list[TextScore]:
+        """Score every text by itself; a batch holds windows of several texts."""
+        tokenizer = self.model.tokenizer
+        prefix = chat_format.prefix_ids(tokenizer)
+        encoded = [(text, chat_format.encode_text(tokenizer, text)) for text in texts]
+        windows = [
+            list(cut_windows([*prefix, *ids], len(prefix), self.window)) for _, ids in encoded
+        ]
+        nats = iter(self._score_windows(list(chain(*windows)), title))
+        return [
+            TextScore(len(text), len(text.encode()), len(ids), sum(islice(nats, len(own))))
+            for (text, ids), own in zip(encoded, windows, strict=True)
+        ]
 
+    def score_continuations(
+        self, questions: Sequence[tuple[str, Sequence[str]]], title: str = "scoring"
+    ) -> list[list[float]]:
+        """Return -log P(continuation | text) in nats, for pairs of a text and its continuations.
 
-def score_continuations(
-    model: LoadedModel,
-    questions: Sequence[tuple[str, Sequence[str]]],
-    window: int,
-    batch_size: int,
-    title: str = "scoring",
-) -> list[list[float]]:
-    """Return -log P(continuation | text) in nats, for pairs of a text and its continuations.
+        Text and continuation are encoded together, so a piece may span their border. All
+        continuations of a text are scored from the same place on, whatever the vocabulary: from
+        where the ids of one of them first differ from those of the text alone. If the whole is too
+        long for the window, its end is read. Raises DataError if a continuation itself is too long.
+        """
+        tokenizer = self.model.tokenizer
+        prefix = chat_format.prefix_ids(tokenizer)
+        size = self.window - len(prefix)
+        windows: list[Window] = []
+        for text, continuations in questions:
+            alone = chat_format.encode_text(tokenizer, text)
+            joined = [chat_format.encode_text(tokenizer, text + end) for end in continuations]
+            columns = zip(alone, *joined, strict=False)
+            shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+            for ids in joined:
+                if len(ids) - shared >= size:
+                    raise DataError(
+                        f"an answer to {text[-40:]!r} has {len(ids) - shared} tokens, too many for "
+                        f"--window {self.window}"
+                    )
+                dropped = max(0, len(ids) - size)
+                windows.append(((*prefix, *ids[dropped:]), len(prefix) + shared - dropped))
+        # A continuation may follow the same text more than once.
+        distinct = list(dict.fromkeys(windows))
+        nats = dict(zip(distinct, self._score_windows(distinct, title), strict=True))
+        scores = iter(nats[cut] for cut in windows)
+        return [[next(scores) for _ in continuations] for _, continuations in questions]
 
-    Text and continuation are encoded together, so a piece may span their border. All continuations
-    of a text are scored from the same place on, whatever the vocabulary: from where the ids of one
-    of them first differ from those of the text alone. If the whole is too long for the window, its
-    end is read. Raises DataError if a continuation itself is too long.
-    """
-    prefix = chat_format.prefix_ids(model.tokenizer)
-    size = window - len(prefix)
-    windows: list[Window] = []
-    for text, continuations in questions:
-        alone = chat_format.encode_text(model.tokenizer, text)
-        joined = [chat_format.encode_text(model.tokenizer, text + end) for end in continuations]
-        shared = min(_count_shared(alone, ids) for ids in joined)
-        for ids in joined:
-            if len(ids) - shared >= size:
-                raise DataError(
-                    f"an answer to {text[-40:]!r} has {len(ids) - shared} tokens, too many for "
-                    f"--window {window}"
-                )
-            dropped = max(0, len(ids) - size)
-            windows.append(((*prefix, *ids[dropped:]), len(prefix) + shared - dropped))
-    # A continuation may follow the same text more than once.
-    distinct = list(dict.fromkeys(windows))
-    nats = dict(zip(distinct, _score_windows(model, distinct, batch_size, title), strict=True))
-    scores = iter(nats[cut] for cut in windows)
-    return [[next(scores) for _ in continuations] for _, continuations in questions]
-
-
-def _count_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the longest common prefix of two lists of ids."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-@torch.inference_mode()
-def _score_windows(
-    model: LoadedModel, windows: Sequence[Window], batch_size: int, title: str
-) -> list[float]:
-    """Return the nats of every window's scored tokens."""
-    glm = model.model
-    # Windows of similar length share a batch, which keeps the padding short. Padding comes after
-    # the text, where a causal model's predictions cannot see it.
-    order = sorted(range(len(windows)), key=lambda index: len(windows[index][0]))
-    nats = [0.0] * len(windows)
-    # A loss in bfloat16 has three digits: too few to compare choices of a token or two.
-    weight = glm.lm_head.weight.float()
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in tqdm(batches, desc=title, unit=" batches", leave=False, delay=1):
-        longest = len(windows[batch[-1]][0])
-        input_ids = torch.full((len(batch), longest), UNK_ID)
-        labels = torch.full((len(batch), longest), chat_format.IGNORE_INDEX)
-        for row, index in enumerate(batch):
-            ids, context = windows[index]
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, context : len(ids)] = torch.tensor(ids[context:])
-        output = glm.model(input_ids=input_ids.to(glm.device), use_cache=False)
-        states = output.last_hidden_state.float()
-        losses = token_losses(states, weight, labels.to(glm.device)).double()
-        counts = [len(windows[index][0]) - windows[index][1] for index in batch]
-        for index, part in zip(batch, losses.split(counts), strict=True):
-            nats[index] = part.sum().item()
-    return nats
+    @torch.inference_mode()
+    def _score_windows(self, windows: Sequence[Window], title: str) -> list[float]:
+        """Return the nats of every window's scored tokens."""
+        glm = self.model.model
+        # Windows of similar length share a batch, which keeps the padding short. Padding comes
+        # after the text, where a causal model's predictions cannot see it.
+        order = sorted(range(len(windows)), key=lambda index: len(windows[index][0]))
+        nats = [0.0] * len(windows)
+        # A loss in bfloat16 has three digits: too few to compare choices of a token or two.
+        weight = glm.lm_head.weight.float()
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc=title, unit=" batches", leave=False, delay=1):
+            batch = order[start : start + self.batch_size]
+            rows = [torch.tensor(windows[index][0]) for index in batch]
+            input_ids = pad_sequence(rows, batch_first=True, padding_value=UNK_ID)
+            labels = pad_sequence(rows, batch_first=True, padding_value=chat_format.IGNORE_INDEX)
+            for row, index in enumerate(batch):
+                labels[row, : windows[index][1]] = chat_format.IGNORE_INDEX
+            output = glm.model(input_ids=input_ids.to(glm.device), use_cache=False)
+            states = output.last_hidden_state.float()
+            losses = token_losses(states, weight, labels.to(glm.device)).double()
+            counts = [len(windows[index][0]) - windows[index][1] for index in batch]
+            for index, part in zip(batch, losses.split(counts), strict=True):
+                nats[index] = part.sum().item()
+        return nats
 
 
 def compute_divergence(before: Logits, after: Logits) -> torch.Tensor:

@@ -19,17 +19,10 @@ first two are lm-evaluation-harness's too:
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from chatglm_ja.data.readers import (
-    Record,
-    Reject,
-    check_characters,
-    read_chunks,
-    read_records,
-    reject_error,
-)
+from chatglm_ja.data import readers
+from chatglm_ja.data.readers import Record, Reject, check_characters
 from chatglm_ja.errors import DataError
-from chatglm_ja.evaluation import likelihood
-from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.sources import Source
 
 
@@ -67,11 +60,11 @@ def read_questions(sources: Iterable[Source]) -> dict[str, list[ChoiceQuestion]]
     questions: dict[str, list[ChoiceQuestion]] = {}
     for source in sources:
         own = []
-        for chunk in read_chunks(source):
-            for number, record in read_records(chunk, source):
+        for chunk in readers.read_chunks(source):
+            for number, record in readers.read_records(chunk, source):
                 question = record if isinstance(record, Reject) else _parse_question(record)
                 if isinstance(question, Reject):
-                    raise reject_error(chunk.file, number, question)
+                    raise readers.reject_error(chunk.file, number, question)
                 own.append(question)
         if not own:
             raise DataError(f"source {source.title} holds no question: expected multiple choice")
@@ -100,11 +93,7 @@ def _parse_question(record: Record) -> ChoiceQuestion | Reject:
 
 
 def score_questions(
-    model: LoadedModel,
-    questions: Mapping[str, Sequence[ChoiceQuestion]],
-    window: int,
-    batch_size: int,
-    title: str = "choices",
+    scorer: Scorer, questions: Mapping[str, Sequence[ChoiceQuestion]], title: str = "choices"
 ) -> dict[str, dict[str, float]]:
     """Return for every language the number of `questions` and the shares of right answers.
 
@@ -116,7 +105,7 @@ def score_questions(
         for question in group
         for text in (question.text, question.text[-1])
     ]
-    nats = iter(likelihood.score_continuations(model, pairs, window, batch_size, title))
+    nats = iter(scorer.score_continuations(pairs, title))
     rows = {}
     for language, group in questions.items():
         correct = dict.fromkeys(METRICS, 0)

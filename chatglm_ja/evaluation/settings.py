@@ -55,9 +55,7 @@ class EvalConfig(StepConfig):
     answer_batch_size: int = setting("answers per batch; sampled answers depend on it", 32, low=1)
     chat: bool = setting("chat with a model in the terminal", False, affects_result=False)
     web: bool = setting(
-        "chat with models on a web page; needs requirements-extras.txt",
-        False,
-        affects_result=False,
+        "chat with models on a web page; needs requirements-extras.txt", False, affects_result=False
     )
     stage: Literal[LATEST, *STAGES] = setting(  # type: ignore[valid-type]
         "the model of --chat and --web", LATEST, affects_result=False

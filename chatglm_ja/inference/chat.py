@@ -9,29 +9,19 @@ import readline  # noqa: F401  gives input() line editing and a history
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.chatglm3.chat_format import Message
 from chatglm_ja.data import conversations
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import Sampling
+from chatglm_ja.inference.generation import ChatOptions
 from chatglm_ja.inference.models import LoadedModel
-
-Message = conversations.Message
 
 NO_ANSWER = "(no answer)"  # shown for an answer without text
 CLEAR, EXIT = "/clear", "/exit"
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How a chat answers: sampling, the longest answer in tokens, its time limit in seconds."""
-
-    sampling: Sampling
-    max_new_tokens: int
-    seconds: float | None = None
 
 
 def stream_reply(
@@ -42,11 +32,9 @@ def stream_reply(
     The answer gets `max_new_tokens` of the model's window, but at most half of it. Raises DataError
     if the last message alone is too long for the rest.
     """
-    max_new_tokens = min(options.max_new_tokens, model.window // 2)
-    prompt = build_fitting_prompt(model.tokenizer, messages, model.window - max_new_tokens)
-    return generation.stream_answer(
-        model, prompt, max_new_tokens, sampling=options.sampling, seconds=options.seconds
-    )
+    options = replace(options, max_new_tokens=min(options.max_new_tokens, model.window // 2))
+    prompt = build_fitting_prompt(model.tokenizer, messages, model.window - options.max_new_tokens)
+    return generation.stream_answer(model, prompt, options)
 
 
 def build_fitting_prompt(tokenizer: Any, messages: Sequence[Message], size: int) -> list[int]:
@@ -86,26 +74,19 @@ def chat_in_terminal(model: LoadedModel, options: ChatOptions) -> None:
             return
         if text == CLEAR:
             messages = []
-        elif text:
-            messages = _print_reply(model, messages, text, options)
-
-
-def _print_reply(
-    model: LoadedModel, earlier: list[Message], text: str, options: ChatOptions
-) -> list[Message]:
-    """Print the answer to a question and return the longer conversation; on an error, `earlier`."""
-    messages = [*earlier, {"role": "user", "content": text}]
-    answer = ""
-    try:
-        with closing(stream_reply(model, messages, options)) as pieces:
-            for piece in pieces:
-                answer += piece
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return earlier
-    except KeyboardInterrupt:
-        sys.stdout.write(" …")
-    print(end="\n" if answer else f"{NO_ANSWER}\n")
-    return [*messages, {"role": "assistant", "content": answer}]
+            continue
+        if not text:
+            continue
+        question, answer = {"role": "user", "content": text}, ""
+        try:
+            with closing(stream_reply(model, [*messages, question], options)) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    print(piece, end="", flush=True)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print(" …", end="")
+        print(end="\n" if answer else f"{NO_ANSWER}\n")
+        messages += [question, {"role": "assistant", "content": answer}]

@@ -12,22 +12,21 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import UNK_ID
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
+
+Prompts = Sequence[Sequence[int]]  # token ids
 
 TIMED_TOKENS = 64
 TIMED_ROUNDS = 3
@@ -56,6 +55,15 @@ DECODINGS: dict[str, Callable[[Sampling], Sampling]] = {
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How a chat answers: sampling, the longest answer in tokens, its time limit in seconds."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer's text and length in tokens; `stopped` if it ended before the limit."""
 
@@ -66,7 +74,7 @@ class Answer:
 
 def generate_answers(
     model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
@@ -89,27 +97,15 @@ def generate_answers(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            longest = len(prompts[batch[-1]])
-            input_ids = torch.full((len(batch), longest), UNK_ID)
-            mask = torch.zeros_like(input_ids)
-            for row, index in enumerate(batch):
-                padding = longest - len(prompts[index])
-                input_ids[row, padding:] = torch.tensor(prompts[index])
-                mask[row, padding:] = 1
-            output = _generate(model, input_ids, mask, max_new_tokens, sampling)
-            for index, ids in zip(batch, output[:, longest:].tolist(), strict=True):
+            output = _generate(model, [prompts[index] for index in batch], max_new_tokens, sampling)
+            for index, ids in zip(batch, output.tolist(), strict=True):
                 answers[index] = _decode_answer(model.tokenizer, ids)
             bar.update(len(batch))
     return [answers[index] for index in range(len(prompts))]
 
 
 def stream_answer(
-    model: LoadedModel,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    *,
-    sampling: Sampling,
-    seconds: float | None = None,
+    model: LoadedModel, prompt: Sequence[int], options: ChatOptions
 ) -> Generator[str]:
     """Stream the answer to a prompt as pieces of text, which joined are the whole answer.
 
@@ -118,18 +114,17 @@ def stream_answer(
     """
     pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()
-    deadline = None if seconds is None else time.monotonic() + seconds
 
-    def must_stop() -> bool:
-        return closed.is_set() or (deadline is not None and time.monotonic() > deadline)
+    def stop_when_closed(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
 
     def generate() -> None:
-        ids = torch.tensor([list(prompt)])
         try:
             _generate(
-                model, ids, torch.ones_like(ids), max_new_tokens, sampling,
+                model, [prompt], options.max_new_tokens, options.sampling,
                 streamer=_TextStreamer(model.tokenizer, pieces.put),
-                stopping_criteria=StoppingCriteriaList([_StopWhen(must_stop)]),
+                stopping_criteria=StoppingCriteriaList([stop_when_closed]),
+                max_time=options.seconds,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
@@ -157,32 +152,30 @@ def tokens_per_second(model: LoadedModel, prompt: Sequence[int]) -> float:
     Returns the best of three rounds; a round is the median over 64 tokens. On a GPU the host
     limits the speed, and it is busy at times.
     """
-    ids = torch.tensor([list(prompt)])
     speeds = []
+    times: list[float] = []
+    clock = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
     for _ in range(TIMED_ROUNDS):
-        clock = _TokenClock()
+        times.clear()
         _generate(
-            model, ids, torch.ones_like(ids), TIMED_TOKENS, GREEDY,
-            streamer=clock, min_new_tokens=TIMED_TOKENS,
-        )  # fmt: skip
-        times = clock.times[1:]  # the first one is the prompt's
-        speeds.append(1 / statistics.median(b - a for a, b in itertools.pairwise(times)))
+            model, [prompt], TIMED_TOKENS, GREEDY, streamer=clock, min_new_tokens=TIMED_TOKENS
+        )
+        # The first time is the prompt's.
+        speeds.append(1 / statistics.median(b - a for a, b in itertools.pairwise(times[1:])))
     return max(speeds)
 
 
 @torch.inference_mode()
 def _generate(
-    model: LoadedModel,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-    **options: Any,
+    model: LoadedModel, prompts: Prompts, max_new_tokens: int, sampling: Sampling, **options: Any
 ) -> torch.Tensor:
-    """Return the ids of prompts and answers, [batch, length]; `options` are those of `generate`."""
+    """Return the ids of the answers, [batch, length]; `options` are those of `generate`."""
     glm, tokenizer = model.model, model.tokenizer
     if sampling.temperature >= MIN_TEMPERATURE:
         options["logits_processor"] = LogitsProcessorList([_Sampler(sampling)])
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    input_ids = pad_sequence(rows, True, UNK_ID, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
     # Embedding rows that pad the matrix have no id in the tokenizer.
     unused = list(range(tokenizer.get_piece_size(), glm.config.vocab_size))
     output: torch.Tensor = glm.generate(
@@ -195,7 +188,7 @@ def _generate(
         suppress_tokens=unused or None,
         **options,
     )
-    return output
+    return output[:, input_ids.shape[1] :]
 
 
 def _decode_answer(tokenizer: Any, ids: list[int]) -> Answer:
@@ -231,16 +224,6 @@ class _Sampler(LogitsProcessor):
         return best.masked_fill(likelier >= self.sampling.top_p, -torch.inf).softmax(dim=-1), ids
 
 
-class _StopWhen(StoppingCriteria):
-    """Stops a generation when a function returns True."""
-
-    def __init__(self, must_stop: Callable[[], bool]) -> None:
-        self.must_stop = must_stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.must_stop(), device=input_ids.device)
-
-
 class _TextStreamer(BaseStreamer):
     """Passes on the text of one answer as its tokens arrive, without its stop token.
 
@@ -269,16 +252,3 @@ class _TextStreamer(BaseStreamer):
         if len(text) > len(self.text) and text.startswith(self.text):
             self.pass_on(text[len(self.text) :])
             self.text = text
-
-
-class _TokenClock(BaseStreamer):
-    """Records when the prompt and each token arrived."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass

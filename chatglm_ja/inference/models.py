@@ -102,12 +102,6 @@ class Stage:
             return tokenizer.add_special_tokens(Base.open(self.folder).proto)
         return tokenizer.read_proto(self.folder / tokenizer.MODEL_FILE)
 
-    def make_auto_tokenizer(self) -> Any:
-        """Return the tokenizer in transformers' form, for tools that need one."""
-        from chatglm_ja.chatglm3 import tokenizer_files
-
-        return tokenizer_files.to_transformers(self.read_tokenizer_proto())
-
 
 def finished_stages(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages whose models exist. Raises ArtifactError if none does."""
@@ -124,13 +118,12 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage:
     """Return the stage of a name, or the last one for LATEST. Raises ArtifactError if missing."""
     if name == LATEST:
         return stages[-1]
-    for stage in stages:
-        if stage.name == name:
-            return stage
-    raise ArtifactError(
-        f"there is no model of the stage {name} yet: expected one of "
-        f"{', '.join(stage.name for stage in stages)}"
-    )
+    named = {stage.name: stage for stage in stages}
+    if name not in named:
+        raise ArtifactError(
+            f"there is no model of the stage {name} yet: expected one of {', '.join(named)}"
+        )
+    return named[name]
 
 
 def load_model(folder: Path) -> LoadedModel:

@@ -18,10 +18,10 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
+from chatglm_ja.chatglm3.chat_format import Message
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.inference import chat
-from chatglm_ja.inference.chat import ChatOptions, Message
-from chatglm_ja.inference.generation import Sampling
+from chatglm_ja.inference.generation import ChatOptions, Sampling
 from chatglm_ja.inference.models import LoadedModel, Stage
 
 log = logging.getLogger(__name__)
@@ -143,42 +143,39 @@ def answer_question(
     if len(text) > MAX_MESSAGE:
         raise DataError(f"the message has {len(text):,} characters, {MAX_MESSAGE:,} are allowed")
     question = {"role": "user", "content": text}
-    answers = {
-        side: {"role": "assistant", "content": ""}
+    answers, streams = [], []
+    asked = [
+        (conversations[side], name)
         for side, name in zip(SIDES, names, strict=True)
         if name != NO_MODEL
-    }
+    ]
     with ExitStack() as stack:
-        streams = []
-        for side, name in zip(SIDES, names, strict=True):
-            if side in answers:
-                messages = [*conversations[side], question]
-                pieces = chat.stream_reply(models.get(name), messages, options)
-                streams.append(stack.enter_context(closing(pieces)))
-        for side, answer in answers.items():
-            conversations[side] += [question, answer]
+        for messages, name in asked:
+            pieces = chat.stream_reply(models.get(name), [*messages, question], options)
+            streams.append(stack.enter_context(closing(pieces)))
+        for messages, _ in asked:
+            answers.append({"role": "assistant", "content": ""})
+            messages += [question, answers[-1]]
         try:
             yield
             for pieces_of_sides in itertools.zip_longest(*streams, fillvalue=""):
-                for answer, piece in zip(answers.values(), pieces_of_sides, strict=True):
+                for answer, piece in zip(answers, pieces_of_sides, strict=True):
                     answer["content"] += piece
                 yield
         finally:
-            for answer in answers.values():
+            for answer in answers:
                 answer["content"] = answer["content"] or chat.NO_ANSWER
 
 
 def _escape_conversations(conversations: Conversations) -> list[list[Message]]:
     """Return the messages of the sides for display: Gradio would read HTML and drop indents."""
 
-    def escape(text: str) -> str:
-        escaped = html.escape(text, quote=False)
-        return INDENT.sub(lambda match: "&nbsp;" * len(match[0].expandtabs(4)), escaped)
+    def escape(message: Message) -> Message:
+        escaped = html.escape(message["content"], quote=False)
+        indented = INDENT.sub(lambda match: "&nbsp;" * len(match[0].expandtabs(4)), escaped)
+        return {**message, "content": indented}
 
-    return [
-        [{**message, "content": escape(message["content"])} for message in conversations[side]]
-        for side in SIDES
-    ]
+    return [[escape(message) for message in conversations[side]] for side in SIDES]
 
 
 def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
@@ -186,25 +183,14 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
-    def new_conversations() -> Conversations:
-        return {side: [] for side in SIDES}
-
     def answer(
-        text: str,
-        conversations: Conversations,
-        left: str,
-        right: str,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
+        text: str, conversations: Conversations, left: str, right: str, *sliders: float
     ) -> Iterator[tuple[Any, ...]]:
         box: Any = ""  # empties the question box once, when the question has moved to the answers
         try:
-            chosen = ChatOptions(
-                Sampling(float(temperature), float(top_p)),
-                min(int(max_new_tokens), MAX_TOKENS),
-                options.seconds,
-            )
+            temperature, top_p, longest = map(float, sliders)
+            max_new_tokens = int(min(longest, MAX_TOKENS))
+            chosen = ChatOptions(Sampling(temperature, top_p), max_new_tokens, options.seconds)
             steps = answer_question(models, (left, right), conversations, str(text), chosen)
             with closing(steps):
                 for _ in steps:
@@ -218,8 +204,15 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
     with gradio.Blocks(title="ChatGLM3", analytics_enabled=False) as page:
         # A value, which Gradio copies for every page: a function would run when the page is loaded,
         # and could replace a conversation that has started meanwhile.
-        conversations = gradio.State(new_conversations())
-        left, right = _model_choices(list(models.stages), first)
+        conversations = gradio.State({side: [] for side in SIDES})
+        names = list(models.stages)
+        with gradio.Row():
+            info = "Another model continues the conversation"
+            left = gradio.Dropdown(names, value=first, label="Model", info=info)
+            info = "Answers from the next question on"
+            right = gradio.Dropdown(
+                [NO_MODEL, *names], value=NO_MODEL, label="Compare with", info=info
+            )
         boxes = []
         with gradio.Row():
             for side in SIDES:
@@ -266,27 +259,13 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
         gradio.on([stop.click, clear.click], None, cancels=[answering])
         # A new state, not the old one emptied: the answer being canceled may still write to that.
         clear.click(
-            lambda: (new_conversations(), [], []), None, [conversations, *boxes], queue=False
+            lambda: ({side: [] for side in SIDES}, [], []),
+            None,
+            [conversations, *boxes],
+            queue=False,
         )
     page.queue(max_size=MAX_WAITING)
     return page
-
-
-def _model_choices(names: list[str], first: str) -> tuple[Any, Any]:
-    """Return the two dropdowns that choose the models of the left and the right side."""
-    import gradio
-
-    with gradio.Row():
-        left = gradio.Dropdown(
-            names, value=first, label="Model", info="Another model continues the conversation"
-        )
-        right = gradio.Dropdown(
-            [NO_MODEL, *names],
-            value=NO_MODEL,
-            label="Compare with",
-            info="Answers from the next question on",
-        )
-    return left, right
 
 
 def _answer_box(side: str) -> Any:

@@ -24,9 +24,6 @@ from chatglm_ja.storage.files import write_json
 
 Counts = Mapping[str, Any]
 
-# Prefer examples of at most this many tokens.
-EXAMPLE_TOKENS = 400
-
 
 def write_report(
     folder: Path,
@@ -39,9 +36,14 @@ def write_report(
     """Write the report; `examples` are the conversations that are trained on."""
     write_json(folder / "data_report.json", counts)
     pretrain, sft = counts["pretrain"], counts["sft"]
+    mix = []  # the share asked for and reached, and the tokens
+    for language, share in parse_shares(config.shares).items():
+        tokens = (pretrain[name][language] for name in ("train_tokens", "validation_tokens"))
+        shares = (share, pretrain["train_shares"][language])
+        mix.append([language, *(f"{s:.2%}" for s in shares), *(f"{t:,}" for t in tokens)])
     page = render_template(
         "data_report.html.jinja",
-        mix=mix_table(pretrain, parse_shares(config.shares)),
+        mix=mix,
         pretrain={
             "totals": _describe_pretrain(pretrain),
             "fates": fate_table(pretrain["sources"], "documents", "train_tokens", "repeats"),
@@ -93,21 +95,6 @@ def _describe_sft(counts: Counts) -> str:
         f"conversations {kinds}; {counts['train_bins']:,} bins of {counts['max_length']:,} tokens, "
         f"fill rate {counts['train_fill']:.2%}"
     )
-
-
-def mix_table(counts: Counts, shares: Mapping[str, float]) -> Table:
-    """Return a row for every language: the share asked for and reached, and the tokens."""
-    rows = [
-        [
-            language,
-            f"{share:.2%}",
-            f"{counts['train_shares'][language]:.2%}",
-            f"{counts['train_tokens'][language]:,}",
-            f"{counts['validation_tokens'][language]:,}",
-        ]
-        for language, share in shares.items()
-    ]
-    return ["language", "asked for", "share", "training tokens", "validation tokens"], rows
 
 
 def _present_fates(sources: list[dict[str, Any]]) -> list[Fate]:
@@ -163,8 +150,8 @@ def choose_examples(
         documents = examples[index.source[examples] == number]
         if not len(documents):
             continue
-        short = documents[index.length[documents] <= EXAMPLE_TOKENS]
-        chosen = int((short if len(short) else documents)[0])
+        # The first one of at most 400 tokens, or if there is none, the first.
+        chosen = int(documents[np.argmax(index.length[documents] <= 400)])
         ids, labels = index.read_document(chosen), index.read_document(chosen, LABELS)
         yield {
             "origin": f"{source.title}, record {int(index.record[chosen]):,}",

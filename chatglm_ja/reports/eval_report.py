@@ -1,5 +1,8 @@
 """Step 7's results as tables: the last screen, results.md, and report.html with charts and answers.
 
+The model card is README.md beside the weights, which Hugging Face shows: what the model was made
+from, with which settings, what step 7 measured, and how to use it.
+
 results = {
     "stages": [what evaluate.Evaluation measures of a stage],
     "segmentation": {language: Segmentation.row()},
@@ -12,29 +15,36 @@ A measure that is added to evaluate.py gets its table here: a function, and an e
 """
 
 import json
+import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja import plots
 from chatglm_ja.reports.render import Table, markdown_table, render_template
-from chatglm_ja.storage.files import write_json
+from chatglm_ja.storage.files import publish_file, write_json
 from chatglm_ja.vocabulary.segmentation import segmentation_table
+
+log = logging.getLogger(__name__)
 
 Results = Mapping[str, Any]
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+CARD_FILE = "model_card.md"  # in step 7's folder; README.md in the model's
+LICENSE = "MODEL_LICENSE"  # ChatGLM3-6B's, published beside its weights
 
 LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 
 
-def write_report(folder: Path, results: Results) -> None:
-    """Write results.json, results.md and report.html."""
+def write_report(folder: Path, results: Results, base_dir: Path) -> None:
+    """Write results.json, results.md, report.html and model_card.md."""
     write_json(folder / RESULTS_FILE, results)
     (folder / "results.md").write_text(render_markdown(results), encoding="utf-8")
     (folder / REPORT_FILE).write_text(render_html(results), encoding="utf-8")
+    (folder / CARD_FILE).write_text(render_card(results, base_dir), encoding="utf-8")
 
 
 def stage_table(results: Results) -> Table:
@@ -119,29 +129,23 @@ def choice_table(results: Results) -> Table:
         for language, row in stage["choices"].items():
             count = row["questions"]
             cells = [stage["name"], language, str(count), f"{row['chance']:.0%}"]
-            for score in METRICS:
-                error = math.sqrt(row[score] * (1 - row[score]) / count)
-                cells.append(f"{row[score]:.0%} ± {100 * error:.0f}")
+            for share in (row[name] for name in METRICS):
+                error = math.sqrt(share * (1 - share) / count)
+                cells.append(f"{share:.0%} ± {100 * error:.0f}")
             rows.append(cells)
-    return [
-        "stage",
-        "language",
-        "questions",
-        "chance",
-        *(metric.title for metric in METRICS.values()),
-    ], rows
+    titles = [metric.title for metric in METRICS.values()]
+    return ["stage", "language", "questions", "chance", *titles], rows
 
 
 def harness_table(results: Results) -> Table:
     """Return a row for every task and metric of lm-evaluation-harness, with standard errors."""
     stages = results["stages"]
     rows = []
-    for index, first in enumerate(stages[0]["harness"]):
-        row = [first["task"], first["metric"]]
-        for stage in stages:
-            measured = stage["harness"][index]
-            error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.3f}"
-            row.append(f"{measured['value']:.3f}{error}")
+    for measured in zip(*(stage["harness"] for stage in stages), strict=True):
+        row = [measured[0]["task"], measured[0]["metric"]]
+        for entry in measured:
+            error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.3f}"
+            row.append(f"{entry['value']:.3f}{error}")
         rows.append(row)
     return ["task", "metric", *(stage["name"] for stage in stages)], rows
 
@@ -229,45 +233,39 @@ def describe_pretraining(results: Results) -> str:
 def summarize(results: Results, report: Path) -> str:
     """Return step 7's last screen: a table, then what was gained, what it cost, and the report."""
     gains, costs = [], []
+    last = results["stages"][-1]
     for language, base in results["stages"][0]["languages"].items():
-        last = results["stages"][-1]["languages"][language]
+        score = last["languages"][language]
         name = LANGUAGE_NAMES.get(language, language)
-        old, new = base["bits_per_char"], last["bits_per_char"]
+        old, new = base["bits_per_char"], score["bits_per_char"]
         change = f"{new / old - 1:+.1%}"
         if new < old:
             gain = f"{name} {old:.3f} -> {new:.3f} bits/char ({change})"
-            old, new = base["tokens_per_char"], last["tokens_per_char"]
+            old, new = base["tokens_per_char"], score["tokens_per_char"]
             if old != new:
                 gain += f", {new:.2f} instead of {old:.2f} tokens/char"
             gains.append(gain)
         else:
             costs.append(f"{name} {change}")
     cost = f"{', '.join(costs)} bits/char" if costs else "no language has more bits/char"
-    return "\n".join(
-        [
-            markdown_table(*stage_table(results)),
-            "",
-            f"gained: {'; '.join(gains) or 'no language has fewer bits/char'}",
-            f"cost: {cost}; {_describe_answers(results)}",
-            f"report: {report}",
-        ]
-    )
-
-
-def _describe_answers(results: Results) -> str:
-    """Return a phrase on the last stage's sampled answers, of held-out questions if it has any."""
-    last = results["stages"][-1]
+    # Sampled answers to the held-out questions, or if there are none, to those of --prompts.
     rows = [row for row in last["held_out"] if row["way"] == "sampled"]
     rows = rows or [last["answering"]["sampled"]]
-
-    def share(key: str) -> str:
+    shares = []
+    for key, phrase in (
+        ("in_language", "in the question's language"),
+        ("ended", "end by themselves"),
+    ):
         counted = [row for row in rows if row[key] is not None]
-        total = sum(row["questions"] for row in counted)
-        return f"{sum(row[key] * row['questions'] for row in counted) / total:.0%}"
-
-    in_language = any(row["in_language"] is not None for row in rows)
-    language = f"{share('in_language')} in the question's language, " if in_language else ""
-    return f"sampled answers: {language}{share('ended')} end by themselves"
+        if total := sum(row["questions"] for row in counted):
+            share = sum(row[key] * row["questions"] for row in counted) / total
+            shares.append(f"{share:.0%} {phrase}")
+    return (
+        f"{markdown_table(*stage_table(results))}\n\n"
+        f"gained: {'; '.join(gains) or 'no language has fewer bits/char'}\n"
+        f"cost: {cost}; sampled answers: {', '.join(shares)}\n"
+        f"report: {report}"
+    )
 
 
 def render_markdown(results: Results) -> str:
@@ -315,3 +313,57 @@ def _draw_losses(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return plots.to_svg(figure)
+
+
+def render_card(results: Results, base_dir: Path) -> str:
+    """Return the model card; it links to the base's license if `base_dir` holds it."""
+    steps, settings = results["steps"], []
+    for step, title in (
+        ("step5_train_pt", "Continued pretraining"),
+        ("step6_train_sft", "Instructions"),
+    ):
+        if step in steps:
+            counts = dict(steps[step]["counts"])
+            speed = counts.pop("speed", {})
+            values = {**steps[step]["arguments"], **counts, **speed}
+            settings.append((title, [[f"`{name}`", str(values[name])] for name in values]))
+    counts = steps.get("step4_prepare_data", {}).get("counts", {})
+    data = []
+    for part, title, columns in (
+        ("pretrain", "Pretraining", ("documents", "train_documents", "train_tokens", "repeats")),
+        ("sft", "Instructions", ("documents", "train_examples", "train_tokens")),
+    ):
+        head = ["source", "read", *(column.removeprefix("train_") for column in columns[1:])]
+        rows = [
+            [source["name"], *(f"{source[c]:,}" if c in source else "" for c in columns)]
+            for source in counts.get(part, {}).get("sources", [])
+        ]
+        if rows:
+            data.append((title, head, rows))
+    return render_template(
+        "model_card.md.jinja",
+        languages=list(results["stages"][0]["languages"]),
+        license_file=LICENSE if (base_dir / LICENSE).is_file() else None,
+        results=render_markdown(results).rstrip(),
+        data=data,
+        settings=settings,
+    )
+
+
+def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
+    """Copy the card, and the base's license if there is one, into the model's folder.
+
+    The model's manifest does not list them, so the model counts as unchanged. If the folder is not
+    writable, a warning is logged.
+    """
+    card = model_dir / "README.md"
+    copies = {results_dir / CARD_FILE: card}
+    if (base_dir / LICENSE).is_file():
+        copies[base_dir / LICENSE] = model_dir / LICENSE
+    try:
+        for source, target in copies.items():
+            with publish_file(target) as partial:
+                shutil.copyfile(source, partial)
+        log.info("model card: %s", card)
+    except OSError as error:
+        log.warning("could not write the model card to %s: %s", model_dir, error.strerror)

@@ -59,7 +59,7 @@ def measured(
     prompts = tmp_path_factory.mktemp("prompts") / "p.yaml"
     prompts.write_text("ja: [あなたは誰ですか]\ncode: [Write a Basic example.]\n")
     config = change_config(config, prompts=prompts)
-    evaluation = evaluate.Evaluation(config, evaluate.read_data(config))
+    evaluation = evaluate.Evaluation(config)
     return [evaluation.evaluate_stage(stage) for stage in stages]
 
 
@@ -84,14 +84,13 @@ def test_distance_of_another_model_from_the_base(
     model.save_pretrained(other)
     tokenizer = load_processor(resized_dir)
     (other / "tokenizer.model").write_bytes((resized_dir / "tokenizer.model").read_bytes())
-    data = evaluate.read_data(config)
-    evaluation = evaluate.Evaluation(config, data)
+    evaluation = evaluate.Evaluation(config)
     evaluation.evaluate_stage(stages[0])
     row = evaluation.evaluate_stage(Stage("resized", other))["kept"]["zh"]
     base = stages[0].load().model
     rows = tokenizer.piece_to_id("<|observation|>") + 1
     old, new = [], []
-    for text in data.texts["zh"][: evaluate.COMPARED_TEXTS]:
+    for text in evaluation.texts["zh"][: evaluate.COMPARED_TEXTS]:
         # The base's ids, which the merged tokenizer gives Chinese too.
         prefix = chat_format.prefix_ids(tokenizer)
         ids = [*prefix, *tokenizer.encode(text)[: evaluate.COMPARED_TOKENS]]
@@ -153,7 +152,7 @@ def test_a_model_smaller_than_its_tokenizer_is_one_line(
 
 def test_a_window_beyond_the_model_is_one_line(config: EvalConfig, stages: list[Stage]) -> None:
     config = change_config(config, window=300)
-    evaluation = evaluate.Evaluation(config, evaluate.read_data(config))
+    evaluation = evaluate.Evaluation(config)
     with pytest.raises(ConfigError, match="--window 300 is more than the 256 positions of"):
         evaluation.evaluate_stage(stages[0])
 
@@ -164,7 +163,7 @@ def test_empty_held_out_text_is_one_line(config: EvalConfig, tmp_path: Path, con
     path.write_text(content)
     sources = (*config.sources, Source("en", str(path)))
     with pytest.raises(DataError, match="--sources hold no en text: there is nothing to score"):
-        evaluate.read_data(change_config(config, sources=sources))
+        evaluate.Evaluation(change_config(config, sources=sources))
 
 
 def test_the_latest_stage_is_the_last_that_exists(

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.chatglm3 import tokenizer_files
 from chatglm_ja.errors import ConfigError
-from chatglm_ja.evaluation import harness, likelihood, multiple_choice
-from chatglm_ja.evaluation.harness import HarnessTasks
+from chatglm_ja.evaluation import harness, multiple_choice
+from chatglm_ja.evaluation.likelihood import Scorer
+from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference.models import Stage
 from chatglm_ja.sources import Source
 from tests.conftest import demo_texts
@@ -48,6 +50,15 @@ metric_list:
 """
 
 
+def make_config(folder: Path | None, *names: str, limit: int = 0) -> EvalConfig:
+    unused = Path("unused")
+    return EvalConfig(
+        output_dir=unused, base_model=unused, tokenizer=unused, resized=unused, pretrained=unused,
+        sft=unused, sources=(), prompts=unused, harness_tasks=names, harness_folder=folder,
+        harness_limit=limit,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty questions about the next line; the line break belongs to the choices."""
@@ -65,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manager(folder: Path) -> Any:
-    return HarnessTasks(["next_line"], folder, 0).load_manager()
+    return harness.load_tasks(make_config(folder, "next_line"))
 
 
 @pytest.mark.parametrize("name", ["base", "resized"])
@@ -75,19 +86,19 @@ def test_accuracies_are_our_own(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     stage = Stage(name, base_dir if name == "base" else resized_dir)
-    model = stage.load()
+    tokenizer = tokenizer_files.to_transformers(stage.read_tokenizer_proto())
+    scorer = Scorer(stage.load(), 256, 8)
     questions = multiple_choice.read_questions([Source("ja", str(folder / "questions.jsonl"))])
-    own = multiple_choice.score_questions(model, questions, 256, 8)["ja"]
-    tasks = HarnessTasks(["next_line"], folder, 0)
-    rows = tasks.run(manager, model, stage.make_auto_tokenizer(), 256, 8)
+    own = multiple_choice.score_questions(scorer, questions)["ja"]
+    config = make_config(folder, "next_line")
+    rows = harness.run_tasks(config, manager, scorer, tokenizer)
     values = {row["metric"]: row["value"] for row in rows}
     assert values["acc"] == pytest.approx(own["acc"])
     # The harness counts the line break of a choice among its characters, as we do.
     assert values["acc_norm"] == pytest.approx(own["acc_norm"])
     assert all(row["task"] == "next_line" and 0 < row["stderr"] < 0.1 for row in rows)
-    limited = HarnessTasks(["next_*"], folder, 4).run(
-        manager, model, stage.make_auto_tokenizer(), 256, 8
-    )
+    config = make_config(folder, "next_*", limit=4)
+    limited = harness.run_tasks(config, manager, scorer, tokenizer)
     assert limited[0]["value"] in (0, 0.25, 0.5, 0.75, 1)
 
 
@@ -100,18 +111,19 @@ def test_scores_of_whole_texts_are_our_own(
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "rolling.yaml").write_text(ROLLING.format(data=data))
-    tasks = HarnessTasks(["rolling"], tmp_path, 0)
+    config = make_config(tmp_path, "rolling")
     stage = Stage("resized", resized_dir)
-    model = stage.load()
-    (row,) = tasks.run(tasks.load_manager(), model, stage.make_auto_tokenizer(), 256, 8)
-    score = likelihood.score_texts(model, texts, 256, 8)
+    scorer = Scorer(stage.load(), 256, 8)
+    tokenizer = tokenizer_files.to_transformers(stage.read_tokenizer_proto())
+    (row,) = harness.run_tasks(config, harness.load_tasks(config), scorer, tokenizer)
+    score = scorer.score_texts(texts)
     assert row["value"] == pytest.approx(score.bits_per_byte, rel=1e-6)
 
 
 def test_data_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "lost.yaml").write_text(ROLLING.format(data=tmp_path / "nowhere.jsonl"))
     with pytest.raises(ConfigError, match=r"cannot load the task rolling: .*nowhere"):
-        HarnessTasks(["rolling"], tmp_path, 0).load_manager()
+        harness.load_tasks(make_config(tmp_path, "rolling"))
 
 
 def test_unknown_tasks_and_folders_are_one_line(
@@ -124,14 +136,14 @@ def test_unknown_tasks_and_folders_are_one_line(
     (tmp_path / "own.yaml").write_text(
         TASK.format(data=folder / "questions.jsonl").replace("task: next_line", "task: own")
     )
-    assert HarnessTasks(["next_line", "own"], folder, 0).load_manager()
+    assert harness.load_tasks(make_config(folder, "next_line", "own"))
     with pytest.raises(ConfigError, match="has no task jglue_of_nobody: `lm_eval ls tasks`"):
-        HarnessTasks(["next_line", "own", "jglue_of_nobody"], folder, 0).load_manager()
+        harness.load_tasks(make_config(folder, "next_line", "own", "jglue_of_nobody"))
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
-        HarnessTasks(["next_line"], folder / "nowhere", 0).load_manager()
+        harness.load_tasks(make_config(folder / "nowhere", "next_line"))
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install -r requirements-extras.txt"):
-        HarnessTasks(["hellaswag"], None, 0).load_manager()
+        harness.load_tasks(make_config(None, "hellaswag"))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from chatglm_ja.chatglm3 import chat_format, loading
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import likelihood
+from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.inference.models import LoadedModel
 from tests.conftest import demo_texts
 
@@ -28,7 +29,7 @@ def test_bits_per_character_follow_the_definition(model: LoadedModel, texts: lis
             logits = model.model(torch.tensor([prefix + ids])).logits[0].double()
         for position, token in enumerate(ids, start=len(prefix)):
             bits -= logits[position - 1].log_softmax(dim=-1)[token].item() / math.log(2)
-    score = likelihood.score_texts(model, texts, window=1024, batch_size=3)
+    score = Scorer(model, window=1024, batch_size=3).score_texts(texts)
     assert score.characters == sum(map(len, texts))
     assert score.tokens == sum(map(len, model.tokenizer.encode(texts)))
     assert score.bits_per_char == pytest.approx(bits / score.characters, rel=1e-6)
@@ -38,7 +39,7 @@ def test_bits_per_character_follow_the_definition(model: LoadedModel, texts: lis
 
 def test_batch_size_changes_nothing(model: LoadedModel, texts: list[str]) -> None:
     scores = [
-        likelihood.score_texts(model, texts, window=64, batch_size=size).bits_per_char
+        Scorer(model, window=64, batch_size=size).score_texts(texts).bits_per_char
         for size in (1, 4, 32)
     ]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
@@ -47,7 +48,7 @@ def test_batch_size_changes_nothing(model: LoadedModel, texts: list[str]) -> Non
 def test_window_size_changes_nothing_for_short_texts(model: LoadedModel, texts: list[str]) -> None:
     longest = 2 + max(map(len, model.tokenizer.encode(texts)))
     scores = [
-        likelihood.score_texts(model, texts, window, 4).bits_per_char
+        Scorer(model, window, 4).score_texts(texts).bits_per_char
         for window in (longest, longest + 100, 2048)
     ]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
@@ -66,7 +67,7 @@ def test_long_texts_are_scored_with_a_sliding_window(model: LoadedModel) -> None
         with torch.inference_mode():
             logits = model.model(torch.tensor([ids[start:place]])).logits[0, -1].double()
         nats -= logits.log_softmax(dim=-1)[ids[place]].item()
-    score = likelihood.score_texts(model, [text[:120]], size, 3)
+    score = Scorer(model, size, 3).score_texts([text[:120]])
     assert score.nats == pytest.approx(nats, rel=1e-6)
 
 
@@ -83,13 +84,13 @@ def test_windows_score_every_token_once(length: int) -> None:
 
 def test_nothing_to_score_is_an_error(model: LoadedModel) -> None:
     with pytest.raises(DataError, match="the held-out file is empty"):
-        likelihood.score_texts(model, [], 64, 4)
+        Scorer(model, 64, 4).score_texts([])
 
 
 def test_continuations_cost_what_their_tokens_do(model: LoadedModel) -> None:
     pairs = [("日本の首都は", "東京です。"), ("The capital is ", "Tokyo"), ("北京", "市")]
     questions = [(text, [continuation]) for text, continuation in pairs]
-    costs = likelihood.score_continuations(model, questions, 64, 2)
+    costs = Scorer(model, 64, 2).score_continuations(questions)
     for (text, continuation), (cost,) in zip(pairs, costs, strict=True):
         prefix, alone = chat_format.prefix_ids(model.tokenizer), model.tokenizer.encode(text)
         ids = model.tokenizer.encode(text + continuation)
@@ -109,7 +110,7 @@ def test_continuations_cost_what_their_tokens_do(model: LoadedModel) -> None:
 def test_only_the_end_of_a_long_text_is_read(model: LoadedModel) -> None:
     text, answer = "".join(demo_texts("zh", 1))[:200], "新的图表"
     whole = [*model.tokenizer.encode(text + answer)]
-    ((cost,),) = likelihood.score_continuations(model, [(text, [answer])], 32, 1)
+    ((cost,),) = Scorer(model, 32, 1).score_continuations([(text, [answer])])
     kept = [*chat_format.prefix_ids(model.tokenizer), *whole[-30:]]
     scored = len(whole) - len(model.tokenizer.encode(text))
     with torch.inference_mode():
@@ -117,7 +118,7 @@ def test_only_the_end_of_a_long_text_is_read(model: LoadedModel) -> None:
     expected = -sum(logits[place - 1, kept[place]].item() for place in range(32 - scored, 32))
     assert cost == pytest.approx(expected, rel=1e-6)
     with pytest.raises(DataError, match="too many for --window 32"):
-        likelihood.score_continuations(model, [("a", [text])], 32, 1)
+        Scorer(model, 32, 1).score_continuations([("a", [text])])
 
 
 def test_continuations_of_a_text_are_scored_from_the_same_place(model: LoadedModel) -> None:
@@ -138,8 +139,8 @@ def test_continuations_of_a_text_are_scored_from_the_same_place(model: LoadedMod
     joined = tokenizer.encode(text + crossing)
     shared = next(n for n, token in enumerate(tokenizer.encode(text)) if joined[n] != token)
     assert shared < border
-    ((_, cost),) = likelihood.score_continuations(model, [(text, [crossing, plain])], 64, 2)
-    ((alone,),) = likelihood.score_continuations(model, [(text, [plain])], 64, 2)
+    ((_, cost),) = Scorer(model, 64, 2).score_continuations([(text, [crossing, plain])])
+    ((alone,),) = Scorer(model, 64, 2).score_continuations([(text, [plain])])
     prefix, ids = chat_format.prefix_ids(tokenizer), tokenizer.encode(text + plain)
     with torch.inference_mode():
         logits = model.model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
@@ -154,7 +155,7 @@ def test_losses_of_a_half_precision_model_have_full_precision(
     half: Any = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.bfloat16)
     model = LoadedModel(half.eval(), model.tokenizer)
     questions = [("日本の首都は", list("東京大阪北南"))]
-    (costs,) = likelihood.score_continuations(model, questions, 64, 8)
+    (costs,) = Scorer(model, 64, 8).score_continuations(questions)
     rounded = [torch.tensor(cost).bfloat16().item() for cost in costs]
     assert all(abs(a - b) > 1e-6 for a, b in zip(costs, rounded, strict=True))
 

@@ -10,6 +10,7 @@ import torch
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import multiple_choice
+from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.multiple_choice import ChoiceQuestion
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
@@ -46,7 +47,7 @@ def test_accuracies_follow_the_definition(
     def best(values: list[float]) -> int:
         return max(range(len(values)), key=lambda index: values[index])
 
-    rows = multiple_choice.score_questions(model, questions, 512, 5)
+    rows = multiple_choice.score_questions(Scorer(model, 512, 5), questions)
     for language, group in questions.items():
         right = [0, 0, 0]
         for question in group:

@@ -95,7 +95,7 @@ def serve() -> None:
 
     import chatglm_ja.chatglm3.tokenizer_files
     import chatglm_ja.data.prepare_texts
-    import chatglm_ja.evaluation.validation_answers
+    import chatglm_ja.evaluation.answers
     import chatglm_ja.reports.data_report
     import chatglm_ja.reports.merge_report
     import chatglm_ja.training.train  # noqa: F401

@@ -10,8 +10,7 @@ import pytest
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference import chat, generation
-from chatglm_ja.inference.chat import ChatOptions
-from chatglm_ja.inference.generation import GREEDY
+from chatglm_ja.inference.generation import GREEDY, ChatOptions
 from chatglm_ja.inference.models import LoadedModel
 
 

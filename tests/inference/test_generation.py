@@ -14,7 +14,7 @@ from transformers import (
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import GREEDY, Sampling
+from chatglm_ja.inference.generation import GREEDY, ChatOptions, Sampling
 from chatglm_ja.inference.models import LoadedModel
 
 QUESTIONS = (
@@ -151,11 +151,9 @@ def test_a_streamed_answer_is_the_whole_answer(
     for prompt in prompts:
         for sampling in (GREEDY, Sampling(temperature=2.0, top_p=1.0, top_k=0)):
             torch.manual_seed(3)
-            pieces = list(generation.stream_answer(model, prompt, 40, sampling=sampling))
+            pieces = list(generation.stream_answer(model, prompt, ChatOptions(sampling, 40)))
             torch.manual_seed(3)
-            ids = generation._generate(
-                model, torch.tensor([prompt]), torch.ones(1, len(prompt)), 40, sampling
-            )[0, len(prompt) :].tolist()
+            ids = generation._generate(model, [prompt], 40, sampling)[0].tolist()
             assert "".join(pieces) == generation._decode_answer(model.tokenizer, ids).text
             assert len(pieces) > 5
             whole_characters += sum(not piece.startswith("\ufffd") for piece in pieces)
@@ -193,7 +191,7 @@ def test_incomplete_bytes_are_shown_at_the_end(model: LoadedModel) -> None:
 
 
 def test_closing_a_stream_stops_its_thread(model: LoadedModel, prompts: list[list[int]]) -> None:
-    stream = generation.stream_answer(model, prompts[0], 1500, sampling=GREEDY)
+    stream = generation.stream_answer(model, prompts[0], ChatOptions(GREEDY, 1500))
     next(stream)
     assert threading.active_count() > 1
     before = threading.active_count()
@@ -203,13 +201,13 @@ def test_closing_a_stream_stops_its_thread(model: LoadedModel, prompts: list[lis
 
 def test_a_stream_keeps_its_time_limit(model: LoadedModel, prompts: list[list[int]]) -> None:
     start = time.monotonic()
-    list(generation.stream_answer(model, prompts[0], 1900, sampling=GREEDY, seconds=0.3))
+    list(generation.stream_answer(model, prompts[0], ChatOptions(GREEDY, 1900, seconds=0.3)))
     assert time.monotonic() - start < 5
 
 
 def test_errors_of_the_thread_are_raised(model: LoadedModel) -> None:
     with pytest.raises(IndexError):
-        list(generation.stream_answer(model, [10**6], 5, sampling=GREEDY))
+        list(generation.stream_answer(model, [10**6], ChatOptions(GREEDY, 5)))
 
 
 def test_tokens_per_second(model: LoadedModel) -> None:

@@ -1,13 +1,12 @@
 """The report: figures as measured, text escaped, nothing loaded from elsewhere."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chatglm_ja.reports import eval_report, model_card
+from chatglm_ja.reports import eval_report
 from tests.reports.pages import table_rows
 
 EVIL = "<script>alert(1)</script> & more"
@@ -58,7 +57,7 @@ def results() -> dict[str, Any]:
     manifest = {
         "step": "step6_train_sft",
         "arguments": {"lora_rank": 8, "odd": EVIL},
-        "counts": {"steps": 7},
+        "counts": {"steps": 7, "speed": {"mfu": 0.25}},
         "fingerprint": "cd" * 32,
         "lineage": {"step2": "ab" * 32},
         "versions": {"torch": "2"},
@@ -186,39 +185,29 @@ def test_the_last_screen_is_a_table_and_three_lines(results: dict[str, Any]) -> 
     assert "gained: no language has fewer bits/char\ncost: Japanese +0.0% bits/char;" in text
 
 
-@pytest.fixture
-def card(results: dict[str, Any], tmp_path: Path) -> Callable[[], str]:
-    """Write the card of the results; the base's folder is `tmp_path`."""
-
-    def write() -> str:
-        model_card.write_card(tmp_path, results, tmp_path)
-        return (tmp_path / "model_card.md").read_text(encoding="utf-8")
-
-    return write
-
-
 def test_the_card_has_results_settings_and_the_license(
-    results: dict[str, Any], card: Callable[[], str], tmp_path: Path
+    results: dict[str, Any], tmp_path: Path
 ) -> None:
-    text = card()
+    text = eval_report.render_card(results, tmp_path)
     assert text.startswith("---\nlanguage: [ja]\n")
     assert "license_link" not in text
     assert eval_report.render_markdown(results).rstrip() in text
     assert ["`lora_rank`", "8"] in cells(text)
-    assert ["`steps`", "7"] in cells(text)
+    assert ["`steps`", "7"] in cells(text) and ["`mfu`", "0.25"] in cells(text)
+    assert "`speed`" not in text
     assert "inherit its license" in text and "publisher. The data" in text
     (tmp_path / "MODEL_LICENSE").write_text("terms")
-    text = card()
+    text = eval_report.render_card(results, tmp_path)
     assert "license: other\nlicense_name: chatglm3-6b\nlicense_link: MODEL_LICENSE\n---" in text
     assert "(MODEL_LICENSE in this folder). The data" in text
 
 
-def test_the_card_lists_the_data(results: dict[str, Any], card: Callable[[], str]) -> None:
+def test_the_card_lists_the_data(results: dict[str, Any], tmp_path: Path) -> None:
     sources = [{"name": "ja/<wiki> & 'more'", "documents": 1234, "train_documents": 1000,
                 "train_tokens": 56789, "repeats": 1.5}]  # fmt: skip
     counts = {"pretrain": {"sources": sources}, "sft": {"sources": []}}
     results["steps"]["step4_prepare_data"] = {"counts": counts}
-    text = card()
+    text = eval_report.render_card(results, tmp_path)
     assert ["ja/<wiki> & 'more'", "1,234", "1,000", "56,789", "1.5"] in cells(text)
     assert "Instructions, by source" not in text
 
@@ -232,8 +221,8 @@ def test_the_card_is_put_beside_the_weights(
     (step7 / "model_card.md").write_text("card")
     (base / "MODEL_LICENSE").write_text("terms")
     (model / "README.md").write_text("old")
-    model_card.publish_card(step7, model, base)
+    eval_report.publish_card(step7, model, base)
     found = {path.name: path.read_text() for path in model.iterdir()}
     assert found == {"README.md": "card", "MODEL_LICENSE": "terms"}
-    model_card.publish_card(step7, tmp_path / "nowhere", base)
+    eval_report.publish_card(step7, tmp_path / "nowhere", base)
     assert "could not write the model card to" in caplog.text
