@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from chatglm_ja.chatglm3 import chat_format, loading
+from chatglm_ja.chatglm3 import chat_format, weights
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, likelihood, multiple_choice
@@ -82,7 +82,7 @@ class Evaluation:
         self.tasks = HarnessTasks(config.harness_tasks, config.harness_folder, config.harness_limit)
         self.task_manager = self.tasks.load_manager() if config.harness_tasks else None
         self._base_ids: dict[str, list[list[int]]] = {}  # language -> the texts that are compared
-        self._base_logits: dict[str, loading.Logits] = {}
+        self._base_logits: dict[str, weights.Logits] = {}
         self._base_rows = 0
         self._speeds: dict[int, float] = {}  # rows of the embeddings -> tokens per second
 
@@ -140,7 +140,7 @@ class Evaluation:
             # The first token of the text is predicted at the end of the prefix.
             parts = [
                 (logits[len(prefix) - 1 :], totals[len(prefix) - 1 :])
-                for logits, totals in loading.compute_logits(model.model, ids, self._base_rows)
+                for logits, totals in weights.compute_logits(model.model, ids, self._base_rows)
             ]
             new = (torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
             old = self._base_logits.setdefault(language, new)

@@ -3,7 +3,7 @@
 results = {
     "stages": [what evaluate.Evaluation measures of a stage],
     "segmentation": {language: Segmentation.row()},
-    "samples": segmentation.sample_sentences(...),
+    "samples": merging.sample_sentences(...),
     "curves": {name: history of the Trainer},
     "steps": {step: its manifest},
 }
@@ -20,7 +20,7 @@ from typing import Any
 from chatglm_ja import plots
 from chatglm_ja.reports.render import Table, markdown_table, render_template
 from chatglm_ja.storage.files import write_json
-from chatglm_ja.vocabulary.segmentation import segmentation_table
+from chatglm_ja.vocabulary.merging import segmentation_table
 
 Results = Mapping[str, Any]
 
