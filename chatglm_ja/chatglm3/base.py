@@ -35,8 +35,8 @@ class Base:
         rows = base.config["padded_vocab_size"]
         if rows < base.first_new_id:
             raise DataError(
-                f"{path} has {len(base.proto.pieces)} pieces and needs {base.first_new_id} ids with "
-                f"the special tokens, but config.json has padded_vocab_size {rows}"
+                f"{path} has {len(base.proto.pieces)} pieces and needs {base.first_new_id} ids "
+                f"with the special tokens, but config.json has padded_vocab_size {rows}"
             )
         return base
 
