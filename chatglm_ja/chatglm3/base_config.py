@@ -35,7 +35,7 @@ REQUIRED_CONFIG = {
     "rmsnorm": True,
     "tie_word_embeddings": False,
 }
-# The sizes in config.json, by ChatGLM3's name: the name in GlmConfig.
+# The sizes in config.json: ChatGLM3's name -> GlmConfig's, in the order of ModelShape's fields.
 SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
