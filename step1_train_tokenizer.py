@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import constants
-from chatglm_ja.chatglm3.model_files import open_base_tokenizer
+from chatglm_ja.chatglm3.base_config import open_base_tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
@@ -50,23 +50,9 @@ def main() -> None:
             lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)
         if base_model:
-            learned = learning.continue_merges(
-                Base.open(base_model).proto,
-                lines,
-                config.policy,
-                vocab_size=config.vocab_size,
-                character_coverage=config.character_coverage,
-                num_threads=config.num_threads,
-                max_piece_length=config.max_piece_length,
-            )
+            learned = learning.continue_merges(Base.open(base_model).proto, lines, config)
         else:
-            learned = learning.train_sentencepiece(
-                lines,
-                vocab_size=config.vocab_size,
-                character_coverage=config.character_coverage,
-                num_threads=config.num_threads,
-                settings=config.trainer_settings(),
-            )
+            learned = learning.train_sentencepiece(lines, config)
         learning.save_learned(learned, folder)
         output.counts["pieces"] = len(learned.pieces)
     log.info(

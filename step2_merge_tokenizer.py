@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja.chatglm3.model_files import open_base_tokenizer
+from chatglm_ja.chatglm3.base_config import open_base_tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
@@ -45,10 +45,11 @@ def main() -> None:
     from chatglm_ja.chatglm3.tokenizer import add_special_tokens, make_processor
     from chatglm_ja.chatglm3.tokenizer_files import make_line_encoder, save_tokenizer
     from chatglm_ja.reports import merge_report
-    from chatglm_ja.vocabulary import learning, merging, segmentation
+    from chatglm_ja.vocabulary import merging
+    from chatglm_ja.vocabulary.learning import read_learned
 
     base = Base.open(config.base_model)
-    learned = learning.read_learned(config.ja_tokenizer)
+    learned = read_learned(config.ja_tokenizer)
     merged = merging.merge_pieces(
         base.proto,
         learned,
@@ -68,12 +69,12 @@ def main() -> None:
     after = make_processor(merged.proto)
     rust = make_line_encoder(merged.proto)
     languages = {
-        language: segmentation.compare_segmentation(
+        language: merging.compare_segmentation(
             before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
         )
         for language, texts in corpus.texts_by_language(config.check_sources).items()
     }
-    segmentation.check_guarantee(languages, config.policy)
+    merging.check_guarantee(languages, config.policy)
 
     with output.write() as folder:
         save_tokenizer(merged.proto, folder)

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja.chatglm3.model_files import open_base_model
+from chatglm_ja.chatglm3.base_config import open_base_model
 from chatglm_ja.cli import run
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_artifact
@@ -36,19 +36,7 @@ def main() -> None:
     base = Base.open(config.base_model)
     compares_logits = config.should_compare_logits(base.weights.size())
     with output.write() as folder:
-        output.counts.update(
-            embedding_rows.resize_checkpoint(
-                base,
-                config.tokenizer,
-                folder,
-                init=config.init,
-                output_bias=config.output_bias,
-                layout=config.layout,
-                pad_to_multiple=config.pad_to_multiple,
-                max_shard_bytes=int(config.max_shard_gb * 1e9),
-                seed=config.seed,
-            )
-        )
+        output.counts.update(embedding_rows.resize_checkpoint(base, config, folder))
         if compares_logits:
             embedding_rows.verify_logits(base, folder, config.layout)
             log.info("logits over the %d old ids equal the base's bit by bit", base.first_new_id)

@@ -52,7 +52,7 @@ def main() -> None:
     from chatglm_ja.evaluation import evaluate
     from chatglm_ja.reports import eval_report
     from chatglm_ja.training import train
-    from chatglm_ja.vocabulary import segmentation
+    from chatglm_ja.vocabulary import merging
     from chatglm_ja.vocabulary.policies import Policy
 
     evaluation = evaluate.Evaluation(config)
@@ -63,10 +63,10 @@ def main() -> None:
     results = {
         "stages": measured,
         "segmentation": {
-            language: segmentation.compare_segmentation(before, after, documents, Policy.ALL).row()
+            language: merging.compare_segmentation(before, after, documents, Policy.ALL).row()
             for language, documents in evaluation.texts.items()
         },
-        "samples": segmentation.sample_sentences(before, after, evaluation.texts),
+        "samples": merging.sample_sentences(before, after, evaluation.texts),
         "curves": {
             "Step 5, continued pretraining": train.read_history(config.pretrained),
             "Step 6, instructions": train.read_history(config.sft),

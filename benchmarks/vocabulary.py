@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,21 @@ from chatglm_ja.data import corpus
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
-from chatglm_ja.vocabulary import learning, merging, segmentation
+from chatglm_ja.vocabulary import learning, merging
 from chatglm_ja.vocabulary.policies import Policy
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 
 DEFAULTS = TrainTokenizerConfig(output_dir=Path(), sources=())
 # The article's settings for its Japanese model: sentencepiece's own defaults.
-ARTICLE = {
-    "normalization_rule_name": "nmt_nfkc",
-    "remove_extra_whitespaces": True,
-    "split_digits": False,
-    "byte_fallback": False,
-    "add_dummy_prefix": True,
-    "split_by_unicode_script": True,
-}
+ARTICLE = replace(
+    DEFAULTS,
+    normalization="nmt_nfkc",
+    keep_whitespace=False,
+    split_digits=False,
+    byte_fallback=False,
+    dummy_prefix=True,
+    split_by_script=True,
+)
 HELD_OUT_BYTE = 256 // 10
 
 
@@ -58,25 +60,20 @@ class Ways:
     def __init__(self, base: Any, texts: Sequence[str], policy: Policy, size: int) -> None:
         self.base, self.texts, self.policy, self.size = base, texts, policy, size
 
-    def train(self, settings: dict[str, Any], vocab_size: int) -> Any:
+    def train(self, config: TrainTokenizerConfig, vocab_size: int) -> Any:
         """Return a model of `vocab_size` pieces, or of as many as the text yields."""
         while True:
             try:
-                return learning.train_sentencepiece(
-                    corpus.training_lines(self.texts, {}),
-                    vocab_size=vocab_size,
-                    character_coverage=DEFAULTS.character_coverage,
-                    num_threads=CORES,
-                    settings=settings,
-                )
+                lines = corpus.training_lines(self.texts, {})
+                return learning.train_sentencepiece(lines, replace(config, vocab_size=vocab_size))
             except DataError:
                 vocab_size = round(0.8 * vocab_size)
                 if vocab_size < self.size:
                     raise
 
-    def first(self, settings: dict[str, Any]) -> merging.MergedVocabulary:
+    def first(self, config: TrainTokenizerConfig) -> merging.MergedVocabulary:
         """Merge the first pieces in learned order, just as many as `size` new pieces require."""
-        learned = self.train(settings, 4 * self.size)
+        learned = self.train(config, 4 * self.size)
         normal = [p for p in learned.pieces if p.type == p.NORMAL]
         characters = [p for p in normal if len(p.piece) == 1]
         longer = [p for p in normal if len(p.piece) > 1]
@@ -89,10 +86,10 @@ class Ways:
                 high = middle
         return self.merge_of([*longer[:low], *characters])
 
-    def most_used(self, settings: dict[str, Any]) -> merging.MergedVocabulary:
+    def most_used(self, config: TrainTokenizerConfig) -> merging.MergedVocabulary:
         return merging.merge_pieces(
             self.base,
-            self.train(settings, 5 * self.size),
+            self.train(config, 5 * self.size),
             self.policy,
             max_new_pieces=self.size,
             ranking_texts=self.texts,
@@ -100,15 +97,15 @@ class Ways:
 
     def continued(self) -> merging.MergedVocabulary:
         kept = sum(piece.type != piece.NORMAL for piece in self.base.pieces)
-        learned = learning.continue_merges(
-            self.base,
-            corpus.training_lines(self.texts, {}),
-            self.policy,
+        config = replace(
+            DEFAULTS,
+            method="continue",
+            base_model=Path(),
+            policy=self.policy,
             vocab_size=kept + self.size,
-            character_coverage=DEFAULTS.character_coverage,
-            num_threads=CORES,
-            max_piece_length=DEFAULTS.max_piece_length,
         )
+        lines = corpus.training_lines(self.texts, {})
+        learned = learning.continue_merges(self.base, lines, config)
         return merging.merge_pieces(self.base, learned, self.policy)
 
     def merge_of(self, pieces: list[Any]) -> merging.MergedVocabulary:
@@ -122,16 +119,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
-    ours = DEFAULTS.trainer_settings()
     candidates: dict[str, Callable[[], merging.MergedVocabulary]] = {
         "sentencepiece, the article's settings": lambda: ways.first(ARTICLE),
-        "… mixing scripts": lambda: ways.first({**ARTICLE, "split_by_unicode_script": False}),
+        "… mixing scripts": lambda: ways.first(replace(ARTICLE, split_by_script=False)),
         "… and identity, digits apart, spaces kept": lambda: ways.first(
-            {**ours, "add_dummy_prefix": True}
+            replace(DEFAULTS, dummy_prefix=True)
         ),
-        "… and no space before each line (`--method sentencepiece`)": lambda: ways.first(ours),
+        "… and no space before each line (`--method sentencepiece`)": lambda: ways.first(DEFAULTS),
         f"… {5 * ways.size:,} learned, the most used kept (`--max-new-pieces`)": lambda: (
-            ways.most_used(ours)
+            ways.most_used(DEFAULTS)
         ),
         "base's merges continued (`--method continue`)": ways.continued,
     }
@@ -168,7 +164,7 @@ def policies_table(
         after = tokenizer.make_processor(merged.proto)
         row, broken = [f"`{policy}`", f"{len(merged.added):,}"], 0
         for language, documents in texts.items():
-            result = segmentation.compare_segmentation(before, after, documents, policy)
+            result = merging.compare_segmentation(before, after, documents, policy)
             broken += len(result.broken)
             if language == "ja":
                 row.append(f"{result.row()['tokens_per_char_after']:.4f}")
@@ -302,7 +298,7 @@ def main() -> None:
     )
     ways = Ways(base, training, policies[arguments.policy], arguments.new_pieces)
     ratios = [ways_table(ways, held_out)]
-    learned = ways.train(DEFAULTS.trainer_settings(), DEFAULTS.vocab_size)
+    learned = ways.train(DEFAULTS, DEFAULTS.vocab_size)
     print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
     policies_table(base, learned, {**texts, "ja": held_out}, list(Policy))
     if arguments.ja_tokenizer:

@@ -30,7 +30,7 @@ FIXTURES = PROJECT / "tests" / "fixtures"
 DATA = PROJECT / "demo" / "data"
 SHARED = PROJECT.parent / "shared"
 
-TRAINER_SETTINGS = TrainTokenizerConfig(output_dir=Path(), sources=()).trainer_settings()
+TRAIN_CONFIG = TrainTokenizerConfig(output_dir=Path(), sources=(), vocab_size=2500, num_threads=2)
 
 needs_real_tokenizer = pytest.mark.skipif(
     not (SHARED / "chatglm3-6b" / "tokenizer.model").is_file(),
@@ -78,14 +78,8 @@ def base_proto(base_dir: Path) -> Any:
 def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Japanese BPE model of 2,500 pieces, trained on pages of the demo."""
     folder = tmp_path_factory.mktemp("ja")
-    learned = learning.train_sentencepiece(
-        corpus.training_lines(demo_texts("ja", 300), {}),
-        vocab_size=2500,
-        character_coverage=0.9995,
-        num_threads=2,
-        settings=TRAINER_SETTINGS,
-    )
-    learning.save_learned(learned, folder)
+    lines = corpus.training_lines(demo_texts("ja", 300), {})
+    learning.save_learned(learning.train_sentencepiece(lines, TRAIN_CONFIG), folder)
     return folder
 
 
@@ -109,22 +103,15 @@ def encoder(merged_dir: Path) -> Any:
 @pytest.fixture(scope="session")
 def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from chatglm_ja.chatglm3.base import Base
-    from chatglm_ja.chatglm3.model_files import Layout
     from chatglm_ja.vocabulary import embedding_rows
-    from chatglm_ja.vocabulary.initialization import Initialization
+    from chatglm_ja.vocabulary.settings import ResizeModelConfig
 
     folder = tmp_path_factory.mktemp("resized")
-    embedding_rows.resize_checkpoint(
-        Base.open(base_dir),
-        merged_dir,
-        folder,
-        init=Initialization.SUBTOKEN_MEAN,
-        output_bias=0.0,
-        layout=Layout.GLM,
-        pad_to_multiple=64,
-        max_shard_bytes=400_000,
-        seed=0,
-    )
+    config = ResizeModelConfig(
+        output_dir=folder, base_model=base_dir, tokenizer=merged_dir, output_bias=0.0,
+        max_shard_gb=0.001,
+    )  # fmt: skip
+    embedding_rows.resize_checkpoint(Base.open(base_dir), config, folder)
     return folder
 
 

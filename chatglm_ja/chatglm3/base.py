@@ -1,7 +1,4 @@
-"""A ChatGLM3 base model, opened and validated once per step and passed on.
-
-A second family of bases would be a room beside this one with the same small interface.
-"""
+"""A ChatGLM3 base model, opened and validated once per step and passed on."""
 
 import functools
 from collections.abc import Mapping
@@ -38,20 +35,15 @@ class Base:
         rows = base.config["padded_vocab_size"]
         if rows < base.first_new_id:
             raise DataError(
-                f"{path} has {base.first_special_id} pieces and needs {base.first_new_id} ids with "
-                f"the special tokens, but config.json has padded_vocab_size {rows}"
+                f"{path} has {len(base.proto.pieces)} pieces and needs {base.first_new_id} ids "
+                f"with the special tokens, but config.json has padded_vocab_size {rows}"
             )
         return base
 
     @property
-    def first_special_id(self) -> int:
-        """The id of [MASK]: the nine special tokens follow the base's pieces."""
-        return len(self.proto.pieces)
-
-    @property
     def first_new_id(self) -> int:
-        """The id of the first piece that step 2 adds: new pieces follow the special tokens."""
-        return self.first_special_id + len(tokenizer.SPECIAL_TOKENS)
+        """The id of the first piece that step 2 adds: it follows the pieces and special tokens."""
+        return len(self.proto.pieces) + len(tokenizer.SPECIAL_TOKENS)
 
     @functools.cached_property
     def weights(self) -> "BaseWeights":
@@ -68,21 +60,19 @@ def _check_tokenizer(proto: Any, path: Path) -> None:
             f"{path} normalizes text or has no byte fallback, unlike ChatGLM3's: wrong base model?"
         )
     kinds = tokenizer.messages.ModelProto.SentencePiece
-    expected = list(
-        zip(tokenizer.FIRST_PIECES, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True)
-    )
-    first, others = proto.pieces[: len(expected)], proto.pieces[len(expected) :]
-    if [(piece.piece, piece.type) for piece in first] != expected:
+    types = (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL)
+    pieces = [(piece.piece, piece.type) for piece in proto.pieces]
+    if pieces[:3] != list(zip(tokenizer.FIRST_PIECES, types, strict=True)):
         raise DataError(
-            f"{path} begins with {', '.join(repr(piece.piece) for piece in first)}, expected the "
+            f"{path} begins with {', '.join(repr(piece) for piece, _ in pieces[:3])}, expected the "
             f"special pieces {', '.join(tokenizer.FIRST_PIECES)}: wrong base model?"
         )
-    special = [piece.piece for piece in proto.pieces if piece.piece in tokenizer.SPECIAL_TOKENS]
+    special = [piece for piece, _ in pieces if piece in tokenizer.SPECIAL_TOKENS]
     if special:
         raise DataError(f"{path} holds {', '.join(special)} as pieces: it is merged already")
-    for piece in others:
-        if piece.type not in (kinds.NORMAL, kinds.BYTE):  # `tokenizers` has no other types
+    for piece, kind in pieces[3:]:
+        if kind not in (kinds.NORMAL, kinds.BYTE):  # `tokenizers` has no other types
             raise DataError(
-                f"{path}: the piece {piece.piece!r} is of type {kinds.Type.Name(piece.type)}, "
-                "expected only NORMAL and BYTE after the first three: wrong base model?"
+                f"{path}: the piece {piece!r} is of type {kinds.Type.Name(kind)}, expected only "
+                "NORMAL and BYTE after the first three: wrong base model?"
             )

@@ -1,15 +1,27 @@
-"""ChatGLM3's config.json, validated; the GlmConfig made from it; and the sizes of a model."""
+"""A model folder as seen without torch: config.json, sizes, layout, weight files, fingerprints.
+
+Nothing here imports torch, so that a step can look at its inputs before it loads anything.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ja.errors import DataError
+from chatglm_ja.errors import ArtifactError, DataError
+from chatglm_ja.settings import Choice
+from chatglm_ja.storage.disk import folder_bytes
 from chatglm_ja.storage.files import read_json
+from chatglm_ja.storage.inputs import Input, open_files
 
 if TYPE_CHECKING:  # torch takes a second to import, and --help needs this module
     import torch
+
+MODEL_FILE = "tokenizer.model"
+# Weights in one file, in order of preference. Sharded weights have an index: this name + INDEX.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+INDEX_FILE = WEIGHT_FILES[0] + INDEX  # what `write_sharded` writes
 
 # What GlmForCausalLM computes. A checkpoint with other values is another architecture.
 REQUIRED_CONFIG = {
@@ -23,12 +35,19 @@ REQUIRED_CONFIG = {
     "rmsnorm": True,
     "tie_word_embeddings": False,
 }
-SIZES = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
-    "multi_query_group_num", "layernorm_epsilon", "padded_vocab_size", "seq_length",
-)  # fmt: skip
+# The sizes in config.json: ChatGLM3's name -> GlmConfig's, in the order of ModelShape's fields.
+SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "multi_query_group_num": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "padded_vocab_size": "vocab_size",
+    "seq_length": "max_position_embeddings",
+    "layernorm_epsilon": "rms_norm_eps",
+}
 MAX_LAYERS = 10_000  # a corrupt number must not make us list the tensors of 10^9 layers
-MAX_SIZE = 2**31 - 1
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -36,13 +55,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises DataError if it is missing or damaged, and for other architectures.
     """
-    return _check_config(
-        folder / "config.json", _read(folder, "expected a ChatGLM3 checkpoint folder")
-    )
-
-
-def _read(folder: Path, expected: str) -> Any:
     path = folder / "config.json"
+    return _check_config(path, _read(path, "expected a ChatGLM3 checkpoint folder"))
+
+
+def _read(path: Path, expected: str) -> Any:
     try:
         return read_json(path)
     except FileNotFoundError:
@@ -85,7 +102,7 @@ def _check_config(path: Path, config: Any) -> dict[str, Any]:
 def _is_size(name: str, value: Any) -> bool:
     if name == "layernorm_epsilon":
         return isinstance(value, float) and 0 < value < 1
-    limit = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+    limit = MAX_LAYERS if name == "num_layers" else 2**31 - 1
     return type(value) is int and 0 < value <= limit
 
 
@@ -93,23 +110,13 @@ def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype")
     """Return the GlmConfig of a ChatGLM3 config.json, with `vocab_size` embedding rows."""
     from transformers import GlmConfig
 
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    sizes = {glm_name: config[name] for name, glm_name in SIZES.items()}
     return GlmConfig(
+        **{**sizes, "vocab_size": vocab_size},
         architectures=["GlmForCausalLM"],
-        vocab_size=vocab_size,
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["ffn_hidden_size"],
-        num_hidden_layers=config["num_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config["multi_query_group_num"],
-        head_dim=config["kv_channels"],
-        rms_norm_eps=config["layernorm_epsilon"],
-        max_position_embeddings=config["seq_length"],
         attention_bias=True,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-        },
+        rope_parameters=rotary,
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
@@ -166,20 +173,44 @@ def read_shape(folder: Path) -> ModelShape:
 
     Raises DataError if the file is missing or damaged.
     """
-    config = _read(
-        folder,
-        "the sizes are read from it; give the folder of ChatGLM3-6B or of step3_resize_model.py as "
-        "--model",
-    )
+    path = folder / "config.json"
+    folders = "the folder of ChatGLM3-6B or of step3_resize_model.py"
+    config = _read(path, f"the sizes are read from it; give {folders} as --model")
     if isinstance(config, dict) and config.get("model_type") == "glm":
-        names = (
-            "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
-        )  # fmt: skip
+        *names, _ = SIZES.values()  # all but layernorm_epsilon
     else:
-        config = _check_config(folder / "config.json", config)
-        names = (
-            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-            "multi_query_group_num", "kv_channels", "padded_vocab_size", "seq_length",
-        )  # fmt: skip
+        config = _check_config(path, config)
+        *names, _ = SIZES
     return ModelShape(*(int(config[name]) for name in names))
+
+
+class Layout(Choice):
+    """The names and files of a model that step 3 writes."""
+
+    GLM = "glm", "transformers' own class, for steps 5 to 7"
+    CHATGLM = "chatglm", "the original names and files, for tools that know only those"
+
+
+def weights_bytes(folder: Path) -> int:
+    """Return the size of the weights in a model folder, of either format."""
+    sizes = (folder_bytes(folder, f"*{Path(name).suffix}") for name in WEIGHT_FILES)
+    return next(filter(None, sizes), 0)
+
+
+def open_base_tokenizer(folder: Path) -> Input:
+    """Fingerprint the tokenizer of a ChatGLM3 folder, which must have a config.json as well."""
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"base model {folder} has no config.json: download ChatGLM3-6B there and set "
+            "CHATGLM3_6B_DIR, or for the demo run demo/build_base_model.py"
+        )
+    return open_files("base_tokenizer", folder / MODEL_FILE)
+
+
+def open_base_model(folder: Path) -> list[Input]:
+    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights."""
+    base_tokenizer = open_base_tokenizer(folder)
+    weights: list[Path] = []
+    for suffix in (Path(name).suffix for name in WEIGHT_FILES):
+        weights = weights or [*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}{INDEX}")]
+    return [base_tokenizer, open_files("base_model", folder / "config.json", *sorted(weights))]

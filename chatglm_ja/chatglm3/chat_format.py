@@ -9,6 +9,7 @@ merged tokenizer in either form, sentencepiece's processor (tokenizer.load_proce
 AutoTokenizer of step 2's folder; both give the same ids.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
-    """Return the ids of INPUT_PREFIX."""
+    """Return the ids that start every input."""
     return [special_id(tokenizer, token) for token in INPUT_PREFIX]
 
 
@@ -80,10 +81,8 @@ def message_ids(tokenizer: Any, message: Message) -> list[int]:
 
 def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Tokenize a conversation that the assistant answers next."""
-    ids = prefix_ids(tokenizer)
-    for message in messages:
-        ids += message_ids(tokenizer, message)
-    return [*ids, special_id(tokenizer, "<|assistant|>")]
+    parts = itertools.chain.from_iterable(message_ids(tokenizer, message) for message in messages)
+    return [*prefix_ids(tokenizer), *parts, special_id(tokenizer, "<|assistant|>")]
 
 
 def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:

@@ -58,31 +58,29 @@ def copy_patched_code(base: Base, output: Path) -> bool:
         if path.is_file():
             shutil.copyfile(path, output / path.name)
     for name, class_name in ((MODELING, MODEL_CLASS), (TOKENIZATION, TOKENIZER_CLASS)):
-        source = (folder / name).read_text(encoding="utf-8")
-        node = _class(source, folder / name, class_name)
-        methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+        path = folder / name
+        source = path.read_text(encoding="utf-8")
+        nodes = _parse(source, path).body
+        classes = {node.name: node.body for node in nodes if isinstance(node, ast.ClassDef)}
+        if class_name not in classes:
+            raise DataError(f"{path} has no class {class_name}: expected ChatGLM3-6B's own file")
+        parts = classes[class_name]
+        methods = {part.name: part for part in parts if isinstance(part, ast.FunctionDef)}
         if "__init__" not in methods:
             raise DataError(
-                f"{folder / name}: {class_name} has no __init__: expected ChatGLM3-6B's own file"
+                f"{path}: {class_name} has no __init__: expected ChatGLM3-6B's own file"
             )
         if name == MODELING:
             missing = [code for method, code in ACCESSORS.items() if method not in methods]
             code = "".join("\n" + method for method in missing)
         else:
-            code = SPECIAL_IDS.format(first=base.first_special_id)
+            code = SPECIAL_IDS.format(first=len(base.proto.pieces))
         lines = source.splitlines(keepends=True)
         end = methods["__init__"].end_lineno
         patched = "".join(lines[:end]).rstrip("\n") + "\n" + code + "".join(lines[end:])
         _parse(patched, output / name)
         (output / name).write_text(patched, encoding="utf-8")
     return True
-
-
-def _class(source: str, path: Path, name: str) -> ast.ClassDef:
-    for node in _parse(source, path).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return node
-    raise DataError(f"{path} has no class {name}: expected ChatGLM3-6B's own file")
 
 
 def _parse(source: str, path: Path) -> ast.Module:

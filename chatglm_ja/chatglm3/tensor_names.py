@@ -10,22 +10,17 @@ from typing import Any
 
 import torch
 
-from chatglm_ja.chatglm3.model_files import Layout
+from chatglm_ja.chatglm3.base_config import Layout
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "transformer.output_layer.weight"
 FINAL_NORM = "transformer.encoder.final_layernorm.weight"
 GLM_EMBEDDING = "model.embed_tokens.weight"
 GLM_LM_HEAD = "lm_head.weight"
-GLM_EMBEDDINGS = (GLM_EMBEDDING, GLM_LM_HEAD)
 # A buffer in ChatGLM3's files, computed from the configuration; not a weight.
 IGNORED = ("transformer.rotary_pos_emb.inv_freq",)
 
-NAMES = {
-    EMBEDDING: GLM_EMBEDDING,
-    OUTPUT_LAYER: GLM_LM_HEAD,
-    FINAL_NORM: "model.norm.weight",
-}
+NAMES = {EMBEDDING: GLM_EMBEDDING, OUTPUT_LAYER: GLM_LM_HEAD, FINAL_NORM: "model.norm.weight"}
 LAYER_NAMES = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.dense.weight": "self_attn.o_proj.weight",
@@ -42,12 +37,9 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, ffn = config["hidden_size"], config["ffn_hidden_size"]
     query = config["num_attention_heads"] * config["kv_channels"]
     fused = query + 2 * config["multi_query_group_num"] * config["kv_channels"]
-    rows = (config["padded_vocab_size"], hidden)
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: rows,
-        OUTPUT_LAYER: rows,
-        FINAL_NORM: (hidden,),
-    }
+    rows = config["padded_vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {FINAL_NORM: (hidden,)}
+    shapes |= dict.fromkeys((EMBEDDING, OUTPUT_LAYER), (rows, hidden))
     layer = {
         "input_layernorm.weight": (hidden,),
         FUSED_QKV + "weight": (fused, hidden),
@@ -70,15 +62,14 @@ def to_glm(
         yield NAMES[name], tensor
         return
     index, _, part = name.removeprefix(LAYER_PREFIX).partition(".")
-    target = f"model.layers.{index}."
     if part in LAYER_NAMES:
-        yield target + LAYER_NAMES[part], tensor
+        yield f"model.layers.{index}.{LAYER_NAMES[part]}", tensor
         return
     kind = part.removeprefix(FUSED_QKV)
     keys = config["multi_query_group_num"] * config["kv_channels"]
     query = tensor.shape[0] - 2 * keys
     for letter, rows in zip("qkv", tensor.split([query, keys, keys]), strict=True):
-        yield f"{target}self_attn.{letter}_proj.{kind}", rows.contiguous()
+        yield f"model.layers.{index}.self_attn.{letter}_proj.{kind}", rows.contiguous()
 
 
 def to_layout(

@@ -12,6 +12,7 @@ A piece's score is the rank of its merge. New pieces rank after all of the base'
 were learned. So the base's merges happen first, and a text without a new piece keeps its ids.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from chatglm_ja.chatglm3.model_files import MODEL_FILE
+from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.errors import DataError
 
 # The generated module creates its classes on import, where mypy cannot see them.
@@ -95,10 +96,8 @@ def make_processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.Sente
     Without the dummy prefix, the space before every text, it encodes as in the middle of a text.
     """
     if not dummy_prefix:
-        copy = type(proto)()
-        copy.CopyFrom(proto)
-        copy.normalizer_spec.add_dummy_prefix = False
-        proto = copy
+        proto = copy.deepcopy(proto)
+        proto.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
@@ -107,8 +106,7 @@ def add_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
 
     Each new piece has a lower score than all pieces before it. The base is not changed.
     """
-    proto = type(base)()
-    proto.CopyFrom(base)
+    proto = copy.deepcopy(base)
     for token in SPECIAL_TOKENS:
         proto.pieces.add(piece=token, score=0.0, type=proto.SentencePiece.CONTROL)
     lowest = min(piece.score for piece in base.pieces)

@@ -25,15 +25,15 @@ from chatglm_ja.storage.files import write_json
 TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
 
 # sop and eop occur in words (philosophy, people): they are special only as separate words.
-WORD_TOKENS = tuple(token for token in SPECIAL_TOKENS if token.isalpha())
-MARKED_TOKENS = (*FIRST_PIECES, *(t for t in SPECIAL_TOKENS if t not in WORD_TOKENS))
+WORD_TOKENS = [token for token in SPECIAL_TOKENS if token.isalpha()]
+MARKED_TOKENS = [*FIRST_PIECES, *(token for token in SPECIAL_TOKENS if not token.isalpha())]
 
 # The prompt of chat_format.build_prompt_ids as text. `plain` returns a message's text with a space
 # inside every special token that it spells; sop and eop only where no letter or digit is next to
 # them, since only there would they become the token.
 CHAT_TEMPLATE = (
-    f"{{% set marked_tokens = {list(MARKED_TOKENS)} %}}\n"
-    f"{{% set word_tokens = {list(WORD_TOKENS)} %}}\n"
+    f"{{% set marked_tokens = {MARKED_TOKENS} %}}\n"
+    f"{{% set word_tokens = {WORD_TOKENS} %}}\n"
     f"{{% set roles = {list(ROLES)} %}}\n"
     """\
 {% macro plain(text) %}
@@ -123,43 +123,27 @@ def build_fast_tokenizer(proto: Any) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    mergeable = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-    merges = []
-    for piece, score in mergeable.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in mergeable and right in mergeable:
-                merges.append((-score, vocab[left], vocab[right], left, right))
-    merges.sort()
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    ranked = []
+    for piece, score in scores.items():
+        for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))):
+            if left in scores and right in scores:
+                ranked.append((-score, vocab[left], vocab[right], left, right))
+    merges = [(left, right) for *_, left, right in sorted(ranked)]
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=[(left, right) for *_, left, right in merges],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", left=1, right=0),
-        ]
-    )
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(name, normalized=False, single_word=name in WORD_TOKENS)
-            for name in (*FIRST_PIECES, *SPECIAL_TOKENS)
-        ]
-    )
+    prepare = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    tokenizer.normalizer = normalizers.Sequence(prepare)
+    join = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*join, decoders.Strip(" ", left=1, right=0)])
+    for name in (*FIRST_PIECES, *SPECIAL_TOKENS):
+        token = AddedToken(name, normalized=False, single_word=name in WORD_TOKENS)
+        tokenizer.add_special_tokens([token])
+    prefix = " ".join(INPUT_PREFIX)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{' '.join(INPUT_PREFIX)} $A",
-        pair=f"{' '.join(INPUT_PREFIX)} $A $B",
+        single=f"{prefix} $A",
+        pair=f"{prefix} $A $B",
         special_tokens=[(token, vocab[token]) for token in INPUT_PREFIX],
     )
     return tokenizer

@@ -1,27 +1,30 @@
-"""Reading ChatGLM3 checkpoints tensor by tensor, and writing sharded safetensors.
+"""ChatGLM3 checkpoints: read tensor by tensor, written as shards, loaded as a model in memory.
 
 Weights are safetensors with or without an index, or pytorch_model-*.bin shards. The latter are
 pickles: they are loaded with weights_only, which runs no code, and memory-mapped. Tensors stream
 from input shards to output shards, so memory holds one output shard, whatever the model's size.
 """
 
+import functools
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from chatglm_ja.chatglm3 import tensor_names
-from chatglm_ja.chatglm3.base_config import read_config
-from chatglm_ja.chatglm3.model_files import INDEX, INDEX_FILE, WEIGHT_FILES
+from chatglm_ja.chatglm3.base_config import INDEX, INDEX_FILE, WEIGHT_FILES, glm_config, read_config
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json, resolve_inside, write_json
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+Logits = tuple[torch.Tensor, torch.Tensor]
 
 
 class BaseWeights:
@@ -33,18 +36,30 @@ class BaseWeights:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
-        self.folder = folder
         self.config = read_config(folder) if config is None else config
-        self._shard_of = _weight_map(folder)
-        self._names = _group_by_shard(self._shard_of)
-        self._open: tuple[str, _SafetensorsShard | _BinShard] | None = None
+        self._shard_of = _read_weight_map(folder)
         self._shapes = tensor_names.expected_shapes(self.config)
         missing = sorted(self._shapes.keys() - self._shard_of.keys())
-        extra = sorted(self._shard_of.keys() - self._shapes.keys() - set(tensor_names.IGNORED))
+        extra = sorted(self._shard_of.keys() - self._shapes.keys() - {*tensor_names.IGNORED})
         if missing or extra:
             problem = f"has no tensor {missing[0]}" if missing else f"has a tensor {extra[0]}"
             raise DataError(f"{folder} {problem}: its config.json describes another model")
-        self.dtype = self._check_tensors()
+        first: dict[str, str] = {}  # dtype -> the first tensor that has it
+        for path, shard, names in _open_shards(folder, self._shard_of):
+            for name in (name for name in names if name in self._shapes):
+                dtype, shape = shard.describe(name)
+                first.setdefault(dtype, name)
+                if shape != self._shapes[name]:
+                    raise DataError(
+                        f"{path}: {name} has shape {shape}, but config.json gives "
+                        f"{self._shapes[name]}"
+                    )
+        if len(first) != 1 or not first.keys() <= DTYPES.keys():
+            shown = ", ".join(f"{dtype} ({name})" for dtype, name in first.items())
+            raise DataError(f"{folder} holds {shown}: expected one of {', '.join(DTYPES)}")
+        self.dtype = DTYPES[next(iter(first))]
+        # One shard is open at a time.
+        self._open = functools.lru_cache(maxsize=1)(lambda name: _open_shard(folder / name))
 
     def size(self) -> int:
         """Return the size of all weights in bytes."""
@@ -52,7 +67,7 @@ class BaseWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor by ChatGLM3's name."""
-        return self._shard(self._shard_of[name]).read(name)
+        return self._open(self._shard_of[name]).read(name)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over all tensors by ChatGLM3's names, shard by shard."""
@@ -64,99 +79,120 @@ class BaseWeights:
         for name, tensor in self.tensors():
             yield from tensor_names.to_glm(name, tensor, self.config)
 
-    def _shard(self, name: str) -> "_SafetensorsShard | _BinShard":
-        """Open a shard; one is open at a time."""
-        if self._open is None or self._open[0] != name:
-            self._open = (name, _open_shard(self.folder / name, self._names[name]))
-        return self._open[1]
 
-    def _check_tensors(self) -> torch.dtype:
-        """Check all shapes and return the one dtype. Raises DataError if they do not fit."""
-        dtypes: dict[str, str] = {}  # dtype -> the first tensor that has it
-        for shard_name, names in self._names.items():
-            shard = self._shard(shard_name)
-            for name in (name for name in names if name not in tensor_names.IGNORED):
-                dtype, shape = shard.describe(name)
-                dtypes.setdefault(dtype, name)
-                if shape != self._shapes[name]:
-                    raise DataError(
-                        f"{self.folder / shard_name}: {name} has shape {shape}, but config.json "
-                        f"gives {self._shapes[name]}"
-                    )
-        if len(dtypes) != 1 or not dtypes.keys() <= DTYPES.keys():
-            shown = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-            raise DataError(f"{self.folder} holds {shown}: expected one of {', '.join(DTYPES)}")
-        return DTYPES[next(iter(dtypes))]
+@dataclass(frozen=True)
+class _Shard:
+    """An open weight file; `describe` gives a tensor's dtype and shape without reading it."""
+
+    names: list[str]
+    describe: Callable[[str], tuple[str, tuple[int, ...]]]
+    read: Callable[[str], torch.Tensor]
 
 
-class _SafetensorsShard:
-    """A safetensors file: names, dtypes and shapes of its tensors, each read on demand."""
+def _open_safetensors(path: Path) -> _Shard:
+    try:
+        file: Any = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise DataError(f"{path} is truncated or damaged ({error}): download it again") from None
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file: Any = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise DataError(
-                f"{path} is truncated or damaged ({error}): download it again"
-            ) from None
-
-    def names(self) -> list[str]:
-        return list(self._file.keys())
-
-    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
-        view = self._file.get_slice(name)
+    def describe(name: str) -> tuple[str, tuple[int, ...]]:
+        view = file.get_slice(name)
         return view.get_dtype(), tuple(view.get_shape())
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
+    return _Shard(list(file.keys()), describe, file.get_tensor)
 
 
-class _BinShard:
-    """A pytorch_model.bin with the same interface: a pickle that may hold nothing but tensors."""
+def _open_bin(path: Path) -> _Shard:
+    """Open a pytorch_model.bin: a pickle that may hold nothing but tensors."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise DataError(
+            f"{path} holds more than tensors, and code in it is never run: download the "
+            "safetensors form of the checkpoint"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(
+            f"{path} is truncated, damaged or too old to be mapped ({reason}): download it again"
+        ) from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise DataError(f"{path} is not a dictionary of tensors: expected ChatGLM3's weights")
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
 
-    def __init__(self, path: Path) -> None:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError:
-            raise DataError(
-                f"{path} holds more than tensors, and code in it is never run: download the "
-                "safetensors form of the checkpoint"
-            ) from None
-        except (RuntimeError, EOFError, ValueError, OSError) as error:
-            reason = str(error).split("\n")[0]
-            raise DataError(
-                f"{path} is truncated, damaged or too old to be mapped ({reason}): download it "
-                "again"
-            ) from None
-        if not isinstance(content, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in content.values()
-        ):
-            raise DataError(f"{path} is not a dictionary of tensors: expected ChatGLM3's weights")
-        self._tensors: dict[str, torch.Tensor] = content
+    def describe(name: str) -> tuple[str, tuple[int, ...]]:
+        dtype = tensors[name].dtype
+        return dtype_names.get(dtype, str(dtype)), tuple(tensors[name].shape)
 
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
-        tensor = self._tensors[name]
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        return names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+    return _Shard(list(tensors), describe, tensors.__getitem__)
 
 
-def _open_shard(path: Path, names: Iterable[str] = ()) -> _SafetensorsShard | _BinShard:
+def _open_shard(path: Path, names: Iterable[str] = ()) -> _Shard:
     """Open a file of either format. Raises DataError if it lacks one of the tensors."""
     if not path.is_file():
         raise DataError(f"{path} not found, but the index names it: download it again")
-    shard = _SafetensorsShard(path) if path.suffix == ".safetensors" else _BinShard(path)
-    stored = set(shard.names())
+    shard = _open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path)
+    stored = set(shard.names)
     for name in names:
         if name not in stored:
             raise DataError(f"{path} lacks {name}, which the index places there")
     return shard
+
+
+def _open_shards(
+    folder: Path, weight_map: Mapping[str, str]
+) -> Iterator[tuple[Path, _Shard, list[str]]]:
+    """Open one shard after another; yield its path and the names of its tensors too."""
+    shards: dict[str, list[str]] = {}
+    for name, shard_name in weight_map.items():
+        shards.setdefault(shard_name, []).append(name)
+    for shard_name, names in sorted(shards.items()):
+        yield folder / shard_name, _open_shard(folder / shard_name, names), names
+
+
+class _Index(BaseModel):
+    """The index of sharded weights."""
+
+    weight_map: dict[str, str]
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    """Return the file that holds each tensor, by the tensor's name."""
+    for name in WEIGHT_FILES:
+        path = folder / (name + INDEX)
+        if path.is_file():
+            try:
+                weight_map = _Index.model_validate(read_json(path)).weight_map
+            except ValueError:
+                raise DataError(f"{path} is not an index of weights: download it again") from None
+            for shard_name in set(weight_map.values()):
+                resolve_inside(folder, shard_name)
+            return weight_map
+        if (folder / name).is_file():
+            return dict.fromkeys(_open_shard(folder / name).names, name)
+    expected = ", ".join(file for name in WEIGHT_FILES for file in (name + INDEX, name))
+    raise DataError(f"{folder} holds none of {expected}: expected ChatGLM3's weights")
+
+
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a model folder. Raises DataError if the folder has no such tensor."""
+    weight_map = _read_weight_map(folder)
+    if name not in weight_map:
+        raise DataError(f"{folder} has no tensor {name}: expected a model of an earlier step")
+    return _open_shard(folder / weight_map[name], [name]).read(name)
+
+
+def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over all tensors of a model folder with their names, shard by shard."""
+    for _, shard, names in _open_shards(folder, _read_weight_map(folder)):
+        for name in names:
+            yield name, shard.read(name)
+
+
+def describe_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype (as in DTYPES) and shape of every tensor of a model folder, by name."""
+    shards = _open_shards(folder, _read_weight_map(folder))
+    return {name: shard.describe(name) for _, shard, names in shards for name in names}
 
 
 def write_sharded(
@@ -192,59 +228,61 @@ def write_sharded(
     write_json(folder / INDEX_FILE, content, indent=2)
 
 
-def read_tensor(folder: Path, name: str) -> torch.Tensor:
-    """Read one tensor of a model folder. Raises DataError if the folder has no such tensor."""
-    weight_map = _weight_map(folder)
-    if name not in weight_map:
-        raise DataError(f"{folder} has no tensor {name}: expected a model of an earlier step")
-    return _open_shard(folder / weight_map[name], [name]).read(name)
+def load_base(base: BaseWeights, dtype: torch.dtype) -> Any:
+    """Load the weights of a ChatGLM3 folder as a GlmForCausalLM, in evaluation mode."""
+    from transformers import GlmForCausalLM
+
+    config = glm_config(base.config, base.config["padded_vocab_size"], dtype)
+    with torch.device("meta"):
+        model: Any = GlmForCausalLM(config)
+    # Buffers (the rotary frequencies) are computed, not stored: take them from a fresh module.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    # Assigned instead of copied, so that memory holds the weights once.
+    state = {name: tensor.to(dtype) for name, tensor in base.glm_tensors()}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
-def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over all tensors of a model folder with their names, shard by shard."""
-    for shard, names in _shards(folder):
-        for name in names:
-            yield name, shard.read(name)
+def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
+    """Load a model folder of steps 3, 5 or 6 as GlmForCausalLM or a subclass.
 
-
-def describe_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the dtype (as in DTYPES) and shape of every tensor of a model folder, by name."""
-    return {name: shard.describe(name) for shard, names in _shards(folder) for name in names}
-
-
-def _shards(folder: Path) -> Iterator[tuple[_SafetensorsShard | _BinShard, list[str]]]:
-    for shard_name, names in _group_by_shard(_weight_map(folder)).items():
-        yield _open_shard(folder / shard_name, names), names
-
-
-def _group_by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
-    shards: dict[str, list[str]] = {}
-    for name, shard_name in weight_map.items():
-        shards.setdefault(shard_name, []).append(name)
-    return dict(sorted(shards.items()))
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Return the file that holds each tensor, by the tensor's name."""
-    for name in WEIGHT_FILES:
-        index, single = folder / (name + INDEX), folder / name
-        if index.is_file():
-            return _read_index(index)
-        if single.is_file():
-            return dict.fromkeys(_open_shard(single).names(), name)
-    expected = ", ".join(file for name in WEIGHT_FILES for file in (name + INDEX, name))
-    raise DataError(f"{folder} holds none of {expected}: expected ChatGLM3's weights")
-
-
-def _read_index(path: Path) -> dict[str, str]:
+    Raises DataError for a folder in ChatGLM3's own layout.
+    """
+    path = folder / "config.json"
     try:
-        weight_map = read_json(path)["weight_map"]
+        model_type = read_json(path)["model_type"]
     except (ValueError, KeyError, TypeError):
-        weight_map = None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard_name, str) for shard_name in weight_map.values()
-    ):
-        raise DataError(f"{path} is not an index of weights: download it again")
-    for shard_name in set(weight_map.values()):
-        resolve_inside(path.parent, shard_name)
-    return weight_map
+        raise DataError(f"{path} is damaged: expected that of a model of step 3, 5 or 6") from None
+    if model_type != "glm":
+        raise DataError(
+            f"{folder} is in the layout of {model_type}, for other tools: run "
+            "step3_resize_model.py with --layout glm for the steps that follow"
+        )
+    return model_class.from_pretrained(folder, dtype=dtype)
+
+
+def compute_dtype() -> torch.dtype:
+    """Return the dtype to compute in: bfloat16 or float16 by what the GPU has, float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+@torch.inference_mode()
+def compute_logits(model: Any, prompts: Sequence[Sequence[int]], rows: int) -> list[Logits]:
+    """Compute logits after every token of each prompt.
+
+    Returns for each prompt the logits of the first `rows` ids, [length, rows], and the logsumexp
+    over all ids, [length]. The former come from the first `rows` rows of the output matrix alone,
+    because a matrix of another size may be multiplied in another order: two models that agree on
+    those rows then agree on every bit.
+    """
+    weight = model.lm_head.weight
+    logits = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        state = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        total = (state @ weight.T).float().logsumexp(dim=-1)
+        logits.append(((state @ weight[:rows].T).cpu(), total.cpu()))
+    return logits

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chatglm3.model_files import open_base_model
+from chatglm_ja.chatglm3.base_config import open_base_model
 from chatglm_ja.errors import ArtifactError, DataError
 from chatglm_ja.storage.inputs import Input, open_artifact
 from chatglm_ja.storage.manifest import read_manifest
@@ -69,9 +69,8 @@ class Stage:
         """
         import torch
 
-        from chatglm_ja.chatglm3.loading import compute_dtype, load_base
         from chatglm_ja.chatglm3.tokenizer import make_processor
-        from chatglm_ja.chatglm3.weights import BaseWeights
+        from chatglm_ja.chatglm3.weights import BaseWeights, compute_dtype, load_base
 
         try:
             if self.name == BASE:
@@ -130,8 +129,8 @@ def load_model(folder: Path) -> LoadedModel:
     """Load the model and the tokenizer of a folder that step 3, 5 or 6 published."""
     from transformers import GlmForCausalLM
 
-    from chatglm_ja.chatglm3.loading import compute_dtype, load_glm
     from chatglm_ja.chatglm3.tokenizer import load_processor
+    from chatglm_ja.chatglm3.weights import compute_dtype, load_glm
 
     tokenizer = load_processor(folder)
     model: Any = load_glm(folder, GlmForCausalLM, compute_dtype())

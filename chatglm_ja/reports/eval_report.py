@@ -6,7 +6,7 @@ from, with which settings, what step 7 measured, and how to use it.
 results = {
     "stages": [what evaluate.Evaluation measures of a stage],
     "segmentation": {language: Segmentation.row()},
-    "samples": segmentation.sample_sentences(...),
+    "samples": merging.sample_sentences(...),
     "curves": {name: history of the Trainer},
     "steps": {step: its manifest},
 }
@@ -25,7 +25,7 @@ from typing import Any
 from chatglm_ja import plots
 from chatglm_ja.reports.render import Table, markdown_table, render_template
 from chatglm_ja.storage.files import publish_file, write_json
-from chatglm_ja.vocabulary.segmentation import segmentation_table
+from chatglm_ja.vocabulary.merging import segmentation_table
 
 log = logging.getLogger(__name__)
 

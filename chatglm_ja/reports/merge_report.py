@@ -17,9 +17,8 @@ from chatglm_ja import plots
 from chatglm_ja.chatglm3.tokenizer import SPECIAL_TOKENS
 from chatglm_ja.reports.render import render_template
 from chatglm_ja.storage.files import write_json
-from chatglm_ja.vocabulary.merging import MergedVocabulary
+from chatglm_ja.vocabulary.merging import MergedVocabulary, Segmentation, segmentation_table
 from chatglm_ja.vocabulary.policies import Policy
-from chatglm_ja.vocabulary.segmentation import Segmentation, segmentation_table
 
 Report = Mapping[str, Any]
 

@@ -14,10 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from chatglm_ja.chatglm3 import base_config, chat_format
-from chatglm_ja.chatglm3.loading import compute_dtype, load_glm
 from chatglm_ja.chatglm3.tensor_names import GLM_EMBEDDING, GLM_LM_HEAD
 from chatglm_ja.chatglm3.tokenizer import load_processor
-from chatglm_ja.chatglm3.weights import read_tensor
+from chatglm_ja.chatglm3.weights import compute_dtype, load_glm, read_tensor
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.training import new_rows
 from chatglm_ja.training.merge_lora import PEFT_PREFIX

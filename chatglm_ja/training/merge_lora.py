@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import GlmForCausalLM
 
-from chatglm_ja.chatglm3 import loading, tokenizer_files, weights
+from chatglm_ja.chatglm3 import tokenizer_files, weights
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 
@@ -101,7 +101,7 @@ def verify_logits(model_dir: Path, output_dir: Path) -> float:
     """
 
     def compute_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
-        model: Any = loading.load_glm(folder, GlmForCausalLM, torch.float32)
+        model: Any = weights.load_glm(folder, GlmForCausalLM, torch.float32)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         ids = torch.linspace(0, model.config.vocab_size - 1, VERIFIED_IDS).long()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from chatglm_ja.chatglm3 import base_config
-from chatglm_ja.chatglm3.model_files import weights_bytes
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.settings import REPORTS_BYTES, StepConfig, setting
 from chatglm_ja.storage.files import read_json
@@ -170,7 +169,7 @@ class TrainingConfig(StepConfig):
         trained = costs.trained_parameters(base_config.read_shape(self.model), self).all
         checkpoints = costs.CHECKPOINT_BYTES * trained * (self.keep_checkpoints + 1)
         adapter = costs.WEIGHT_BYTES * trained
-        return REPORTS_BYTES + checkpoints + adapter + weights_bytes(self.model)
+        return REPORTS_BYTES + checkpoints + adapter + base_config.weights_bytes(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

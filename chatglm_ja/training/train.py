@@ -21,7 +21,6 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from chatglm_ja.chatglm3 import base_config
-from chatglm_ja.chatglm3.model_files import weights_bytes
 from chatglm_ja.chatglm3.tokenizer import load_processor
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import dataset
@@ -68,7 +67,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         torch.cuda.empty_cache()
         log.info("merging the adapter")
         merge_lora.write_merged(config.model, working)
-        if config.should_compare_logits(weights_bytes(config.model)):
+        if config.should_compare_logits(base_config.weights_bytes(config.model)):
             difference = merge_lora.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
         output.counts.update(result, speed=_summarize_speed(history))

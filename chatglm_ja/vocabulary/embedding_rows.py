@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig, GlmForCausalLM
 
-from chatglm_ja.chatglm3 import chat_format, loading, tensor_names, tokenizer, weights
+from chatglm_ja.chatglm3 import chat_format, tokenizer, weights
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.chatglm3.base_config import glm_config
-from chatglm_ja.chatglm3.model_files import MODEL_FILE, Layout
+from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, glm_config
 from chatglm_ja.chatglm3.remote_code import copy_patched_code
+from chatglm_ja.chatglm3.tensor_names import EMBEDDING, OUTPUT_LAYER, to_layout
 from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.initialization import Initialization, Subtokens
+from chatglm_ja.vocabulary.settings import ResizeModelConfig
 
 # The prompts of `verify_logits`.
 VERIFIED_TEXTS = (
@@ -71,88 +73,68 @@ def resize_rows(
     return resized
 
 
-def resize_checkpoint(
-    base: Base,
-    tokenizer_dir: Path,
-    output_dir: Path,
-    *,
-    init: Initialization,
-    output_bias: float,
-    layout: Layout,
-    pad_to_multiple: int,
-    max_shard_bytes: int,
-    seed: int,
-) -> dict[str, int]:
-    """Write the base with rows for the merged tokenizer's ids, in either layout.
+def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> dict[str, int]:
+    """Write the base with rows for the merged tokenizer's ids, in the layout of `config`.
 
     Also writes config.json, the tokenizer, and a generation configuration with ChatGLM3's three
     stop ids that suppresses the padding rows. Verifies the old rows in the written files. Returns
     the numbers of rows. Raises DataError if the tokenizer was merged with another base.
     """
-    proto = tokenizer.read_proto(tokenizer_dir / MODEL_FILE)
+    proto = tokenizer.read_proto(config.tokenizer / MODEL_FILE)
     pieces = [piece.piece for piece in proto.pieces]
-    old_ids, vocabulary = base.first_new_id, len(pieces)
+    old_ids = base.first_new_id
     base_pieces = tokenizer.add_special_tokens(base.proto).pieces
     if [piece.piece for piece in base_pieces] != pieces[:old_ids]:
         raise DataError(
-            f"{tokenizer_dir} was merged with another base than {base.folder}: its first {old_ids} "
-            "ids are other pieces; run step2_merge_tokenizer.py with this base"
+            f"{config.tokenizer} was merged with another base than {base.folder}: its first "
+            f"{old_ids} ids are other pieces; run step2_merge_tokenizer.py with this base"
         )
     # The base part of the merged tokenizer tells how new pieces were spelled before; without the
     # dummy prefix, because they stand inside texts.
     del proto.pieces[old_ids:]
     subtokens = tokenizer.make_processor(proto, dummy_prefix=False).encode(pieces[old_ids:])
-    rows = padded_rows(vocabulary, pad_to_multiple)
-    generator = torch.Generator().manual_seed(seed)
+    rows = padded_rows(len(pieces), config.pad_to_multiple)
+    generator = torch.Generator().manual_seed(config.seed)
 
     def resized() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in base.weights.tensors():
-            if name in (tensor_names.EMBEDDING, tensor_names.OUTPUT_LAYER):
-                bias = output_bias if name == tensor_names.OUTPUT_LAYER else None
-                tensor = resize_rows(tensor, old_ids, subtokens, rows, init, generator, bias)
-            yield from tensor_names.to_layout(layout, name, tensor, base.config)
+            if name in (EMBEDDING, OUTPUT_LAYER):
+                bias = config.output_bias if name == OUTPUT_LAYER else None
+                tensor = resize_rows(tensor, old_ids, subtokens, rows, config.init, generator, bias)
+            yield from to_layout(config.layout, name, tensor, base.config)
 
     progress = tqdm(resized(), desc="resizing", unit=" tensors")
-    weights.write_sharded(progress, output_dir, max_shard_bytes)
-    _write_other_files(base, tokenizer_dir, output_dir, layout, vocabulary, rows)
-    _verify_rows(base, output_dir, layout, rows)
-    return {
-        "old_rows": base.config["padded_vocab_size"],
-        "new_rows": rows,
-        "kept": old_ids,
-        "initialised": len(subtokens),
-        "padding": rows - vocabulary,
-    }
-
-
-def _write_other_files(
-    base: Base, tokenizer_dir: Path, folder: Path, layout: Layout, vocabulary: int, rows: int
-) -> None:
-    """Write config.json, generation_config.json and the tokenizer."""
-    from transformers import GenerationConfig
-
+    weights.write_sharded(progress, folder, int(config.max_shard_gb * 1e9))
     tokenizer_files: Sequence[str] = TOKENIZER_FILES
-    if layout is Layout.CHATGLM:
+    if config.layout is Layout.CHATGLM:
         write_json(folder / "config.json", {**base.config, "padded_vocab_size": rows}, indent=2)
         if copy_patched_code(base, folder):  # which reads nothing but the sentencepiece model
             tokenizer_files = (MODEL_FILE,)
     else:
         glm_config(base.config, rows, base.weights.dtype).save_pretrained(folder)
-    copy_tokenizer_files(tokenizer_dir, folder, tokenizer_files)
+    copy_tokenizer_files(config.tokenizer, folder, tokenizer_files)
     GenerationConfig(
         bos_token_id=tokenizer.BOS_ID,
-        eos_token_id=chat_format.stop_ids(tokenizer.load_processor(tokenizer_dir)),
+        eos_token_id=chat_format.stop_ids(tokenizer.load_processor(folder)),
         pad_token_id=tokenizer.UNK_ID,
-        suppress_tokens=list(range(vocabulary, rows)) or None,
+        suppress_tokens=list(range(len(pieces), rows)) or None,
     ).save_pretrained(folder)
+    _verify_rows(base, folder, config.layout, rows)
+    return {
+        "old_rows": base.config["padded_vocab_size"],
+        "new_rows": rows,
+        "kept": old_ids,
+        "initialised": len(subtokens),
+        "padding": rows - len(pieces),
+    }
 
 
 def _verify_rows(base: Base, folder: Path, layout: Layout, rows: int) -> None:
     """Reopen a resized model and check the shape, the dtype, and the base's rows bit by bit."""
     old_ids = base.first_new_id
-    for old_name in (tensor_names.EMBEDDING, tensor_names.OUTPUT_LAYER):
+    for old_name in (EMBEDDING, OUTPUT_LAYER):
         old = base.weights.tensor(old_name)
-        ((name, _),) = tensor_names.to_layout(layout, old_name, old, base.config)
+        ((name, _),) = to_layout(layout, old_name, old, base.config)
         written = weights.read_tensor(folder, name)
         if written.shape != (rows, old.shape[1]) or written.dtype != old.dtype:
             raise DataError(f"{folder}: {name} was written as {written.dtype} {written.shape}")
@@ -168,20 +150,18 @@ def verify_logits(base: Base, folder: Path, layout: Layout) -> None:
     Both read a Chinese and an English text in float32; one model is in memory at a time. Raises
     DataError if the logits differ.
     """
-    from transformers import GlmForCausalLM
-
     old_ids = base.first_new_id
     processor = tokenizer.load_processor(folder)
     prefix = chat_format.prefix_ids(processor)
     prompts = [[*prefix, *processor.encode(text)] for text in VERIFIED_TEXTS]
-    model: Any = loading.load_base(base.weights, torch.float32)
-    before = loading.compute_logits(model, prompts, old_ids)
+    model: Any = weights.load_base(base.weights, torch.float32)
+    before = weights.compute_logits(model, prompts, old_ids)
     del model
     if layout is Layout.CHATGLM:
-        model = loading.load_base(weights.BaseWeights(folder), torch.float32)
+        model = weights.load_base(weights.BaseWeights(folder), torch.float32)
     else:
-        model = loading.load_glm(folder, GlmForCausalLM, torch.float32).eval()
-    after = loading.compute_logits(model, prompts, old_ids)
+        model = weights.load_glm(folder, GlmForCausalLM, torch.float32).eval()
+    after = weights.compute_logits(model, prompts, old_ids)
     for text, (old, _), (new, _) in zip(VERIFIED_TEXTS, before, after, strict=True):
         if not torch.equal(old, new):
             largest = (old - new).abs().max().item()

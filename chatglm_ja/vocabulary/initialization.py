@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING
 from chatglm_ja.settings import Choice
 
 if TYPE_CHECKING:  # --help needs the names only, and torch takes a second to import
-    import torch
+    from torch import Generator, Tensor
 
 CHUNK_ROWS = 2048
 Subtokens = Sequence[Sequence[int]]
 
 
-def subtoken_mean(
-    weight: torch.Tensor, subtokens: Subtokens, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
+def subtoken_mean(weight: Tensor, subtokens: Subtokens, generator: Generator) -> Iterator[Tensor]:
     """Yield the mean of each piece's sub-token rows."""
     import torch
 
@@ -35,18 +33,14 @@ def subtoken_mean(
         yield sums / sizes.unsqueeze(1)
 
 
-def overall_mean(
-    weight: torch.Tensor, subtokens: Subtokens, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
+def overall_mean(weight: Tensor, subtokens: Subtokens, generator: Generator) -> Iterator[Tensor]:
     """Yield the mean of all base rows, for every piece."""
     mean, _ = _mean_and_deviation(weight)
     for chunk in _chunks(subtokens):
         yield mean.expand(len(chunk), -1)
 
 
-def random_normal(
-    weight: torch.Tensor, subtokens: Subtokens, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
+def random_normal(weight: Tensor, subtokens: Subtokens, generator: Generator) -> Iterator[Tensor]:
     """Yield samples of a normal distribution with the base rows' mean and deviation."""
     import torch
 
@@ -70,7 +64,7 @@ class Initialization(Choice):
         self,
         _name: str,
         _phrase: str,
-        new_rows: Callable[[torch.Tensor, Subtokens, torch.Generator], Iterator[torch.Tensor]],
+        new_rows: Callable[[Tensor, Subtokens, Generator], Iterator[Tensor]],
     ) -> None:
         self.new_rows = new_rows
 
@@ -80,7 +74,7 @@ def _chunks(subtokens: Subtokens) -> Iterator[Subtokens]:
         yield subtokens[start : start + CHUNK_ROWS]
 
 
-def _mean_and_deviation(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_and_deviation(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the float32 mean and standard deviation of the rows, each [hidden]."""
     import torch
 

@@ -24,16 +24,12 @@ def japanese_kanji() -> str:
     Python's shift_jis codec covers JIS X 0208 and no kanji beyond it (euc_jp adds JIS X 0212).
     """
 
-    def is_in(character: str, codec: str) -> bool:
-        return bool(character.encode(codec, errors="ignore"))
-
-    return "".join(
-        character
-        for character in filter(re.compile(f"[{_HAN}]").match, map(chr, range(0x10000)))
-        if is_in(character, "shift_jis")
-        and not is_in(character, "gb2312")
-        and not is_in(character, "big5")
+    han = "".join(filter(re.compile(f"[{_HAN}]").match, map(chr, range(0x10000))))
+    japanese, *chinese = (
+        set(han.encode(codec, errors="ignore").decode(codec))
+        for codec in ("shift_jis", "gb2312", "big5")
     )
+    return "".join(sorted(japanese.difference(*chinese)))
 
 
 def other_letters() -> str:
@@ -95,9 +91,6 @@ class Policy(Choice):
         lambda: "",
         True,
     )
-
-    guarantee: str
-    keeps_unreachable: bool
 
     def __init__(
         self,

@@ -4,17 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chatglm_ja.chatglm3.base_config import read_shape
-from chatglm_ja.chatglm3.model_files import MODEL_FILE, Layout, weights_bytes
+from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, read_shape, weights_bytes
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.disk import folder_bytes
 from chatglm_ja.storage.manifest import read_manifest
 from chatglm_ja.vocabulary.initialization import Initialization
 from chatglm_ja.vocabulary.policies import Policy
-
-PIECE_BYTES = 60
-MERGED_FORMS = 10  # size of a merged tokenizer's files, as a multiple of the two models merged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,7 @@ class TrainTokenizerConfig(StepConfig):
 
     def disk_bytes(self) -> int:
         """Estimate the size of the sentencepiece model and the list of its pieces."""
-        return REPORTS_BYTES + PIECE_BYTES * self.vocab_size
+        return REPORTS_BYTES + 60 * self.vocab_size
 
     def trainer_settings(self) -> dict[str, Any]:
         """Return the settings that fit the pieces to the base, by sentencepiece's names."""
@@ -139,10 +135,10 @@ class MergeTokenizerConfig(StepConfig):
         return []
 
     def disk_bytes(self) -> int:
-        """Estimate the size of the merged tokenizer; tokenizer.json is its largest file."""
+        """Estimate the merged tokenizer's files at ten times the size of the two models merged."""
         models = [self.base_model / MODEL_FILE, self.ja_tokenizer]
         sizes = [m.stat().st_size if m.is_file() else folder_bytes(m, "*.model") for m in models]
-        return REPORTS_BYTES + MERGED_FORMS * sum(sizes)
+        return REPORTS_BYTES + 10 * sum(sizes)
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings that shape the result; ranking texts do so only with a limit."""

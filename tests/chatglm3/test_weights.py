@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from chatglm_ja.chatglm3 import loading, tensor_names, weights
-from chatglm_ja.chatglm3.model_files import INDEX_FILE
+from chatglm_ja.chatglm3 import tensor_names, weights
+from chatglm_ja.chatglm3.base_config import INDEX_FILE
 from chatglm_ja.errors import DataError
 
 Copy = Callable[[Path, Path], Path]
@@ -45,7 +45,7 @@ def check_parity(model: Any, expected: dict[str, torch.Tensor], old_ids: int) ->
 def test_the_converted_base_computes_what_chatglm3_computes(
     base_dir: Path, expected: dict[str, torch.Tensor]
 ) -> None:
-    model = loading.load_base(weights.BaseWeights(base_dir), torch.float32)
+    model = weights.load_base(weights.BaseWeights(base_dir), torch.float32)
     check_parity(model, expected, 4096)
     for index in range(3):
         with torch.inference_mode():
@@ -59,7 +59,7 @@ def test_the_resized_model_computes_the_same_over_the_old_ids(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
     check_parity(model, expected, 4009)
-    base = loading.load_base(weights.BaseWeights(base_dir), torch.float32)
+    base = weights.load_base(weights.BaseWeights(base_dir), torch.float32)
     ids = expected["greedy_2"]
     with torch.inference_mode():
         before, after = base(ids).logits[..., :4009], model(ids).logits[..., :4009]

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from chatglm_ja.chatglm3 import (
     base_config,
     chat_format,
-    loading,
     tokenizer,
     tokenizer_files,
     weights,
@@ -164,7 +163,7 @@ def test_configurations(content: bytes) -> None:
     with folder() as copy:
         (copy / "config.json").write_bytes(content)
         with refusals():
-            loading.load_glm(copy, None, "auto") if b'"glm"' not in content else None
+            weights.load_glm(copy, None, "auto") if b'"glm"' not in content else None
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja.chatglm3 import chat_format, loading, tensor_names, tokenizer, tokenizer_files
+from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3 import weights as stored_weights
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
@@ -434,7 +434,7 @@ def test_data_of_a_larger_vocabulary_is_refused(
     base_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
-    model = loading.load_base(stored_weights.BaseWeights(base_dir), torch.float32)
+    model = stored_weights.load_base(stored_weights.BaseWeights(base_dir), torch.float32)
     model.resize_token_embeddings(1000)
     model.save_pretrained(small)
     config = config_for(small, data_dir, tmp_path)

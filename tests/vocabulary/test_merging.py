@@ -1,32 +1,20 @@
-"""Policies, learning pieces, and merging them: what is kept, added and dropped, and why."""
+"""Policies, merging, and the guarantee: what is added and dropped, and how lines change."""
 
-import hashlib
 import itertools
-import subprocess
-import sys
+import re
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import tokenizer
+from chatglm_ja.chatglm3 import tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
-from chatglm_ja.vocabulary import learning, merging, policies, segmentation
+from chatglm_ja.reports import merge_report
+from chatglm_ja.vocabulary import learning, merging, policies
 from chatglm_ja.vocabulary.policies import Policy
-from tests.conftest import PROJECT, SHARED, TRAINER_SETTINGS, demo_texts, needs_real_tokenizer
-
-
-def train(texts: Any, vocab_size: int = 2500, **changes: Any) -> Any:
-    settings: dict[str, Any] = {
-        "character_coverage": 0.9995, "num_threads": 1, "settings": TRAINER_SETTINGS, **changes
-    }  # fmt: skip
-    return learning.train_sentencepiece(
-        corpus.training_lines(texts, {}), vocab_size=vocab_size, **settings
-    )
+from tests.conftest import SHARED, demo_texts, needs_real_tokenizer
 
 
 def model_of(base_proto: Any, *pieces: str) -> Any:
@@ -88,101 +76,6 @@ def test_standard_chinese_has_no_japanese_kanji() -> None:
 def bytes_of(high: Any, low: Any, codec: str) -> str:
     cells = (bytes([first, second]) for first in high for second in low)
     return "".join(cell.decode(codec, errors="ignore") for cell in cells)
-
-
-# --- Step 1 --------------------------------------------------------------------------------------
-
-
-def test_training_does_not_depend_on_threads_or_the_process() -> None:
-    """The fingerprinted bytes must be the same on every machine."""
-    script = (
-        "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
-        "from tests.vocabulary.test_merging import train, demo_texts\n"
-        "proto = train(demo_texts('ja', 60), num_threads=int(sys.argv[2]))\n"
-        "print(hashlib.sha256(proto.SerializeToString()).hexdigest())"
-    )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", script, str(PROJECT), threads],
-            capture_output=True, text=True, check=True,
-        ).stdout
-        for threads in ("1", "3")
-    }  # fmt: skip
-    here = hashlib.sha256(train(demo_texts("ja", 60)).SerializeToString()).hexdigest()
-    assert digests == {here + "\n"}
-
-
-def test_learned_pieces_fit_the_base(ja_dir: Path) -> None:
-    proto = learning.read_learned(ja_dir)
-    assert proto.normalizer_spec.name == "identity"
-    assert not proto.normalizer_spec.precompiled_charsmap
-    assert len(proto.pieces) == 2500
-    pieces = [piece.piece for piece in proto.pieces if piece.type == piece.NORMAL]
-    assert not any(len(piece) > 1 and any(c.isdigit() for c in piece) for piece in pieces)
-    assert sum(piece.type == piece.BYTE for piece in proto.pieces) == 256
-    assert max(map(len, pieces)) <= 16
-    vocab = (ja_dir / "ja_bpe.vocab").read_text(encoding="utf-8")
-    assert [line.split("\t")[0] for line in vocab.split("\n")[:-1]] == [
-        piece.piece for piece in proto.pieces
-    ]
-
-
-def test_an_error_of_the_corpus_is_raised_unchanged() -> None:
-    def texts() -> Iterator[str]:
-        yield from demo_texts("ja", 50)
-        raise DataError("a.jsonl line 51 is not JSON")
-
-    with pytest.raises(DataError, match="line 51 is not JSON"):
-        train(texts())
-
-
-def test_too_little_text_is_refused(base_proto: Any) -> None:
-    with pytest.raises(DataError, match=r"could not learn 5000 pieces .*Vocabulary size too high"):
-        train(["あいうえお"], vocab_size=5000)
-    with pytest.raises(DataError, match=r"gives \d+ pieces, expected 5000"):
-        continued(base_proto, ["あいうえお"], 5000)
-
-
-# --- Step 1, continuing the base -----------------------------------------------------------------
-
-
-def continued(
-    base_proto: Any, texts: list[str], vocab_size: int, policy: Policy = Policy.JAPANESE
-) -> Any:
-    return learning.continue_merges(
-        base_proto,
-        corpus.training_lines(texts, {}),
-        policy,
-        vocab_size=vocab_size,
-        character_coverage=0.9995,
-        num_threads=2,
-        max_piece_length=16,
-    )
-
-
-def test_continuing_drops_no_piece_and_compresses_better(
-    base_proto: Any, merge: merging.MergedVocabulary
-) -> None:
-    """With as many new pieces from the same text, held-out Japanese has fewer tokens."""
-    control_and_bytes = 3 + 256
-    size = control_and_bytes + len(merge.added)
-    learned = continued(base_proto, demo_texts("ja", 300), size)
-    assert len(learned.pieces) == size
-    from_base = merging.merge_pieces(base_proto, learned, Policy.JAPANESE)
-    assert len(from_base.added) == len(merge.added)
-    assert not any(from_base.dropped.values())
-    texts = demo_texts("ja", 80, "heldout")
-    tokens = [
-        sum(map(len, tokenizer.make_processor(m.proto).encode(texts))) for m in (merge, from_base)
-    ]
-    assert tokens[1] < tokens[0]
-
-
-@pytest.mark.parametrize("policy", Policy)
-def test_continuing_learns_only_what_the_policy_admits(base_proto: Any, policy: Policy) -> None:
-    learned = continued(base_proto, demo_texts("ja", 40), 259 + 300, policy)
-    merged = merging.merge_pieces(base_proto, learned, policy)
-    assert len(merged.added) == 300
 
 
 # --- Step 2 --------------------------------------------------------------------------------------
@@ -296,6 +189,120 @@ def test_uses_count_merges(base_proto: Any) -> None:
     assert (use["し"], use["す"], use["で"]) == (3, 5, 1)
 
 
+# --- Segmentation and the report -----------------------------------------------------------------
+
+
+@pytest.fixture
+def before(base_proto: Any) -> Any:
+    return tokenizer.make_processor(tokenizer.add_special_tokens(base_proto))
+
+
+def test_chinese_and_english_are_segmented_as_before(before: Any, merge: Any) -> None:
+    after = tokenizer.make_processor(merge.proto)
+    for language in ("zh", "en"):
+        result = merging.compare_segmentation(
+            before, after, demo_texts(language, 300), Policy.JAPANESE
+        )
+        assert result.lines > 1000
+        # One Chinese page quotes Japanese numerals (壱弐参): the only line that may change.
+        assert result.covered >= result.lines - 1
+        assert result.identical >= result.covered and not result.broken
+    texts = demo_texts("ja", 80, "heldout")
+    japanese = merging.compare_segmentation(before, after, texts, Policy.JAPANESE)
+    assert japanese.tokens_after < 0.8 * japanese.tokens_before
+    lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    ids = [index for line in after.encode(lines) for index in line]
+    new = [index for index in ids if index >= before.get_piece_size()]
+    assert japanese.used == set(new)
+    assert japanese.row()["new_token_share"] == len(new) / len(ids)
+    merging.check_guarantee({"ja": japanese}, Policy.JAPANESE)
+
+
+def test_a_broken_guarantee_is_an_error(base_proto: Any, before: Any) -> None:
+    """A piece without kana, such as the article's merge adds, changes a Chinese line."""
+    piece = "".join(before.encode("打开文件夹。", out_type=str)[-2:])
+    assert before.piece_to_id(piece) == tokenizer.UNK_ID
+    after = tokenizer.make_processor(tokenizer.add_special_tokens(base_proto, [piece]))
+    texts = ["打开文件夹。\nin the other\nひらがな。"]
+    result = merging.compare_segmentation(before, after, texts, Policy.JAPANESE)
+    assert result.lines == 3 and result.covered == 2
+    assert result.broken == result.changed == ["打开文件夹。"]
+    with pytest.raises(DataError, match="1 zh lines that the policy japanese must not change"):
+        merging.check_guarantee({"zh": result}, Policy.JAPANESE)
+    result = merging.compare_segmentation(before, after, texts, Policy.ALL)
+    assert result.changed and not result.broken
+    merging.check_guarantee({"zh": result}, Policy.ALL)
+
+
+def test_a_tokenizer_json_that_differs_is_an_error(before: Any, merge: Any) -> None:
+    after = tokenizer.make_processor(merge.proto)
+    right = tokenizer_files.make_line_encoder(merge.proto)
+    result = merging.compare_segmentation(before, after, ["あ\nです"], Policy.JAPANESE, right)
+    assert not result.rust_differs
+    result = merging.compare_segmentation(
+        before,
+        after,
+        ["あ\nです"],
+        Policy.JAPANESE,
+        lambda lines: [ids[:-1] for ids in right(lines)],
+    )
+    assert result.rust_differs == ["あ", "です"]
+    with pytest.raises(DataError, match=r"other ids than tokenizer\.model for 2 ja lines"):
+        merging.check_guarantee({"ja": result}, Policy.JAPANESE)
+
+
+def test_a_language_without_lines_is_an_error() -> None:
+    with pytest.raises(DataError, match="hold no zh text"):
+        merging.check_guarantee({"zh": merging.Segmentation()}, Policy.JAPANESE)
+
+
+def test_the_report_of_a_merge(base_proto: Any, before: Any, ja_dir: Path) -> None:
+    merged = merging.merge_pieces(base_proto, learning.read_learned(ja_dir), Policy.HAN)
+    after = tokenizer.make_processor(merged.proto)
+    texts = {"ja": demo_texts("ja", 20, "heldout"), "zh": ["<b>線です</b>"]}
+    languages = {
+        language: merging.compare_segmentation(before, after, lines, Policy.HAN)
+        for language, lines in texts.items()
+    }
+    report = merge_report.build_report(Policy.HAN, merged, languages, before, after)
+    zh = report["languages"]["zh"]
+    assert zh["changed"][0]["line"] == "<b>線です</b>"
+    assert "".join(zh["changed"][0]["after"]) == "▁<b>線です</b>"
+    assert report["languages"]["ja"]["used_share"] == len(languages["ja"].used) / len(merged.added)
+    page = merge_report.render_html(report)
+    assert f"{len(merged.added):,} new pieces" in page
+    assert "&lt;" in page and "<b>線" not in page
+    assert not re.search("<(script|link|img|iframe)|url\\((?!#)", page)  # loads nothing
+    lines = list(merge_report.describe_languages(report))
+    assert len(lines) == 2 and "tokens per character" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "added", "left_out"),
+    [
+        (
+            Policy.KANA,
+            1,
+            ", 1 not admitted by the policy, 1 made with a character that has no piece",
+        ),
+        (Policy.ALL, 3, ""),  # adds unreachable pieces as well
+    ],
+)
+def test_the_headline_counts_pieces_by_reason(
+    base_proto: Any, policy: Policy, added: int, left_out: str
+) -> None:
+    known = next(p.piece for p in base_proto.pieces if p.type == p.NORMAL and len(p.piece) > 1)
+    learned = type(base_proto)()
+    for piece in (known, "ょ", "Ж", "ょЖあ"):
+        learned.pieces.add(piece=piece, score=0.0, type=learned.SentencePiece.NORMAL)
+    merged = merging.merge_pieces(base_proto, learned, policy)
+    sizes = f"{len(base_proto.pieces):,} base pieces and 9 special tokens"
+    assert merge_report.describe_merge(merged) == (
+        f"{added} new pieces added to {sizes}: {len(merged.proto.pieces):,} ids; "
+        "not added: 1 already in the base" + left_out
+    )
+
+
 # --- Against ChatGLM3-6B's own tokenizer and the article's Japanese model ------------------------
 
 
@@ -330,5 +337,5 @@ def test_chinese_and_english_stay(real: tuple[Any, Any], policy: Policy) -> None
     before, after = map(tokenizer.make_processor, (real[0], merged.proto))
     for language in ("zh", "en"):
         texts = demo_texts(language, 1000)
-        result = segmentation.compare_segmentation(before, after, texts, policy)
+        result = merging.compare_segmentation(before, after, texts, policy)
         assert result.identical == result.lines > 1000
