@@ -46,7 +46,6 @@ ADAPTER = "adapter"
 MAX_SHARD_BYTES = 2 * 10**9
 # An adapter's tensors have the names of the model's with this prefix.
 PEFT_PREFIX = "base_model.model."
-CONFIGS = ("config.json", "generation_config.json")
 VERIFIED_IDS = 64  # input of `verify_logits`: ids spread over the whole vocabulary
 # Allowed difference of logits, relative to the largest, for another order of sums in float32, also
 # in deep models. A wrong merge differs by far more.
@@ -166,7 +165,7 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
     weights.write_sharded(tensors, output_dir, MAX_SHARD_BYTES)
     if adapter:
         raise DataError(f"{folder} holds {min(adapter)}, which {model_dir} has no place for")
-    for name in CONFIGS:
+    for name in ("config.json", "generation_config.json"):
         if (model_dir / name).is_file():
             shutil.copyfile(model_dir / name, output_dir / name)
     tokenizer_files.copy_tokenizer_files(model_dir, output_dir)

@@ -21,13 +21,13 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from chatglm_ja.errors import ArtifactError
@@ -154,7 +154,7 @@ def _read(path: Path) -> tuple[CheckpointManifest | None, str | None]:
         return None, "it has no manifest"
     except ArtifactError as error:
         return None, str(error)
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError):
         return None, "its manifest is damaged"
 
 
@@ -173,12 +173,7 @@ def save_state(trainer: Any, folder: Path | None, extra: Mapping[str, Any]) -> N
     """
     _link_moments(trainer)
     for file, keys in ((WEIGHTS, ("",)), (OPTIMIZER, MOMENTS)):
-        tensors = {}
-        for name, parameter in _trained(trainer):
-            for key in keys:
-                value = _gather(trainer, parameter, key)
-                if folder is not None:
-                    tensors[f"{name}:{key}" if key else name] = value.cpu().contiguous()
+        tensors = gather_tensors(trainer, folder is not None, keys)
         if folder is not None:
             save_file(tensors, folder / file)
         del tensors
@@ -200,17 +195,21 @@ def save_state(trainer: Any, folder: Path | None, extra: Mapping[str, Any]) -> N
     files.write_json(folder / PROGRESS, progress)
 
 
-def trained_weights(trainer: Any, wanted: bool) -> dict[str, torch.Tensor]:
+def gather_tensors(
+    trainer: Any, wanted: bool, keys: Sequence[str] = ("",)
+) -> dict[str, torch.Tensor]:
     """Return the trained weights by parameter name, in full, in float32 on the CPU.
 
-    All processes call this; those that do not want the weights get none.
+    All processes call this; those that do not want the weights get none. With `keys` from MOMENTS
+    it returns these moments, named parameter:key.
     """
-    weights = {}
+    tensors = {}
     for name, parameter in _trained(trainer):
-        value = _gather(trainer, parameter, "")
-        if wanted:
-            weights[name] = value.cpu()
-    return weights
+        for key in keys:
+            value = _gather(trainer, parameter, key)
+            if wanted:
+                tensors[f"{name}:{key}" if key else name] = value.cpu().contiguous()
+    return tensors
 
 
 def set_weights(trainer: Any, weights: Mapping[str, torch.Tensor]) -> None:

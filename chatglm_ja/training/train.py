@@ -29,7 +29,7 @@ from chatglm_ja.errors import DataError, StoppedError, UserError
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.storage.output import Output
 from chatglm_ja.training import adapter, costs
-from chatglm_ja.training.checkpoints import Checkpoints, step_of, trained_weights
+from chatglm_ja.training.checkpoints import Checkpoints, gather_tensors, step_of
 from chatglm_ja.training.progress import Progress, make_tensorboard_callback, plot_losses
 from chatglm_ja.training.settings import TrainingConfig
 from chatglm_ja.training.trainer import MEASURED, ResumableTrainer, stopping_on_signals
@@ -58,7 +58,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         # Speed, memory and times differ between two runs with the same weights.
         runtime = next(entry[RUNTIME] for entry in history if RUNTIME in entry)
         losses = [
-            {name: value for name, value in entry.items() if name not in MEASURED}
+            {key: value for key, value in entry.items() if key not in MEASURED}
             for entry in history
             if RUNTIME not in entry
         ]
@@ -75,9 +75,9 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
             difference = adapter.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
         speed = {"seconds": runtime}
-        for name in MEASURED:
-            if values := [entry[name] for entry in history if name in entry]:
-                speed[name] = round(statistics.median(values), 4)
+        for key in MEASURED:
+            if values := [entry[key] for entry in history if key in entry]:
+                speed[key] = round(statistics.median(values), 4)
         output.counts.update(result, speed=speed)
     log.info("trained model: %s", config.output_dir)
 
@@ -160,7 +160,7 @@ def _finish(trainer: ResumableTrainer, output_dir: Path | None) -> dict[str, Any
     """Write the adapter on the rank with an `output_dir`, free memory, and return the counts."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trained_parameters = model.num_parameters(only_trainable=True)  # save_adapter changes the model
-    weights = trained_weights(trainer, output_dir is not None)
+    weights = gather_tensors(trainer, output_dir is not None)
     if output_dir is not None:
         adapter.save_adapter(trainer.config, model, weights, output_dir / adapter.ADAPTER)
     trainer.accelerator.free_memory()  # DeepSpeed's engine has other references
