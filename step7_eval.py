@@ -51,7 +51,7 @@ def main() -> None:
     from chatglm_ja.chatglm3 import tokenizer
     from chatglm_ja.evaluation import evaluate
     from chatglm_ja.reports import eval_report
-    from chatglm_ja.training import train
+    from chatglm_ja.training.train import HISTORY_FILE
     from chatglm_ja.vocabulary import merging
     from chatglm_ja.vocabulary.policies import Policy
 
@@ -68,8 +68,8 @@ def main() -> None:
         },
         "samples": merging.sample_sentences(before, after, evaluation.texts),
         "curves": {
-            "Step 5, continued pretraining": train.read_history(config.pretrained),
-            "Step 6, instructions": train.read_history(config.sft),
+            "Step 5, continued pretraining": read_json(config.pretrained / HISTORY_FILE),
+            "Step 6, instructions": read_json(config.sft / HISTORY_FILE),
         },
         "steps": {step: manifest.model_dump() for step, manifest in steps.items()},
     }

@@ -206,7 +206,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         **settings,
     )
     shape = base_config.read_shape(config.model)
-    items = costs.estimate_memory(shape, costs.trained_parameters(shape, config), config, ranks)
+    items = costs.estimate_memory(shape, config.count_parameters(shape), config, ranks)
     started = time.monotonic()
     result = train.train(config, data_set, None)
     history = result["history"]

@@ -144,8 +144,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names, weights
     from chatglm_ja.chatglm3.tokenizer import EOS_ID, add_special_tokens, make_processor, read_proto
     from chatglm_ja.data import packing
-    from chatglm_ja.training import collator
-    from chatglm_ja.training.model import GlmForTraining
+    from chatglm_ja.training.model import Collator, GlmForTraining
 
     torch.manual_seed(config.seed)
     tokenizer = make_processor(add_special_tokens(read_proto(folder / "tokenizer.model")))
@@ -169,7 +168,7 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, config.steps // 20, config.steps)
-    collate = collator.Collator(document_mask=True)
+    collate = Collator(document_mask=True)
     order: list[int] = []
     losses = []
     bar = tqdm(range(config.steps), desc="base model", unit=" steps")

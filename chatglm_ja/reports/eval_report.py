@@ -305,10 +305,10 @@ def render_html(results: Results) -> str:
 def _draw_losses(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     """Draw training and validation loss over the steps; return SVG."""
     # Imports torch, which the last screen of a finished step does not need.
-    from chatglm_ja.training import loss_plot
+    from chatglm_ja.training.progress import draw_losses
 
     figure, axes = plots.make_figure(7, 3.2)
-    loss_plot.draw_losses(axes, history)
+    draw_losses(axes, history)
     axes.set(title=name, xlabel="optimizer steps", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -1,26 +1,37 @@
-"""What a run trains: LoRA matrices in every layer, and the embeddings in full or their new rows.
+"""What a run trains, as an adapter: built, saved, and merged into the model.
+
+    part         training                 merging
+    LoRA         in every layer           W + (alpha / rank) B A, in float32, rounded once to the
+                                          model's stored dtype
+    embeddings   in full, or new rows     the trained matrices replace the stored ones
+    the rest     frozen                   copied
 
 `load_for_training` builds the model; `save_adapter` writes what was trained in PEFT's format. The
 two embedding matrices are trained in place: PEFT's `modules_to_save` would keep a frozen second
-copy of both.
+copy of both. `write_merged` holds the adapter and one shard of the result in memory, whatever the
+size of the model. The result has the model's names, shapes and dtypes, which is checked on the
+written files.
 """
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from transformers import GlmForCausalLM
 
-from chatglm_ja.chatglm3 import base_config, chat_format
+from chatglm_ja.chatglm3 import base_config, chat_format, tokenizer_files, weights
 from chatglm_ja.chatglm3.tensor_names import GLM_EMBEDDING, GLM_LM_HEAD
 from chatglm_ja.chatglm3.tokenizer import load_processor
-from chatglm_ja.chatglm3.weights import compute_dtype, load_glm, read_tensor
-from chatglm_ja.errors import ConfigError
-from chatglm_ja.training import new_rows
-from chatglm_ja.training.merge_lora import PEFT_PREFIX
-from chatglm_ja.training.model import GlmForTraining
+from chatglm_ja.chatglm3.weights import compute_dtype, load_glm
+from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.storage.files import read_json
+from chatglm_ja.training.model import GlmForTraining, join_embeddings, split_embeddings
 from chatglm_ja.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -31,6 +42,14 @@ EMBEDDINGS = tuple(
     for name in (GLM_EMBEDDING, GLM_LM_HEAD)
     for part in ("weight", "new")
 )
+ADAPTER = "adapter"
+MAX_SHARD_BYTES = 2 * 10**9
+# An adapter's tensors have the names of the model's with this prefix.
+PEFT_PREFIX = "base_model.model."
+VERIFIED_IDS = 64  # input of `verify_logits`: ids spread over the whole vocabulary
+# Allowed difference of logits, relative to the largest, for another order of sums in float32, also
+# in deep models. A wrong merge differs by far more.
+ROUNDING = 1e-3
 
 
 def choose_dtype(config: TrainingConfig) -> torch.dtype:
@@ -51,7 +70,7 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
     log.info("loading %s", config.model)
     model: Any = load_glm(config.model, GlmForTraining, dtype)
     if config.embedding_rows == "new":
-        new_rows.split_embeddings(model, chat_format.first_new_id(load_processor(config.model)))
+        split_embeddings(model, chat_format.first_new_id(load_processor(config.model)))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     lora = LoraConfig(
@@ -88,22 +107,102 @@ def read_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tenso
     for name, parameter in model.named_parameters():
         if name.endswith(EMBEDDINGS) and parameter.requires_grad:
             stored = name.removeprefix(PEFT_PREFIX).removesuffix(".new").removesuffix(".weight")
-            yield name, read_tensor(folder, f"{stored}.weight")[-len(parameter) :].float()
+            yield name, weights.read_tensor(folder, f"{stored}.weight")[-len(parameter) :].float()
 
 
 def save_adapter(
-    config: TrainingConfig, model: Any, weights: Mapping[str, torch.Tensor], folder: Path
+    config: TrainingConfig, model: Any, trained: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
-    """Write the trained `weights`, float32 by parameter name, to `folder` in PEFT's format.
+    """Write the `trained` weights, float32 by parameter name, to `folder` in PEFT's format.
 
     They replace those in `model`, which DeepSpeed rounds to half precision.
     """
-    for name, value in weights.items():
+    for name, value in trained.items():
         model.get_parameter(name).data = value
     if config.embedding_rows == "new":
-        stored = (read_tensor(config.model, name) for name in (GLM_EMBEDDING, GLM_LM_HEAD))
-        new_rows.join_embeddings(model.get_base_model(), *stored)
+        stored = (weights.read_tensor(config.model, name) for name in (GLM_EMBEDDING, GLM_LM_HEAD))
+        join_embeddings(model.get_base_model(), *stored)
     # Only the folder's name: its path on this machine means nothing elsewhere.
     model.peft_config["default"].base_model_name_or_path = config.model.resolve().name
     model.save_pretrained(folder, save_embedding_layers=config.train_embeddings)
     (folder / "README.md").unlink()  # PEFT's template of a model card, not filled in
+
+
+def write_merged(model_dir: Path, output_dir: Path) -> None:
+    """Merge `output_dir`/adapter into the model of `model_dir` and write it to `output_dir`.
+
+    The adapter is read back from disk, so that what was saved is what is merged. The result keeps
+    the model's stored dtype and loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Raises
+    DataError if adapter and model do not fit, and if a tensor was written with another shape or
+    dtype.
+    """
+    folder = output_dir / ADAPTER
+    settings = read_json(folder / "adapter_config.json")
+    adapter = load_file(folder / "adapter_model.safetensors")
+    scale = settings["lora_alpha"] / settings["r"]
+
+    def merge() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights.iterate_tensors(model_dir):
+            weight = adapter.pop(PEFT_PREFIX + name, None)
+            module = PEFT_PREFIX + name.removesuffix(".weight")
+            down = adapter.pop(f"{module}.lora_A.weight", None)
+            up = adapter.pop(f"{module}.lora_B.weight", None)
+            if weight is not None:
+                if weight.shape != tensor.shape:
+                    raise DataError(
+                        f"{folder}: {name} has shape {tuple(weight.shape)}, but {model_dir} has "
+                        f"{tuple(tensor.shape)}"
+                    )
+                tensor = weight.to(tensor.dtype)
+            elif down is not None or up is not None:
+                if down is None or up is None:
+                    raise DataError(f"{folder} holds one of the two LoRA matrices of {name}")
+                update = scale * (up.float() @ down.float())
+                tensor = (tensor.float() + update).to(tensor.dtype)
+            yield name, tensor
+
+    tensors = tqdm(merge(), desc="merging", unit=" tensors")
+    weights.write_sharded(tensors, output_dir, MAX_SHARD_BYTES)
+    if adapter:
+        raise DataError(f"{folder} holds {min(adapter)}, which {model_dir} has no place for")
+    for name in ("config.json", "generation_config.json"):
+        if (model_dir / name).is_file():
+            shutil.copyfile(model_dir / name, output_dir / name)
+    tokenizer_files.copy_tokenizer_files(model_dir, output_dir)
+    # Other programs have saved fully trained embeddings as empty tensors.
+    before, after = (weights.describe_tensors(folder) for folder in (model_dir, output_dir))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise DataError(
+                f"{output_dir}: {name} was written as {after.get(name)}, expected "
+                f"{before.get(name)}"
+            )
+
+
+@torch.inference_mode()
+def verify_logits(model_dir: Path, output_dir: Path) -> float:
+    """Return the largest difference between logits of the merged model and of model plus adapter.
+
+    Computed in float32, relative to the largest logit. Raises DataError if it is larger than
+    rounding the weights to the stored dtype explains.
+    """
+
+    def compute_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
+        model: Any = load_glm(folder, GlmForCausalLM, torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
+        ids = torch.linspace(0, model.config.vocab_size - 1, VERIFIED_IDS).long()
+        return model.eval()(ids[None]).logits
+
+    expected = compute_logits(model_dir, output_dir / ADAPTER)
+    actual = compute_logits(output_dir, None)
+    difference = ((expected - actual).abs().max() / expected.abs().max()).item()
+    dtypes = {dtype for dtype, _ in weights.describe_tensors(output_dir).values()}
+    eps = max(torch.finfo(weights.DTYPES[dtype]).eps for dtype in dtypes)
+    allowed = max(8 * eps, ROUNDING)
+    if not difference <= allowed:
+        raise DataError(
+            f"{output_dir}: logits of the merged model differ from those of model plus adapter by "
+            f"{difference:.1e} of the largest, expected at most {allowed:.1e}"
+        )
+    return difference

@@ -3,26 +3,32 @@
     step5_pt.checkpoints/               beside the output folder, removed when that is published
       step-000200/
         weights.safetensors             trained weights, float32
-        optimizer.safetensors           Adam's moments
+        optimizer.safetensors           Adam's moments, float32
         random.safetensors              states of the random generators of every process
         trainer_state.json              the Trainer's counters and log
         progress.json                   schedule, optimizer step, sums since the last log line
         manifest.json                   SHA-256 of the files, and the run they belong to
 
-A checkpoint does not depend on the number of processes. A run resumes from the newest intact one.
-A damaged one is skipped with a warning that says what is wrong; nothing of it is loaded. It is
-renamed, and removed once there is a newer checkpoint.
+Any number of processes can load a checkpoint: weights and moments are saved by parameter name, in
+full. Under DeepSpeed ZeRO-2 every process holds a shard of them; saving gathers the shards, and
+loading divides them again.
+
+A run resumes from the newest intact checkpoint. A damaged one is skipped with a warning that says
+what is wrong; nothing of it is loaded. It is renamed, and removed once there is a newer checkpoint.
 """
 
+import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
 
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.storage import disk, files
@@ -32,6 +38,9 @@ log = logging.getLogger(__name__)
 
 FOLDER_PREFIX = "step-"
 DAMAGED = "damaged-"
+WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
+TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CheckpointManifest(BaseModel):
@@ -120,12 +129,9 @@ class Checkpoints:
         return "there is no checkpoint yet: re-running the command starts again"
 
     def _newest_first(self) -> list[Path]:
-        paths = [
-            path
-            for path in self.folder.glob(f"{FOLDER_PREFIX}*")
-            if path.is_dir() and path.name.removeprefix(FOLDER_PREFIX).isdecimal()
-        ]
-        return sorted(paths, key=step_of, reverse=True)
+        paths = self.folder.glob(f"{FOLDER_PREFIX}*")
+        folders = [p for p in paths if p.is_dir() and p.name[len(FOLDER_PREFIX) :].isdecimal()]
+        return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -135,12 +141,8 @@ def step_of(path: Path) -> int:
 
 def _free_name(path: Path) -> Path:
     """Return the path, with a number appended if something is there already."""
-    number = 1
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def _read(path: Path) -> tuple[CheckpointManifest | None, str | None]:
@@ -152,7 +154,7 @@ def _read(path: Path) -> tuple[CheckpointManifest | None, str | None]:
         return None, "it has no manifest"
     except ArtifactError as error:
         return None, str(error)
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError):
         return None, "its manifest is damaged"
 
 
@@ -162,3 +164,158 @@ def _describe_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
         if theirs.get(name) != ours.get(name):
             return f"with {name}={theirs.get(name)}, not {ours.get(name)}"
     return "like this one"
+
+
+def save_state(trainer: Any, folder: Path | None, extra: Mapping[str, Any]) -> None:
+    """Write the state of a Trainer into `folder`; all processes call this, one gives a folder.
+
+    `extra` is added to the progress that `load_state` returns.
+    """
+    _link_moments(trainer)
+    for file, keys in ((WEIGHTS, ("",)), (OPTIMIZER, MOMENTS)):
+        tensors = gather_tensors(trainer, folder is not None, keys)
+        if folder is not None:
+            save_file(tensors, folder / file)
+        del tensors
+    random_states = _gather_random_states(trainer)
+    if folder is None:
+        return
+    save_file(random_states, folder / RANDOM)
+    trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    progress = {
+        "optimizer_step": int(next(iter(_adam(trainer).state.values()))["step"]),
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        # The sum of the losses since the last log line, and the step of that line.
+        "loss_sum": trainer._tr_loss.item(),
+        "last_logged": trainer._globalstep_last_logged,
+        **extra,
+    }
+    files.write_json(folder / PROGRESS, progress)
+
+
+def gather_tensors(
+    trainer: Any, wanted: bool, keys: Sequence[str] = ("",)
+) -> dict[str, torch.Tensor]:
+    """Return the trained weights by parameter name, in full, in float32 on the CPU.
+
+    All processes call this; those that do not want the weights get none. With `keys` from MOMENTS
+    it returns these moments, named parameter:key.
+    """
+    tensors = {}
+    for name, parameter in _trained(trainer):
+        for key in keys:
+            value = _gather(trainer, parameter, key)
+            if wanted:
+                tensors[f"{name}:{key}" if key else name] = value.cpu().contiguous()
+    return tensors
+
+
+def set_weights(trainer: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite trained weights with float32 values, by parameter name; all processes call this."""
+    for name, parameter in _trained(trainer):
+        if name in weights:
+            _scatter(trainer, parameter, "", weights[name])
+
+
+def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Load a saved state into a Trainer that is prepared for training; return its progress."""
+    progress = dict(files.read_json(folder / PROGRESS))
+    moments = load_file(folder / OPTIMIZER)
+    adam = _adam(trainer)
+    for group in adam.param_groups:
+        for parameter in group["params"]:  # what AdamW creates in its first step
+            adam.state[parameter] = {
+                "step": torch.tensor(float(progress["optimizer_step"]), device=parameter.device),
+                **{key: torch.zeros_like(parameter) for key in MOMENTS},
+            }
+    _link_moments(trainer)
+    set_weights(trainer, load_file(folder / WEIGHTS))
+    for name, parameter in _trained(trainer):
+        for key in MOMENTS:
+            _scatter(trainer, parameter, key, moments[f"{name}:{key}"])
+    trainer.lr_scheduler.load_state_dict(progress["schedule"])
+    rates = trainer.lr_scheduler.get_last_lr()
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    if progress["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(progress["scaler"])
+    return progress
+
+
+def load_random_states(trainer: Any, folder: Path) -> None:
+    """Restore this process's random generators, if the saved run had a process of its rank."""
+    states = load_file(folder / RANDOM)
+    rank = trainer.args.process_index
+    if f"{rank}.cpu" in states:
+        torch.set_rng_state(states[f"{rank}.cpu"])
+    if f"{rank}.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"])
+
+
+def _gather_random_states(trainer: Any) -> dict[str, torch.Tensor]:
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    by_rank: list[Any] = [own]
+    if trainer.args.world_size > 1:
+        by_rank = [None] * trainer.args.world_size
+        torch.distributed.all_gather_object(by_rank, own)
+    return {
+        f"{rank}.{kind}": state
+        for rank, states in enumerate(by_rank)
+        for kind, state in states.items()
+    }
+
+
+def _trained(trainer: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def _gather(trainer: Any, parameter: Any, key: str) -> torch.Tensor:
+    """Return a trained weight (key "") or one of its moments, in full and in float32."""
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key:
+            return safe_get_full_optimizer_state(parameter, key)
+        return safe_get_full_fp32_param(parameter)
+    value = _adam(trainer).state[parameter][key] if key else parameter.detach()
+    return value.float()
+
+
+def _scatter(trainer: Any, parameter: Any, key: str, value: torch.Tensor) -> None:
+    """Set what `_gather` returns; every process keeps its shard."""
+    value = value.to(parameter.device)
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key:
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            safe_set_full_fp32_param(parameter, value)
+    elif key:
+        _adam(trainer).state[parameter][key].copy_(value)
+    else:
+        parameter.data.copy_(value)
+
+
+def _adam(trainer: Any) -> torch.optim.Optimizer:
+    """Return the AdamW inside the wrappers of accelerate and DeepSpeed."""
+    optimizer = trainer.optimizer.optimizer
+    return optimizer.optimizer if trainer.is_deepspeed_enabled else optimizer
+
+
+def _link_moments(trainer: Any) -> None:
+    """Let DeepSpeed find each parameter's moments, which are slices of its flat buffers.
+
+    It links them itself in the first step of the first parameter group, when those of the other
+    group do not exist yet.
+    """
+    if trainer.is_deepspeed_enabled:
+        zero = trainer.optimizer.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()

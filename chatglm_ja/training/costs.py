@@ -11,14 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from chatglm_ja.chatglm3.base_config import ModelShape, read_shape
-from chatglm_ja.chatglm3.chat_format import first_new_id
-from chatglm_ja.chatglm3.tokenizer import load_processor
 from chatglm_ja.storage.files import read_json
-from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
 
 GB = 1e9
-WEIGHT_BYTES = 4  # trained weights are float32
-CHECKPOINT_BYTES = 3 * WEIGHT_BYTES  # a trained weight and its two moments
 # Dense bfloat16 tensor throughput with float32 accumulation, in TFLOP/s, from the data sheets. The
 # keys are parts of device names; more specific ones come first.
 PEAK_TFLOPS = {
@@ -45,31 +41,6 @@ MEASURED_MFU = {(True, True): 0.30, (True, False): 0.20, (False, True): 0.38, (F
 PLANNED_GPUS = ("RTX 3090", "RTX 4090", "A100", "H100")
 # Rows of logits that a GPU holds at once while it computes the loss.
 LOSS_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Numbers of parameters: trained LoRA matrices, trained embeddings, and frozen ones."""
-
-    lora: int
-    embeddings: int
-    frozen: int
-
-    @property
-    def all(self) -> int:
-        """All trained parameters."""
-        return self.lora + self.embeddings
-
-
-def trained_parameters(shape: ModelShape, config: TrainingConfig) -> ParameterCounts:
-    """Count the parameters; --embedding-rows new reads the model's tokenizer for its new rows."""
-    lora = shape.lora_weights(config.lora_rank) if config.learning_rate else 0
-    rows = shape.rows if config.train_embeddings else 0
-    if rows and config.embedding_rows == "new":
-        rows -= first_new_id(load_processor(config.model))
-    embeddings = 2 * rows * shape.hidden
-    total = shape.layer_weights + shape.embedding_weights
-    return ParameterCounts(lora, embeddings, total - embeddings)
 
 
 def activation_bytes(shape: ModelShape, rank: int, length: int) -> int:
@@ -201,18 +172,15 @@ def peak_tflops(device: str) -> float | None:
     """Return the data sheet's bfloat16 TFLOP/s for a GPU's name, or None if it is unknown."""
     if "Laptop" in device:
         return None
-    for name, peak in PEAK_TFLOPS.items():
-        if re.search(rf"\b{name}\b", device):
-            return peak
-    return None
+    peaks = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device))
+    return next(peaks, None)
 
 
-def describe_costs(config: TrainingConfig) -> str:
+def describe_costs(config: TrainingConfig, gpus: int) -> str:
     """Return the text that --estimate prints."""
-    gpus = config.estimate or 1
     shape = read_shape(config.model)
     plan = BatchPlan.divide(config, gpus)
-    trained = trained_parameters(shape, config)
+    trained = config.count_parameters(shape)
     items = estimate_memory(shape, trained, config, gpus)
     total = sum(size for _, size in items)
     tokens = config.global_batch_size * config.block_size

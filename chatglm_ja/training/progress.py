@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar, log lines, and curves for TensorBoard.
+"""What a run shows: a progress bar, log lines, curves for TensorBoard, and its losses as a picture.
 
 The callback also ends each step: it decides when to score, to save and to stop.
 """
@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from chatglm_ja import plots
 from chatglm_ja.data.dataset import SourceCount
-from chatglm_ja.training import source_losses, validation
+from chatglm_ja.training import validation
 from chatglm_ja.training.trainer import ResumableTrainer
+from chatglm_ja.training.validation import History
+
+LOSS_PLOT_FILE = "loss.png"
 
 
 class Progress(TrainerCallback):
@@ -36,6 +41,7 @@ class Progress(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=layout)
         self.started, self.first_step = self._training_time(), state.global_step
         self.trainer.last_logged = self.started, state.global_step
+        self.trainer.restore_progress()
 
     def _training_time(self) -> float:
         """Return the seconds on a clock that stands still while the run scores or saves."""
@@ -86,16 +92,14 @@ class Progress(TrainerCallback):
             bits = logs.get(f"{validation.LANGUAGE}{language}{validation.BITS}")
             suffix = "" if bits is None else f" ({bits:.3f} bits/char)"
             parts.append(f"{language} {loss:.4f}{suffix}")
-        if self.sources and source_losses.has_sources(logs):
-            table = "\n".join(source_losses.describe_losses(self.sources, state.log_history))
+        if self.sources and validation.has_sources(logs):
+            table = "\n".join(validation.describe_losses(self.sources, state.log_history))
             self.bar.write(table, file=sys.stderr)
         if len(parts) > 1:
             self.bar.write(" | ".join(parts), file=sys.stderr)
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -106,5 +110,41 @@ def make_tensorboard_callback(folder: Path, resumed_step: int | None) -> Trainer
 
     if resumed_step is None:
         shutil.rmtree(folder, ignore_errors=True)
-        return TensorBoardCallback(SummaryWriter(str(folder)))
-    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=resumed_step + 1))
+    purge_step = None if resumed_step is None else resumed_step + 1
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=purge_step))
+
+
+def draw_losses(
+    axis: Any, history: History, tokens_per_step: int = 1, scale: str = "linear"
+) -> None:
+    """Draw the losses of a Trainer's log on an axis, over the tokens, or by default the steps."""
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for entry in history:
+        if entry["step"] == 0 and scale == "log":
+            continue  # a logarithmic axis has no place for it
+        losses = {"training": entry["loss"]} if "loss" in entry else {}
+        for language, loss in validation.language_losses(entry).items():
+            losses[f"validation {language}"] = loss
+        for label, loss in losses.items():
+            curves[label].append((entry["step"] * tokens_per_step, loss))
+    for label, points in sorted(curves.items()):  # training first
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
+        if label == "training":
+            style = {"color": "#1d2330"}
+        axis.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def plot_losses(history: History, tokens_per_step: int, folder: Path) -> None:
+    """Write `folder`/loss.png: the losses of a Trainer's log on linear and on logarithmic axes.
+
+    Writes nothing if no training loss was logged.
+    """
+    if not any("loss" in entry for entry in history):
+        return
+    figure, axes = plots.make_figure(10, 3.6, ncols=2)
+    for axis, scale in zip(axes, ("linear", "log"), strict=True):
+        draw_losses(axis, history, tokens_per_step, scale)
+        axis.set(xscale=scale, yscale=scale, xlabel="tokens", ylabel="nats per token")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(frameon=False, fontsize=8)
+    plots.save_png(figure, folder / LOSS_PLOT_FILE)

@@ -6,10 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatglm_ja.chatglm3 import base_config
-from chatglm_ja.errors import ConfigError
+from chatglm_ja.chatglm3.base_config import ModelShape, read_shape, weights_bytes
 from chatglm_ja.settings import REPORTS_BYTES, StepConfig, setting
 from chatglm_ja.storage.files import read_json
+
+WEIGHT_BYTES = 4  # trained weights are float32
+CHECKPOINT_BYTES = 3 * WEIGHT_BYTES  # a trained weight and its two moments
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters: trained LoRA matrices, trained embeddings, and frozen ones."""
+
+    lora: int
+    embeddings: int
+    frozen: int
+
+    @property
+    def all(self) -> int:
+        """All trained parameters."""
+        return self.lora + self.embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +35,7 @@ class TrainingConfig(StepConfig):
     model: Path = setting("model folder to start from")
     data: Path = setting("output folder of step 4")
     block_size: int = setting(
-        "tokens per row, as prepared by step 4",
-        1024,
-        low=8,
-        high=2**20,
-        affects_result=False,
+        "tokens per row, as prepared by step 4", 1024, low=8, high=2**20, affects_result=False
     )
     train_embeddings: bool = setting("train the input and output embeddings in full", True)
     embedding_rows: Literal["all", "new"] = setting(
@@ -35,10 +47,7 @@ class TrainingConfig(StepConfig):
     lora_alpha: int = setting("LoRA scale: updates are multiplied by alpha / rank", 16, low=0)
     lora_dropout: float = setting("dropout before the LoRA matrices", 0.0, low=0, high=0.9)
     learning_rate: float = setting(
-        "peak learning rate of the LoRA matrices (0: freeze the transformer)",
-        2e-4,
-        low=0,
-        high=1,
+        "peak learning rate of the LoRA matrices (0: freeze the transformer)", 2e-4, low=0, high=1
     )
     embedding_learning_rate: float = setting(
         "peak learning rate of the embeddings", 5e-5, low=0, high=1
@@ -53,9 +62,7 @@ class TrainingConfig(StepConfig):
         "number of optimizer steps (-1: as many as --epochs takes)", -1, low=-1
     )
     global_batch_size: int = setting(
-        "rows per optimizer step, divided among the processes",
-        16,
-        low=1,
+        "rows per optimizer step, divided among the processes", 16, low=1
     )
     micro_batch_size: int = setting(
         "largest number of rows per process in a forward pass; the rest of its share of the global "
@@ -128,19 +135,9 @@ class TrainingConfig(StepConfig):
         low=1,
     )
     max_skipped_steps: int = setting(
-        "stop after more than this many skipped steps in a row",
-        5,
-        low=1,
+        "stop after more than this many skipped steps in a row", 5, low=1
     )
     seed: int = setting("seed of the LoRA matrices and the order of the rows", 42, low=0)
-
-    def check_rows(self, prepared: int) -> None:
-        """Raise ConfigError if the data was prepared with rows of another size."""
-        if prepared != self.block_size:
-            raise ConfigError(
-                f"{self.data} has rows of {prepared} tokens, but --block-size is "
-                f"{self.block_size}: prepare the data with that size, or set it to the data's"
-            )
 
     def contradictions(self) -> list[str]:
         problems = _find_deepspeed_problems(self.deepspeed) if self.deepspeed is not None else []
@@ -162,14 +159,25 @@ class TrainingConfig(StepConfig):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems
 
+    def count_parameters(self, shape: ModelShape) -> ParameterCounts:
+        """Count the parameters of a model of this shape; `new` rows are those of its tokenizer."""
+        lora = shape.lora_weights(self.lora_rank) if self.learning_rate else 0
+        rows = shape.rows if self.train_embeddings else 0
+        if rows and self.embedding_rows == "new":
+            # Imports sentencepiece, which --help does not need.
+            from chatglm_ja.chatglm3.chat_format import first_new_id
+            from chatglm_ja.chatglm3.tokenizer import load_processor
+
+            rows -= first_new_id(load_processor(self.model))
+        embeddings = 2 * rows * shape.hidden
+        total = shape.layer_weights + shape.embedding_weights
+        return ParameterCounts(lora, embeddings, total - embeddings)
+
     def disk_bytes(self) -> int:
         """Estimate the size of checkpoints (one more than are kept), adapter and merged model."""
-        from chatglm_ja.training import costs
-
-        trained = costs.trained_parameters(base_config.read_shape(self.model), self).all
-        checkpoints = costs.CHECKPOINT_BYTES * trained * (self.keep_checkpoints + 1)
-        adapter = costs.WEIGHT_BYTES * trained
-        return REPORTS_BYTES + checkpoints + adapter + base_config.weights_bytes(self.model)
+        trained = self.count_parameters(read_shape(self.model)).all
+        checkpoints = CHECKPOINT_BYTES * trained * (self.keep_checkpoints + 1)
+        return REPORTS_BYTES + checkpoints + WEIGHT_BYTES * trained + weights_bytes(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from chatglm_ja.errors import ConfigError
 from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.output import Output
 from chatglm_ja.training.settings import TrainingConfig
@@ -21,10 +22,15 @@ def run_training_step(
     if config.estimate is not None:
         from chatglm_ja.training import costs
 
-        print(costs.describe_costs(config))
+        print(costs.describe_costs(config, config.estimate))
         return False
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
-    config.check_rows(data.read_number("arguments", ROW_SETTINGS[data_set]))
+    prepared = data.read_number("arguments", ROW_SETTINGS[data_set])
+    if prepared != config.block_size:
+        raise ConfigError(
+            f"{config.data} has rows of {prepared} tokens, but --block-size is "
+            f"{config.block_size}: prepare the data with that size, or set it to the data's"
+        )
     model = open_artifact(config.model, *model_scripts, every_byte=config.verify)
     output = Output(config, Path(script).stem, [model, data], unfinished="checkpoints")
     if not output.prepare():

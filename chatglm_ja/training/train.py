@@ -13,7 +13,7 @@ import logging
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,20 @@ from chatglm_ja.chatglm3.tokenizer import load_processor
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError, StoppedError, UserError
-from chatglm_ja.storage.files import read_json, write_json
+from chatglm_ja.storage.files import write_json
 from chatglm_ja.storage.output import Output
-from chatglm_ja.training import costs, merge_lora, source_losses, training_state
-from chatglm_ja.training.adapter import choose_dtype, load_for_training, save_adapter
-from chatglm_ja.training.checkpoints import Checkpoints, step_of
-from chatglm_ja.training.loss_plot import plot_losses
-from chatglm_ja.training.progress import Progress, make_tensorboard_callback
+from chatglm_ja.training import adapter, costs
+from chatglm_ja.training.checkpoints import Checkpoints, gather_tensors, step_of
+from chatglm_ja.training.progress import Progress, make_tensorboard_callback, plot_losses
 from chatglm_ja.training.settings import TrainingConfig
 from chatglm_ja.training.trainer import MEASURED, ResumableTrainer, stopping_on_signals
-from chatglm_ja.training.validation import Validation
+from chatglm_ja.training.validation import SOURCES_FILE, Validation, losses_by_source
 from chatglm_ja.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.json"
 RUNTIME = "train_runtime"
-# The first rows, from which the lengths of documents and the share of trained tokens are estimated.
-SAMPLED_ROWS = 256
 
 
 def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None:
@@ -58,19 +54,30 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
     with output.write() as working:
         result = train(config, name, working, checkpoints)
         history, sources = result.pop("history"), result.pop("sources")
+        # Speed, memory and times differ between two runs with the same weights.
+        runtime = next(entry[RUNTIME] for entry in history if RUNTIME in entry)
+        losses = [
+            {key: value for key, value in entry.items() if key not in MEASURED}
+            for entry in history
+            if RUNTIME not in entry
+        ]
         # Sorted, because entries read back from a checkpoint are.
-        write_json(working / HISTORY_FILE, _drop_measured(history), sort_keys=True)
+        write_json(working / HISTORY_FILE, losses, sort_keys=True)
         if sources:
-            source_losses.write_source_losses(sources, history, working)
+            write_json(working / SOURCES_FILE, losses_by_source(sources, history))
         plot_losses(history, result["tokens_per_step"], working)
         gc.collect()  # frees the trainer and its callbacks, a reference cycle that holds the model
         torch.cuda.empty_cache()
         log.info("merging the adapter")
-        merge_lora.write_merged(config.model, working)
+        adapter.write_merged(config.model, working)
         if config.should_compare_logits(base_config.weights_bytes(config.model)):
-            difference = merge_lora.verify_logits(config.model, working)
+            difference = adapter.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
-        output.counts.update(result, speed=_summarize_speed(history))
+        speed = {"seconds": runtime}
+        for key in MEASURED:
+            if values := [entry[key] for entry in history if key in entry]:
+                speed[key] = round(statistics.median(values), 4)
+        output.counts.update(result, speed=speed)
     log.info("trained model: %s", config.output_dir)
 
 
@@ -86,12 +93,7 @@ def train(
     history and counts. Raises DataError if the data does not fit the model, StoppedError if a
     signal ended the run, and LostError if another process of it ended.
     """
-
-    def describe_resume() -> str:
-        if checkpoints is None:
-            return "re-run the command"
-        return checkpoints.describe_resume()
-
+    describe_resume = checkpoints.describe_resume if checkpoints else lambda: "re-run the command"
     with Watchdog(config.stall_seconds, describe_resume) as watchdog:
         _prepare_for_cpu(config)
         rows, validation_rows = _read_data(config, name)
@@ -108,7 +110,11 @@ def train(
         if resumed is not None:
             log.info("resuming from %s", resumed)
             arguments.eval_on_start = False
-        trainer = _build_trainer(config, rows, validation, checkpoints, watchdog, arguments)
+        model = adapter.load_for_training(config, adapter.choose_dtype(config))
+        trainer = ResumableTrainer(
+            config, model, rows, validation, checkpoints, watchdog, arguments
+        )
+        _log_plan(trainer)
         progress = Progress(trainer, sources)
         trainer.add_callback(progress)
         if config.tracker == "tensorboard" and output_dir is not None:
@@ -116,7 +122,7 @@ def train(
             step = None if resumed is None else step_of(resumed)
             trainer.add_callback(make_tensorboard_callback(folder, step))
         trainer.remove_callback(PrinterCallback)
-        with stopping_on_signals(trainer), progress:
+        with stopping_on_signals(trainer), closing(progress):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         step, last_step = trainer.state.global_step, trainer.state.max_steps
         if trainer.should_stop and step < last_step:
@@ -124,38 +130,20 @@ def train(
         return _finish(trainer, output_dir) | {"sources": sources}
 
 
-def _build_trainer(
-    config: TrainingConfig,
-    rows: Any,
-    validation: Validation | None,
-    checkpoints: Checkpoints | None,
-    watchdog: Watchdog,
-    arguments: TrainingArguments,
-) -> ResumableTrainer:
-    """Load the model; log what is trained, and how a global batch is divided."""
-    model = load_for_training(config, choose_dtype(config))
-    shape = base_config.read_shape(config.model)
-    lengths = rows.select(range(min(SAMPLED_ROWS, len(rows))))["lengths"]
-    if not config.document_mask:
-        lengths = [[sum(row)] for row in lengths]
-    flops_per_token = costs.flops_per_token(
-        shape,
-        costs.trained_parameters(shape, config),
-        costs.mean_context(lengths),
-        dataset.scored_share(rows, SAMPLED_ROWS),
-    )
-    tokens_per_step = config.global_batch_size * dataset.count_tokens(rows) // len(rows)
-    plan = costs.BatchPlan.divide(config, _world_size())
-    trainer = ResumableTrainer(config, model, validation, checkpoints, watchdog, tokens_per_step,
-                               flops_per_token, args=arguments, train_dataset=rows)  # fmt: skip
+def _log_plan(trainer: ResumableTrainer) -> None:
+    """Log what is trained, and how a global batch is divided."""
+    config = trainer.config
+    model: Any = trainer.model
+    rows: Any = trainer.train_dataset
+    plan = costs.BatchPlan.divide(config, trainer.args.world_size)
     log.info(
         "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
-        training_state.count_trained(trainer) / 1e6,
+        model.num_parameters(only_trainable=True) / 1e6,
         model.num_parameters() / 1e6,
         len(rows),
         plan,
         config.global_batch_size,
-        f"{tokens_per_step:,}",
+        f"{trainer.tokens_per_step:,}",
     )
     if plan.accumulation > 1 and config.deepspeed is not None:
         log.info(
@@ -165,16 +153,15 @@ def _build_trainer(
         )
     if dropped := len(rows) % config.global_batch_size:
         log.info("dropping %d rows per epoch (incomplete global batch)", dropped)
-    return trainer
 
 
 def _finish(trainer: ResumableTrainer, output_dir: Path | None) -> dict[str, Any]:
     """Write the adapter on the rank with an `output_dir`, free memory, and return the counts."""
-    trained_parameters = training_state.count_trained(trainer)  # save_adapter changes the model
-    weights = training_state.trained_weights(trainer, output_dir is not None)
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    trained_parameters = model.num_parameters(only_trainable=True)  # save_adapter changes the model
+    weights = gather_tensors(trainer, output_dir is not None)
     if output_dir is not None:
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        save_adapter(trainer.config, model, weights, output_dir / merge_lora.ADAPTER)
+        adapter.save_adapter(trainer.config, model, weights, output_dir / adapter.ADAPTER)
     trainer.accelerator.free_memory()  # DeepSpeed's engine has other references
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -182,7 +169,7 @@ def _finish(trainer: ResumableTrainer, output_dir: Path | None) -> dict[str, Any
         "trained_parameters": trained_parameters,
         "steps": trainer.state.global_step,
         "tokens_per_step": trainer.tokens_per_step,
-        "world_size": _world_size(),
+        "world_size": trainer.args.world_size,
         "history": trainer.state.log_history,
     }
 
@@ -224,7 +211,8 @@ def _read_data(config: TrainingConfig, name: str) -> tuple[Any, Any]:
 
 def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> TrainingArguments:
     """Translate the settings into the Trainer's."""
-    plan, dtype = costs.BatchPlan.divide(config, _world_size()), choose_dtype(config)
+    plan = costs.BatchPlan.divide(config, int(os.environ.get("WORLD_SIZE", "1")))
+    dtype = adapter.choose_dtype(config)
     arguments = TrainingArguments(
         # The Trainer creates this folder and leaves it empty, as nothing is saved through it.
         output_dir=str(output_dir or tempfile.gettempdir()),
@@ -262,10 +250,6 @@ def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> Training
     return arguments
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _find_newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
     """Return the checkpoint to resume from; rank 0 looks, so that all ranks use the same one."""
     answer: list[Any] = [None, None]  # the path, an error
@@ -279,24 +263,3 @@ def _find_newest(checkpoints: Checkpoints, overwrite: bool) -> Path | None:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
-
-
-def _drop_measured(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what differs between two runs with the same weights: speed, memory, and times."""
-    entries = [entry for entry in history if RUNTIME not in entry]
-    return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in entries]
-
-
-def _summarize_speed(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return this process's training time in seconds, and the medians of what it measured."""
-    speed = {"seconds": next(entry[RUNTIME] for entry in history if RUNTIME in entry)}
-    for name in MEASURED:
-        values = [entry[name] for entry in history if name in entry]
-        if values:
-            speed[name] = round(statistics.median(values), 4)
-    return speed
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Read the Trainer's log from a folder that `train_and_publish` wrote."""
-    return read_json(folder / HISTORY_FILE)

@@ -3,7 +3,7 @@
 * a separate learning rate for the embeddings
 * validation losses that are exact means per token (validation.py)
 * steps with a bad loss are skipped on all processes (spikes.py)
-* checkpoints from which any number of processes can resume (training_state.py)
+* checkpoints from which any number of processes can resume (checkpoints.py)
 * SIGTERM and Ctrl-C end the run after a checkpoint
 """
 
@@ -12,24 +12,32 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainingArguments
 
+from chatglm_ja.chatglm3.base_config import read_shape
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
-from chatglm_ja.training import costs, training_state
+from chatglm_ja.data import dataset
+from chatglm_ja.training import costs
 from chatglm_ja.training.adapter import EMBEDDINGS, read_embeddings
-from chatglm_ja.training.checkpoints import Checkpoints
-from chatglm_ja.training.collator import Collator
-from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training.checkpoints import (
+    Checkpoints,
+    load_random_states,
+    load_state,
+    save_state,
+    set_weights,
+)
+from chatglm_ja.training.model import Collator
+from chatglm_ja.training.settings import CHECKPOINT_BYTES, TrainingConfig
 from chatglm_ja.training.spikes import SpikeGuard
-from chatglm_ja.training.validation import ALL_LOSS, SOURCE, Validation, token_sources
+from chatglm_ja.training.validation import ALL_LOSS, SOURCE, History, Validation, token_sources
 from chatglm_ja.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -39,6 +47,8 @@ log = logging.getLogger(__name__)
 SAME_SIGNAL_SECONDS = 3.0
 # What `log` adds to a line of training.
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
+# The first rows, from which the lengths of documents and the share of trained tokens are estimated.
+SAMPLED_ROWS = 256
 
 
 class ResumableTrainer(Trainer):
@@ -48,19 +58,26 @@ class ResumableTrainer(Trainer):
         self,
         config: TrainingConfig,
         model: Any,
+        rows: Any,
         validation: Validation | None,
         checkpoints: Checkpoints | None,
         watchdog: Watchdog,
-        tokens_per_step: int,
-        flops_per_token: float,
-        **kwargs: Any,
+        arguments: TrainingArguments,
     ) -> None:
         self.config = config
         self.validation = validation
         self.checkpoints = checkpoints
         self.watchdog = watchdog
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
+        self.tokens_per_step = config.global_batch_size * dataset.count_tokens(rows) // len(rows)
+        shape, lengths = read_shape(config.model), rows[:SAMPLED_ROWS]["lengths"]
+        if not config.document_mask:
+            lengths = [[sum(row)] for row in lengths]
+        self.flops_per_token = costs.flops_per_token(
+            shape,
+            config.count_parameters(shape),
+            context=costs.mean_context(lengths),
+            scored=dataset.scored_share(rows, SAMPLED_ROWS),
+        )
         self.peak_tflops: float | None = None
         if torch.cuda.is_available():
             self.peak_tflops = costs.peak_tflops(torch.cuda.get_device_name())
@@ -69,6 +86,7 @@ class ResumableTrainer(Trainer):
         fixed_length = config.block_size if config.compile and config.packing else 0
         self.collate = Collator(config.document_mask, fixed_length)
         self.guard = SpikeGuard(config.max_loss_jump, config.max_skipped_steps)
+        self.resumed: dict[str, Any] = {}  # the progress that a checkpoint stored
         self.grad_norm = torch.zeros(())  # of the last step
         # Of each micro-batch of this step, on the device: its loss per token, and a signal to stop.
         self.micro_batches: list[torch.Tensor] = []
@@ -77,9 +95,10 @@ class ResumableTrainer(Trainer):
         # The Trainer calls `evaluate` only if it has an eval_dataset.
         super().__init__(
             model,
+            arguments,
             data_collator=self.collate,
+            train_dataset=rows,
             eval_dataset=None if validation is None else validation.rows,
-            **kwargs,
         )
 
     def training_step(
@@ -139,18 +158,18 @@ class ResumableTrainer(Trainer):
             if not self.is_deepspeed_enabled:
                 optimizer: Any = self.optimizer
                 optimizer.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
-        return norm
+        if norm is None:
+            return None
+        # JSON has neither NaN nor infinity: the log shows 0 for a skipped step.
+        return torch.as_tensor(norm, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create AdamW with two parameter groups: LoRA matrices, and embeddings."""
         if self.optimizer is None:
-            lora: list[Any] = []
-            embeddings: list[Any] = []
-            trained: Any = model or self.model
-            for name, parameter in trained.named_parameters():
-                if parameter.requires_grad:
-                    (embeddings if name.endswith(EMBEDDINGS) else lora).append(parameter)
-            config = self.config
+            model, config = model or self.model, self.config
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            lora = [p for name, p in trained if not name.endswith(EMBEDDINGS)]
+            embeddings = [p for name, p in trained if name.endswith(EMBEDDINGS)]
             groups: list[dict[str, Any]] = [
                 {"params": lora, "lr": config.learning_rate, "weight_decay": config.weight_decay},
                 # No decay: it would shrink the rows of tokens that do not occur in a batch.
@@ -161,7 +180,10 @@ class ResumableTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed since the last line, MFU if the GPU is known, and peak memory; then log."""
+        """Add speed since the last line, MFU if the GPU is known, and peak memory; then log.
+
+        Peak memory is that of the GPU or, without one, of this process.
+        """
         if "loss" in logs:
             now, step = time.monotonic() - self.paused, self.state.global_step
             then, last_step = self.last_logged
@@ -171,7 +193,11 @@ class ResumableTrainer(Trainer):
             if self.peak_tflops is not None:
                 rate = self.flops_per_token * speed / self.args.world_size
                 logs["mfu"] = round(rate / (self.peak_tflops * 1e12), 4)
-            logs["memory_gb"] = round(peak_memory_gb(), 3)
+            if torch.cuda.is_available():
+                peak_bytes = torch.cuda.max_memory_allocated()
+            else:
+                peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            logs["memory_gb"] = round(peak_bytes / 1e9, 3)
         super().log(logs, start_time)
 
     @contextmanager
@@ -204,27 +230,32 @@ class ResumableTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, loader: Any, checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, loader, None)
         if checkpoint is not None:
-            progress = training_state.load_state(self, Path(checkpoint))
-            self.add_callback(RestoreProgress(self, progress))
+            self.resumed = load_state(self, Path(checkpoint))
         elif self.is_deepspeed_enabled:
             # DeepSpeed made its float32 masters from weights in half precision.
-            stored = dict(read_embeddings(self.config.model, self.model))
-            training_state.set_weights(self, stored)
+            set_weights(self, dict(read_embeddings(self.config.model, self.model)))
         return prepared
+
+    def restore_progress(self) -> None:
+        """Restore what the Trainer resets before the first step of a resumed run."""
+        if self.resumed:
+            self._tr_loss += self.resumed["loss_sum"]
+            self._globalstep_last_logged = self.resumed["last_logged"]
+            self.guard.restore(self.resumed)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         if checkpoint is not None:
-            training_state.load_random_states(self, Path(checkpoint))
+            load_random_states(self, Path(checkpoint))
 
     def _save_checkpoint(self, *_: Any) -> None:
         self.watchdog.progress()
-        with self.pause():
-            if self.checkpoints is not None and self.is_world_process_zero():
-                size = training_state.state_bytes(self)
-                with self.checkpoints.write(self.state.global_step, size) as folder:
-                    training_state.save_state(self, folder, self.guard.state())
-            else:
-                training_state.save_state(self, None, self.guard.state())
+        writing: Any = nullcontext()
+        if self.checkpoints is not None and self.is_world_process_zero():
+            model: Any = self.model
+            needed = CHECKPOINT_BYTES * model.num_parameters(only_trainable=True)
+            writing = self.checkpoints.write(self.state.global_step, needed)
+        with self.pause(), writing as folder:
+            save_state(self, folder, self.guard.state())
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation set; log the sources before and after training only.
@@ -273,7 +304,7 @@ class ResumableTrainer(Trainer):
         return validation.metrics(nats, tokens)
 
 
-def warn_of_rise(history: Sequence[Mapping[str, Any]]) -> None:
+def warn_of_rise(history: History) -> None:
     """Warn if the validation loss has risen twice in a row."""
     losses = [entry[ALL_LOSS] for entry in history if ALL_LOSS in entry]
     if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
@@ -282,19 +313,6 @@ def warn_of_rise(history: Sequence[Mapping[str, Any]]) -> None:
             "may give a better model",
             *losses[-3:],
         )
-
-
-class RestoreProgress(TrainerCallback):
-    """Restores what the Trainer resets before the first step of a resumed run."""
-
-    def __init__(self, trainer: ResumableTrainer, progress: Mapping[str, Any]) -> None:
-        self.trainer = trainer
-        self.progress = progress
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer._tr_loss += self.progress["loss_sum"]
-        self.trainer._globalstep_last_logged = self.progress["last_logged"]
-        self.trainer.guard.restore(self.progress)
 
 
 @contextmanager
@@ -320,10 +338,3 @@ def stopping_on_signals(trainer: ResumableTrainer) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def peak_memory_gb() -> float:
-    """Return the peak memory in GB: of the GPU or, without one, of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

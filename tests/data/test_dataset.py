@@ -10,7 +10,7 @@ import torch
 from chatglm_ja.chatglm3 import base_config, chat_format
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError
-from chatglm_ja.training import collator
+from chatglm_ja.training.model import Collator
 from tests.conftest import DATA, Source, prepare_config, write_pretraining
 
 
@@ -37,12 +37,12 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
         {"input_ids": [5, 6, 7, 8, 9], "lengths": [3, 2]},
         {"input_ids": [1, 2, 3], "lengths": [3]},
     ]
-    batch = collator.Collator(document_mask=True)(rows)
+    batch = Collator(document_mask=True)(rows)
     ignore = chat_format.IGNORE_INDEX
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[ignore, 6, 7, ignore, 9], [ignore, 2, 3, ignore, ignore]]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
-    plain = collator.Collator(document_mask=False)(rows[:1])
+    plain = Collator(document_mask=False)(rows[:1])
     assert plain["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
     assert plain["labels"].tolist() == [[ignore, 6, 7, 8, 9]]
     assert plain["input_ids"].dtype == torch.int64
@@ -50,7 +50,7 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
 
 def test_rows_are_padded_to_a_length(data_dir: Path) -> None:
     rows = [{"input_ids": [1, 2, 3], "lengths": [3]}]
-    batch = collator.Collator(document_mask=True, length=5)(rows)
+    batch = Collator(document_mask=True, length=5)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [
         [chat_format.IGNORE_INDEX, 2, 3, chat_format.IGNORE_INDEX, chat_format.IGNORE_INDEX]

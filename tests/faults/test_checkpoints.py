@@ -9,8 +9,8 @@ import pytest
 from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.storage import disk
 from chatglm_ja.storage.files import MANIFEST
-from chatglm_ja.training import costs, train
-from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training import train
+from chatglm_ja.training.settings import CHECKPOINT_BYTES, TrainingConfig
 from tests.faults.ledger import Ledger
 from tests.training.runs import adapter, checkpoints_in, config_for, interrupt_after
 
@@ -84,9 +84,9 @@ def test_a_checkpoint_takes_the_estimated_disk_space(
     interrupted: tuple[TrainingConfig, Path, bytes],
 ) -> None:
     config, folder, _ = interrupted
-    trained = costs.trained_parameters(base_config.read_shape(config.model), config).all
+    trained = config.count_parameters(base_config.read_shape(config.model)).all
     size = disk.folder_bytes(folder / "checkpoints" / "step-000004")
-    assert 0.98 * size < costs.CHECKPOINT_BYTES * trained < size
+    assert 0.98 * size < CHECKPOINT_BYTES * trained < size
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -49,6 +49,10 @@ def test_a_bad_step_changes_no_weight(
         assert all(
             math.isfinite(e["loss"]) and e["loss"] < 10 for e in result["history"] if "loss" in e
         )
+        # history.json is valid JSON, with a norm of 0 for the step that was not taken.
+        json.dumps(result["history"], allow_nan=False)
+        norms = [entry["grad_norm"] for entry in result["history"] if "grad_norm" in entry]
+        assert [step for step, norm in enumerate(norms, start=1) if norm == 0] == [5]
 
 
 def test_a_bad_micro_batch_skips_its_whole_step(

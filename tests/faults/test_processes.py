@@ -57,6 +57,7 @@ def test_no_process_waits_for_a_lost_one(
     ledger: Ledger,
     thorough: bool,
     undisturbed: list[float],
+    request: pytest.FixtureRequest,
     fault: str,
     rank: int,
 ) -> None:
@@ -67,9 +68,11 @@ def test_no_process_waits_for_a_lost_one(
     process = subprocess.Popen(
         pipeline.command("step5_train_pt_multi_gpu.sh", *FLAGS, "--output-dir", str(target)),
         env=pipeline.environment | {"NPROC_PER_NODE": "2", "MASTER_PORT": free_port()},
+        stdout=subprocess.DEVNULL,  # if the test fails, what it started must not hold pytest's
         stderr=subprocess.PIPE,
         text=True,
     )
+    request.addfinalizer(process.terminate)
     assert process.stderr is not None
     with ledger.trial("processes", fault) as row:
         # With rank 0 no line follows: it is the one that speaks.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from chatglm_ja.training import training_state
+from chatglm_ja.training.checkpoints import gather_tensors
 from chatglm_ja.training.trainer import ResumableTrainer
 from tests.pipeline import PROJECT
 
@@ -41,7 +41,7 @@ def main() -> None:
         return loss
 
     def noted(self: Any, *given: Any, **named: Any) -> torch.Tensor:
-        weights = training_state.trained_weights(self, wanted=True)
+        weights = gather_tensors(self, wanted=True)
         digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values()))
         with open(f"{notes}-{rank}", "a", encoding="utf-8") as file:
             file.write(digest.hexdigest() + "\n")

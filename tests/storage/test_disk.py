@@ -9,8 +9,7 @@ from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.settings import REPORTS_BYTES, Config, parse
 from chatglm_ja.storage import disk
-from chatglm_ja.training import costs
-from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training.settings import CHECKPOINT_BYTES, TrainingConfig
 from chatglm_ja.vocabulary.settings import (
     MergeTokenizerConfig,
     ResizeModelConfig,
@@ -30,8 +29,8 @@ def test_every_step_estimates_what_it_writes_and_not_much_more(pipeline: Runner)
 
     base, tokenizer = made / "base_model", made / "step2_tokenizer"
     training = settings(5, TrainingConfig, model=made / "step3_model")
-    counts = costs.trained_parameters(base_config.read_shape(training.model), training)
-    checkpoints = costs.CHECKPOINT_BYTES * counts.all * (training.keep_checkpoints + 1)
+    counts = training.count_parameters(base_config.read_shape(training.model))
+    checkpoints = CHECKPOINT_BYTES * counts.all * (training.keep_checkpoints + 1)
     step1 = made / "step1_tokenizer"
     merging = settings(2, MergeTokenizerConfig, base_model=base, ja_tokenizer=step1)
     resizing = settings(3, ResizeModelConfig, base_model=base, tokenizer=tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatglm_ja.training import merge_lora
+from chatglm_ja.training.adapter import ADAPTER
 from chatglm_ja.training.checkpoints import Checkpoints
 from chatglm_ja.training.settings import TrainingConfig
 from chatglm_ja.training.trainer import ResumableTrainer
@@ -36,7 +36,7 @@ def checkpoints_in(folder: Path, **run: Any) -> Checkpoints:
 
 
 def adapter(folder: Path) -> bytes:
-    return (folder / merge_lora.ADAPTER / "adapter_model.safetensors").read_bytes()
+    return (folder / ADAPTER / "adapter_model.safetensors").read_bytes()
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.errors import ConfigError, DataError
-from chatglm_ja.training import costs, train
-from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training import adapter, costs
+from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
 from tests.conftest import PROJECT
 from tests.training.runs import config_for
 
@@ -58,8 +58,8 @@ def test_parameters_are_those_of_the_model(
     resized_dir: Path, data_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, **changes)
-    model = train.load_for_training(config, torch.float32)
-    trained = costs.trained_parameters(base_config.read_shape(resized_dir), config)
+    model = adapter.load_for_training(config, torch.float32)
+    trained = config.count_parameters(base_config.read_shape(resized_dir))
     assert trained.all == sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = [p for n, p in model.named_parameters() if not p.requires_grad and "lora_" not in n]
     assert trained.frozen == sum(p.numel() for p in frozen)
@@ -96,7 +96,7 @@ def test_activations_are_what_autograd_keeps(config: TrainingConfig) -> None:
     batch, length = 2, 64
     kept = []
     for cut in (0, 1):
-        model: Any = train.load_for_training(config, torch.bfloat16).to(torch.bfloat16)
+        model: Any = adapter.load_for_training(config, torch.bfloat16).to(torch.bfloat16)
         layers = model.get_base_model().model.layers
         for _ in range(cut):
             del layers[-1]
@@ -112,7 +112,7 @@ def test_operations_are_those_that_torch_counts(
     resized_dir: Path, data_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, **changes)
-    model = train.load_for_training(config, torch.float32)
+    model = adapter.load_for_training(config, torch.float32)
     # The products of fused attention are not counted on a CPU.
     model.config._attn_implementation = "eager"
     batch, length = 2, 32
@@ -121,7 +121,7 @@ def test_operations_are_those_that_torch_counts(
         logits = model(input_ids=ids).logits
         F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
     shape = base_config.read_shape(config.model)
-    trained = costs.trained_parameters(shape, config)
+    trained = config.count_parameters(shape)
     # Attention is computed over the whole block, LoRA's products also where they do not learn.
     expected = costs.flops_per_token(shape, trained, context=length)
     expected += 0 if trained.lora else 4 * shape.lora_weights(config.lora_rank)
@@ -146,9 +146,9 @@ def test_memory_is_what_a_gpu_measured(
     config = config_6b(**changes)
     new = 2 * 13_794 * shape.hidden
     total = shape.layer_weights + shape.embedding_weights
-    trained = costs.trained_parameters(shape, config_6b())
+    trained = config_6b().count_parameters(shape)
     if config.embedding_rows == "new":
-        trained = costs.ParameterCounts(trained.lora, new, total - new)
+        trained = ParameterCounts(trained.lora, new, total - new)
     items = costs.estimate_memory(shape, trained, config, processes)
     assert sum(size for _, size in items) == pytest.approx(measured_gb, rel=0.02)
 
@@ -212,13 +212,13 @@ def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> Non
     config = config_6b(
         model=base_dir, estimate=4, deepspeed=PROJECT / "ds_zero2.json", embedding_rows="all"
     )
-    text = costs.describe_costs(config)
+    text = costs.describe_costs(config, 4)
     assert (
         "micro-batch 4 x accumulation 1 x 4 GPUs = 16 blocks of 1,024 tokens = 16,384 tokens"
         in text
     )
     shape = base_config.read_shape(base_dir)
-    items = costs.estimate_memory(shape, costs.trained_parameters(shape, config), config, 4)
+    items = costs.estimate_memory(shape, config.count_parameters(shape), config, 4)
     assert f"{sum(size for _, size in items):.2f}" in text
     settings = json.loads((PROJECT / "ds_zero2.json").read_text())
     shape = base_config.read_shape(base_dir)
@@ -235,7 +235,7 @@ def test_the_hours_are_those_of_the_measured_speed() -> None:
     rank 8; documents as long as blocks take a little more."""
     shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
     config = config_6b(gradient_checkpointing=True, compile=True)
-    trained = costs.trained_parameters(shape, config)
+    trained = config.count_parameters(shape)
     lines = "\n".join(costs._describe_time(shape, trained, config, costs.BatchPlan(4, 1, 4)))
     assert "1 B tokens at 30% MFU" in lines
     measured = 1e9 / (4 * 11_547) / 3600
@@ -246,7 +246,7 @@ def test_the_hours_are_those_of_the_measured_speed() -> None:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradient_traffic_is_what_deepspeed_logged(accumulation: int) -> None:
     """benchmarks/zero2_traffic.py, two processes: all gradients once per micro-batch."""
-    trained = costs.ParameterCounts(lora=100_000_000, embeddings=400_000_000, frozen=0)
+    trained = ParameterCounts(lora=100_000_000, embeddings=400_000_000, frozen=0)
     gradients, weights = costs.sent_per_step(trained, costs.BatchPlan(4, accumulation, 2))
     assert gradients == pytest.approx(accumulation * 2 * trained.all / 1e9)
     assert weights == pytest.approx(2 * trained.all / 2 / 1e9)

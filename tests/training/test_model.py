@@ -1,4 +1,7 @@
-"""The training loss against plain PyTorch, and packed documents against separate ones."""
+"""The training loss against plain PyTorch, packed documents against separate ones, and new rows.
+
+With --embedding-rows new only the added rows are trained; the base's rows stay bit-identical.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GlmForCausalLM
+from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer
 from chatglm_ja.data import dataset
-from chatglm_ja.training import collator, model
-from chatglm_ja.training.model import GlmForTraining, token_losses_sum
+from chatglm_ja.errors import ConfigError
+from chatglm_ja.training import model, train
+from chatglm_ja.training.adapter import write_merged
+from chatglm_ja.training.model import (
+    Collator,
+    GlmForTraining,
+    join_embeddings,
+    split_embeddings,
+    token_losses,
+)
+from tests.training.runs import checkpoints_in, config_for
 
 Row = dict[str, list[int]]
 
@@ -33,7 +45,7 @@ def test_the_loss_is_the_plain_cross_entropy() -> None:
     weight = torch.randn(500, 16, requires_grad=True)
     labels = torch.randint(0, 500, (3, 400))
     labels[0, 50:300] = chat_format.IGNORE_INDEX
-    loss = token_losses_sum(hidden, weight, labels)
+    loss = token_losses(hidden, weight, labels, "sum")
     loss.backward()
     ours = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -63,7 +75,7 @@ def test_the_loss_is_the_same_on_a_torch_that_lacks_it(
             monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
         hidden.grad = weight.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = token_losses_sum(hidden, weight, labels)
+            loss = token_losses(hidden, weight, labels, "sum")
         loss.backward()
         assert hidden.grad is not None and weight.grad is not None
         found.append((loss, hidden.grad, weight.grad))
@@ -82,7 +94,7 @@ def test_half_precision_sums_in_single(dtype: torch.dtype) -> None:
     hidden = torch.randn(1, 12_001, 32, dtype=dtype, requires_grad=True)
     weight = (torch.randn(900, 32) * 2).to(dtype).requires_grad_()
     labels = torch.randint(0, 900, (1, 12_001))
-    loss = token_losses_sum(hidden, weight, labels)
+    loss = token_losses(hidden, weight, labels, "sum")
     loss.backward()
     assert loss.dtype == torch.float32
     exact = hidden.detach().double().requires_grad_()
@@ -123,7 +135,7 @@ def test_packed_conversations_train_as_padded_ones(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     bins = dataset.load_rows(data_dir, "sft", "train")
-    collate = collator.Collator(document_mask=True)
+    collate = Collator(document_mask=True)
     trained = sum(label != chat_format.IGNORE_INDEX for row in bins["labels"] for label in row)
 
     def step(rows: Any, size: int) -> tuple[float, torch.Tensor]:
@@ -148,7 +160,7 @@ def test_logits_in_a_bin_are_those_of_the_conversation_alone(model: Any, data_di
     """By transformers' own forward pass, and to 1e-5 of the largest logit."""
     plain = GlmForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
     bins = dataset.load_rows(data_dir, "sft", "train")
-    batch = collator.Collator(document_mask=True, length=256)([bins[i] for i in range(len(bins))])
+    batch = Collator(document_mask=True, length=256)([bins[i] for i in range(len(bins))])
     model.eval()
     with torch.inference_mode():
         hidden = model.model(
@@ -172,7 +184,7 @@ def test_single_losses_are_those_of_the_tokens(
     if not has_it:
         monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     monkeypatch.setattr("chatglm_ja.training.model.CPU_LOSS_ROWS", 10)
-    batch = collator.Collator(document_mask=True)(
+    batch = Collator(document_mask=True)(
         [{"input_ids": document, "lengths": [len(document)]} for document in documents]
     )
     with torch.inference_mode():
@@ -195,7 +207,82 @@ def test_without_the_document_mask_attention_crosses_documents(
     row["lengths"][1] = len(documents[1])
     losses = []
     for masked in (True, False):
-        batch = collator.Collator(masked)([row])
+        batch = Collator(masked)([row])
         batch["labels"][0, : len(documents[0]) + 1] = chat_format.IGNORE_INDEX
         losses.append(model(**batch).loss.item())
     assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def first_new(folder: Path) -> int:
+    return tokenizer.load_processor(folder).piece_to_id("<|observation|>") + 1
+
+
+def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
+    model: Any = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
+    first = first_new(resized_dir)
+    ids = torch.tensor([[5, first - 1, first, first + 1, model.config.vocab_size - 1, 0]])
+    whole = model(ids).logits
+    whole.square().mean().backward()
+    expected = {
+        name: model.get_parameter(name).grad
+        for name in (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
+    }
+    split_embeddings(model, first)
+    split = model(ids).logits
+    assert torch.equal(split, whole)
+    split.square().mean().backward()
+    for part, grad in zip(
+        (model.get_input_embeddings(), model.get_output_embeddings()),
+        expected.values(),
+        strict=True,
+    ):
+        assert part.old.grad is None
+        assert torch.allclose(part.new.grad, grad[first:], atol=1e-7)
+    stored = GlmForCausalLM.from_pretrained(resized_dir)
+    names = (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
+    join_embeddings(model, *(stored.get_parameter(name).detach() for name in names))
+    assert torch.equal(model(ids).logits, whole)
+    assert sorted(model.state_dict()) == sorted(
+        GlmForCausalLM.from_pretrained(resized_dir).state_dict()
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_base_s_rows_stay_and_the_new_ones_learn(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, precision: str
+) -> None:
+    """Bit-identical in the stored float16, which bfloat16 cannot represent."""
+    config = config_for(
+        resized_dir, data_dir, tmp_path, embedding_rows="new", save_steps=3, precision=precision
+    )
+    result = train.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
+    losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    write_merged(resized_dir, tmp_path)
+    first = first_new(resized_dir)
+    before = AutoModelForCausalLM.from_pretrained(resized_dir)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name in (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD):
+        old, new = before.get_parameter(name), after.get_parameter(name)
+        assert torch.equal(old[:first], new[:first])
+        assert not torch.equal(old[first:], new[first:])
+    width, rows = before.config.hidden_size, before.config.vocab_size
+    whole = train.train(config_for(resized_dir, data_dir, tmp_path, max_steps=1), "pretrain", None)
+    assert whole["trained_parameters"] - result["trained_parameters"] == 2 * first * width
+    assert first < rows
+
+
+def test_the_first_loss_does_not_depend_on_the_rows(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for rows in ("all", "new"):
+        config = config_for(resized_dir, data_dir, tmp_path, max_steps=1, embedding_rows=rows)
+        history = train.train(config, "pretrain", None)["history"]
+        losses.append(next(entry["loss"] for entry in history if "loss" in entry))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_new_rows_without_embeddings_are_a_contradiction(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--embedding-rows new trains embeddings"):
+        config_for(tmp_path, tmp_path, tmp_path, embedding_rows="new", train_embeddings=False)

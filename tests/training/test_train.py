@@ -23,8 +23,14 @@ from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer, tokenizer_
 from chatglm_ja.chatglm3 import weights as stored_weights
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
-from chatglm_ja.training import merge_lora, progress, train, trainer
-from chatglm_ja.training.adapter import EMBEDDINGS
+from chatglm_ja.training import progress, train, trainer
+from chatglm_ja.training.adapter import (
+    ADAPTER,
+    EMBEDDINGS,
+    choose_dtype,
+    load_for_training,
+    write_merged,
+)
 from chatglm_ja.training.trainer import ResumableTrainer
 from tests.conftest import write_manifest
 from tests.training.runs import (
@@ -41,7 +47,7 @@ def trained(resized_dir: Path, data_dir: Path, tmp_path_factory: Any) -> tuple[P
     folder = tmp_path_factory.mktemp("trained")
     config = config_for(resized_dir, data_dir, folder)
     result = train.train(config, "pretrain", folder)
-    merge_lora.write_merged(resized_dir, folder)
+    write_merged(resized_dir, folder)
     return folder, result
 
 
@@ -59,7 +65,7 @@ def test_lora_and_both_embeddings_learn_and_nothing_else(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path)
-    model = train.load_for_training(config, torch.bfloat16)
+    model = load_for_training(config, torch.bfloat16)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     embeddings = {name for name in trained if name.endswith(EMBEDDINGS)}
     assert len(embeddings) == 2
@@ -71,7 +77,7 @@ def test_lora_and_both_embeddings_learn_and_nothing_else(
     # One copy of each embedding matrix: PEFT's modules_to_save would keep a second.
     rows = model.config.vocab_size
     assert sum(p.shape[0] == rows for p in model.parameters()) == 2
-    frozen = train.load_for_training(
+    frozen = load_for_training(
         config_for(resized_dir, data_dir, tmp_path, train_embeddings=False),
         torch.float32,
     )  # fmt: skip
@@ -83,7 +89,7 @@ def test_the_embeddings_have_their_own_learning_rate(
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, embedding_learning_rate=0.0, max_steps=2)
     train.train(config, "pretrain", tmp_path)
-    merge_lora.write_merged(resized_dir, tmp_path)
+    write_merged(resized_dir, tmp_path)
     for name in (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD):
         before = AutoModelForCausalLM.from_pretrained(resized_dir).get_parameter(name)
         after = AutoModelForCausalLM.from_pretrained(tmp_path).get_parameter(name)
@@ -96,14 +102,14 @@ def test_the_merged_model_is_base_plus_adapter(
     folder, _ = trained
     ids = torch.randint(300, 4000, (2, 30))
     base = GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, folder / merge_lora.ADAPTER)
+    adapted = PeftModel.from_pretrained(base, folder / ADAPTER)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         expected = adapted(ids).logits
         difference = (expected - merged(ids).logits).abs().max() / expected.abs().max()
     # The merged weights are stored as the base's are, in float16.
     assert difference < 2e-3
-    lora = load_file(folder / merge_lora.ADAPTER / "adapter_model.safetensors")
+    lora = load_file(folder / ADAPTER / "adapter_model.safetensors")
     for target in ("self_attn.q_proj", "mlp.gate_up_proj"):
         name = f"model.layers.1.{target}"
         down, up = (lora[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
@@ -219,7 +225,7 @@ def test_packed_conversations_train_as_padded_ones(
         )  # fmt: skip
         history = train.train(config, "sft", folder)["history"]
         losses.append([entry["loss"] for entry in history if "loss" in entry])
-        weights.append(load_file(folder / merge_lora.ADAPTER / "adapter_model.safetensors"))
+        weights.append(load_file(folder / ADAPTER / "adapter_model.safetensors"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, packed in weights[0].items():
         # Adam divides by gradients that can be all but zero.
@@ -446,7 +452,7 @@ def test_data_of_a_larger_vocabulary_is_refused(
 def test_fp16_needs_a_gpu(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, precision="fp16")
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        train.choose_dtype(config)
+        choose_dtype(config)
 
 
 def test_a_learning_rate_of_zero_leaves_the_transformer_as_it_is(
@@ -454,7 +460,7 @@ def test_a_learning_rate_of_zero_leaves_the_transformer_as_it_is(
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, learning_rate=0.0, max_steps=2)
     train.train(config, "pretrain", tmp_path)
-    merge_lora.write_merged(resized_dir, tmp_path)
+    write_merged(resized_dir, tmp_path)
     before = dict(stored_weights.iterate_tensors(resized_dir))
     after = dict(stored_weights.iterate_tensors(tmp_path))
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

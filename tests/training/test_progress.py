@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from chatglm_ja import plots
-from chatglm_ja.training import loss_plot
+from chatglm_ja.training import progress
 
 HISTORY = [
     {"step": 0, "eval_ja_loss": 4.0, "eval_zh_loss": 3.5, "eval_ja_bits_per_char": 5.0},
@@ -16,7 +16,7 @@ HISTORY = [
 def drawn(scale: str) -> dict[str, list[tuple[float, float]]]:
     """The points of every curve, by its label."""
     _, axis = plots.make_figure(4, 3)
-    loss_plot.draw_losses(axis, HISTORY, 1000, scale)
+    progress.draw_losses(axis, HISTORY, 1000, scale)
     return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axis.lines}
 
 
@@ -35,15 +35,15 @@ def test_training_and_validation_losses_are_drawn_over_tokens() -> None:
 
 
 def test_the_picture_is_written_with_the_curves(tmp_path: Path) -> None:
-    loss_plot.plot_losses(HISTORY, 1000, tmp_path)
-    picture = (tmp_path / loss_plot.LOSS_PLOT_FILE).read_bytes()
+    progress.plot_losses(HISTORY, 1000, tmp_path)
+    picture = (tmp_path / progress.LOSS_PLOT_FILE).read_bytes()
     assert picture.startswith(b"\x89PNG")
     # It shows the history: other losses give another picture.
     changed = [entry | {"loss": 2.9} if "loss" in entry else entry for entry in HISTORY]
-    loss_plot.plot_losses(changed, 1000, tmp_path)
-    assert (tmp_path / loss_plot.LOSS_PLOT_FILE).read_bytes() != picture
+    progress.plot_losses(changed, 1000, tmp_path)
+    assert (tmp_path / progress.LOSS_PLOT_FILE).read_bytes() != picture
 
 
 def test_no_picture_without_training_losses(tmp_path: Path) -> None:
-    loss_plot.plot_losses(HISTORY[:1], 1000, tmp_path)
+    progress.plot_losses(HISTORY[:1], 1000, tmp_path)
     assert not list(tmp_path.iterdir())

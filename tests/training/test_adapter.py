@@ -11,7 +11,7 @@ from transformers import GlmForCausalLM
 
 from chatglm_ja.chatglm3 import tokenizer_files, weights
 from chatglm_ja.errors import DataError
-from chatglm_ja.training import merge_lora
+from chatglm_ja.training.adapter import ADAPTER, PEFT_PREFIX, verify_logits, write_merged
 
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
 
@@ -30,12 +30,12 @@ def adapted(resized_dir: Path, tmp_path: Path) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_" in name or name.endswith("embed_tokens.weight"):
             parameter.data = torch.randn_like(parameter) * 0.02
-    model.save_pretrained(str(tmp_path / merge_lora.ADAPTER), save_embedding_layers=True)
+    model.save_pretrained(str(tmp_path / ADAPTER), save_embedding_layers=True)
     return tmp_path
 
 
 def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
-    path = folder / merge_lora.ADAPTER / "adapter_model.safetensors"
+    path = folder / ADAPTER / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors.pop(name, None)
     if value is not None:
@@ -46,15 +46,15 @@ def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
 def test_what_is_not_trained_is_copied_and_the_rest_computed(
     adapted: Path, resized_dir: Path
 ) -> None:
-    merge_lora.write_merged(resized_dir, adapted)
-    adapter = load_file(adapted / merge_lora.ADAPTER / "adapter_model.safetensors")
+    write_merged(resized_dir, adapted)
+    adapter = load_file(adapted / ADAPTER / "adapter_model.safetensors")
     before, after = (dict(weights.iterate_tensors(f)) for f in (resized_dir, adapted))
     assert before.keys() == after.keys()
     for name, old in before.items():
-        module = merge_lora.PEFT_PREFIX + name.removesuffix(".weight")
+        module = PEFT_PREFIX + name.removesuffix(".weight")
         expected = old
-        if merge_lora.PEFT_PREFIX + name in adapter:
-            expected = adapter[merge_lora.PEFT_PREFIX + name].to(old.dtype)
+        if PEFT_PREFIX + name in adapter:
+            expected = adapter[PEFT_PREFIX + name].to(old.dtype)
         elif f"{module}.lora_A.weight" in adapter:
             up, down = (adapter[f"{module}.lora_{x}.weight"].double() for x in "BA")
             expected = (old.double() + 6 / 4 * up @ down).to(old.dtype)
@@ -63,27 +63,27 @@ def test_what_is_not_trained_is_copied_and_the_rest_computed(
         assert torch.allclose(after[name].double(), expected.double(), rtol=1e-3, atol=1e-7), name
     changed = sum(not torch.equal(old, after[name]) for name, old in before.items())
     assert changed == 6 * 3 + 1
-    assert 0 < merge_lora.verify_logits(resized_dir, adapted) < 8 * torch.finfo(torch.float16).eps
+    assert 0 < verify_logits(resized_dir, adapted) < 8 * torch.finfo(torch.float16).eps
 
 
 def test_an_adapter_of_another_shape_is_refused(adapted: Path, resized_dir: Path) -> None:
     """Embeddings that were saved empty, as under ZeRO-3, among them."""
     change(adapted, EMBEDDING, torch.empty(0))
     with pytest.raises(DataError, match=r"embed_tokens\.weight has shape \(0,\), but"):
-        merge_lora.write_merged(resized_dir, adapted)
+        write_merged(resized_dir, adapted)
 
 
 def test_a_tensor_without_a_place_is_refused(adapted: Path, resized_dir: Path) -> None:
-    name = merge_lora.PEFT_PREFIX + "model.layers.9.mlp.down_proj.lora_A.weight"
+    name = PEFT_PREFIX + "model.layers.9.mlp.down_proj.lora_A.weight"
     change(adapted, name, torch.zeros(4, 4))
     with pytest.raises(DataError, match=r"layers\.9\.mlp\.down_proj\.lora_A\.weight, which"):
-        merge_lora.write_merged(resized_dir, adapted)
+        write_merged(resized_dir, adapted)
 
 
 def test_half_a_pair_of_matrices_is_refused(adapted: Path, resized_dir: Path) -> None:
-    change(adapted, merge_lora.PEFT_PREFIX + "model.layers.1.mlp.down_proj.lora_B.weight", None)
+    change(adapted, PEFT_PREFIX + "model.layers.1.mlp.down_proj.lora_B.weight", None)
     with pytest.raises(DataError, match=r"one of the two LoRA matrices of model\.layers\.1\.mlp"):
-        merge_lora.write_merged(resized_dir, adapted)
+        write_merged(resized_dir, adapted)
 
 
 def test_a_model_in_float32_is_merged_and_verified(resized_dir: Path, adapted: Path) -> None:
@@ -92,8 +92,8 @@ def test_a_model_in_float32_is_merged_and_verified(resized_dir: Path, adapted: P
     GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).save_pretrained(single)
     tokenizer_files.copy_tokenizer_files(resized_dir, single)
     assert (single / "model.safetensors").is_file()
-    merge_lora.write_merged(single, adapted)
-    assert merge_lora.verify_logits(single, adapted) < 1e-4
+    write_merged(single, adapted)
+    assert verify_logits(single, adapted) < 1e-4
     assert (adapted / "generation_config.json").read_bytes() == (
         single / "generation_config.json"
     ).read_bytes()
@@ -102,11 +102,11 @@ def test_a_model_in_float32_is_merged_and_verified(resized_dir: Path, adapted: P
 def test_a_merged_model_that_computes_something_else_is_noticed(
     adapted: Path, resized_dir: Path
 ) -> None:
-    merge_lora.write_merged(resized_dir, adapted)
+    write_merged(resized_dir, adapted)
     for path in resized_dir.glob("*.safetensors*"):
         shutil.copyfile(path, adapted / path.name)
     with pytest.raises(DataError, match="logits of the merged model differ"):
-        merge_lora.verify_logits(resized_dir, adapted)
+        verify_logits(resized_dir, adapted)
 
 
 def test_a_written_tensor_of_another_dtype_is_noticed(
@@ -117,4 +117,4 @@ def test_a_written_tensor_of_another_dtype_is_noticed(
         weights, "iterate_tensors", lambda f: ((name, t.float()) for name, t in stored(f))
     )
     with pytest.raises(DataError, match="was written as"):
-        merge_lora.write_merged(resized_dir, adapted)
+        write_merged(resized_dir, adapted)
