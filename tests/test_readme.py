@@ -113,6 +113,13 @@ def test_every_command_exists(path: Path) -> None:
         assert scripts >= set(STEPS)
 
 
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_every_module_that_a_document_names_exists(path: Path) -> None:
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh))`", text):
+        assert (PROJECT / name).is_file() or (PROJECT / "chatglm_ja" / name).is_file(), name
+
+
 def test_the_design_names_every_module() -> None:
     package = PROJECT / "chatglm_ja"
     text = (PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
