@@ -1,11 +1,12 @@
 """Small real things to test on: ChatGLM3's own layout in miniature, and the demo's texts."""
 
+import fcntl
 import itertools
-import re
+import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from chatglm_ja.data import corpus, prepare_conversations, prepare_texts
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
-from chatglm_ja.storage.files import MANIFEST
+from chatglm_ja.storage.files import MANIFEST, read_json, write_json
 from chatglm_ja.storage.manifest import Manifest
 from chatglm_ja.vocabulary import learning, merging
 from chatglm_ja.vocabulary.policies import Policy
@@ -40,22 +41,14 @@ needs_real_tokenizer = pytest.mark.skipif(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Schedule all tests of the finished pipeline to one worker, which builds it once.
-
-    pytest-xdist's own --dist loadgroup has no effect under pytest 9.2, whose node ids do not follow
-    `_nodeid`.
-    """
+    """Run tests/faults/ in one pytest-xdist worker, first; any worker runs the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
-    uses = re.compile(r"\b(pipeline: Runner|unlocked: Runner|forks: Forks)\b")
-    tests = (PROJECT / "tests").rglob("test_*.py")
-    files = {str(path.relative_to(PROJECT)) for path in tests if uses.search(path.read_text())}
-
-    class PipelineScheduling(LoadScopeScheduling):
+    class FaultsTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "pipeline" if nodeid.partition("::")[0] in files else nodeid
+            return "faults" if nodeid.startswith("tests/faults/") else nodeid
 
-    return PipelineScheduling(config, log)
+    return FaultsTogether(config, log)
 
 
 def demo_texts(language: str, count: int, split: str = "train") -> list[str]:
@@ -222,20 +215,27 @@ def conversation() -> list[chat_format.Message]:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """The finished pipeline: every step has run."""
-    runner = Runner(tmp_path_factory.mktemp("artifacts"))
-    for script in SMALL:
-        result = runner.small(script)
-        assert result.returncode == 0, f"{script}\n{result.stderr}"
-        runner.said[script] = result.stdout
+    """The finished pipeline: every step has run. The first worker that needs it builds it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
+    runner = Runner(folder / "pipeline")
+    printed = folder / "pipeline.json"
+    with open(folder / "pipeline.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            runner.root.mkdir()
+            for script in SMALL:
+                result = runner.small(script)
+                assert result.returncode == 0, f"{script}\n{result.stderr}"
+                runner.said[script] = result.stdout
+            write_json(printed, runner.said)
+    runner.said = read_json(printed)
     return runner
 
 
 @pytest.fixture
-def unlocked(pipeline: Runner) -> Iterator[Runner]:
-    """The finished pipeline, put back as it was after the test."""
-    kept = pipeline.root / "kept"
-    subprocess.run(["cp", "-a", str(pipeline.folder), str(kept)], check=True)
-    yield pipeline
-    subprocess.run(["rm", "-rf", str(pipeline.folder)], check=True)
-    kept.rename(pipeline.folder)
+def unlocked(pipeline: Runner, tmp_path: Path) -> Runner:
+    """A copy of the finished pipeline, for a test that changes it."""
+    subprocess.run(["cp", "-a", str(pipeline.folder), str(tmp_path)], check=True)
+    return Runner(tmp_path)

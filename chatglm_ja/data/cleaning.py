@@ -18,8 +18,9 @@ from enum import StrEnum
 
 import numpy as np
 
-# Controls but tab and line break, soft hyphens, zero-width and direction marks, byte-order marks,
-# noncharacters, U+FFFD's neighbors in the specials block. Joiners stay: emoji and names use them.
+# Control characters other than tab and line break, soft hyphens, zero-width and direction marks,
+# byte-order marks, noncharacters, U+FFFD's neighbors in the specials block. Joiners stay: emoji and
+# names use them.
 _REMOVED = (
     "\x01-\x08\x0e-\x1f\x7f\x80-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff0-\ufffb\ufffe\uffff\ufdd0-\ufdef"

@@ -6,8 +6,8 @@ Exact duplicates have the same digest. Near-duplicates are found with MinHash an
 entries in two signatures estimates their Jaccard similarity:
 
     signature             128 x uint32 = 32 bands of 4
-    candidates            agree in at least one band: of pairs with a similarity of 0.8 all but 1
-                          in 10^7, of 0.5 87%
+    candidates            agree in at least one band, as do all but 1 in 10^7 pairs with a
+                          similarity of 0.8, and 87% of those with 0.5
     standard deviation    0.035 for an estimate of 0.8
 
 Of texts that are linked, directly or through others, the first is kept. Memory holds one band of

@@ -5,9 +5,9 @@
       conversations-91ab.../        tokenized chunks of a source of conversations
       shards-77de.../               Arrow files, rejects.jsonl, the report
 
-A folder's name is a hash of everything that shapes its content. A run after a kill, or one with
-other settings, so finds what is still valid. Finished files are linked into the output folder: a
-kill during publication loses nothing.
+A folder's name is a hash of the settings and inputs that shape its content. A run that follows a
+kill, or has other settings, therefore finds the parts that are still valid. Finished files are
+linked into the output folder: a kill during publication loses nothing.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Multiple choice by log-likelihood: which of several continuations does a model find likeliest?
 
-A record is a question, text and choices verbatim: the model reads them joined, so a space or line
-break between them belongs to one of the two.
+A record is a question with its choices. The model reads the question and a choice joined verbatim:
+put a space or line break between them at the end of the question or the start of the choice.
 
     {"question": "日本の首都は", "choices": ["東京です。", "大阪です。"], "answer": 0}
 
@@ -11,9 +11,9 @@ first two are lm-evaluation-harness's too:
 
     acc         -log P(choice | question)
     acc_norm    the same per character of the choice
-    acc_gain    the same less -log P(choice | the question's last character): the rest is what the
-                question adds. That character leaves the choice's start to the same pieces (Brown
-                et al. 2020, arXiv 2005.14165, section 2.4, normalize by a context "Answer: ")
+    acc_gain    acc's cost minus -log P(choice | the question's last character): what the question
+                adds. The character is kept so that the choice is tokenized the same way in both
+                (Brown et al. 2020, arXiv 2005.14165, section 2.4, use a context "Answer: ")
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

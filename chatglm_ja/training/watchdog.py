@@ -1,6 +1,6 @@
 """Watchdog: no process of a distributed run waits forever for one that ended or hangs.
 
-A process that ends takes its connections with it, and the next collective of the others fails. One
+When a process ends, its connections close, and the others' next collective operation fails. One
 that hangs (stopped, a stuck GPU, a network that is down) leaves the others waiting in a library,
 where no exception reaches them. So a thread of each process looks for progress, and ends the
 process if there is none.

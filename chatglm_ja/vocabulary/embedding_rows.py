@@ -3,11 +3,11 @@
     rows   0 .......... old-1 | old ............. vocabulary-1 | ... padded-1
            the base's, exact  | new pieces, initialized        | padding, never generated
 
-The base has padding rows of its own. No text ever predicted them, so training has turned their
-output rows against every context: their mean is the direction of "not now". Our output padding
-rows are that mean, since rows of zeros would compete with real pieces. A part of it, `output_bias`,
-can be added to the new pieces' output rows, so that they take less probability from the languages
-that the base knows.
+The base has padding rows of its own. They never were a target, so training has pushed their output
+rows away from every context: adding their mean to a row makes its token less likely. Our output
+padding rows are that mean, since rows of zeros would compete with real pieces. A fraction of it,
+`output_bias`, can be added to the new pieces' output rows, so that they take less probability from
+the languages that the base knows.
 """
 
 from collections.abc import Iterator, Sequence
