@@ -295,9 +295,10 @@ def _scatter(trainer: Any, parameter: Any, key: str, value: torch.Tensor) -> Non
 
         if key:
             safe_set_full_optimizer_state(parameter, value, key)
-        else:
-            safe_set_full_fp32_param(parameter, value)
-    elif key:
+            return
+        # The float32 master; below, the model's own copy, which the next forward pass reads.
+        safe_set_full_fp32_param(parameter, value)
+    if key:
         _adam(trainer).state[parameter][key].copy_(value)
     else:
         parameter.data.copy_(value)
