@@ -154,7 +154,7 @@ def test_objects_in_arrays_are_not_unpickled(
         meta["files"][path.name] = files.record_file(path).model_dump()
         path.with_suffix(".json").write_text(json.dumps(meta))
     with ledger.trial("security", f"{title}, with forged SHA-256"):
-        assert "is damaged" in forks.small(STEPS[3], *flags).error
+        assert "is corrupt" in forks.small(STEPS[3], *flags).error
         assert not sentinel.exists()
 
 
