@@ -75,6 +75,7 @@ def test_a_missing_artifact_names_the_step(tmp_path: Path) -> None:
     [
         (lambda f: f.write_text("contend"), "SHA-256"),
         (lambda f: f.write_text("cont"), "has 4 bytes, expected 7"),
+        (lambda f: f.write_text("content and more"), "has 16 bytes, expected 7"),
         (lambda f: f.unlink(), "is missing"),
     ],
 )
