@@ -153,13 +153,13 @@ class ResumableTrainer(Trainer):
         found a loss scale that fits. DeepSpeed skips them in any precision.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not self.args.fp16:
+        if norm is None:
+            return None
+        if not self.args.fp16:
             self.grad_norm = torch.as_tensor(norm).detach()
             if not self.is_deepspeed_enabled:
                 optimizer: Any = self.optimizer
                 optimizer.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
-        if norm is None:
-            return None
         # JSON has neither NaN nor infinity: the log shows 0 for a skipped step.
         return torch.as_tensor(norm, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
