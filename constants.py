@@ -37,6 +37,9 @@ LANGUAGES = ("ja", "zh", "en")
 SHARES = ("ja=76", "zh=12", "en=12")
 SFT_SHARES = ("ja=52", "zh=22", "en=9", "code=17")
 
+# How every step reads texts and conversations: Unicode form, and the share of bad records at most.
+READING: dict[str, Any] = {"unicode_form": "NFC", "max_rejects": 0.01}
+
 # Held out in both profiles: steps 2 and 7 measure on the pages, step 7 asks the questions.
 HELD_OUT_SOURCES = tuple(
     Source(language, f"{PROJECT_DIR}/demo/data/heldout_{language}.jsonl.gz")
@@ -175,12 +178,14 @@ else:
 NEW_SOURCES = tuple(s for s in PRETRAIN_SOURCES if s.language == LANGUAGES[0])
 
 STEP1: Settings = {
+    **READING,
     "sources": NEW_SOURCES,
     "base_model": BASE_MODEL_DIR,
     "output_dir": STEP1_DIR,
     **TOKENIZER,
 }
 STEP2: Settings = {
+    **READING,
     "base_model": BASE_MODEL_DIR,
     "ja_tokenizer": STEP1_DIR,
     "ranking_sources": NEW_SOURCES,
@@ -193,6 +198,7 @@ STEP3: Settings = {
     "output_dir": STEP3_DIR,
 }
 STEP4: Settings = {
+    **READING,
     "tokenizer": STEP2_DIR,
     "sources": PRETRAIN_SOURCES,
     "shares": SHARES,
@@ -214,6 +220,7 @@ STEP6: Settings = {
     **SFT,
 }
 STEP7: Settings = {
+    **READING,
     "base_model": BASE_MODEL_DIR,
     "tokenizer": STEP2_DIR,
     "resized": STEP3_DIR,

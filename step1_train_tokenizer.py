@@ -38,11 +38,14 @@ def main() -> None:
     from tqdm.auto import tqdm
 
     from chatglm_ja.chatglm3.base import Base
+    from chatglm_ja.data.source_reader import SourceReader
     from chatglm_ja.vocabulary import learning
+
+    reader = SourceReader(config)
 
     with output.write() as folder:
         texts = itertools.chain.from_iterable(
-            tqdm(corpus.read_texts(source), desc=source.path, unit=" documents")
+            tqdm(reader.texts(source), desc=source.title, unit=" documents")
             for source in config.sources
         )
         lines: Iterable[str] = corpus.training_lines(texts, output.counts)
@@ -54,7 +57,7 @@ def main() -> None:
         else:
             learned = learning.train_sentencepiece(lines, config)
         learning.save_learned(learned, folder)
-        output.counts["pieces"] = len(learned.pieces)
+        output.counts.update(pieces=len(learned.pieces), rejected=reader.rejected)
     log.info(
         "learned {pieces:,} pieces, control and byte pieces included, from {documents:,} "
         "documents, {lines:,} lines, {characters:,} characters".format_map(output.counts)

@@ -44,20 +44,22 @@ def main() -> None:
     from chatglm_ja.chatglm3.base import Base
     from chatglm_ja.chatglm3.tokenizer import add_special_tokens, make_processor
     from chatglm_ja.chatglm3.tokenizer_files import make_line_encoder, save_tokenizer
+    from chatglm_ja.data.source_reader import SourceReader
     from chatglm_ja.reports import merge_report
     from chatglm_ja.vocabulary import merging
     from chatglm_ja.vocabulary.learning import read_learned
 
     base = Base.open(config.base_model)
     learned = read_learned(config.ja_tokenizer)
+    reader = SourceReader(config)
+    ranking_texts = corpus.take_characters(reader.texts_in_turn(ranking), config.ranking_characters)
+    reader.check()
     merged = merging.merge_pieces(
         base.proto,
         learned,
         config.policy,
         max_new_pieces=config.max_new_pieces,
-        ranking_texts=corpus.take_characters(
-            corpus.round_robin(map(corpus.read_texts, ranking)), config.ranking_characters
-        ),
+        ranking_texts=ranking_texts,
     )
     log.info("%s", merge_report.describe_merge(merged))
     if not merged.added:
@@ -72,7 +74,7 @@ def main() -> None:
         language: merging.compare_segmentation(
             before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
         )
-        for language, texts in corpus.texts_by_language(config.check_sources).items()
+        for language, texts in reader.texts_by_language(config.check_sources).items()
     }
     merging.check_guarantee(languages, config.policy)
 

@@ -43,9 +43,10 @@ from tqdm import tqdm
 
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
-from chatglm_ja.data import cleaning, corpus, prepare_texts
+from chatglm_ja.data import cleaning, prepare_texts
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
 
@@ -110,7 +111,7 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
             return prepare(config, output)
 
     else:
-        texts = [text for source in sources for text in corpus.read_texts(source)]
+        texts = [text for source in sources for text in SourceReader().texts(source)]
         if way == BARE:
             processor = tokenizer.load_processor(folder)
 
@@ -149,12 +150,12 @@ def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
     """Write .jsonl copies of the sources without the texts that a filter drops; return them."""
     made = []
     for number, source in enumerate(sources):
-        texts = [cleaning.clean(text, "NFC") for text in corpus.read_texts(source)]
+        texts = list(SourceReader().texts(source))
         codes = cleaning.code_points(texts)
         fates = cleaning.apply_filters(texts, codes, source.language, 32)
         path = folder / f"{number}_{source.language}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
-            for text, fate in zip(corpus.read_texts(source), fates, strict=True):
+            for text, fate in zip(SourceReader().texts(source), fates, strict=True):
                 if fate is Fate.KEPT:
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         made.append(Source(source.language, str(path)))
@@ -164,7 +165,7 @@ def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
 def make_text(sources: list[Source], size: int, folder: Path) -> list[Source]:
     """Write `size` bytes of randomly drawn lines to files, in the sources' proportions."""
     rng = random.Random(0)
-    texts = {k: list(group) for k, group in corpus.texts_by_language(sources).items()}
+    texts = {k: list(group) for k, group in SourceReader().texts_by_language(sources).items()}
     total = sum(len(text.encode()) for group in texts.values() for text in group)
     made = []
     for language, group in texts.items():
@@ -215,7 +216,7 @@ def resident_bytes() -> int:
 
 
 def speed_table(arguments: argparse.Namespace, sources: list[Source]) -> list[Ratio]:
-    size = sum(len(text.encode()) for s in sources for text in corpus.read_texts(s)) / 1e6
+    size = sum(len(text.encode()) for s in sources for text in SourceReader().texts(s)) / 1e6
     own = [sys.executable, __file__, "--tokenizer", str(arguments.tokenizer)]
     own += ["--sources", *map(str, sources), "--way"]
     ways = [BARE, "tokenizers", NO_NEAR, STEP]

@@ -18,6 +18,7 @@ from measuring import step_command
 import constants
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.inference import models
 
@@ -56,7 +57,9 @@ def main() -> None:
     steps = parser.parse_args().max_steps
     texts = {
         language: corpus.take_characters(documents, MAX_CHARS)
-        for language, documents in corpus.texts_by_language(constants.HELD_OUT_SOURCES).items()
+        for language, documents in SourceReader()
+        .texts_by_language(constants.HELD_OUT_SOURCES)
+        .items()
     }
     columns = [f"{name}, {when}" for when in ("step 0", f"step {steps}") for name in texts]
     print("| init | output bias | " + " | ".join(columns) + " |")

@@ -25,6 +25,7 @@ from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.weights import compute_dtype
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.inference import generation, models
 from chatglm_ja.inference.models import LoadedModel
@@ -63,7 +64,7 @@ def main() -> None:
     config["num_layers"] = options.layers or config["num_layers"]
     processor = tokenizer.make_processor(tokenizer.add_special_tokens(base.proto))
     source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
-    texts = corpus.take_characters(corpus.read_texts(source), 25_000)
+    texts = corpus.take_characters(SourceReader().texts(source), 25_000)
     prompt = chat_format.build_prompt_ids(processor, [{"role": "user", "content": "你好"}])
     on_gpu = models.choose_device() == "cuda"
     columns: dict[int, list[float]] = {}

@@ -29,6 +29,7 @@ from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.settings import CORES
 from chatglm_ja.sources import Source
@@ -282,9 +283,9 @@ def main() -> None:
     base = Base.open(arguments.base_model).proto
     texts = {
         language: list(documents)
-        for language, documents in corpus.texts_by_language(
-            map(Source.parse, arguments.sources)
-        ).items()
+        for language, documents in SourceReader()
+        .texts_by_language(map(Source.parse, arguments.sources))
+        .items()
     }
     if "ja" not in texts:
         raise ConfigError("--sources name no Japanese text: expected ja=PATH")

@@ -174,7 +174,7 @@ def parse(
         )
     values = vars(parser.parse_args(argv))
     for entry in dataclasses.fields(config):
-        if values[entry.name] is None and entry.default is dataclasses.MISSING:
+        if values[entry.name] in (None, []) and entry.default is dataclasses.MISSING:
             raise ConfigError(f"{flag(entry.name)} is not set: {entry.metadata['help']}")
         if isinstance(values[entry.name], list):
             values[entry.name] = tuple(values[entry.name])
@@ -198,7 +198,7 @@ def _argument_type(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         return {
-            "nargs": "+",
+            "nargs": "*",
             "type": read_argument if item is Source else item,
             "metavar": "SOURCE" if item is Source else "SPEC",
         }

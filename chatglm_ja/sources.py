@@ -4,67 +4,44 @@ A source is declared in constants.py, on a command line, or in a YAML file:
 
     Source("ja", "izumi-lab/wikipedia-ja-20230720", columns="text")      constants.py
     --sources ja=data/wiki.parquet zh=pleisto/wikipedia-cn#completion    LANGUAGE=PATH[...]
+    --sources ja=books.txt,format=paragraphs                             any field by its name
     --sources mix.yaml                                                   a list of mappings:
 
         - {language: ja, path: data/wiki/*.parquet, columns: text, weight: 3}
         - {language: ja, path: globis-university/aozorabunko-clean, name: aozora, weight: 1}
 
-Nothing here opens a data file or imports a large library, so a bad command line is refused at once.
+A path that exists is always a file or folder here, whatever characters it holds. Nothing here opens
+a data file or imports a large library, so a bad command line is refused at once.
 """
 
 import dataclasses
-import pkgutil
+import json
+import mimetypes
+import os
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Gt, Lt, MinLen
 
 from chatglm_ja.errors import ConfigError, DataError, UserError
+from chatglm_ja.source_files import (
+    KNOWN_ENDINGS,
+    TRAIN,
+    FoundFiles,
+    file_ending,
+    file_format,
+    list_folder,
+    match_pattern,
+)
 
-FORM = "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS]"
+FORM = "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS][,FIELD=VALUE...]"
 GLOB_CHARACTERS = frozenset("*[")
-
-
-@dataclass(frozen=True)
-class Compression:
-    """The module whose `open` reads a compressed file, and its own errors for a corrupt one."""
-
-    module: str
-    errors: tuple[str, ...] = ()
-
-    def open(self, path: Path) -> BinaryIO:
-        """Open a file for reading its decompressed bytes."""
-        return pkgutil.resolve_name(f"{self.module}:open")(path, "rb")
-
-    def error_types(self) -> tuple[type[Exception], ...]:
-        """Return the errors that mean a corrupt file; an OSError does so if it has no errno."""
-        return (EOFError, OSError, *map(pkgutil.resolve_name, self.errors))
-
-
-# The formats that are read, by the ending of the file's name. Text formats may be compressed.
-TEXT_FORMATS = ("jsonl", "txt", "json")
-FORMATS = (*TEXT_FORMATS, "parquet")
-COMPRESSIONS = {
-    ".gz": Compression("gzip", ("zlib.error",)),
-}
-UNCOMPRESSED = Compression("builtins")
-# Every known ending, and the format it stands for.
-ENDINGS = {f".{name}": name for name in FORMATS} | {
-    f".{name}{ending}": name for ending in COMPRESSIONS for name in TEXT_FORMATS
-}
-
-
-def file_format(path: Path) -> str | None:
-    """Return the format of a file, one of FORMATS, by its name; None for an unknown ending."""
-    return next((name for ending, name in ENDINGS.items() if path.name.endswith(ending)), None)
-
-
-def file_compression(path: Path) -> Compression:
-    """Return how a file is compressed, by its name."""
-    return COMPRESSIONS.get(path.suffix, UNCOMPRESSED)
+# The name of a data set of the hub: at most one slash, no other characters.
+HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -72,16 +49,22 @@ class Source:
     """A source of texts, or of conversations.
 
     language    the language it counts as in the mix; of conversations the kind, such as "code"
-    path        a file, a folder or a pattern (data/*.parquet) of files, or a data set's name
+    path        a file, a folder (see source_files.py), a pattern of files (data/*.parquet), or the
+                name of a data set of the hub
     name        shown in reports; by default the last part of the path
     columns     texts: the column that holds the text ("text");
                 conversations: the column of messages, or QUESTION[+QUESTION...]>ANSWER columns;
                 by default recognized by the usual column names, see data/conversations.py
-    subset      the configuration of a data set that has several
-    where       (COLUMN, VALUE): use only records whose column has that value
+    subset      the configuration of a data set, or of a folder that holds one, that has several
+    split       the split of a data set, or of a folder that holds one
+    revision    the commit, branch or tag of a data set of the hub
+    where       (COLUMN, VALUE): use only records whose column has that value; of another type than
+                text, the value is written as in JSON: true, 1, null
     weight      share of its language's tokens relative to the other sources of the language, which
                 must then have one too; by default all documents of a language are one pool
-    format      wikitext: rows are lines of articles in the WikiText corpora's markup
+    format      what a text is. lines: a line of a .txt file, a record of another one;
+                paragraphs: of a .txt file, what stands between empty lines; document: a whole .txt
+                file; wikitext: rows are lines of articles in the WikiText corpora's markup
     id_column   reject records whose value in this column occurred earlier in the file; None: do
                 not check
     """
@@ -92,32 +75,49 @@ class Source:
     name: str | None = None
     columns: str | None = None
     subset: str | None = None
+    split: Annotated[str, MinLen(1)] = TRAIN
+    revision: str | None = None
     where: tuple[str, str] | None = None
     weight: Annotated[float, Gt(0), Lt(1e9)] | None = None
-    format: Literal["records", "wikitext"] = "records"
+    format: Literal["lines", "paragraphs", "document", "wikitext"] = "lines"
     id_column: str | None = "id"
 
     def __post_init__(self) -> None:
+        if not os.path.lexists(self.path):
+            # A shell leaves the ~ of ja=~/wiki.txt to the program. (Path's method raises.)
+            home = os.path.expanduser(self.path)  # noqa: PTH111
+            object.__setattr__(self, "path", home)
         if not self.name:
-            last = Path(self.path).name
-            ending = next((ending for ending in ENDINGS if last.endswith(ending)), "")
-            object.__setattr__(self, "name", last.removesuffix(ending))
+            last = Path(self.path).name or Path(self.path).resolve().name or self.path
+            ending = len(file_ending(Path(last)))
+            object.__setattr__(self, "name", printable(last[:-ending] if ending else last))
 
     @classmethod
     def parse(cls, spec: str) -> Self:
-        """Parse a source as written on the command line; raise ConfigError if it is malformed."""
-        language, equals, rest = spec.partition("=")
-        # A folder's name may hold any character: @, ? and # count after the last slash only.
-        folder, slash, rest = rest.rpartition("/")
-        rest, _, columns = rest.partition("#")
-        rest, question, condition = rest.partition("?")
-        file, _, subset = rest.partition("@")
-        column, _, value = condition.partition("=")
-        if not (language and equals and file) or (question and not (column and value)):
+        """Parse a source as written on the command line; raise ConfigError if it is malformed.
+
+        The longest beginning that exists is the path. If none exists, the path ends at the first @,
+        ?, # or ,FIELD= after its last slash.
+        """
+        language, _, rest = spec.partition("=")
+        ends = [match.start() for match in _DELIMITER.finditer(rest)] + [len(rest)]
+        end = next((end for end in reversed(ends) if end and os.path.exists(rest[:end])), None)
+        if end is None:
+            start = rest.partition("?")[0].rfind("/") + 1
+            end = next(end for end in ends if end >= start)
+        path, fields = rest[:end], _SUFFIX.fullmatch(rest[end:])
+        if not (language and path and fields):
             raise ConfigError(f"source {spec!r} is not of the form {FORM}")
-        where = (column, value) if question else None
-        path = folder + slash + file
-        return cls(language, path, columns=columns or None, subset=subset or None, where=where)
+        values: dict[str, Any] = {"language": language, "path": path}
+        values |= {name: fields[name] for name in ("subset", "columns") if fields[name]}
+        if fields["where"]:
+            column, _, value = fields["where"].partition("=")
+            values["where"] = (column, value)
+        options = _OPTION.split(fields["options"])[1:]
+        for name, value in zip(options[::2], options[1::2], strict=True):
+            is_number = name == "weight" and re.fullmatch(r"[\d.]+", value)
+            values[name] = float(value) if is_number else value or None
+        return cls(**values) if not options else cls(**_validate(values, f"source {spec!r}"))
 
     @property
     def title(self) -> str:
@@ -128,49 +128,71 @@ class Source:
         where = f"?{self.where[0]}={self.where[1]}" if self.where else ""
         columns = f"#{self.columns}" if self.columns else ""
         subset = f"@{self.subset}" if self.subset else ""
-        return f"{self.language}={self.path}{subset}{where}{columns}"
+        split = f",split={self.split}" if self.split != TRAIN else ""
+        return f"{self.language}={self.path}{subset}{where}{columns}{split}"
 
     def is_local(self) -> bool:
-        """Return True if the path names local files, which may be missing, not a data set."""
-        path = Path(self.path)
-        is_known = file_format(path) is not None
-        return path.is_absolute() or path.exists() or self._is_pattern() or is_known
+        """Return True if the path names local files, which may be missing, not a data set.
 
-    def files(self) -> list[Path]:
-        """Return the local files, sorted; none for the name of a data set.
+        Missing files are recognized by their names: wiki.csv, ./wiki, data/ja/wiki, *.txt.
+        """
+        return (
+            os.path.lexists(self.path)
+            or self._is_pattern()
+            or not HUB_NAME.fullmatch(self.path)
+            or file_format(Path(self.path)) is not None
+            or mimetypes.guess_type(self.path, strict=False) != (None, None)
+        )
+
+    def find(self) -> FoundFiles:
+        """Return the local files and what is passed over; none for the name of a data set.
 
         Raises DataError if the path looks like one of local files but there are none.
         """
         path = Path(self.path)
         if not self.is_local():
-            return []
-        known = ", ".join(ENDINGS)
-        if path.is_dir():
-            paths = [file for file in path.rglob("*") if file.is_file() and file_format(file)]
-            problem = f"folder {path} holds no file that ends with one of {known}"
-        elif self._is_pattern():
-            paths = self._match_pattern()
-            problem = f"no file matches {path}"
-        else:
-            paths = [path] if path.exists() else []
-            problem = f"file {path} not found"
-        if not paths:
-            raise DataError(f"source {self.title}: {problem}")
-        unknown = next((file for file in paths if not file_format(file)), None)
-        if unknown:
-            raise DataError(f"source {self.title}: {unknown} does not end with one of {known}")
-        return sorted(paths)
-
-    def _match_pattern(self) -> list[Path]:
-        path = Path(self.path)
-        anchor = Path(path.anchor)
+            return FoundFiles([])
         try:
-            return [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
-        except ValueError as error:
-            raise DataError(f"source {self.title}: {path} is not a pattern ({error})") from None
+            if path.is_dir():
+                found = list_folder(path, self.split, self.subset)
+            elif self._is_pattern():
+                found = match_pattern(self.path)
+            elif not os.path.exists(path):
+                link = " (a link to a missing file)" if path.is_symlink() else ""
+                known = "" if file_format(path) else f"; the formats are {KNOWN_ENDINGS}"
+                raise DataError(f"file {path} not found{link}: check the path{known}")
+            elif not file_format(path):
+                raise DataError(f"{path} is of no known format: expected {KNOWN_ENDINGS}")
+            else:
+                found = FoundFiles([path])
+        except DataError as error:
+            raise DataError(f"source {self.title}: {error}") from None
+        if self.format in TEXT_FILE_FORMATS and not any(
+            file_format(p) == "txt" for p in found.files
+        ):
+            raise DataError(
+                f"source {self.title}: format {self.format} is for .txt files, and {path} has none"
+            )
+        return found
+
+    def files(self) -> list[Path]:
+        """Return the local files, sorted; none for the name of a data set. Raises DataError."""
+        return list(self.find().files)
+
+    def matches(self, value: Any) -> bool:
+        """Return whether a record's value is the one of `where`, as text or as JSON has it."""
+        assert self.where
+        if isinstance(value, str) or str(value) == self.where[1]:
+            return str(value) == self.where[1]
+        try:
+            wanted = json.loads(self.where[1])
+        except (ValueError, RecursionError):
+            return False
+        are_equal_kind = isinstance(value, bool) == isinstance(wanted, bool)
+        return are_equal_kind and bool(value == wanted)
 
     def _is_pattern(self) -> bool:
-        return not GLOB_CHARACTERS.isdisjoint(self.path) and not Path(self.path).exists()
+        return not GLOB_CHARACTERS.isdisjoint(self.path) and not os.path.lexists(self.path)
 
     def modification_times(self) -> list[int]:
         """Return the modification time of each file, in nanoseconds.
@@ -183,8 +205,24 @@ class Source:
         """Return what shapes the result besides file contents: where files lie does not count."""
         values = dataclasses.asdict(self)
         if self.is_local():
-            del values["path"]
+            del values["path"], values["split"]
         return {name: value for name, value in values.items() if value is not None}
+
+
+# A .txt file can be read as these; other files have records.
+TEXT_FILE_FORMATS = ("paragraphs", "document")
+_FIELDS = {field.name: field for field in dataclasses.fields(Source)}
+_OPTION = re.compile(f",({'|'.join(_FIELDS.keys() - {'language', 'path', 'where'})})=")
+_DELIMITER = re.compile(f"[@?#]|{_OPTION.pattern}")
+_SUFFIX = re.compile(
+    r"(?:@(?P<subset>[^?#,]+))?(?:\?(?P<where>[^=#]+=[^#]+?))?(?:#(?P<columns>.+?))?"
+    rf"(?P<options>(?:{_OPTION.pattern}.*)?)"
+)
+
+
+def printable(name: str) -> str:
+    """Return a file's name for reports; bytes that are no UTF-8 are escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_argument(argument: str) -> list[Source]:
@@ -202,7 +240,9 @@ def read_yaml(path: Path) -> list[Source]:
     entries = load_yaml(path, ConfigError)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path} holds no sources: expected a list of mappings")
-    return [_validate(entry, f"{path} source {i}") for i, entry in enumerate(entries, 1)]
+    return [
+        Source(**_validate(entry, f"{path} source {i}")) for i, entry in enumerate(entries, start=1)
+    ]
 
 
 def load_yaml(path: Path, failure: type[UserError]) -> Any:
@@ -218,8 +258,8 @@ def load_yaml(path: Path, failure: type[UserError]) -> Any:
         raise failure(f"{path} is not YAML ({reason})") from None
 
 
-def _validate(entry: Any, origin: str) -> Source:
-    """Check an entry of a YAML file against the fields of `Source`.
+def _validate(entry: Any, origin: str) -> dict[str, Any]:
+    """Return an entry of a YAML file, checked against the fields of `Source`.
 
     Values are shown with reprlib, which prints a few entries and levels: with aliases, one line of
     YAML can stand for a list of 10^9 entries.
@@ -233,10 +273,11 @@ def _validate(entry: Any, origin: str) -> Source:
     values = dict(entry)
     match list(values["where"].items()) if isinstance(values.get("where"), Mapping) else []:
         case [(column, value)] if not isinstance(value, Mapping | list):
-            values["where"] = (str(column), str(value))
+            written = value if isinstance(value, str) else json.dumps(value, default=str)
+            values["where"] = (str(column), written)
     fields: dict[str, Any] = {
         field.name: (field.type, ... if field.default is dataclasses.MISSING else field.default)
-        for field in dataclasses.fields(Source)
+        for field in _FIELDS.values()
     }
     config = pydantic.ConfigDict(extra="forbid", strict=True)
     problems = []
@@ -258,17 +299,20 @@ def _validate(entry: Any, origin: str) -> Source:
         problems.append("has NUL in its path")
     if problems:
         raise ConfigError(f"{origin} {'; '.join(problems)}")
-    return Source(**values)
+    return values
 
 
 def source_contradictions(sources: Iterable[Source]) -> list[str]:
     """Return what is inconsistent among sources, one sentence each."""
     sources = list(sources)
-    problems = [
-        f"{source.title} is a file, which has no subset {source.subset!r}"
-        for source in sources
-        if source.subset and source.is_local()
-    ]
+    problems = []
+    for source in sources:
+        if source.is_local() and source.revision:
+            problems.append(f"{source.title} is local: a revision is of a data set of the hub")
+        if source.is_local() and not os.path.isdir(source.path):
+            for name, value in (("subset", source.subset), ("split", source.split)):
+                if value not in (None, TRAIN):
+                    problems.append(f"{source.title} is a file, which has no {name} {value!r}")
     weights: dict[str, set[bool]] = {}
     for source in sources:
         weights.setdefault(source.language, set()).add(source.weight is not None)

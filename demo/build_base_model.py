@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import constants
 from chatglm_ja.cli import run
-from chatglm_ja.data import corpus
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.settings import StepConfig, parse, setting
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.files import write_json
@@ -67,10 +67,10 @@ def main() -> None:
     output = Output(config, Path(__file__).stem, inputs)
     if not output.prepare():
         return
-    texts = [text for source in config.sources for text in corpus.read_texts(source)]
+    texts = [text for source in config.sources for text in SourceReader().texts(source)]
     random.Random(config.seed).shuffle(texts)
     characters = {
-        c for s in config.character_sources for text in corpus.read_texts(s) for c in text
+        c for s in config.character_sources for text in SourceReader().texts(s) for c in text
     }
     with output.write() as folder:
         train_tokenizer(texts, characters, config, folder)

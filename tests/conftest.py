@@ -15,6 +15,7 @@ import pytest
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.data import corpus, prepare_conversations, prepare_texts
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.files import MANIFEST, read_json, write_json
@@ -53,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def demo_texts(language: str, count: int, split: str = "train") -> list[str]:
     source = Source(language, str(DATA / f"{split}_{language}.jsonl.gz"))
-    return list(itertools.islice(corpus.read_texts(source), count))
+    return list(itertools.islice(SourceReader().texts(source), count))
 
 
 @pytest.fixture(scope="session")

@@ -166,6 +166,6 @@ def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPa
 
 def test_shares_add_up_to_one() -> None:
     assert parse_shares(["ja=76", "zh=12", "en=12"]) == {"ja": 0.76, "zh": 0.12, "en": 0.12}
-    for bad in ([], ["ja"], ["ja=x"], ["ja=-1", "zh=2"], ["ja=0"], ["ja=nan"], ["ja=1", "ja=2"]):
+    for bad in (["ja"], ["ja=x"], ["ja=-1", "zh=2"], ["ja=0"], ["ja=nan"], ["ja=1", "ja=2"]):
         with pytest.raises(ConfigError):
             parse_shares(bad)

@@ -1,5 +1,7 @@
 """Sources on a command line, in a YAML file, as files, folders, patterns and names."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,99 @@ from chatglm_ja.sources import Source, read_argument, source_contradictions
 def test_the_grammar_of_the_command_line() -> None:
     spec = "en=microsoft/wiki_qa@default?label=1#question>answer"
     assert Source.parse(spec) == Source(
-        "en", "microsoft/wiki_qa", "wiki_qa", "question>answer", "default", ("label", "1")
+        "en", "microsoft/wiki_qa", columns="question>answer", subset="default", where=("label", "1")
     )
     assert str(Source.parse(spec)) == spec
     assert Source.parse("ja=a/b.txt") == Source("ja", "a/b.txt", name="b")
     assert Source.parse("ja=/x@1/y#2/b.jsonl.gz#t") == Source(
         "ja", "/x@1/y#2/b.jsonl.gz", name="b", columns="t"
     )
+
+
+def test_any_field_by_its_name() -> None:
+    assert Source.parse("ja=b.txt,format=document,weight=2.5,name=books") == Source(
+        "ja", "b.txt", name="books", format="document", weight=2.5
+    )
+    assert Source.parse("en=org/set@v1?a=b/c#t,split=test,revision=ab12,id_column=") == Source(
+        "en", "org/set", columns="t", subset="v1", split="test", revision="ab12",
+        where=("a", "b/c"), id_column=None,
+    )  # fmt: skip
+    assert Source.parse("ja=one,two.txt") == Source("ja", "one,two.txt")
+    for spec, message in (
+        ("ja=b.txt,format=book", "has format 'book', expected 'lines', 'paragraphs', 'document'"),
+        ("ja=b.txt,weight=0", "has weight 0.0, expected greater than 0"),
+        ("ja=b.txt,weight=much", "has weight 'much', expected a valid number"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            Source.parse(spec)
+
+
+@pytest.mark.parametrize(
+    "name", ["a@1.jsonl", "a#b.txt", "a?b=c.jsonl", "a,name=b.txt", "a b.TXT", "a[1].jsonl", "ä*"]
+)
+@pytest.mark.parametrize("parent", ["plain", "x@1", "y#2", "z?k=v", "w,split=a"])
+def test_a_path_that_exists_always_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parent: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(parent)
+    folder.mkdir()
+    is_folder = "." not in name
+    path = folder / name
+    file = path / "data.jsonl" if is_folder else path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"a": "x"}\n')
+    for spelled in [str(path), str(tmp_path / path)] + [f"{path}/"] * is_folder:
+        source = Source.parse(f"ja={spelled}#a,weight=2")
+        assert (source.path, source.columns, source.weight) == (spelled, "a", 2)
+        assert [p.resolve() for p in source.files()] == [file.resolve()]
+        assert Source.parse(f"ja={spelled}").path == spelled
+        assert Source.parse(f"ja={spelled}?k=a/b").where == ("k", "a/b")
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "is_equal"),
+    [
+        ("true", True, True), ("True", True, True), ("true", False, False), ("true", "true", True),
+        ("1", 1, True), ("1", 1.0, True), ("1", "1", True), ("1.0", 1, True), ("1.0", "1", False),
+        ("1", True, False), ("true", 1, False), ("0", False, False), ("null", None, True),
+        ("null", 0, False), ("a/b", "a/b", True), ("", "", True), ('["a"]', ["a"], True),
+        ("1e999", 1, False), ("[" * 5000, 1, False),
+    ],
+)  # fmt: skip
+def test_conditions_compare_as_json(written: str, value: Any, is_equal: bool) -> None:
+    assert Source("ja", "x", where=("k", written)).matches(value) is is_equal
+
+
+def test_conditions_of_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text("".join(f"- {{language: ja, path: x, where: {{k: {v}}}}}\n"
+                            for v in ("true", "1", "null", "'1'", "text")))  # fmt: skip
+    assert [s.where[1] for s in read_argument(str(path)) if s.where] == [
+        "true", "1", "null", "1", "text",
+    ]  # fmt: skip
+
+
+def test_what_a_file_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    path = f"ja={tmp_path}/a.jsonl"
+    assert source_contradictions([Source.parse(f"{path},split=test")]) == [
+        "ja/a is a file, which has no split 'test'"
+    ]
+    assert "no subset 'x'" in source_contradictions([Source.parse(f"{path}@x")])[0]
+    assert "revision" in source_contradictions([Source.parse(f"{path},revision=1")])[0]
+    assert not source_contradictions([Source.parse(f"ja={tmp_path},split=test")])
+    with pytest.raises(DataError, match=r"format document is for \.txt files"):
+        Source.parse(f"{path},format=document").files()
+
+
+def test_names_that_are_no_utf_8_can_be_written(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe3\x81\x82\xff.txt")
+    Path(path).write_text("x")
+    source = Source("ja", path)
+    assert source.title == "ja/あ\\xff"
+    source.title.encode()
+    assert [os.fsencode(p) for p in Source("ja", str(tmp_path)).files()] == [os.fsencode(path)]
 
 
 @pytest.mark.parametrize("spec", ["nothing", "ja=", "=x", "ja=x?label"])
@@ -64,7 +152,7 @@ def test_a_yaml_file_declares_sources(tmp_path: Path) -> None:
         ("- {language: ja, path: x, weight: 0}", "has weight 0, expected greater than 0"),
         (
             "- {language: ja, path: x, format: xml}",
-            "has format 'xml', expected 'records' or 'wikitext'",
+            "has format 'xml', expected 'lines', 'paragraphs', 'document' or 'wikitext'",
         ),
         ("- {language: ja, path: x, where: 5}", "has where 5, expected one COLUMN: VALUE"),
         ("- {language: ja, path: [x]}", "has path .'x'., expected a valid string"),
@@ -106,8 +194,9 @@ def test_files_folders_patterns_and_names(tmp_path: Path) -> None:
         (f"{tmp_path}/no", "not found"),
         (f"{tmp_path}/*.json", "no file matches"),
         (f"{tmp_path}/empty", "holds no file that ends with"),
-        (f"{tmp_path}/*", r"README\.md does not end with one of \.jsonl"),
-        (f"{tmp_path}/***/a.txt", "is not a pattern"),
+        (f"{tmp_path}/*.md", "no file matches .* which match 1 other files"),
+        (f"{tmp_path}/README.md", "of no known format: expected .jsonl, .txt, .json, .parquet"),
+        (f"{tmp_path}/***/a.txt", "no file matches"),
     ):
         with pytest.raises(DataError, match=message):
             Source("ja", path).files()

@@ -74,16 +74,22 @@ class Fate(StrEnum):
 
 def clean(text: str, unicode_form: str) -> str:
     """Return the cleaned text; `unicode_form` is NFC, NFKC or none."""
-    if _UNWANTED.search(text):
-        text = _BREAK.sub("\n", text).replace(_NO_BREAK_SPACE, " ")
-        text = _UNWANTED.sub("", text)
-    if unicode_form != "none" and not text.isascii():
-        text = unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    text = clean_characters(text, unicode_form)
     if any(blank + "\n" in text for blank in _BLANKS):
         text = "\n".join(line.rstrip(_BLANKS) for line in text.split("\n"))
     if "\n\n\n" in text:
         text = _EMPTY_LINES.sub("\n\n", text)
     return text.rstrip(_BLANKS + "\n").lstrip("\n")
+
+
+def clean_characters(text: str, unicode_form: str) -> str:
+    """Return the text with cleaned characters; its blanks and empty lines stay as they are."""
+    if _UNWANTED.search(text):
+        text = _BREAK.sub("\n", text).replace(_NO_BREAK_SPACE, " ")
+        text = _UNWANTED.sub("", text)
+    if unicode_form != "none" and not text.isascii():
+        text = unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    return text
 
 
 def code_points(texts: Sequence[str]) -> np.ndarray:

@@ -73,19 +73,6 @@ def parse_conversations(
             yield Conversation(number, messages, readers.record_id(record, source))
 
 
-def read_conversations(source: Source) -> Iterator[list[Message]]:
-    """Yield the messages of a source's conversations, in order, if they end with an answer.
-
-    Raises DataError, naming the file and the record's number, for the first bad one.
-    """
-    for chunk in readers.read_chunks(source):
-        for conversation in parse_conversations(chunk, source):
-            if not isinstance(conversation, Conversation):
-                raise readers.reject_error(chunk.file, *conversation)
-            if conversation.messages[-1]["role"] == "assistant":
-                yield conversation.messages
-
-
 def read_messages(record: Record, columns: str | None) -> list[Message] | Reject:
     """Return the messages of a record, or a Reject; `columns` are the source's."""
     if columns is None:

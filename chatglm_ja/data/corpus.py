@@ -1,7 +1,7 @@
 """Documents of text sources, and samples from a stream of texts.
 
-Step 4 reads documents chunk by chunk, in several processes, and counts bad records. Other code
-calls `read_texts`, which stops at the first bad one. All are iterators: memory holds no corpus.
+Documents are cleaned as they are read (cleaning.py). Step 4 reads them chunk by chunk, in several
+processes; other code calls `SourceReader.texts` (source_reader.py).
 
 In the WikiText corpora (format wikitext; Merity et al. 2016, arXiv 1609.07843) a record is a line
 of an article, with spaces around punctuation, and "@-@", "@,@" and "@.@" for a hyphen inside a word
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm_ja.data import readers
+from chatglm_ja.data import cleaning, readers
 from chatglm_ja.data.readers import Chunk, Reject
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
@@ -42,45 +42,57 @@ _QUOTED = re.compile(r'" (.*?) "', re.DOTALL)
 
 @dataclass(frozen=True)
 class Document:
-    """A text as it was read, and the number and id of the record at which it begins."""
+    """A cleaned text, and the number and id of the record at which it begins."""
 
     record: int
     text: str
     id: str | None = None
 
 
-def read_documents(chunk: Chunk, source: Source) -> Iterator[Document | tuple[int, Reject]]:
-    """Parse a chunk into documents and, for bad records, their numbers and Rejects.
+def read_documents(
+    chunk: Chunk, source: Source, unicode_form: str
+) -> Iterator[Document | tuple[int, Reject]]:
+    """Parse a chunk into cleaned documents and, for bad records, their numbers and Rejects.
 
     In the format wikitext, lines are joined into articles; an article that continues in the next
     chunk becomes two documents.
     """
+    for number, text, record_id in _read_texts(chunk, source):
+        if isinstance(text, Reject):
+            yield number, text
+            continue
+        text = cleaning.clean(text, unicode_form)
+        reject = _check_lines(text)
+        yield (number, reject) if reject else Document(number, text, record_id)
+
+
+def _read_texts(chunk: Chunk, source: Source) -> Iterator[tuple[int, str | Reject, str | None]]:
+    """Yield the number, the text or a Reject, and the id of each record of a chunk."""
     column = source.columns or readers.TEXT_COLUMN
     lines: list[tuple[int, str]] = []
     for number, record in readers.read_records(chunk, source):
         if isinstance(record, Reject):
-            yield number, record
+            yield number, record, None
         elif reject := readers.check_text(record.get(column), column, record):
-            yield number, reject
+            yield number, reject, None
         elif source.format == "wikitext":
             lines.append((number, record[column]))
         else:
-            yield Document(number, record[column], readers.record_id(record, source))
+            yield number, record[column], readers.record_id(record, source)
     for number, text in join_articles(lines):
-        yield Document(number, text)
+        yield number, text, None
 
 
-def read_texts(source: Source) -> Iterator[str]:
-    """Yield the documents of a source, in order, without empty ones.
-
-    Raises DataError, naming the file and the record's number, for the first bad record.
-    """
-    for chunk in readers.read_chunks(source):
-        for document in read_documents(chunk, source):
-            if not isinstance(document, Document):
-                raise readers.reject_error(chunk.file, *document)
-            if document.text and not document.text.isspace():
-                yield document.text
+def _check_lines(text: str) -> Reject | None:
+    if len(text) > MAX_LINE_CHARACTERS:
+        longest = max(text.split("\n"), key=len)
+        if len(longest) > MAX_LINE_CHARACTERS:
+            return Reject(
+                "endless line",
+                f"{len(longest):,} characters, which start {longest[:20]!r}; expected at most "
+                f"{MAX_LINE_CHARACTERS:,}",
+            )
+    return None
 
 
 def restore_line(line: str) -> str:
@@ -112,43 +124,16 @@ def join_articles(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]
         yield first, "\n".join(article)
 
 
-def texts_by_language(sources: Iterable[Source]) -> dict[str, Iterator[str]]:
-    """Return a stream of documents for each language, taken from its sources in turn.
-
-    The start of a stream so holds documents of every source. Nothing is read yet.
-    """
-    by_language: dict[str, list[Source]] = {}
-    for source in sources:
-        by_language.setdefault(source.language, []).append(source)
-    return {
-        language: round_robin(map(read_texts, group)) for language, group in by_language.items()
-    }
-
-
-def round_robin(streams: Iterable[Iterator[str]]) -> Iterator[str]:
-    """Return the items of several streams, one from each in turn, until all have ended."""
-    rounds = itertools.zip_longest(*streams)
-    return (text for texts in rounds for text in texts if text is not None)
-
-
 def training_lines(texts: Iterable[str], counts: MutableMapping[str, Any]) -> Iterator[str]:
     """Yield the non-blank lines of documents, the sentences on which a tokenizer is trained.
 
     A line is a sentence because no piece spans a line break, which the tokenizers encode as a byte.
     At the end, `counts` holds the numbers of documents, lines and characters. Raises DataError if
-    there is no text, or a line of more than MAX_LINE_CHARACTERS.
+    there is no text.
     """
     documents = lines = characters = 0
     for text in texts:
         documents += 1
-        if len(text) > MAX_LINE_CHARACTERS:
-            longest = max(text.split("\n"), key=len)
-            if len(longest) > MAX_LINE_CHARACTERS:
-                raise DataError(
-                    f"document {documents} has a line of {len(longest):,} characters, which starts "
-                    f"{longest[:20]!r}: expected text with line breaks, at most "
-                    f"{MAX_LINE_CHARACTERS:,} characters a line"
-                )
         # Text files give millions of documents of one line, which are not to be split.
         for line in text.split("\n") if "\n" in text else (text,):
             if line.strip():

@@ -21,6 +21,7 @@ from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
+from chatglm_ja.sources import printable
 
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
@@ -35,7 +36,7 @@ def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> Stored
     """Filter and tokenize a chunk of conversations, unless an earlier run stored it."""
     if stored := token_store.find_chunk(task.stem, task.number):
         return stored
-    tokenized = TokenizedChunk(file=Path(task.chunk.file).name)
+    tokenized = TokenizedChunk(file=printable(Path(task.chunk.file).name))
     for conversation in conversations.parse_conversations(task.chunk, task.source):
         if not isinstance(conversation, Conversation):
             tokenized.rejects.append(conversation)

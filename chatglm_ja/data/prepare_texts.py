@@ -12,6 +12,7 @@ that says "</s>" stays text.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,17 @@ from chatglm_ja.data.corpus import Document
 from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
+from chatglm_ja.source_files import file_format
+from chatglm_ja.sources import printable
 
+log = logging.getLogger(__name__)
+
+# Shorter documents are fragments; their count, which is not a fate: the filters decide on them.
+FRAGMENT_CHARACTERS = 100
+FRAGMENTS = "fragments"
 # Documents are tokenized in batches of this many characters: enough for numpy, little memory.
 BATCH_CHARACTERS = 2**20
 
@@ -39,13 +48,33 @@ def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex
     if config.decontaminate:
         overlap_file = folders[0] / "overlap.npy"
         tokenizer = load_processor(config.tokenizer)
-        texts = (text for source in config.decontaminate for text in corpus.read_texts(source))
-        cleaned = (cleaning.clean(text, config.unicode_form) for text in texts)
-        ids = (tokenizer.encode(text, return_type="numpy") for text in cleaned)
+        reader = SourceReader(config)
+        texts = (text for source in config.decontaminate for text in reader.texts(source))
+        ids = (tokenizer.encode(text, return_type="numpy") for text in texts)
         np.save(overlap_file, dedup.overlap_hashes(ids), allow_pickle=False)
     tokenize = functools.partial(tokenize_texts, config, overlap_file)
     chunks = token_store.tokenize_sources(tokenize, config.sources, folders, config, "texts")
-    return DocumentIndex(config.sources, chunks)
+    index = DocumentIndex(config.sources, chunks)
+    _warn_of_fragments(index)
+    return index
+
+
+def _warn_of_fragments(index: DocumentIndex) -> None:
+    """Warn of sources whose median document is a fragment, such as a line of a longer text."""
+    for number, source in enumerate(index.sources):
+        counts = index.counts(number)
+        if counts.get(FRAGMENTS, 0) > counts.get("documents", 0) / 2:
+            is_text = any(file_format(path) == "txt" for path in source.files())
+            cure = (
+                "each line of a .txt file is one: for longer texts, set format=paragraphs or "
+                "format=document"
+                if is_text and source.format == "lines"
+                else "a document should be a whole text: join the parts that belong together"
+            )
+            log.warning(
+                "%s: most of its %s documents have fewer than %d characters; %s",
+                source.title, f"{counts['documents']:,}", FRAGMENT_CHARACTERS, cure,
+            )  # fmt: skip
 
 
 def tokenize_texts(
@@ -57,10 +86,10 @@ def tokenize_texts(
     """
     if stored := token_store.find_chunk(task.stem, task.number):
         return stored
-    tokenized = TokenizedChunk(file=Path(task.chunk.file).name)
+    tokenized = TokenizedChunk(file=printable(Path(task.chunk.file).name))
     batch: list[Document] = []
     characters = 0
-    for document in corpus.read_documents(task.chunk, task.source):
+    for document in corpus.read_documents(task.chunk, task.source, config.unicode_form):
         if not isinstance(document, Document):
             tokenized.rejects.append(document)
             continue
@@ -93,9 +122,10 @@ def _add_batch(
     overlap_file: Path | None,
 ) -> None:
     """Tokenize the documents that no filter drops, and count the others."""
-    texts = [cleaning.clean(document.text, config.unicode_form) for document in batch]
+    texts = [document.text for document in batch]
     tokenized.found += len(batch)
-    tokenized.text_bytes += sum(len(document.text.encode()) for document in batch)
+    tokenized.text_bytes += sum(len(text.encode()) for text in texts)
+    tokenized.counts[FRAGMENTS] += sum(len(text) < FRAGMENT_CHARACTERS for text in texts)
     codes = cleaning.code_points(texts)
     fates = cleaning.apply_filters(
         texts, codes, language if config.check_language else None, config.min_characters

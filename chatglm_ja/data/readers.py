@@ -9,11 +9,14 @@ table) and either its columns or the reason why it is rejected:
         for number, record in read_records(chunk, source):   # record: dict, or Reject
 
 Only a .json list is read whole. A row group of a parquet file is cut into at most sixteen chunks.
-A line that never ends is skipped without being held in memory.
+A line that never ends is skipped without being held in memory. A file that is wrong as a whole,
+since it is not in UTF-8 or holds no records of its format, ends the reading with one message.
 """
 
+import codecs
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +27,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from chatglm_ja.data.file_start import check_start
 from chatglm_ja.errors import DataError
-from chatglm_ja.sources import COMPRESSIONS, Source, file_compression, file_format
+from chatglm_ja.source_files import COMPRESSIONS, file_compression, file_format
+from chatglm_ja.sources import TEXT_FILE_FORMATS, Source
 
 Record = dict[str, Any]
 TEXT_COLUMN = "text"
@@ -37,12 +42,15 @@ MAX_DEPTH = 100
 ROWS_AT_ONCE = 1000
 # Chunks of a row group: each reads the group from its beginning.
 MAX_PARTS = 16
+ARROW_MAGIC = b"ARROW1"
 # Reject reasons that stand for all the remaining records of a file.
 LOST_FILE = (
     *(f"damaged {compression.module}" for compression in COMPRESSIONS.values()),
     "damaged parquet",
+    "damaged arrow",
     "broken file",
 )
+_EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
 @dataclass(frozen=True)
@@ -75,49 +83,54 @@ class Chunk:
     payload: bytes | ParquetRows | pyarrow.Buffer | Path | Reject
 
 
-def reject_error(file: str, number: int, reject: Reject) -> DataError:
-    """Return the error for a bad record, for readers that stop at the first one."""
-    return DataError(f"{file} record {number}: {reject.reason} ({reject.detail})")
-
-
 def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Cut a source into chunks; raise DataError if it does not exist."""
+    """Cut a source into chunks.
+
+    Raises DataError if it does not exist, and for a file that is wrong as a whole.
+    """
     paths = source.files()
+    for path in paths:  # all of them now, not after hours
+        check_start(path)
     for path in paths:
         match file_format(path):
             case "parquet":
                 yield from _cut_parquet(path, chunk_bytes)
+            case "arrow":
+                yield from _cut_arrow(path, chunk_bytes)
             case "json":
                 yield Chunk(str(path), 1, path)
-            case _:
-                yield from _cut_lines(path, chunk_bytes)
-    if paths:
-        return
-    rows = load_hub_dataset(source)
-    table = rows.with_format("arrow")
-    per_chunk = max(1, len(rows) * chunk_bytes // max(1, rows.data.nbytes))
-    for start in range(0, len(rows), per_chunk):
-        part = table[start : start + per_chunk]
+            case name:
+                is_text = name == "txt" and source.format in TEXT_FILE_FORMATS
+                yield from _cut_text(path, chunk_bytes, source.format if is_text else "lines")
+    if not paths:
+        yield from _cut_table(source.path, load_hub_dataset(source).data.table, chunk_bytes)
+
+
+def _cut_table(name: str, table: pyarrow.Table, chunk_bytes: int) -> Iterator[Chunk]:
+    """Cut a table, which may be memory-mapped: a chunk holds its rows as an Arrow stream."""
+    rows = max(1, len(table) * chunk_bytes // max(1, table.nbytes))
+    for start in range(0, len(table), rows):
+        part = table.slice(start, rows)
         stream = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(stream, part.schema) as writer:
             writer.write_table(part, max_chunksize=ROWS_AT_ONCE)
-        yield Chunk(source.path, start + 1, stream.getvalue())
+        yield Chunk(name, start + 1, stream.getvalue())
 
 
 def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
     """Parse a chunk into numbered records; those that the source's `where` excludes are skipped."""
-    for number, record in _parse_chunk(chunk):
+    for number, record in _parse_chunk(chunk, source.format):
         if source.where is None or isinstance(record, Reject):
             yield number, record
         elif source.where[0] not in record:
             yield number, missing_column(source.where[0], record)
-        elif str(record[source.where[0]]) == source.where[1]:
+        elif source.matches(record[source.where[0]]):
             yield number, record
 
 
 def missing_column(column: str, record: Record) -> Reject:
     """Return the Reject for a record without a column that is needed."""
-    return Reject("missing column", f"no column {column!r} among {', '.join(record)}")
+    return Reject("missing column", f"found {', '.join(record)}; expected {column}")
 
 
 def record_id(record: Record, source: Source) -> str | None:
@@ -153,14 +166,22 @@ def check_characters(text: str) -> Reject | None:
 
 
 def load_hub_dataset(source: Source) -> Any:
-    """Load the train split of a data set by name; `datasets` downloads it once and memory-maps it.
+    """Load a data set by name; `datasets` downloads it once and memory-maps it.
 
     Raises DataError if that fails.
     """
     import datasets
 
     try:
-        return datasets.load_dataset(source.path, source.subset, split="train")
+        return datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision
+        )
+    except ValueError as error:  # an unknown split or configuration; lists those that exist
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"source {source.title}: the data set {source.path} has not what is asked for "
+            f"({reason}): choose a configuration with @NAME, a split with split=NAME"
+        ) from None
     except Exception as error:  # the hub's errors have no common base
         raise DataError(
             f"source {source.title}: {source.path} is neither a local file nor a data set that "
@@ -183,12 +204,16 @@ def _damaged(kind: str, detail: str, error: Exception) -> Reject:
     return Reject(f"damaged {kind}", detail)
 
 
-def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
+def _parse_chunk(chunk: Chunk, form: str) -> Iterator[tuple[int, Record | Reject]]:
+    """Parse a chunk into numbered records; `form` is the source's format."""
     payload = chunk.payload
     if isinstance(payload, Reject):
         yield chunk.first, payload
     elif isinstance(payload, bytes):
         is_json = file_format(Path(chunk.file)) == "jsonl"
+        if not is_json and form in TEXT_FILE_FORMATS:
+            yield from _split_texts(payload, chunk.first, form)
+            return
         for number, line in enumerate(_decode_lines(payload), chunk.first):
             if isinstance(line, Reject):
                 yield number, line
@@ -213,33 +238,65 @@ def _parse_chunk(chunk: Chunk) -> Iterator[tuple[int, Record | Reject]]:
                     number += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
             detail = f"the rest of its rows is lost ({_first_line(error)})"
-            yield number, _damaged("parquet", detail, error)
+            yield number, _damaged("parquet" if is_file else "arrow", detail, error)
 
 
-def _cut_lines(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+def _split_texts(payload: bytes, first: int, form: str) -> Iterator[tuple[int, Record | Reject]]:
+    """Yield the paragraphs of a .txt file, or all of it, with the number of their first line."""
+
+    def is_between(line: tuple[int, str]) -> bool:
+        return form == "paragraphs" and not line[1].strip()
+
+    lines = payload.decode("utf-8", "surrogateescape").split("\n")
+    for is_empty, group in itertools.groupby(enumerate(lines, first), is_between):
+        numbers, parts = zip(*group, strict=True)
+        text = "\n".join(parts)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            yield numbers[0], _invalid_byte(ord(text[error.start]) - 0xDC00, error.start)
+        else:
+            if not is_empty:
+                yield numbers[0], {TEXT_COLUMN: text}
+
+
+def _find_ends(data: bytes, form: str) -> tuple[int, int]:
+    """Return where the first and the last complete line or paragraph ends; 0 if there is none."""
+    if form == "lines":
+        return data.find(b"\n") + 1, data.rfind(b"\n") + 1
+    ends = [match.end() for match in _EMPTY_LINE.finditer(data)] if form == "paragraphs" else []
+    return (ends[0], ends[-1]) if ends else (0, 0)
+
+
+def _cut_text(path: Path, chunk_bytes: int, form: str) -> Iterator[Chunk]:
+    """Cut a .jsonl or .txt file into chunks of whole lines, or whole texts of the format `form`."""
     chunk = partial(Chunk, str(path))
-    rest, number, skipping = b"", 1, False
+    rest, number, skipping, is_start = b"", 1, False, True
     for block in _read_blocks(path, chunk_bytes):
         if isinstance(block, Reject):
             # The incomplete line before the damage is lost with what follows it.
             yield chunk(number, block)
             return
-        if number == 1 and not rest:
-            block = block.removeprefix(b"\xef\xbb\xbf")
+        if is_start:
+            block, is_start = block.removeprefix(codecs.BOM_UTF8), False
         if skipping:
-            end = block.find(b"\n") + 1
+            end, _ = _find_ends(block, form)
+            number += block.count(b"\n", 0, end or len(block))
             if not end:
                 continue
-            block, skipping, number = block[end:], False, number + 1
+            block, skipping = block[end:], False
         rest += block
-        cut = rest.rfind(b"\n") + 1
+        _, cut = _find_ends(rest, form)
         if cut:
             lines, rest = rest[:cut], rest[cut:]
             yield chunk(number, lines)
             number += lines.count(b"\n")
         if len(rest) > MAX_RECORD_BYTES:
             size = f"longer than {MAX_RECORD_BYTES:,} bytes, expected one record a line"
+            if form != "lines":
+                size = f"a text longer than {MAX_RECORD_BYTES:,} bytes"
             yield chunk(number, Reject("endless line", size))
+            number += rest.count(b"\n")
             rest, skipping = b"", True
     if rest:
         yield chunk(number, rest)
@@ -274,14 +331,19 @@ def _decode_lines(payload: bytes) -> Iterator[str | Reject]:
     """Decode the lines of a chunk; one by one only if the chunk as a whole is not UTF-8."""
     try:
         yield from payload.decode("utf-8").removesuffix("\n").split("\n")
-        return
     except UnicodeDecodeError:
-        lines = payload.removesuffix(b"\n").split(b"\n")
-    for line in lines:
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield Reject("invalid UTF-8", f"byte 0x{line[error.start]:02x} at {error.start}")
+        yield from map(_decode, payload.removesuffix(b"\n").split(b"\n"))
+
+
+def _decode(text: bytes) -> str | Reject:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return _invalid_byte(text[error.start], error.start)
+
+
+def _invalid_byte(byte: int, place: int) -> Reject:
+    return Reject("invalid UTF-8", f"byte 0x{byte:02x} at {place}")
 
 
 def _check_object(value: Any) -> Record | Reject:
@@ -312,6 +374,19 @@ def _parse_list(path: Path) -> Iterator[Record | Reject]:
         else:
             kind = type(rows).__name__
             yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
+
+
+def _cut_arrow(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+    """Cut a file of Arrow's stream or file format, which is memory-mapped."""
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            is_file = file.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+            file.seek(0)
+            table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
+            yield from _cut_table(str(path), table, chunk_bytes)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        reject = _damaged("arrow", f"the file is lost ({_first_line(error)})", error)
+        yield Chunk(str(path), 1, reject)
 
 
 def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:

@@ -21,9 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.document_index import DocumentIndex
-from chatglm_ja.data.readers import LOST_FILE
+from chatglm_ja.data.readers import Reject
+from chatglm_ja.data.rejects import RejectCount, check_rejects
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import FORMAT
 from chatglm_ja.errors import DataError
@@ -45,7 +45,6 @@ def content_keys(
     tokenizer = by_role["step2_merge_tokenizer"].fingerprint
     evaluation = by_role.get("evaluation_texts")
     texts = {
-        "unicode_form": config.unicode_form,
         "min_characters": config.min_characters,
         "check_language": config.check_language,
         "decontaminate": [source.settings() for source in config.decontaminate],
@@ -64,6 +63,7 @@ def content_keys(
         for source, files in zip(sources, by_role[role].source_fingerprints, strict=True):
             changed, declaration = source.modification_times(), source.settings()
             own = {"files": files, "changed": changed, "source": declaration}
+            own["unicode_form"] = config.unicode_form
             keys[role].append({**own, "tokenizer": tokenizer, **settings})
     return keys
 
@@ -121,7 +121,7 @@ def link_files(source: Path, target: Path) -> None:
 
 
 class RejectsFile:
-    """The file of all bad records, and the limit on their share.
+    """Step 4's file of all bad records, and the limit on their share.
 
     path        the file, to be published with the result
     report      a copy of it that stays if the limit is exceeded and nothing is published
@@ -134,34 +134,19 @@ class RejectsFile:
         report.unlink(missing_ok=True)
 
     def check(self, index: DocumentIndex) -> None:
-        """Append the bad records of an index to the file.
-
-        Raises DataError if a source has no records, or too many bad ones.
-        """
-        reasons: list[Counter[str]] = [Counter() for _ in index.sources]
+        """Append the bad records of an index to the file; see `check_rejects`."""
+        counts = [
+            RejectCount(source, index.records_read(number))
+            for number, source in enumerate(index.sources)
+        ]
         # A column's name may hold a lone surrogate, which has no UTF-8 form.
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            for number, reject in index.rejects():
-                reasons[number][reject["reason"]] += 1
-                file.write(json.dumps(reject, ensure_ascii=False) + "\n")
-                if reject["reason"] in LOST_FILE:
-                    title, name = reject["source"], reject["file"]
-                    log.warning("%s: %s, %s: %s", title, name, reject["reason"], reject["detail"])
-        problems = []
-        for number, source in enumerate(index.sources):
-            bad, read = index.counts(number)[Fate.REJECTED], index.records_read(number)
-            if not read:
-                condition = f" where {'='.join(source.where)}" if source.where else ""
-                raise DataError(f"source {source.title} ({source}) holds no record{condition}")
-            if bad > self.max_share * read:
-                shown = ", ".join(f"{name} {n:,}" for name, n in reasons[number].most_common())
-                problems.append(f"{source.title}: {bad:,} of {read:,} records ({shown})")
-        if problems:
+            for number, row in index.rejects():
+                reject = Reject(row["reason"], row["detail"])
+                counts[number].add(row["file"], row["line"], reject)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            check_rejects(counts, self.max_share, f"see {self.report}")
+        except DataError:
             shutil.copyfile(self.path, self.report)
-            fix = "fix them or raise --max-rejects"
-            if any("duplicate id" in counts for counts in reasons):
-                fix += "; if these are not ids, set id_column: null for the source in a YAML file"
-            raise DataError(
-                f"more than {self.max_share:.2%} of the records are bad in {'; '.join(problems)}: "
-                f"see {self.report}, then {fix}"
-            )
+            raise

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, setting
-from chatglm_ja.sources import COMPRESSIONS, Source, source_contradictions
+from chatglm_ja.source_files import COMPRESSIONS
+from chatglm_ja.sources import Source, source_contradictions
 
+UNICODE_FORM = "NFC"
+MAX_REJECTS = 0.01
 TOKEN_BYTES = 4
 COMPRESSION_RATIO = 4  # of compressed texts and parquet files, about
 TEXT_BYTES_PER_TOKEN = 3  # at least
@@ -17,16 +20,35 @@ DOCUMENT_BYTES = 2000  # mean size of a document
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareDataConfig(StepConfig):
+class ReadingConfig(StepConfig):
+    """How a step reads texts and conversations; the same in all steps, from constants.py."""
+
+    unicode_form: Literal["NFC", "NFKC", "none"] = setting(
+        "Unicode normalization of texts; the tokenizer has none, and NFKC would remove the "
+        "full-width forms from Japanese",
+        UNICODE_FORM,
+    )
+    max_rejects: float = setting(
+        "stop if a larger share of a source's records is bad", MAX_REJECTS, low=0, high=1,
+        affects_result=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareDataConfig(ReadingConfig):
     """Settings of step 4, which prepares pretraining blocks and fine-tuning examples."""
 
     tokenizer: Path = setting("output folder of step 2")
     sources: tuple[Source, ...] = setting(
         "pretraining texts: a YAML file of sources, or each as "
-        "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMN]"
+        "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMN][,FIELD=VALUE], where FIELD is "
+        "split, revision, format, weight or another field of a source; each line of a .txt file is "
+        "a text, or with format=paragraphs a paragraph, with format=document all of it (no value: "
+        "no texts)",
+        (),
     )
     shares: tuple[str, ...] = setting("each language's share of the tokens, LANGUAGE=SHARE", ())
-    total_tokens: int = setting("tokens of pretraining blocks to make", low=1)
+    total_tokens: int = setting("tokens of pretraining blocks to make (0: no texts)", low=0)
     max_repeats: float = setting(
         "epochs over a source's texts that may be used to fill its share; up to 4 cost little "
         "(arXiv 2305.16264)",
@@ -42,11 +64,6 @@ class PrepareDataConfig(StepConfig):
     )
     validation_tokens: int = setting(
         "held-out tokens for validation, over all languages", 2_000_000, low=0
-    )
-    unicode_form: Literal["NFC", "NFKC", "none"] = setting(
-        "Unicode normalization of texts; the tokenizer has none, and NFKC would remove the "
-        "full-width forms from Japanese",
-        "NFC",
     )
     min_characters: int = setting("drop texts of fewer characters", 32, low=1)
     check_language: bool = setting(
@@ -64,11 +81,12 @@ class PrepareDataConfig(StepConfig):
     )
     sft_sources: tuple[Source, ...] = setting(
         "conversations: a YAML file of sources, or each as "
-        "KIND=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS], where COLUMNS is a column of "
-        "messages or QUESTION[+QUESTION]>ANSWER columns"
+        "KIND=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMNS][,FIELD=VALUE], where COLUMNS is a "
+        "column of messages or QUESTION[+QUESTION]>ANSWER columns (no value: no conversations)",
+        (),
     )
     sft_shares: tuple[str, ...] = setting("each kind's share of the conversations, KIND=SHARE", ())
-    sft_examples: int = setting("conversations to train on", low=1)
+    sft_examples: int = setting("conversations to train on (0: none)", low=0)
     sft_validation_examples: int = setting("held-out conversations for validation", 1000, low=0)
     max_length: int = setting(
         "tokens of the longest conversation, and of a bin of conversations",
@@ -79,17 +97,30 @@ class PrepareDataConfig(StepConfig):
     long_conversations: Literal["cut", "drop"] = setting(
         "what to do with longer ones: cut their oldest exchanges, or drop them", "cut"
     )
-    max_rejects: float = setting(
-        "stop if a larger share of a source's records is bad", 0.01, low=0, high=1,
-        affects_result=False,
-    )  # fmt: skip
     seed: int = setting("seed for sampling and ordering texts and conversations", 0, low=0)
     num_processes: int = setting(
         "processes that read and tokenize", CORES, low=1, affects_result=False
     )
 
+    def __post_init__(self) -> None:
+        """Leave out the sources of texts, or of conversations, if none are to be made."""
+        for size, *group in (
+            ("total_tokens", "sources", "shares", "validation_tokens", "decontaminate"),
+            ("sft_examples", "sft_sources", "sft_shares", "sft_validation_examples"),
+        ):
+            if not getattr(self, size) or not getattr(self, group[0]):
+                for name in (size, *group):
+                    empty: Any = () if isinstance(getattr(self, name), tuple) else 0
+                    object.__setattr__(self, name, empty)
+        super().__post_init__()
+
     def contradictions(self) -> list[str]:
         problems = []
+        if not self.sources and not self.sft_sources:
+            problems.append(
+                "there is nothing to prepare: expected --sources and --total-tokens for texts, or "
+                "--sft-sources and --sft-examples for conversations"
+            )
         for sources, shares, name in (
             (self.sources, self.shares, "--shares"),
             (self.sft_sources, self.sft_shares, "--sft-shares"),
@@ -150,7 +181,5 @@ def parse_shares(specs: Sequence[str]) -> dict[str, float]:
         if label in shares or not 0 < share < 1e9:
             raise ConfigError(f"share {spec!r} must be one positive number for each label")
         shares[label] = share
-    if not shares:
-        raise ConfigError("no shares are given: expected LABEL=NUMBER")
     total = sum(shares.values())
     return {label: share / total for label, share in shares.items()}

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from chatglm_ja.data import dedup, parallel
 from chatglm_ja.data.readers import Chunk, Reject, read_chunks
+from chatglm_ja.data.rejects import is_hopeless
 from chatglm_ja.data.settings import TOKEN_BYTES, PrepareDataConfig
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 # Increased when the files of a chunk change their meaning: work of earlier versions is discarded.
 FORMAT = 2
 MAX_DETAIL = 200
-# Reading stops early if most of at least this many records of a source are bad.
-EARLY_RECORDS = 20_000
 TOKENS, LABELS, HASHES, COLUMNS, SUMMARY = ".tokens", ".labels", ".hashes", ".npz", ".json"
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "record": ("<i8", ()),
@@ -169,7 +168,6 @@ def tokenize_sources(
         for number, (source, folder) in enumerate(zip(sources, folders, strict=True))
         for index, chunk in enumerate(read_chunks(source))
     )
-    limit = max(0.5, config.max_rejects)
     chunks: list[StoredChunk] = []
     read: Counter[int] = Counter()
     bad: Counter[int] = Counter()
@@ -180,7 +178,7 @@ def tokenize_sources(
             bar.update(summary.bytes)
             read[number] += summary.found + len(summary.rejects)
             bad[number] += len(summary.rejects)
-            if read[number] >= EARLY_RECORDS and bad[number] > limit * read[number]:
+            if is_hopeless(read[number], bad[number], config.max_rejects):
                 break
     return chunks
 

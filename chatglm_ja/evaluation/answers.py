@@ -31,8 +31,9 @@ import torch
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX, Message
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import cleaning, dataset
-from chatglm_ja.data.conversations import read_conversations
 from chatglm_ja.data.readers import check_characters
+from chatglm_ja.data.settings import UNICODE_FORM
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import DECODINGS, Answer, Prompts, Sampling
@@ -48,8 +49,10 @@ _SINGLE = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0
 _UNITS = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s]")
 
 
-def read_prompts(path: Path, languages: Collection[str]) -> dict[str, list[str]]:
-    """Read a YAML file that maps languages, or `code`, to lists of questions.
+def read_prompts(
+    path: Path, languages: Collection[str], unicode_form: str = UNICODE_FORM
+) -> dict[str, list[str]]:
+    """Read a YAML file that maps languages, or `code`, to lists of questions, which are cleaned.
 
     A language must be one of `languages`, or one that can be told by its letters. Raises DataError
     for anything else in the file.
@@ -74,14 +77,19 @@ def read_prompts(path: Path, languages: Collection[str]) -> dict[str, list[str]]
                 raise DataError(
                     f"{path}: {language}, question {number}: {reject.reason} ({reject.detail})"
                 )
+            questions[number - 1] = cleaning.clean(question, unicode_form)
+            if not questions[number - 1]:
+                raise DataError(f"{path}: {language}, question {number} has no visible character")
     return prompts
 
 
-def read_held_out(sources: Iterable[Source]) -> dict[str, list[Sequence[Message]]]:
-    """Read held-out conversations by kind. Raises DataError for an empty source or a bad record."""
+def read_held_out(
+    sources: Iterable[Source], reader: SourceReader
+) -> dict[str, list[Sequence[Message]]]:
+    """Read held-out conversations by kind. Raises DataError for a source with none."""
     held_out: dict[str, list[Sequence[Message]]] = {}
     for source in sources:
-        conversations = list(read_conversations(source))
+        conversations = list(reader.conversations(source))
         if not conversations:
             raise DataError(f"source {source.title} holds no conversation that ends with an answer")
         held_out.setdefault(source.language, []).extend(conversations)

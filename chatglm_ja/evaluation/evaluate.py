@@ -21,6 +21,7 @@ import torch
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer_files, weights
 from chatglm_ja.data import corpus
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, harness, likelihood, multiple_choice
 from chatglm_ja.evaluation.likelihood import Scorer
@@ -51,17 +52,19 @@ class Evaluation:
     def __init__(self, config: EvalConfig) -> None:
         """Read the data. Raises DataError for what is empty or bad."""
         self.config = config
+        reader = SourceReader(config)
         self.texts = {
             language: corpus.take_characters(texts, config.max_chars)
-            for language, texts in corpus.texts_by_language(config.sources).items()
+            for language, texts in reader.texts_by_language(config.sources).items()
         }
+        reader.check()
         for language, texts in self.texts.items():
             if not any(texts):
                 raise DataError(f"--sources hold no {language} text: there is nothing to score")
-        prompts = answers.read_prompts(config.prompts, list(self.texts))
+        prompts = answers.read_prompts(config.prompts, list(self.texts), config.unicode_form)
         self.questions = [(kind, question) for kind in prompts for question in prompts[kind]]
-        self.conversations = answers.read_held_out(config.conversations)
-        self.choices = multiple_choice.read_questions(config.choices)
+        self.conversations = answers.read_held_out(config.conversations, reader)
+        self.choices = multiple_choice.read_questions(config.choices, reader)
         self.measures = [
             self._score_texts,
             self._compare_with_base,

@@ -16,11 +16,13 @@ first two are lm-evaluation-harness's too:
                 (Brown et al. 2020, arXiv 2005.14165, section 2.4, use a context "Answer: ")
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from chatglm_ja.data import readers
+from chatglm_ja.data import cleaning
 from chatglm_ja.data.readers import Record, Reject, check_characters
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.sources import Source
@@ -55,41 +57,39 @@ class ChoiceQuestion:
     answer: int
 
 
-def read_questions(sources: Iterable[Source]) -> dict[str, list[ChoiceQuestion]]:
-    """Read the questions by language. Raises DataError for an empty source and for a bad record."""
+def read_questions(
+    sources: Iterable[Source], reader: SourceReader
+) -> dict[str, list[ChoiceQuestion]]:
+    """Read the questions by language. Raises DataError for a source with none."""
     questions: dict[str, list[ChoiceQuestion]] = {}
+    parse = functools.partial(_parse_question, unicode_form=reader.unicode_form)
     for source in sources:
-        own = []
-        for chunk in readers.read_chunks(source):
-            for number, record in readers.read_records(chunk, source):
-                question = record if isinstance(record, Reject) else _parse_question(record)
-                if isinstance(question, Reject):
-                    raise readers.reject_error(chunk.file, number, question)
-                own.append(question)
+        own = list(reader.records(source, parse))
         if not own:
             raise DataError(f"source {source.title} holds no question: expected multiple choice")
         questions.setdefault(source.language, []).extend(own)
     return questions
 
 
-def _parse_question(record: Record) -> ChoiceQuestion | Reject:
+def _parse_question(record: Record, unicode_form: str) -> ChoiceQuestion | Reject:
     text, choices, answer = (record.get(name) for name in ("question", "choices", "answer"))
     if not isinstance(text, str) or not text:
         return Reject("no question", f"expected text in 'question', found {text!r}")
-    if (
-        not isinstance(choices, list)
-        or not all(isinstance(choice, str) and choice for choice in choices)
-        or len(set(choices)) < max(2, len(choices))
-    ):
+    parts = [part for part in choices if isinstance(part, str)] if isinstance(choices, list) else []
+    # Characters alone are cleaned: the blank between a question and a choice belongs to them.
+    cleaned = [
+        cleaning.clean_characters(part, unicode_form) for part in parts if isinstance(part, str)
+    ]
+    if not all(cleaned) or not 2 <= len(set(cleaned)) == len(parts):
         return Reject("no choices", "expected a list of two or more different texts in 'choices'")
-    if type(answer) is not int or not 0 <= answer < len(choices):
+    if type(answer) is not int or not 0 <= answer < len(cleaned):
         return Reject(
-            "no answer", f"expected 0 to {len(choices) - 1}, the right choice, found {answer!r}"
+            "no answer", f"expected 0 to {len(cleaned) - 1}, the right choice, found {answer!r}"
         )
-    for part in (text, *choices):
+    for part in (text, *parts):
         if reject := check_characters(part):
             return reject
-    return ChoiceQuestion(text, tuple(choices), answer)
+    return ChoiceQuestion(cleaning.clean_characters(text, unicode_form), tuple(cleaned), answer)
 
 
 def score_questions(

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.inference.models import LATEST, STAGES, Stage
-from chatglm_ja.settings import StepConfig, setting
+from chatglm_ja.settings import setting
 from chatglm_ja.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(StepConfig):
+class EvalConfig(ReadingConfig):
     """Step 7."""
 
     base_model: Path = setting("the base model, in ChatGLM3's layout")

@@ -5,12 +5,14 @@ it was when it was read. So a model resized for one tokenizer is never trained o
 another.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from chatglm_ja.errors import ArtifactError
-from chatglm_ja.sources import Source, file_format
+from chatglm_ja.source_files import FoundFiles, file_format
+from chatglm_ja.sources import HUB_NAME, Source
 from chatglm_ja.storage import files
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.manifest import (
@@ -21,6 +23,10 @@ from chatglm_ja.storage.manifest import (
     read_manifest,
     shorten,
 )
+
+log = logging.getLogger(__name__)
+
+NAMED_FILES = 4  # of those that a source passes over
 
 
 @dataclass(frozen=True)
@@ -67,22 +73,39 @@ def open_files(role: str, *paths: Path) -> Input:
 def open_sources(role: str, sources: Sequence[Source]) -> Input:
     """Fingerprint the files of sources, their formats, and which source each file belongs to.
 
-    Data sets on the hub have no files here; the step's arguments name them.
+    Data sets on the hub have no files here; the step's arguments name them. Log lines say what is
+    passed over, and which names are taken for folders here.
     """
     fingerprints = []
     for source in sources:
-        paths = source.files()
-        formats = [str(file_format(path)) for path in paths]
-        content = open_files(role, *paths).fingerprint
+        found = source.find()
+        _log_found(source, found)
+        formats = [str(file_format(path)) for path in found.files]
+        content = open_files(role, *found.files).fingerprint
         fingerprints.append(fingerprint_of({"files": content, "formats": " ".join(formats)}))
     fingerprint = fingerprint_of({str(i): part for i, part in enumerate(fingerprints)})
+    remote = tuple(source.path for source in sources if not source.is_local())
+    if remote:
+        log.info("data sets of the hub: %s", ", ".join(remote))
     return Input(
         role,
         fingerprint,
         {role: fingerprint},
         source_fingerprints=tuple(fingerprints),
-        remote_datasets=tuple(source.path for source in sources if not source.is_local()),
+        remote_datasets=remote,
     )
+
+
+def _log_found(source: Source, found: FoundFiles) -> None:
+    """Log what is passed over, and a folder here whose name could be one of the hub."""
+    path, names = Path(source.path), found.passed_over
+    if names or (HUB_NAME.fullmatch(source.path) and path.is_dir()):
+        count = f"{len(found.files)} file{'s' * (len(found.files) > 1)} of {path.resolve()}"
+        more = ", ..." * (len(names) > NAMED_FILES)
+        passed = (
+            f"; passed over {len(names)}: {', '.join(names[:NAMED_FILES])}{more}" if names else ""
+        )
+        log.info("%s: %s%s", source.title, count, passed)
 
 
 def open_artifact(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, read_shape, weights_bytes
+from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.disk import folder_bytes
@@ -14,7 +15,7 @@ from chatglm_ja.vocabulary.policies import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTokenizerConfig(StepConfig):
+class TrainTokenizerConfig(ReadingConfig):
     """Settings of step 1; from `normalization` on they make the pieces fit the base."""
 
     sources: tuple[Source, ...] = setting(
@@ -108,7 +109,7 @@ class TrainTokenizerConfig(StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeTokenizerConfig(StepConfig):
+class MergeTokenizerConfig(ReadingConfig):
     """Settings of step 2."""
 
     base_model: Path = setting("ChatGLM3 folder; tokenizer.model and config.json are read")

@@ -11,9 +11,10 @@ import pytest
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
-from chatglm_ja.data import corpus, dataset, prepare_texts, readers, token_store
+from chatglm_ja.data import corpus, dataset, prepare_texts, readers, rejects
 from chatglm_ja.data.resume import RejectsFile
 from chatglm_ja.data.settings import parse_shares
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 from tests.conftest import DATA, demo_texts, prepare_config, source_folders, write_pretraining
@@ -299,7 +300,7 @@ def test_reading_stops_early_if_most_records_are_bad(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers.read_chunks, "__defaults__", (1000,))
-    monkeypatch.setattr(token_store, "EARLY_RECORDS", 1000)
+    monkeypatch.setattr(rejects, "EARLY_RECORDS", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "列の名前が違う"}\n' * 20_000)
     config = prepare_config(merged_dir, [Source("ja", str(path))])
@@ -329,9 +330,31 @@ def test_tokens_decode_to_the_cleaned_text(tmp_path: Path, merged_dir: Path, enc
     """Nothing between reading and packing changes a text."""
     texts = demo_texts("ja", 20)
     source = write(tmp_path, "ja", texts)
-    assert list(corpus.read_texts(source)) == texts
+    assert list(SourceReader().texts(source)) == texts
     config = prepare_config(merged_dir, [source])
     index = prepare_texts.prepare(config, source_folders(tmp_path / "texts", [source]))
     for number, text in enumerate(texts):
         ids = index.read_document(number)
         assert encoder.decode(ids[2:-1].tolist()) == text.strip()
+
+
+def test_documents_that_are_mostly_fragments_are_warned_of(
+    tmp_path: Path, merged_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The example is a novel in short lines, of which the filter for short texts leaves nothing."""
+    novel = tmp_path / "novel.txt"
+    novel.write_text("\n\n".join(["吾輩は猫である。\n名前はまだ無い。" * 9] * 5), encoding="utf-8")
+    counts = {}
+    for form in ("lines", "paragraphs", "document"):
+        source = Source("ja", str(novel), format=form)
+        config = prepare_config(merged_dir, [source], min_characters=32)
+        caplog.clear()
+        folders = source_folders(tmp_path / form, config.sources)
+        counts[form] = prepare_texts.prepare(config, folders).counts(0)
+        warnings = [line for line in caplog.messages if "fewer than 100 characters" in line]
+        assert len(warnings) == (form == "lines")
+        if warnings:
+            assert "ja/novel: most of its 54 documents" in warnings[0]
+            assert "format=paragraphs or format=document" in warnings[0]
+    kept = {form: (count["documents"], count["kept"]) for form, count in counts.items()}
+    assert kept == {"lines": (54, 0), "paragraphs": (5, 5), "document": (1, 1)}

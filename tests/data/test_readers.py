@@ -1,7 +1,11 @@
 """Reading records: every format, chunks of any size, and no bad record lost."""
 
+import bz2
 import gzip
 import json
+import lzma
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,13 @@ import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
+from backports import zstd
 
-from chatglm_ja.data import corpus, readers
+from chatglm_ja.data import readers
 from chatglm_ja.data.readers import Reject
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
+from chatglm_ja.source_files import COMPRESSIONS
 from chatglm_ja.sources import Source
 
 
@@ -51,13 +58,128 @@ def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
         assert read(source) == [(i, {"text": t}) for i, t in enumerate(texts, 1)], source.path
 
 
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+    ".zst": zstd.compress,
+}  # fmt: skip
+
+
+def test_every_compression_is_tested() -> None:
+    assert COMPRESS.keys() == {"", *COMPRESSIONS}
+
+
+NOVEL = "第一章\n\n 吾輩は猫である。\n名前はまだ無い。\n\u3000\n\n\nどこで\r\n生れたか\r\n\r\n。\n"
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5, 30, 10_000])
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("paragraphs", {1: "第一章", 3: " 吾輩は猫である。\n名前はまだ無い。",
+                        8: "どこで\r\n生れたか\r", 11: "。"}),
+        ("document", {1: NOVEL}),
+    ],
+)  # fmt: skip
+def test_paragraphs_and_whole_text_files(
+    tmp_path: Path, chunk_bytes: int, form: str, expected: dict[int, str]
+) -> None:
+    source = Source("ja", write(tmp_path / "a.txt", NOVEL).path, format=form)  # type: ignore[arg-type]
+    found = {number: record["text"].rstrip("\n") for number, record in read(source, chunk_bytes)}
+    assert found == {number: text.rstrip("\n") for number, text in expected.items()}
+
+
+def test_a_bad_byte_costs_its_paragraph_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "一\n\n二".encode() + b"\xff\nx\n\n" + "三".encode()).path
+    for chunk_bytes in (4, 1000):
+        first, bad, last = read(Source("ja", path, format="paragraphs"), chunk_bytes)
+        assert (first, last) == ((1, {"text": "一"}), (6, {"text": "三"}))
+        assert bad == (3, Reject("invalid UTF-8", "byte 0xff at 1"))
+
+
+def test_a_text_that_is_too_long_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 50)
+    content = "a\n\n" + "line\n" * 30 + "\nlast\n"
+    path = write(tmp_path / "a.txt", content).path
+    found = read(Source("ja", path, format="paragraphs"), 20)
+    assert [(n, getattr(item, "reason", item)) for n, item in found] == [
+        (1, {"text": "a"}), (3, "endless line"), (34, {"text": "last"}),
+    ]  # fmt: skip
+    ((number, reject),) = read(Source("ja", path, format="document"), 20)
+    assert (number, reject.reason) == (1, "endless line")
+
+
+def test_arrow_files_of_both_formats(tmp_path: Path) -> None:
+    texts = [f"{i}" * 100 for i in range(300)]
+    table = pyarrow.table({"text": texts})
+    for kind, new in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        path = tmp_path / f"{kind}.arrow"
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+        source = Source("ja", str(path))
+        assert len(list(readers.read_chunks(source, 5000))) > 3
+        assert [(n, r["text"]) for n, r in read(source, 5000)] == list(enumerate(texts, 1))
+        path.write_bytes(path.read_bytes()[:-400])
+        ((number, reject),) = read(source)
+        assert (number, reject.reason) == (1, "damaged arrow")
+
+
+JAPANESE = "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。\n" * 3
+CHINESE = "今天天气很好，我们一起去公园散步吧。\n中文和英文的分词不会改变。\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "name"),
+    [
+        (JAPANESE, "cp932", "CP932"), (JAPANESE, "euc_jp", "EUC-JP"),
+        (JAPANESE, "iso2022_jp", "ISO-2022-JP"), (JAPANESE, "utf-16", "UTF-16"),
+        (JAPANESE, "utf-16-le", "UTF-16LE"), (CHINESE, "gb18030", "GB18030"),
+        (CHINESE, "big5", "BIG5"), ("plain English text\n" * 9, "utf-16-be", "UTF-16BE"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".txt.gz"])
+def test_other_encodings_are_named(
+    tmp_path: Path, text: str, encoding: str, name: str, ending: str
+) -> None:
+    rows = [json.dumps({"text": line}, ensure_ascii=False) for line in text.splitlines()]
+    whole = {".jsonl": "\n".join(rows), ".json": f"[{','.join(rows)}]"}.get(ending, text)
+    content = whole.encode(encoding, errors="ignore")
+    source = write(tmp_path / f"a{ending}", COMPRESS[Path(ending).suffix](content)
+                   if ending.endswith(".gz") else content)  # fmt: skip
+    with pytest.raises(DataError, match=rf"looks like {name}, expected UTF-8: .*iconv -f {name} "):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps([{"text": "x"}, {"text": "y"}], indent=1), "is one JSON list.* with .json"),
+        (json.dumps([{"text": "x"}]), "is one JSON list"),
+        (json.dumps({"text": "x"}, indent=2) * 3, "objects over several lines.*jq -c"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    ],
+)
+def test_files_that_are_wrong_as_a_whole(tmp_path: Path, content: str, message: str) -> None:
+    """They are refused before anything is read, also beside good ones."""
+    with pytest.raises(DataError, match=message) as error:
+        write(tmp_path / "a.jsonl", GOOD)
+        write(tmp_path / "b.jsonl", content)
+        next(readers.read_chunks(Source("ja", str(tmp_path))))
+    assert str(tmp_path / "b.jsonl") in str(error.value)
+    if "lfs" in content:
+        with pytest.raises(DataError, match=message):
+            read(write(tmp_path / "c.parquet", content))
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 3, 7, 50, 10_000])
-@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("suffix", COMPRESS)
 def test_chunks_cut_no_record(tmp_path: Path, chunk_bytes: int, suffix: str) -> None:
     lines = ["a", "", "bcd", "ef\u2028gh", "あいうえお", "x" * 40, "last"]
     content = "\n".join(lines).encode()
-    path = tmp_path / f"a.txt{suffix}"
-    source = write(path, gzip.compress(content) if suffix else content)
+    # Two parts, as parallel compressors write them.
+    parts = COMPRESS[suffix](content[:20]) + COMPRESS[suffix](content[20:])
+    source = write(tmp_path / f"a.txt{suffix}", parts)
     assert read(source, chunk_bytes) == [(i, {"text": t}) for i, t in enumerate(lines, 1)]
 
 
@@ -94,7 +216,7 @@ GOOD = b'{"text": "x"}\n'
         ("a.jsonl", GOOD + b"[" * 100_000 + b"\n" + GOOD, {2: "broken JSON"}),
         ("a.jsonl", b"[1]\n5\nnull\n" + GOOD, {1: "wrong type", 2: "wrong type", 3: "wrong type"}),
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n' + GOOD, {2: "invalid UTF-8"}),
-        ("a.txt", "日本".encode("utf-16"), {1: "invalid UTF-8"}),
+        ("a.txt", "一\n二\n".encode() + b"\x81\n", {3: "invalid UTF-8"}),
         ("a.jsonl.gz", b"plain", {1: "damaged gzip"}),
         ("a.json", '{"text": "x"}', {1: "broken file"}),
         ("a.json", '[{"text": "x"}, 5]', {2: "wrong type"}),
@@ -116,17 +238,21 @@ def test_bad_records_are_numbered_and_the_others_read(
     with pytest.raises(
         DataError, match=f"{name} record {min(expected)}: {min(expected.items())[1]}"
     ):
-        list(corpus.read_texts(source))
+        list(SourceReader().texts(source))
 
 
-def test_a_truncated_gzip_file_gives_what_it_holds(tmp_path: Path) -> None:
-    lines = b"".join(json.dumps({"text": f"{i:x}" * 50}).encode() + b"\n" for i in range(2000))
-    compressed = gzip.compress(lines)
-    records = read(write(tmp_path / "a.jsonl.gz", compressed[: len(compressed) // 2]), 4096)
-    assert len(records) > 500
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_a_truncated_file_gives_what_it_holds(tmp_path: Path, suffix: str) -> None:
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("0123456789abcdef", k=400)) for _ in range(5000)]
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    compressed = COMPRESS[suffix](lines)
+    records = read(write(tmp_path / f"a.jsonl{suffix}", compressed[: len(compressed) // 2]), 4096)
+    assert len(records) > 100
     assert all(isinstance(item, dict) for _, item in records[:-1])
     number, reject = records[-1]
-    assert reject.reason == "damaged gzip"
+    assert reject.reason == f"damaged {COMPRESSIONS[suffix].module}"
+    assert reject.reason in readers.LOST_FILE
     assert number == len(records)
 
 

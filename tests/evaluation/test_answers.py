@@ -10,6 +10,7 @@ import torch
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import dataset
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import answers
 from chatglm_ja.inference import generation
@@ -72,20 +73,26 @@ def test_held_out_conversations_are_read_by_kind(tmp_path: Path) -> None:
     path.write_text(json.dumps(good) + "\n" + json.dumps({"messages": [{"role": "user",
                     "content": "open"}]}) + "\n")  # fmt: skip
     source = Source("ja", str(path))
-    held_out = answers.read_held_out([source, source])["ja"]
+    held_out = answers.read_held_out([source, source], SourceReader())["ja"]
     assert [[m["content"] for m in messages] for messages in held_out] == [["q", "a"]] * 2
     path.write_text(json.dumps(good | {"response": ""}) + "\n")
     with pytest.raises(DataError, match=r"chats.jsonl record 1: empty answer"):
-        answers.read_held_out([source])
-    path.write_text("")
+        answers.read_held_out([source], SourceReader())
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "open"}]}) + "\n")
     with pytest.raises(DataError, match="ja/chats holds no conversation that ends with an answer"):
-        answers.read_held_out([source])
+        answers.read_held_out([source], SourceReader())
 
 
 @pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])
 def test_questions_of_the_profiles(profile: str) -> None:
     prompts = answers.read_prompts(PROJECT / "prompts" / f"{profile}.yaml", LANGUAGES)
     assert set(prompts) >= {"ja", "zh", "en"}
+
+
+def test_questions_are_cleaned(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.yaml"
+    path.write_text('ja: ["\\uFEFFは\\u3099\\u200Bな\\r\\nは？ "]\n', encoding="utf-8")
+    assert answers.read_prompts(path, LANGUAGES) == {"ja": ["ばな\nは？"]}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,7 @@ def test_questions_of_the_profiles(profile: str) -> None:
         ("ja: ['']\n", "ja must be a list"),
         ("ja: []\n", "ja must be a list"),
         ('ja: [a, "\\ud800"]\n', "ja, question 2: lone surrogate"),
+        ('ja: [a, "\\u200b"]\n', "ja, question 2 has no visible character"),
         ("ja:\n  - question: hi\n", "ja must be a list of questions, each a text"),
         ("jp: [a]\n", "unknown language 'jp': expected ja, ko, zh, en, code"),
         ("a: [", "is not YAML"),

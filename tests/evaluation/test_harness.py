@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from chatglm_ja.chatglm3 import tokenizer_files
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation import harness, multiple_choice
 from chatglm_ja.evaluation.likelihood import Scorer
@@ -88,7 +89,9 @@ def test_accuracies_are_our_own(
     stage = Stage(name, base_dir if name == "base" else resized_dir)
     tokenizer = tokenizer_files.to_transformers(stage.read_tokenizer_proto())
     scorer = Scorer(stage.load(), 256, 8)
-    questions = multiple_choice.read_questions([Source("ja", str(folder / "questions.jsonl"))])
+    questions = multiple_choice.read_questions(
+        [Source("ja", str(folder / "questions.jsonl"))], SourceReader()
+    )
     own = multiple_choice.score_questions(scorer, questions)["ja"]
     config = make_config(folder, "next_line")
     rows = harness.run_tasks(config, manager, scorer, tokenizer)

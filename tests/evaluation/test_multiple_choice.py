@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import multiple_choice
 from chatglm_ja.evaluation.likelihood import Scorer
@@ -68,7 +69,7 @@ def test_accuracies_follow_the_definition(
 def test_the_demos_questions() -> None:
     path = str(DATA / "heldout_choice.jsonl.gz")
     sources = [Source(name, path, where=("language", name)) for name in ("ja", "zh", "en")]
-    questions = multiple_choice.read_questions(sources)
+    questions = multiple_choice.read_questions(sources, SourceReader())
     assert {language: len(group) for language, group in questions.items()} == {
         "ja": 25,
         "zh": 25,
@@ -78,6 +79,18 @@ def test_the_demos_questions() -> None:
     for language, group in questions.items():
         trained = {line for text in demo_texts(language, 9999) for line in text.split("\n")}
         assert not trained & {question.choices[question.answer] for question in group}
+
+
+def test_characters_of_questions_are_cleaned_and_blanks_stay(tmp_path: Path) -> None:
+    row = {"question": "\ufeffは\u3099な\r\n", "choices": [" か\u3099", "か\u200b"], "answer": 0}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row))
+    (question,) = multiple_choice.read_questions([Source("ja", str(path))], SourceReader())["ja"]
+    assert question == multiple_choice.ChoiceQuestion("ばな\n", (" が", "か"), 0)
+    # Choices that differ in their form only are one.
+    path.write_text(json.dumps(row | {"choices": ["が", "か\u3099"]}))
+    with pytest.raises(DataError, match="no choices"):
+        multiple_choice.read_questions([Source("ja", str(path))], SourceReader())
 
 
 GOOD = {"question": "q", "choices": ["a", "b"], "answer": 1}
@@ -92,7 +105,7 @@ GOOD = {"question": "q", "choices": ["a", "b"], "answer": 1}
         ({"choices": ["a", "a"]}, "no choices"),
         ({"choices": "ab"}, "no choices"),
         ({"choices": ["a", 1]}, "no choices"),
-        ({"answer": 2}, "no answer .expected 0 to 1, the right choice, found 2"),
+        ({"answer": 2}, "no answer, expected 0 to 1, the right choice, found 2"),
         ({"answer": -1}, "no answer"),
         ({"answer": True}, "no answer"),
         ({"answer": "b"}, "no answer"),
@@ -103,11 +116,11 @@ def test_bad_questions(tmp_path: Path, change: dict[str, Any], message: str) -> 
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
     with pytest.raises(DataError, match=f"q.jsonl record 2: .*{message}"):
-        multiple_choice.read_questions([Source("ja", str(path))])
+        multiple_choice.read_questions([Source("ja", str(path))], SourceReader())
 
 
 def test_no_question_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("")
-    with pytest.raises(DataError, match="ja/q holds no question"):
-        multiple_choice.read_questions([Source("ja", str(path))])
+    with pytest.raises(DataError, match=r"ja/q .* holds no record"):
+        multiple_choice.read_questions([Source("ja", str(path))], SourceReader())

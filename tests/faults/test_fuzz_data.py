@@ -13,16 +13,16 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from chatglm_ja import sources
+from chatglm_ja import source_files, sources
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.data import (
     conversations,
-    corpus,
     prepare_conversations,
     prepare_texts,
     readers,
 )
 from chatglm_ja.data.readers import Reject
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.data.token_store import ChunkTask
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, multiple_choice
@@ -124,7 +124,7 @@ lines = (
 @st.composite
 def files(draw: st.DrawFn) -> tuple[str, bytes]:
     """Draw a file-name suffix and the content of a file with that suffix."""
-    ending = draw(st.sampled_from([*sources.ENDINGS]))
+    ending = draw(st.sampled_from([*source_files.ENDINGS]))
     found = draw(st.lists(lines, max_size=6))
     separator = draw(st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n"]))
     content = separator.join(found) + draw(st.sampled_from([b"", b"\n"]))
@@ -141,13 +141,14 @@ def files(draw: st.DrawFn) -> tuple[str, bytes]:
     return ending, content
 
 
+LINE_FORMATS = ("lines", "wikitext")
 forms = st.builds(
     Source,
     st.sampled_from(["ja", "zh", "en", "code"]),
     st.just("unused"),
     columns=st.none() | st.sampled_from(["text", "messages", "instruction>output", "a+b>c", "id"]),
     where=st.none() | st.sampled_from([("kind", "k"), ("id", "1")]),
-    format=st.sampled_from(["records", "records", "wikitext"]),
+    format=st.sampled_from(["lines", "lines", "paragraphs", "document", "wikitext"]),
     id_column=st.sampled_from(["id", "id", None, "text"]),
 )
 
@@ -197,9 +198,13 @@ def check_records(
         source = Source(**{**vars(form), "path": str(path)})
         with refusals() as said:
             chunks = list(readers.read_chunks(source, chunk_bytes))
+        if said:  # the file is wrong as a whole
+            return
+        with refusals() as said:
             read = [pair for chunk in chunks for pair in readers.read_records(chunk, source)]
             check_numbers(read)
-            if ending in (".jsonl", ".txt") and source.where is None:
+            is_lines = ending == ".jsonl" or (ending == ".txt" and source.format in LINE_FORMATS)
+            if is_lines and source.where is None:
                 rest = content.removeprefix(b"\xef\xbb\xbf") if chunk_bytes > 2 else content
                 found = rest.removesuffix(b"\n").split(b"\n") if rest else []
                 if ending == ".jsonl":
@@ -215,11 +220,11 @@ def check_records(
             check_chunks(tokenize, chunks, source, work, "c")
         assert not said, "step 4 counts bad records instead of raising"
         with refusals():
-            assert all(isinstance(text, str) for text in corpus.read_texts(source))
+            assert all(isinstance(text, str) for text in SourceReader().texts(source))
         with refusals():
-            assert all(conversations.read_conversations(source))
+            assert all(SourceReader().conversations(source))
         with refusals():
-            multiple_choice.read_questions([source])
+            multiple_choice.read_questions([source], SourceReader())
 
 
 def is_blank(line: bytes) -> bool:
@@ -244,7 +249,7 @@ def check_chunks(
     for index, chunk in enumerate(chunks):
         summary = tokenize(ChunkTask(chunk, source, 0, work / f"{prefix}{index}")).summary
         assert all(number > 0 and reason for number, reason, _ in summary.rejects)
-        if source.format == "records":
+        if source.format == "lines":
             read = len(list(readers.read_records(chunk, source)))
             assert summary.found + len(summary.rejects) == read
 

@@ -1,0 +1,81 @@
+"""What the first bytes of a file show: its encoding, and whether it has one record a line.
+
+A file that is wrong as a whole is refused at once, with its cure, instead of line by line.
+"""
+
+import codecs
+from contextlib import suppress
+from pathlib import Path
+
+from chatglm_ja.errors import DataError
+from chatglm_ja.source_files import TEXT_FORMATS, file_compression, file_format
+
+# The bytes of a text file by which its encoding and form are recognized.
+START_BYTES = 2**16
+# The encodings that are recognized, by Python's names, and iconv's names.
+ENCODINGS = {
+    "cp932": "CP932", "shift_jis": "CP932", "shift_jis_2004": "CP932", "euc_jp": "EUC-JP",
+    "euc_jis_2004": "EUC-JP", "iso2022_jp": "ISO-2022-JP", "gb18030": "GB18030", "gbk": "GB18030",
+    "gb2312": "GB18030", "big5": "BIG5", "big5hkscs": "BIG5", "cp949": "CP949", "euc_kr": "CP949",
+    "utf_16": "UTF-16", "utf_16_le": "UTF-16LE", "utf_16_be": "UTF-16BE", "utf_32": "UTF-32",
+    "utf_32_le": "UTF-32LE", "utf_32_be": "UTF-32BE",
+}  # fmt: skip
+
+
+def check_start(path: Path) -> None:
+    """Raise DataError if the first bytes of a file show that it is wrong as a whole."""
+    compression, start = file_compression(path), b""
+    # Damage is found when the file is read.
+    with suppress(*compression.error_types()), compression.open(path) as file:
+        start = file.read(START_BYTES)
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull`")
+    if file_format(path) not in TEXT_FORMATS:
+        return
+    if encoding := _guess_encoding(start):
+        raise DataError(
+            f"{path} looks like {encoding}, expected UTF-8: convert it with "
+            f"`iconv -f {encoding} -t UTF-8`"
+        )
+    if file_format(path) != "jsonl":
+        return
+    first, _, rest = start.removeprefix(codecs.BOM_UTF8).strip().partition(b"\n")
+    if first.startswith(b"[") and (first.strip() == b"[" or first[1:].lstrip().startswith(b"{")):
+        raise DataError(
+            f"{path} is one JSON list, expected an object on each line: give it a name that ends "
+            "with .json"
+        )
+    if first.strip() == b"{" and rest.lstrip().startswith(b'"'):
+        raise DataError(
+            f"{path} has JSON objects over several lines, expected one on each line: convert it "
+            "with `jq -c .`"
+        )
+
+
+def _guess_encoding(start: bytes) -> str | None:
+    """Return iconv's name of the encoding that a file is in, from its start; None for UTF-8.
+
+    A few bad lines do not make another encoding: most lines that are not ASCII must be bad.
+    """
+    is_wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start
+    if is_wide:
+        start = start[: len(start) // 4 * 4]
+    elif b"\x1b$" not in start:
+        if len(start) == START_BYTES:  # the last line may be cut inside a character
+            start = start[: start.rfind(b"\n") + 1] or start
+        lines = [line for line in start.split(b"\n") if not line.isascii()]
+        if 2 * sum(not _is_utf8(line) for line in lines) <= len(lines):
+            return None
+    import charset_normalizer
+
+    best = charset_normalizer.from_bytes(start).best()
+    name = ENCODINGS.get(best.encoding) if best else None
+    return name if name and name.startswith("UTF") == is_wide else None
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

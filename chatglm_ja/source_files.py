@@ -1,0 +1,276 @@
+"""The files of a source: formats and compressions by name, and which files of a folder are data.
+
+A folder is read as `datasets` reads it. It may be
+
+    a data set of the hub, downloaded or cloned    the configurations and splits that README.md
+                                                   lists in its YAML header
+    written by `save_to_disk`                      the Arrow files that its state.json lists
+    any other folder                               splits by the usual names of files and folders:
+                                                   train-00000-of-00002.parquet, test/a.jsonl;
+                                                   without such names all files are the split train
+
+Hidden files and folders, and the files that describe a data set, are never data. Whatever is not
+read is returned, so that it can be named. `datasets` is imported only if a folder is listed.
+"""
+
+import glob
+import json
+import os
+import pkgutil
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from chatglm_ja.errors import DataError
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The module whose `open` reads a compressed file, and its own errors for a corrupt one."""
+
+    module: str
+    errors: tuple[str, ...] = ()
+
+    def open(self, path: Path) -> BinaryIO:
+        """Open a file for reading its decompressed bytes."""
+        return pkgutil.resolve_name(f"{self.module}:open")(path, "rb")
+
+    def error_types(self) -> tuple[type[Exception], ...]:
+        """Return the errors that mean a corrupt file; an OSError does so if it has no errno."""
+        return (EOFError, OSError, *map(pkgutil.resolve_name, self.errors))
+
+
+# The formats that are read, by the ending of the file's name. Text formats may be compressed.
+TEXT_FORMATS = ("jsonl", "txt", "json")
+FORMATS = (*TEXT_FORMATS, "parquet", "arrow")
+COMPRESSIONS = {
+    ".gz": Compression("gzip", ("zlib.error",)),
+    ".bz2": Compression("bz2"),
+    ".xz": Compression("lzma", ("lzma.LZMAError",)),
+    ".zst": Compression("backports.zstd", ("backports.zstd.ZstdError",)),
+}
+UNCOMPRESSED = Compression("builtins")
+# Every known ending, and the format it stands for.
+ENDINGS = {f".{name}": name for name in FORMATS} | {
+    f".{name}{ending}": name for ending in COMPRESSIONS for name in TEXT_FORMATS
+}
+KNOWN_ENDINGS = (
+    f"{', '.join(f'.{name}' for name in FORMATS)}, the first {len(TEXT_FORMATS)} also with "
+    f"{', '.join(COMPRESSIONS)}"
+)
+TRAIN = "train"
+SHARD_NUMBER = re.compile(r"(.+)-\d{5}-of-\d{5}")
+
+
+def file_ending(path: Path) -> str:
+    """Return the known ending of a file's name, in any case, or an empty string."""
+    name = path.name.lower()
+    return next((ending for ending in ENDINGS if name.endswith(ending)), "")
+
+
+def file_format(path: Path) -> str | None:
+    """Return the format of a file, one of FORMATS, by its name; None for an unknown ending."""
+    return ENDINGS.get(file_ending(path))
+
+
+def file_compression(path: Path) -> Compression:
+    """Return how a file is compressed, by its name."""
+    return COMPRESSIONS.get(path.suffix.lower(), UNCOMPRESSED)
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The files of a source, sorted, and the names of those beside them that are not read."""
+
+    files: Sequence[Path]
+    passed_over: Sequence[str] = ()
+
+
+def match_pattern(pattern: str) -> FoundFiles:
+    """Return the data files that match a glob pattern, in which ** is any number of folders.
+
+    Raises DataError if there are none.
+    """
+    # Unlike Path.glob, glob follows links to folders and leaves out hidden files.
+    paths = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    files = sorted(path for path in paths if path.is_file())
+    data = [path for path in files if file_format(path) and path.name not in _descriptions()]
+    if not data:
+        others = f", which match {len(files)} other files" * bool(files)
+        raise DataError(f"no file matches {pattern} and ends with {KNOWN_ENDINGS}{others}")
+    return FoundFiles(data, [str(path) for path in files if path not in data])
+
+
+def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
+    """Return the files of one split and one configuration (`subset`) of a folder.
+
+    Raises DataError if there are none, listing the splits or the configurations that exist.
+    """
+    data, others = _walk(folder)
+    saved = _saved_splits(folder)
+    if saved is None:
+        root, card_splits = _card_splits(folder, subset)
+        names = {path.relative_to(root).as_posix(): path for path in data if root in path.parents}
+        if card_splits is None:
+            splits = {name: _pick(names, found) for name, found in _usual_splits(names).items()}
+        else:
+            splits = {
+                name: _pick(names, _matching(names, patterns))
+                for name, patterns in card_splits.items()
+            }
+        if not any(splits.values()):
+            counted = f": it holds {', '.join(others[:5])}" if others else ""
+            raise DataError(
+                f"folder {folder} holds no file that ends with {KNOWN_ENDINGS}{counted}"
+            )
+    elif subset:
+        raise DataError(f"folder {folder} was written by save_to_disk: it has no subset {subset!r}")
+    else:
+        splits = saved
+    if split not in splits:
+        raise DataError(
+            f"folder {folder} has no split {split!r}; it has {', '.join(sorted(splits))}: choose "
+            "one with split=NAME"
+        )
+    files = splits[split]
+    if not files:
+        raise DataError(f"folder {folder} holds no file of its split {split!r}: download it again")
+    rest = [str(path.relative_to(folder)) for path in data if path not in set(files)]
+    return FoundFiles(sorted(files), rest + others)
+
+
+def _descriptions() -> set[str]:
+    """Return the names of files that describe a data set and hold no data."""
+    from datasets import data_files
+
+    return {*data_files.FILES_TO_IGNORE, "state.json"}
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the data files below a folder, and the names of all else; links are followed.
+
+    A hidden folder is one name. A folder that links lead to twice is read once.
+    """
+    data: list[Path] = []
+    others: list[str] = []
+    seen: set[str] = set()
+    descriptions = _descriptions()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        below = Path(root).relative_to(folder)
+        hidden = [name for name in folders if name.startswith((".", "__"))]
+        others += [f"{below / name}/" for name in hidden]
+        folders[:] = sorted(set(folders) - set(hidden))
+        for name in sorted(names):
+            path = Path(root, name)
+            is_hidden = name.startswith(".") or name in descriptions
+            if is_hidden or not file_format(path) or not path.is_file():
+                others.append(str(below / name))
+            else:
+                data.append(path)
+    return data, others
+
+
+def _pick(paths: Mapping[str, Path], names: Iterable[str]) -> list[Path]:
+    return [paths[name] for name in names]
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Return the names that one of some glob patterns matches."""
+    from fsspec.utils import glob_translate
+
+    regex = re.compile("|".join(glob_translate(pattern.removeprefix("./")) for pattern in patterns))
+    return [name for name in names if regex.match(name)]
+
+
+def _usual_splits(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the splits that the names of files tell, by the patterns of `datasets`.
+
+    The first patterns that match count: data/SPLIT-00000-of-00001, then names of folders, then
+    names of files. Other files are then in no split. If none matches, all are the split train.
+    """
+    from datasets import data_files
+
+    names = list(names)
+    splits: dict[str, list[str]] = {}
+    for name in _matching(names, [data_files.SPLIT_PATTERN_SHARDED.replace("{split}", "*")]):
+        if number := SHARD_NUMBER.match(name.rpartition("/")[2]):
+            splits.setdefault(number[1], []).append(name)
+    tables = iter(data_files.ALL_DEFAULT_PATTERNS)
+    while not splits and (table := next(tables, None)):
+        found = {str(split): _matching(names, patterns) for split, patterns in table.items()}
+        splits = {split: matched for split, matched in found.items() if matched}
+    return splits
+
+
+def _card_splits(folder: Path, subset: str | None) -> tuple[Path, dict[str, list[str]] | None]:
+    """Return the folder and the patterns of each split of a configuration that README.md lists.
+
+    Without such a list there are no patterns. Raises DataError if README.md has several
+    configurations and none is the default, or not this one.
+    """
+    configurations: Any = {}
+    if (card := folder / "README.md").is_file():
+        from datasets.utils.metadata import MetadataConfigs
+        from huggingface_hub import DatasetCard
+
+        try:
+            header = DatasetCard.load(card).data
+            configurations = MetadataConfigs.from_dataset_card_data(header)
+        except Exception as error:  # of YAML, of the hub's client, of `datasets`
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"the YAML header of {card} describes no data set ({reason}): mend it, or name the "
+                f"files with a pattern, such as {folder}/*.jsonl"
+            ) from None
+    names = ", ".join(configurations) or "default"
+    if subset is None and len(configurations) > 1:
+        subset = configurations.get_default_config_name()
+        if subset is None:
+            raise DataError(
+                f"folder {folder} has several configurations, {names}: choose one with @NAME"
+            )
+    if not configurations and subset in (None, "default"):
+        return folder, None
+    if subset is None:
+        (subset,) = configurations
+    if subset not in configurations:
+        raise DataError(f"folder {folder} has no configuration {subset!r}; it has {names}")
+    entry = configurations[subset]
+    root = folder / (entry.get("data_dir") or "")
+    if "data_files" not in entry:
+        return root, None
+    from datasets.data_files import sanitize_patterns
+
+    return root, sanitize_patterns(entry["data_files"])
+
+
+def _saved_splits(folder: Path) -> dict[str, list[Path]] | None:
+    """Return the Arrow files by split of a folder that `save_to_disk` wrote, or None for another.
+
+    A single saved split is found under its own name, and as the split train.
+    """
+
+    def files_of(saved: Path) -> tuple[str, list[Path]]:
+        state = json.loads((saved / "state.json").read_bytes())
+        return state.get("_split") or TRAIN, [saved / f["filename"] for f in state["_data_files"]]
+
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            names = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+            return {name: files_of(folder / name)[1] for name in names}
+        if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+            split, files = files_of(folder)
+            return {TRAIN: files, split: files}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"folder {folder} looks like one of save_to_disk, but is damaged ({error}): save the "
+            "data set again"
+        ) from None
+    return None
