@@ -3,6 +3,8 @@
 Reads   the sources of constants.py, <artifacts>/step2_tokenizer/
 Writes  <artifacts>/step4_data/  pretrain_*.arrow, sft_*.arrow, data_report.html, rejects.jsonl
 Run     python step4_prepare_data.py
+        python step4_prepare_data.py --sft-examples 0      texts only
+        python step4_prepare_data.py --total-tokens 0      conversations only
 
 If a run is killed, re-run the command to resume; the output is byte-identical.
 """
@@ -46,14 +48,18 @@ def main() -> None:
     with output.write() as folder, resume.open_folders(output.unfinished, **contents) as work:
         (shards,) = work["shards"]
         rejects = resume.RejectsFile(shards / "rejects.jsonl", report, config.max_rejects)
+        conversations = texts = examples = None
         # Conversations first: they take minutes, texts take hours, and either may lack data.
-        conversations = prepare_conversations.prepare(config, work["conversations"])
-        rejects.check(conversations)
-        sft, examples = prepare_conversations.write(conversations, config, sft_shares, shards)
-        texts = prepare_texts.prepare(config, work["texts"])
-        rejects.check(texts)
-        pretrain = prepare_texts.write(texts, config, shares, shards)
-        output.counts.update(pretrain=pretrain, sft=sft)
+        if config.sft_sources:
+            conversations = prepare_conversations.prepare(config, work["conversations"])
+            rejects.check(conversations)
+            output.counts["sft"], examples = prepare_conversations.write(
+                conversations, config, sft_shares, shards
+            )
+        if config.sources:
+            texts = prepare_texts.prepare(config, work["texts"])
+            rejects.check(texts)
+            output.counts["pretrain"] = prepare_texts.write(texts, config, shares, shards)
         data_report.write_report(shards, output.counts, config, texts, conversations, examples)
         resume.link_files(shards, folder)
     for line in data_report.describe_counts(output.counts):

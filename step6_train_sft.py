@@ -1,6 +1,6 @@
 """Step 6: fine-tune on conversations; the loss counts the assistant's tokens only.
 
-Reads   <artifacts>/step5_pt/, <artifacts>/step4_data/
+Reads   <artifacts>/step5_pt/, or with --model step3_model/; <artifacts>/step4_data/
 Writes  <artifacts>/step6_sft/  the merged model, its tokenizer, adapter/, history.json, loss.png,
                                 sources.json
 Prints  answers to validation questions
@@ -17,7 +17,7 @@ from chatglm_ja.training.step import run_training_step
 
 def main() -> None:
     config = parse(SftConfig, __doc__, constants.STEP6)
-    if run_training_step(config, __file__, "sft", ("step5_train_pt.py",)):
+    if run_training_step(config, __file__, "sft", ("step5_train_pt.py", "step3_resize_model.py")):
         from chatglm_ja.evaluation import answers
 
         answers.print_samples(config)

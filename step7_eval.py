@@ -1,6 +1,7 @@
 """Step 7: what the model gained and what it cost, from the base through every stage.
 
-Reads   <base model>/, <artifacts>/step2_tokenizer/, step3_model/, step5_pt/, step6_sft/
+Reads   <base model>/, <artifacts>/step2_tokenizer/, step3_model/, step5_pt/ and step6_sft/, or one
+        of the two
 Writes  <artifacts>/step7_eval/  results.json, results.md, report.html, model_card.md;
         the card also as README.md into step6_sft/
 Run     python step7_eval.py
@@ -29,7 +30,7 @@ def main() -> None:
     if config.chat or config.web:
         chat_with_model(config)
         return
-    compared = config.stages()
+    compared = models.compared_stages(config.stages())
     inputs = [
         open_sources("held_out", config.sources),
         open_sources("held_out_conversations", config.conversations),
@@ -45,7 +46,7 @@ def main() -> None:
         evaluate.Evaluation(config)
     if not output.prepare():
         if not config.check:
-            show_results(config)
+            show_results(config, compared[-1].folder)
         return
 
     from chatglm_ja.chatglm3 import tokenizer
@@ -59,7 +60,7 @@ def main() -> None:
     measured = [evaluation.evaluate_stage(stage) for stage in compared]
     before = tokenizer.make_processor(compared[0].read_tokenizer_proto())
     after = tokenizer.load_processor(config.tokenizer)
-    steps = read_history(config.sft) | {output.step: output.describe()}
+    steps = read_history(compared[-1].folder) | {output.step: output.describe()}
     results = {
         "stages": measured,
         "segmentation": {
@@ -68,21 +69,22 @@ def main() -> None:
         },
         "samples": merging.sample_sentences(before, after, evaluation.texts),
         "curves": {
-            "Step 5, continued pretraining": read_json(config.pretrained / HISTORY_FILE),
-            "Step 6, instructions": read_json(config.sft / HISTORY_FILE),
+            eval_report.TRAINING_TITLES[stage.name]: read_json(stage.folder / HISTORY_FILE)
+            for stage in compared
+            if stage.name not in models.UNTRAINED
         },
         "steps": {step: manifest.model_dump() for step, manifest in steps.items()},
     }
     with output.write() as folder:
         eval_report.write_report(folder, results, config.base_model)
-    show_results(config)
+    show_results(config, compared[-1].folder)
 
 
-def show_results(config: EvalConfig) -> None:
-    """Copy the model card into the model's folder and print the summary of the results."""
+def show_results(config: EvalConfig, model_dir: Path) -> None:
+    """Copy the model card into the last model's folder and print the summary of the results."""
     from chatglm_ja.reports import eval_report
 
-    eval_report.publish_card(config.output_dir, config.sft, config.base_model)
+    eval_report.publish_card(config.output_dir, model_dir, config.base_model)
     results = read_json(config.output_dir / eval_report.RESULTS_FILE)
     print(eval_report.summarize(results, config.output_dir / eval_report.REPORT_FILE))
 

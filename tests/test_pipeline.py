@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from chatglm_ja.vocabulary.settings import (
     ResizeModelConfig,
     TrainTokenizerConfig,
 )
-from tests.conftest import DATA, PROJECT
+from tests.conftest import DATA, PROJECT, demo_texts
 from tests.pipeline import SMALL, STEPS, Runner, child_cpu_seconds, error_of, flags_of, free_port
 
 
@@ -285,6 +286,53 @@ def test_step_4_killed_again_and_again_gives_the_same_bytes(pipeline: Runner) ->
     )
     assert after == before
     assert not [p for p in pipeline.root.glob("*killed*") if p != pipeline.root / "killed"]
+
+
+def test_texts_alone_and_conversations_alone(pipeline: Runner, tmp_path: Path) -> None:
+    small = [*SMALL["step4_prepare_data.py"].split()]
+    for name, left_out in (("texts", "--sft-sources"), ("talks", "--sources")):
+        flags = [*small, left_out, "--output-dir", str(tmp_path / name)]
+        result = pipeline.run("step4_prepare_data.py", *flags)
+        assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "talks").glob("pretrain*"))
+    assert not list((tmp_path / "texts").glob("sft*"))
+    whole = pipeline.folder / "step4_data" / "pretrain_train-00000-of-00001.arrow"
+    assert (tmp_path / "texts" / whole.name).read_bytes() == whole.read_bytes()
+    resized = ("--model", str(pipeline.folder / "step3_model"), "--max-steps", "1", "--check")
+    for script, data, message in (
+        ("step5_train_pt.py", "talks", "was prepared without texts: run step4_prepare_data.py"),
+        ("step6_train_sft.py", "texts", "was prepared without conversations: run step4_prepare_"),
+    ):
+        result = pipeline.run(script, *resized, "--data", str(tmp_path / data))
+        assert message in error_of(result)
+    output = ("--output-dir", str(tmp_path / "sft"))
+    result = pipeline.run(
+        "step6_train_sft.py", *resized, "--data", str(tmp_path / "talks"), *output
+    )
+    assert result.returncode == 0, result.stderr
+    none = pipeline.run("step4_prepare_data.py", "--sources", "--sft-examples", "0")
+    assert "there is nothing to prepare" in error_of(none)
+
+
+def test_step_1_learns_the_same_from_text_in_any_form(tmp_path: Path, base_dir: Path) -> None:
+    """No byte-order mark, carriage return, zero-width or decomposed character is learned."""
+    texts = demo_texts("ja", 80)
+    forms = {
+        "composed": texts,
+        "dirty": ["\ufeff" + unicodedata.normalize("NFD", text).replace("\n", "\u200b\r\n")
+                  for text in texts],
+    }  # fmt: skip
+    learned = []
+    for name, group in forms.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in group))
+        result = Runner(tmp_path).run(
+            "step1_train_tokenizer.py", "--sources", f"ja={path}", "--base-model", str(base_dir),
+            "--vocab-size", "700", "--output-dir", str(tmp_path / name),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        learned.append((tmp_path / name / "ja_bpe.vocab").read_bytes())
+    assert learned[0] == learned[1]
 
 
 def test_bad_records_of_every_kind_are_passed_over(pipeline: Runner, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ A stage is a folder: the base model's is in ChatGLM3's layout, the others were p
 `--help`, so it imports large libraries only when it loads a model.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from chatglm_ja.chatglm3.base_config import open_base_model
 from chatglm_ja.errors import ArtifactError, DataError
 from chatglm_ja.storage.inputs import Input, open_artifact
 from chatglm_ja.storage.manifest import read_manifest
+
+log = logging.getLogger(__name__)
 
 BASE = "base"
 # The stages in the order in which the steps make them: name -> the script that publishes the model.
@@ -111,6 +114,24 @@ def finished_stages(stages: Sequence[Stage]) -> list[Stage]:
             "first"
         )
     return finished
+
+
+def compared_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """Return the stages to evaluate: all, or without one whose step was left out.
+
+    Without texts there is no stage of step 5, without conversations none of step 6. If neither
+    exists, or an earlier one does not, opening the stages says which step to run.
+    """
+    trained = [stage for stage in stages if stage.name not in UNTRAINED]
+    missing = [stage for stage in trained if not stage.exists()]
+    if len(missing) == len(trained):
+        return list(stages)
+    for stage in missing:
+        log.info(
+            "without the stage %s: %s not found, %s makes it", stage.name, stage.folder,
+            STAGES[stage.name],
+        )  # fmt: skip
+    return [stage for stage in stages if stage not in missing]
 
 
 def find_stage(stages: Sequence[Stage], name: str) -> Stage:

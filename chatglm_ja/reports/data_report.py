@@ -29,39 +29,45 @@ def write_report(
     folder: Path,
     counts: Counts,
     config: PrepareDataConfig,
-    texts: DocumentIndex,
-    conversations: DocumentIndex,
-    examples: np.ndarray,
+    texts: DocumentIndex | None,
+    conversations: DocumentIndex | None,
+    examples: np.ndarray | None,
 ) -> None:
-    """Write the report; `examples` are the conversations that are trained on."""
+    """Write the report; `examples` are the conversations that are trained on.
+
+    Without texts, or without conversations, the page has no section on them.
+    """
     write_json(folder / "data_report.json", counts)
-    pretrain, sft = counts["pretrain"], counts["sft"]
-    mix = []  # the share asked for and reached, and the tokens
-    for language, share in parse_shares(config.shares).items():
-        tokens = (pretrain[name][language] for name in ("train_tokens", "validation_tokens"))
-        shares = (share, pretrain["train_shares"][language])
-        mix.append([language, *(f"{s:.2%}" for s in shares), *(f"{t:,}" for t in tokens)])
-    page = render_template(
-        "data_report.html.jinja",
-        mix=mix,
-        pretrain={
+    parts: dict[str, Any] = {"pretrain": None, "sft": None}
+    if texts is not None:
+        pretrain = counts["pretrain"]
+        mix = []  # the share asked for and reached, and the tokens
+        for language, share in parse_shares(config.shares).items():
+            tokens = (pretrain[name][language] for name in ("train_tokens", "validation_tokens"))
+            shares = (share, pretrain["train_shares"][language])
+            mix.append([language, *(f"{s:.2%}" for s in shares), *(f"{t:,}" for t in tokens)])
+        parts["pretrain"] = {
+            "mix": mix,
             "totals": _describe_pretrain(pretrain),
             "fates": fate_table(pretrain["sources"], "documents", "train_tokens", "repeats"),
             "lengths": draw_lengths(texts, texts.kept_documents(), folder / "pretrain_lengths.png"),
-        },
-        sft={
+        }
+    if conversations is not None and examples is not None:
+        sft = counts["sft"]
+        parts["sft"] = {
             "totals": _describe_sft(sft),
             "fates": fate_table(sft["sources"], "documents", "shortened", "train_examples"),
             "lengths": draw_lengths(conversations, examples, folder / "sft_lengths.png"),
-        },
-        examples=choose_examples(config, conversations, examples),
-    )
+            "examples": choose_examples(config, conversations, examples),
+        }
+    page = render_template("data_report.html.jinja", **parts)
     (folder / "data_report.html").write_text(page, encoding="utf-8")
 
 
 def describe_counts(counts: Counts) -> Iterator[str]:
-    """Yield a log line for every source, then one for each of the two data sets."""
-    for source in (*counts["pretrain"]["sources"], *counts["sft"]["sources"]):
+    """Yield a log line for every source, then one for each of the data sets."""
+    parts = [counts[name] for name in ("pretrain", "sft") if name in counts]
+    for source in (source for part in parts for source in part["sources"]):
         dropped = [
             f"{name} {source[name]:,}" for name in _present_fates([source]) if name is not Fate.KEPT
         ]
@@ -70,8 +76,10 @@ def describe_counts(counts: Counts) -> Iterator[str]:
             f"{source.get('kept', 0):,} kept"
             + (f"; dropped: {', '.join(dropped)}" if dropped else "")
         )
-    yield f"pretraining: {_describe_pretrain(counts['pretrain'])}"
-    yield f"fine-tuning: {_describe_sft(counts['sft'])}"
+    if "pretrain" in counts:
+        yield f"pretraining: {_describe_pretrain(counts['pretrain'])}"
+    if "sft" in counts:
+        yield f"fine-tuning: {_describe_sft(counts['sft'])}"
 
 
 def _describe_pretrain(counts: Counts) -> str:

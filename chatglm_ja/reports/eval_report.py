@@ -36,6 +36,11 @@ REPORT_FILE = "report.html"
 CARD_FILE = "model_card.md"  # in step 7's folder; README.md in the model's
 LICENSE = "MODEL_LICENSE"  # ChatGLM3-6B's, published beside its weights
 
+# Titles of the loss curves, by stage.
+TRAINING_TITLES = {
+    "pretrained": "Step 5, continued pretraining",
+    "sft": "Step 6, instructions",
+}
 LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 
 
@@ -220,8 +225,10 @@ def _measured_sections(results: Results) -> list[tuple[str, str, list[str], list
 
 
 def describe_pretraining(results: Results) -> str:
-    """Return a sentence on what continued pretraining changed in every language."""
+    """Return a sentence on what continued pretraining changed in every language, if it was done."""
     stages = {stage["name"]: stage["languages"] for stage in results["stages"]}
+    if "pretrained" not in stages:
+        return "The model was fine-tuned without continued pretraining"
     changes = []
     for language, before in stages["resized"].items():
         old, new = before["bits_per_char"], stages["pretrained"][language]["bits_per_char"]
@@ -343,6 +350,7 @@ def render_card(results: Results, base_dir: Path) -> str:
     return render_template(
         "model_card.md.jinja",
         languages=list(results["stages"][0]["languages"]),
+        stages=[stage["name"] for stage in results["stages"]],
         license_file=LICENSE if (base_dir / LICENSE).is_file() else None,
         results=render_markdown(results).rstrip(),
         data=data,

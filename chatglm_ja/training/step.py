@@ -2,13 +2,22 @@
 
 from pathlib import Path
 
-from chatglm_ja.errors import ConfigError
+from chatglm_ja.errors import ArtifactError, ConfigError
 from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.output import Output
 from chatglm_ja.training.settings import TrainingConfig
 
 # The data sets in step 4's folder, and the setting of step 4 that limits the tokens in their rows.
 ROW_SETTINGS = {"pretrain": "block_size", "sft": "max_length"}
+# What step 4 has left out if a data set is missing, and how to make it.
+MISSING_DATA = {
+    "pretrain": (
+        "texts",
+        "with --sources and --total-tokens, or go on with step6_train_sft.py, whose --model may be "
+        "step 3's folder",
+    ),
+    "sft": ("conversations", "with --sft-sources and --sft-examples"),
+}
 
 
 def run_training_step(
@@ -25,6 +34,11 @@ def run_training_step(
         print(costs.describe_costs(config, config.estimate))
         return False
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
+    if data.manifest and data_set not in data.manifest.counts:
+        missing, cure = MISSING_DATA[data_set]
+        raise ArtifactError(
+            f"{config.data} was prepared without {missing}: run step4_prepare_data.py {cure}"
+        )
     prepared = data.read_number("arguments", ROW_SETTINGS[data_set])
     if prepared != config.block_size:
         raise ConfigError(

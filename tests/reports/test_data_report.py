@@ -97,6 +97,22 @@ def test_the_page_shows_what_became_of_the_records(page: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(("part", "other"), [("pretrain", "sft"), ("sft", "pretrain")])
+def test_the_page_of_one_kind_of_data_has_no_section_on_the_other(
+    tmp_path: Path, merged_dir: Path, part: str, other: str
+) -> None:
+    config: Any = SimpleNamespace(tokenizer=merged_dir, shares=("ja=3", "zh=1"))
+    index = make_index([("ja", "wiki"), ("zh", "b")], [(0, [5] * 9, 0), (1, [5] * 90, 0)])
+    indexes = (index, None, None) if part == "pretrain" else (None, index, np.arange(2))
+    data_report.write_report(tmp_path, {part: COUNTS[part]}, config, *indexes)
+    page = (tmp_path / "data_report.html").read_text(encoding="utf-8")
+    assert page.count("<figure><svg") == 1
+    assert ("Pretraining" in page, "Fine-tuning" in page) == (part == "pretrain", part == "sft")
+    assert not (tmp_path / f"{other}_lengths.png").exists()
+    lines = list(data_report.describe_counts({part: COUNTS[part]}))
+    assert len(lines) == 1 + len([line for line in lines if " read, " in line]) > 1
+
+
 def test_the_page_shows_lengths_and_they_are_files_too(page: str, tmp_path: Path) -> None:
     assert page.count("<figure><svg") == 2
     # Matplotlib writes the text of a title beside its shape.

@@ -226,3 +226,13 @@ def test_the_card_is_put_beside_the_weights(
     assert found == {"README.md": "card", "MODEL_LICENSE": "terms"}
     eval_report.publish_card(step7, tmp_path / "nowhere", base)
     assert "could not write the model card to" in caplog.text
+
+
+def test_a_run_without_pretraining_is_described_as_it_was(results: dict[str, Any]) -> None:
+    results["stages"][2]["name"] = "sft"
+    assert "without continued pretraining" in eval_report.describe_pretraining(results)
+    card = eval_report.render_card(results, Path("nowhere"))
+    assert "its pretraining was continued" not in card and "was fine-tuned on instructions" in card
+    results["stages"][2]["name"] = "pretrained"
+    card = eval_report.render_card(results, Path("nowhere"))
+    assert "its pretraining was continued" in card and "was fine-tuned" not in card
