@@ -98,9 +98,12 @@ def read_messages(record: Record, columns: str | None) -> list[Message] | Reject
 
 
 def check_order(messages: Sequence[Message]) -> Reject | None:
-    """Return what is wrong with the order of the roles, or an empty question or answer; or None."""
+    """Return what is wrong with the order of the roles, or an empty question or answer; or None.
+
+    Turns of the assistant may come before the first question, if there is an answer to it.
+    """
     before: str | None = None
-    asked = False
+    asked = answered = False
     for index, message in enumerate(messages, start=1):
         role = CALL if chat_format.is_call(message) else message["role"]
         if role not in FOLLOWERS[before]:
@@ -110,10 +113,13 @@ def check_order(messages: Sequence[Message]) -> Reject | None:
                 "roles out of order", f"message {index} is of {role}, {after}: expected {expected}"
             )
         asked = asked or role == "user"
+        answered = asked and (answered or message["role"] == "assistant")
         if asked and message["role"] in ("user", "assistant") and not message["content"].strip():
             kind = "question" if role == "user" else "answer"
             return Reject(f"empty {kind}", f"message {index}")
         before = role
+    if not answered and any(message["role"] == "assistant" for message in messages):
+        return Reject("roles out of order", "every answer comes before the first question")
     return None if asked else Reject("no question", "no message is of user")
 
 
@@ -215,6 +221,8 @@ def _parse_column(record: Record, column: str) -> list[Message]:
         reject = readers.missing_column(column, record)
         raise BadRecordError(reject.reason, reject.detail)
     value = record[column]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = turns.parse_json(value, column, "the record")
     if not isinstance(value, list):
         kind = type(value).__name__
         raise BadRecordError("wrong type", f"column {column!r} holds {kind}, not a list")

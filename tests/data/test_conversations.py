@@ -36,6 +36,7 @@ Q_AND_A: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant"
         ("instruction+input>response", {"instruction": "", "input": "q", "response": "a"}),
         ("question+context>answer", {"question": "q", "context": None, "answer": "a"}),
         ("conversations", {"messages": None, "conversations": Q_AND_A}),
+        ("messages", {"messages": json.dumps(Q_AND_A)}),
         (
             "messages",  # a table that holds both forms
             {"messages": [{"from": None, "value": None, **turn} for turn in Q_AND_A]},
@@ -147,14 +148,16 @@ def say(*roles: str) -> dict[str, Any]:
     [
         ({"text": "x"}, "missing column"),
         ({"messages": "hello"}, "wrong type"),
+        ({"messages": "[hello]"}, "unsupported messages"),
         ({"messages": []}, "empty list"),
         ({"messages": ["hello"]}, "wrong type"),
         ({"messages": [{"role": "moderator", "content": "x"}]}, "unknown role"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
         ({"messages": [{"content": "x"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": None}]}, "wrong type"),
-        (say("assistant"), "no question"),
-        (say("system", "assistant"), "no question"),
+        (say("assistant", "user"), "roles out of order"),
+        (say("system", "assistant"), "roles out of order"),
+        (say("system"), "no question"),
         (say("observation", "user", "assistant"), "roles out of order"),
         (say("user", "user", "assistant"), "roles out of order"),
         (say("user", "system", "assistant"), "roles out of order"),

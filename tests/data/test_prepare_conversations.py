@@ -150,6 +150,10 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     counts = write_sft(other, prepare_config(merged_dir, UNUSED, **settings))
     assert counts["sources"][0]["too long"] == 2
 
+    settings |= {"sft_examples": 2}
+    with pytest.raises(DataError, match=r"too long 2, .*\): raise --max-length, lower"):
+        write_sft(other, prepare_config(merged_dir, UNUSED, **settings))
+
 
 def test_answers_that_are_not_to_be_trained_stay_as_context(
     tmp_path: Path, merged_dir: Path, encoder: Any
