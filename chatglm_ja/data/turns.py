@@ -12,8 +12,8 @@ have for what is absent, says nothing.
     obeyed       FLAGS ("loss", "weight", "train" and the like), true or false, 1 or 0: an answer
                  that is not to be trained stays as context. Only answers are ever trained
     refused      what ChatGLM3's format cannot express: images, audio, video, a refusal, reasoning,
-                 several calls at once; and, of a turn, any other field whose name speaks of loss,
-                 training, masks or weights
+                 several calls at once; and another field whose name speaks of loss, training, masks
+                 or weights, if it is a turn's, or a yes or no
     passed over  all else: ids, names, sources, languages, scores, other forms of the same text
 
 What is refused raises BadRecordError, whose reason names the field.
@@ -95,15 +95,9 @@ def _parse_turn(said: Record, place: str) -> list[Message]:
     calls = [name for name in ("tool_calls", "function_call") if said.get(name)]
     if calls and role != "assistant":
         raise BadRecordError(f"unsupported {calls[0]}", f"{place} is of {role}, and has calls")
-    made = [_parse_call(said[name], name, place) for name in calls]
     if role == "observation" and not content and said.keys() & {"parameters", "observation"}:
-        call = {"name": said.get("name"), "arguments": said.get("parameters")}
-        made = [_parse_call(call, "parameters", place)]
-        if "observation" not in said:
-            return made
-        result = drop_nulls(said["observation"])
-        text = result if isinstance(result, str) else chat_format.write_json_text(result)
-        return [*made, {"role": role, "content": text}]
+        return _parse_call_and_observation(said, place)
+    made = [_parse_call(said[name], name, place) for name in calls]
     if content is None and not made:
         detail = f"{place} has no content or value among {', '.join(said)}"
         raise BadRecordError("wrong type", detail)
@@ -128,6 +122,17 @@ def _parse_role(said: Record, place: str) -> str:
 @functools.lru_cache
 def _find_role(speaker: str) -> str | None:
     return ROLES.get(re.sub(r"[\s-]+", "_", speaker.strip().lower()))
+
+
+def _parse_call_and_observation(said: Record, place: str) -> list[Message]:
+    """Read a turn of ChatGLM3's fine-tuning data: a call, and what it returned, of any type."""
+    call = {"name": said.get("name"), "arguments": said.get("parameters")}
+    messages = [_parse_call(call, "parameters", place)]
+    if "observation" in said:
+        result = drop_nulls(said["observation"])
+        text = result if isinstance(result, str) else chat_format.write_json_text(result)
+        messages.append({"role": "observation", "content": text})
+    return messages
 
 
 def _parse_call(value: Any, field: str, place: str) -> Message:
@@ -217,21 +222,21 @@ def is_trained(said: Mapping[str, Any], place: str, in_turn: bool = False) -> bo
     """Return what a record's or a turn's FLAGS say.
 
     Raises BadRecordError for a value that is neither yes nor no, and for another field that is
-    about training: of a turn, any with such a name.
+    about training. A record has columns named so for other reasons: only a yes or no counts there.
     """
     trained = True
     for name, value in said.items():
         word = _find_training_word(name)
         if word in FLAGS:
             if isinstance(value, str):
-                value = {"true": True, "false": False}.get(value.lower())
+                value = {"true": 1, "false": 0, "1": 1, "0": 0}.get(value.lower())
             if not isinstance(value, int | float) or value not in (0, 1):
                 raise BadRecordError(
                     f"unsupported {name}",
                     f"{place} has {name} {said[name]!r:.40}: expected true or false, or 1 or 0",
                 )
             trained = trained and bool(value) is FLAGS[word]
-        elif word == "mask" or (word and in_turn):
+        elif word == "mask" or (word and (in_turn or isinstance(value, bool))):
             detail = f"{place} has {name} {value!r:.40}: expected loss, weight or train"
             raise BadRecordError(f"unsupported {name}", detail)
     return trained

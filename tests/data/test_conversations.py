@@ -177,6 +177,10 @@ def say(*roles: str) -> dict[str, Any]:
         ({"instruction": "q", "output": "a", "image": "a.png"}, "unsupported image"),
         ({"instruction": "q", "output": "a", "weight": 0.5}, "unsupported weight"),
         ({"instruction": "q", "output": "a", "mask": 1}, "unsupported mask"),
+        (
+            {"instruction": "q", "output": "a", "use_in_training": False},
+            "unsupported use_in_training",
+        ),
     ],
 )
 def test_bad_conversations_have_reasons(record: dict[str, Any], reason: str) -> None:

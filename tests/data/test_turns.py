@@ -87,7 +87,7 @@ def test_a_system_message_s_own_tools_follow_its_text() -> None:
     "flag",
     [
         {"loss": False}, {"loss": 0}, {"weight": 0.0}, {"weight": 0, "loss": None},
-        {"train": "False"}, {"training": False}, {"isTrainable": False}, {"loss_scale": 0},
+        {"train": "False"}, {"weight": "0"}, {"isTrainable": False}, {"loss_scale": 0},
         {"masked": True}, {"loss": True, "weight": 0},
     ],
 )  # fmt: skip
