@@ -7,9 +7,24 @@ Every part is encoded separately, so each starts with the tokenizer's symbol for
 becomes a special token: a user who types "<|assistant|>" gets ordinary pieces. `tokenizer` is a
 merged tokenizer in either form, sentencepiece's processor (tokenizer.load_processor) or the
 AutoTokenizer of step 2's folder; both give the same ids.
+
+A message is a mapping:
+
+    role        system, user, assistant or observation
+    content     its text
+    metadata    its header; an assistant's names the tool that the message calls
+    loss        false for an answer that is context only: none of its tokens is trained
+
+Tools are written as ChatGLM3's fine-tuning code writes them (format_conversation in THUDM/ChatGLM3,
+finetune_chatmodel_demo/preprocess_utils.py), one call at a time:
+
+    <|system|> \\n Answer the following ... tools:\\n[{"name": "get_weather", ...}] <|user|> ...
+    <|assistant|> get_weather\\n ```python\\ntool_call(city='Osaka')\\n``` <|observation|> \\n 21
 """
 
+import ast
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +35,11 @@ INPUT_PREFIX = ("[gMASK]", "sop")  # starts every ChatGLM3 input
 ROLES = ("system", "user", "assistant", "observation")
 IGNORE_INDEX = -100  # label of a token that is not trained
 
-Message = Mapping[str, str]
+TOOLS_PROMPT = (
+    "Answer the following questions as best as you can. You have access to the following tools:\n"
+)
+
+Message = Mapping[str, Any]
 
 
 def special_id(tokenizer: Any, token: str) -> int:
@@ -63,6 +82,32 @@ def stop_ids(tokenizer: Any) -> list[int]:
     return [special_id(tokenizer, token) for token in STOP_TOKENS]
 
 
+def is_call(message: Message) -> bool:
+    """Return whether a message is the assistant's call of a tool."""
+    return message["role"] == "assistant" and bool(message.get("metadata"))
+
+
+def is_trained(message: Message) -> bool:
+    """Return whether a message is an answer, or a call, that the loss is computed on."""
+    return message["role"] == "assistant" and bool(message.get("loss", True))
+
+
+def write_tools(tools: Any) -> str:
+    """Write tools, a JSON value of any form, as the text of a system message."""
+    return TOOLS_PROMPT + write_json_text(tools, indent=4)
+
+
+def write_call(arguments: Mapping[str, Any]) -> str:
+    """Write a call's arguments as the content of a message; its metadata is the tool's name."""
+    keywords = [ast.keyword(name, ast.Constant(value)) for name, value in arguments.items()]
+    return f"```python\n{ast.unparse(ast.Call(ast.Name('tool_call'), [], keywords))}\n```"
+
+
+def write_json_text(value: Any, indent: int | None = None) -> str:
+    """Write a value as JSON; what JSON does not have, such as a date, as a string."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+
+
 def message_ids(tokenizer: Any, message: Message) -> list[int]:
     """Tokenize a message: its role's token, its header, its content.
 
@@ -87,27 +132,28 @@ def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Return ids and labels of a conversation for training; see `join_example`."""
-    parts = [message_ids(tokenizer, message) for message in messages]
-    return join_example(prefix_ids(tokenizer), [message["role"] for message in messages], parts)
+    return join_example(tokenizer, messages, [message_ids(tokenizer, m) for m in messages])
 
 
 def join_example(
-    prefix: Sequence[int], roles: Sequence[str], parts: Sequence[Sequence[int]]
+    tokenizer: Any, messages: Sequence[Message], parts: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[int]]:
-    """Return ids and labels, of equal length, of a conversation tokenized by `message_ids`.
+    """Return ids and labels, of equal length, of a conversation; `parts` are its `message_ids`.
 
     Labels train the line break after <|assistant|>, which the model has to generate itself, the
-    answer, and the token that ends it: the next role's, or </s> after the last message.
+    answer, and the token that ends it: the next role's, or after the last message </s>. A call is
+    ended by <|observation|>, whether or not the observation follows.
     """
-    ids = list(prefix)
+    ids = prefix_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
-    after_answer = False
-    for role, (role_token, *body) in zip(roles, parts, strict=True):
-        is_answer = role == "assistant"
+    after_trained = False
+    for message, (role_token, *body) in zip(messages, parts, strict=True):
+        labels.append(role_token if after_trained else IGNORE_INDEX)
+        after_trained = is_trained(message)
+        labels += body if after_trained else [IGNORE_INDEX] * len(body)
         ids += [role_token, *body]
-        labels.append(role_token if after_answer else IGNORE_INDEX)
-        labels += body if is_answer else [IGNORE_INDEX] * len(body)
-        after_answer = is_answer
-    ids.append(EOS_ID)
-    labels.append(EOS_ID if after_answer else IGNORE_INDEX)
+    ends_with_call = bool(messages) and is_call(messages[-1])
+    end = special_id(tokenizer, "<|observation|>") if ends_with_call else EOS_ID
+    ids.append(end)
+    labels.append(end if after_trained else IGNORE_INDEX)
     return ids, labels

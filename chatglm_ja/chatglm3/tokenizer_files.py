@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES
+from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES, TOOLS_PROMPT
 from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, MODEL_FILE, SPACE, SPECIAL_TOKENS
 from chatglm_ja.storage.files import write_json
 
@@ -30,11 +30,13 @@ MARKED_TOKENS = [*FIRST_PIECES, *(token for token in SPECIAL_TOKENS if not token
 
 # The prompt of chat_format.build_prompt_ids as text. `plain` returns a message's text with a space
 # inside every special token that it spells; sop and eop only where no letter or digit is next to
-# them, since only there would they become the token.
+# them, since only there would they become the token. Tools, calls and the role `tool` are those of
+# OpenAI's messages, written as chat_format writes them.
 CHAT_TEMPLATE = (
     f"{{% set marked_tokens = {MARKED_TOKENS} %}}\n"
     f"{{% set word_tokens = {WORD_TOKENS} %}}\n"
     f"{{% set roles = {list(ROLES)} %}}\n"
+    f"{{% set tools_prompt = {TOOLS_PROMPT!r} %}}\n"
     """\
 {% macro plain(text) %}
 {% set result = namespace(text=text) %}
@@ -53,15 +55,39 @@ CHAT_TEMPLATE = (
 {% endfor %}
 {% endfor %}
 {{ result.text }}{% endmacro %}
-[gMASK]sop{% for message in messages %}
-{% if message['role'] not in roles %}
-{{ raise_exception('role ' ~ message['role'] ~ ' does not exist: expected ' ~ roles|join(', ')) }}
+{% macro write(role, header, content) %}
+<|{{ role }}|>{{ plain(header) }}
+{% if content %} {{ plain(content) }}{% endif %}{% endmacro %}
+[gMASK]sop{% if tools %}{{ write('system', '', tools_prompt ~ tools|tojson(indent=4)) }}{% endif %}
+{% for message in messages %}
+{% set role = 'observation' if message['role'] == 'tool' else message['role'] %}
+{% set calls = message.get('tool_calls') or [] %}
+{% if role not in roles %}
+{{ raise_exception('role ' ~ role ~ ' does not exist: expected ' ~ roles|join(', ')) }}
 {% endif %}
-{% if message['content'] is not string %}
+{% if calls|length > 1 %}
+{{ raise_exception('a message makes several calls at once: ChatGLM3 makes one at a time') }}
+{% endif %}
+{% if message['content'] is not string and not calls %}
 {{ raise_exception('a message has no content of type text') }}
 {% endif %}
-<|{{ message['role'] }}|>{{ plain(message.get('metadata') or '') }}
-{% if message['content'] %} {{ plain(message['content']) }}{% endif %}{% endfor %}
+{% if message['content'] or not calls %}
+{{ write(role, message.get('metadata') or '', message['content']) }}
+{%- endif %}
+{% for call in calls %}
+{% set function = call.get('function') or call %}
+{% set arguments = function['arguments'] or {} %}
+{% if arguments is not mapping %}
+{{ raise_exception('the arguments of a call are not an object') }}
+{% endif %}
+{% set code = namespace(text='', comma='') %}
+{% for name, value in arguments.items() %}
+{% set code.text = code.text ~ code.comma ~ name ~ '=' ~ '%r'|format(value) %}
+{% set code.comma = ', ' %}
+{% endfor %}
+{{ write('assistant', function['name'], '```python\ntool_call(' ~ code.text ~ ')\n```') }}
+{%- endfor %}
+{% endfor %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
 )
 

@@ -66,6 +66,7 @@ class Fate(StrEnum):
     NO_ANSWER = "no answer at the end"  # the last message is not the assistant's
     # The last exchange exceeds --max-length or, with --long-conversations drop, the whole does.
     TOO_LONG = "too long"
+    UNTRAINED = "no trained answer"  # the record says of every answer that it is not to be trained
     # Both.
     DUPLICATE = "duplicate"  # of an earlier text or conversation of any source
     NEAR_DUPLICATE = "near_duplicate"  # texts only

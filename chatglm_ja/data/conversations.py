@@ -4,124 +4,141 @@
     (by the usual names)           {"instruction": q, "input": more, "output": a}         Alpaca
                                    {"conversations": [{"from": "human", "value": q}, ...]}
                                    {"messages": [{"role": "user", "content": q}, ...]}
-                                   {"prompt": q, "response": a}                and other names
-    "dialogue"                     a column of messages, in either form above
+                                   {"query": q, "response": a}                and other names
+    "dialogue"                     a column of messages, in any form of turns.py
     "title+body>reply"             question columns, the non-empty ones joined by a line break
 
-A record's "system" column, and Alpaca's "history" of [question, answer] pairs, come first. A
-conversation is rejected if its roles are out of order or a question or answer is empty.
+A record's tools come first, then its "system" text, unless its messages bring their own, then
+Alpaca's "history" of [question, answer] pairs. turns.py says which of a record's other fields are
+obeyed, refused and passed over.
+
+A conversation is rejected if its roles are out of order or a question or answer is empty. The
+assistant's turns before the first question are left out, and counted: in ChatGLM3's format a
+question comes before every answer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.chat_format import Message
-from chatglm_ja.data import readers
+from chatglm_ja.data import cleaning, readers, turns
 from chatglm_ja.data.readers import Chunk, Record, Reject
+from chatglm_ja.data.settings import UNICODE_FORM
+from chatglm_ja.data.turns import CALL, BadRecordError
 from chatglm_ja.sources import Source
 
-# The usual names of speakers, by ChatGLM3's roles.
-SPEAKERS = {
-    "system": ("system",),
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "bot", "function_call"),
-    "observation": ("observation", "tool", "function"),
-}
-ROLES = {speaker: role for role, speakers in SPEAKERS.items() for speaker in speakers}
 # The roles that may follow a role; None is the beginning.
 FOLLOWERS: dict[str | None, tuple[str, ...]] = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "observation"),
-    "observation": ("assistant",),
+    None: ("system", "user", "assistant", CALL),
+    "system": ("system", "user", "assistant", CALL),
+    "user": ("assistant", CALL),
+    "assistant": ("user", CALL, "observation"),
+    CALL: ("observation",),
+    "observation": ("assistant", CALL),
 }
-# If a source names no columns, the first of these that a record has all of.
-USUAL_COLUMNS = (
-    "messages",
-    "conversations",
-    "conversation",
-    "instruction+input>output",
-    "instruction>output",
-    "instruction+context>response",
-    "instruction>response",
-    "prompt>response",
-    "prompt>completion",
-    "question>answer",
-)
+# If a source names no columns: the first of MESSAGES that a record has, or else the first question,
+# what follows it, and the first answer.
+MESSAGES = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "question", "prompt", "query", "input")
+FURTHER = ("input", "context")
+ANSWERS = ("output", "response", "completion", "answer")
+TEXTS = ("content", "metadata")  # the fields of a message that hold text
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a conversation in a valid order, and the number and id of its record."""
+    """The messages of a conversation in a valid order, and the number and id of its record.
+
+    `opening_left_out` if turns of the assistant came before the first question.
+    """
 
     record: int
     messages: list[Message]
     id: str | None = None
+    opening_left_out: bool = False
 
 
 def parse_conversations(
-    chunk: Chunk, source: Source
+    chunk: Chunk, source: Source, unicode_form: str
 ) -> Iterator[Conversation | tuple[int, Reject]]:
-    """Parse a chunk into conversations and, for bad records, their numbers and Rejects."""
+    """Parse a chunk into cleaned conversations and, for bad records, their numbers and Rejects."""
     for number, record in readers.read_records(chunk, source):
         if isinstance(record, Reject):
             yield number, record
-        elif isinstance(messages := read_messages(record, source.columns), Reject):
+        elif isinstance(messages := read_messages(record, source.columns, unicode_form), Reject):
             yield number, messages
         else:
-            yield Conversation(number, messages, readers.record_id(record, source))
+            rest = leave_out_opening(messages)
+            is_cut = len(rest) < len(messages)
+            yield Conversation(number, rest, readers.record_id(record, source), is_cut)
 
 
-def read_messages(record: Record, columns: str | None) -> list[Message] | Reject:
-    """Return the messages of a record, or a Reject; `columns` are the source's."""
-    if columns is None:
-        present = {name for name, value in record.items() if value is not None}
-        names = (name for name in USUAL_COLUMNS if present >= set(_split_columns(name)))
-        columns = next(names, None)
-        if columns is None:
-            usual = ", ".join(USUAL_COLUMNS)
-            return Reject("missing column", f"none of {usual} among {', '.join(record)}")
-    before = _parse_history(record)
-    if isinstance(before, Reject):
-        return before
-    messages = (_parse_pair if ">" in columns else _parse_messages)(record, columns)
-    if isinstance(messages, Reject):
-        return messages
-    if messages[0]["role"] == "system":
-        before = [message for message in before if message["role"] != "system"]
-    messages = [*before, *messages]
-    texts = (text for message in messages for text in message.values())
-    problem = next(filter(None, map(readers.check_characters, texts)), None)
-    return problem or check_order(messages) or messages
+def read_messages(
+    record: Record, columns: str | None, unicode_form: str = UNICODE_FORM
+) -> list[Message] | Reject:
+    """Return the cleaned messages of a record, or a Reject; `columns` are the source's."""
+    try:
+        messages = _parse_record(record, columns)
+    except BadRecordError as error:
+        return error.reject
+    texts = (m[name] for m in messages for name in TEXTS if name in m)
+    if problem := next(filter(None, map(readers.check_characters, texts)), None):
+        return problem
+    messages = [
+        {**m, **{name: cleaning.clean(m[name], unicode_form) for name in TEXTS if name in m}}
+        for m in messages
+    ]
+    return check_order(messages) or messages
 
 
 def check_order(messages: Sequence[Message]) -> Reject | None:
-    """Return what is wrong with the order of the roles, or an empty question or answer; or None."""
+    """Return what is wrong with the order of the roles, or an empty question or answer; or None.
+
+    Turns of the assistant may come before the first question, if there is an answer to it.
+    """
     before: str | None = None
+    asked = answered = False
     for index, message in enumerate(messages, start=1):
-        role = message["role"]
+        role = CALL if chat_format.is_call(message) else message["role"]
         if role not in FOLLOWERS[before]:
             expected = " or ".join(FOLLOWERS[before])
             after = f"after {before}" if before else "at the start"
             return Reject(
                 "roles out of order", f"message {index} is of {role}, {after}: expected {expected}"
             )
-        if role in ("user", "assistant") and not message["content"].strip():
-            kind = "answer" if role == "assistant" else "question"
+        asked = asked or role == "user"
+        answered = asked and (answered or message["role"] == "assistant")
+        if asked and message["role"] in ("user", "assistant") and not message["content"].strip():
+            kind = "question" if role == "user" else "answer"
             return Reject(f"empty {kind}", f"message {index}")
         before = role
-    return None
+    if not answered and any(message["role"] == "assistant" for message in messages):
+        return Reject("roles out of order", "every answer comes before the first question")
+    return None if asked else Reject("no question", "no message is of user")
+
+
+def leave_out_opening(messages: Sequence[Message]) -> list[Message]:
+    """Return messages without those before the first question, other than the system's."""
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    return [*messages[: count_system(messages)], *messages[first:]]
+
+
+def count_system(messages: Sequence[Message]) -> int:
+    """Count the system's messages, which come first."""
+    roles = [message["role"] for message in messages]
+    return next((i for i, role in enumerate(roles) if role != "system"), len(roles))
 
 
 def last_exchanges(messages: Sequence[Message], lengths: Sequence[int], room: int) -> int:
     """Return how many of the oldest messages to drop so that the rest fits into `room` tokens.
 
     `lengths` are the messages' tokens. The rest begins with a user's turn, so that no answer loses
-    its question; a system message is kept and not counted. Returns len(messages) if not even the
-    last exchange fits.
+    its question; the system's messages are kept and not counted. Returns len(messages) if not even
+    the last exchange fits.
     """
-    start = 1 if messages and messages[0]["role"] == "system" else 0
+    start = count_system(messages)
     room -= sum(lengths[:start])
     rest = sum(lengths[start:])
     for index in range(start, len(messages)):
@@ -131,72 +148,95 @@ def last_exchanges(messages: Sequence[Message], lengths: Sequence[int], room: in
     return len(messages)
 
 
+def _parse_record(record: Record, columns: str | None) -> list[Message]:
+    """Read all messages of a record, in whatever order they are."""
+    names = _split_columns(columns) if columns else _find_columns(record)
+    messages = _parse_pair(record, names) if len(names) > 1 else _parse_column(record, names[0])
+    # A column that holds the dialogue says nothing else, whatever its name.
+    said = turns.said_fields({name: v for name, v in record.items() if name not in names})
+    place = "the record"
+    turns.refuse(said, turns.MEDIA, place)
+    before: list[str] = []
+    for name in ("tools", "functions"):
+        if tools := turns.parse_json(said.get(name), name, place):
+            before.append(chat_format.write_tools(tools))
+    for name in ("system", "system_prompt"):
+        text = turns.read_text(said.get(name, ""), f"column {name!r}")
+        if text.strip() and messages[0]["role"] != "system":
+            before.append(text)
+    system = [{"role": "system", "content": text} for text in before]
+    messages = [*system, *_parse_history(said.get("history")), *messages]
+    return messages if turns.is_trained(said, place) else turns.without_loss(messages)
+
+
+def _find_columns(record: Record) -> list[str]:
+    """Return the column of messages, or those of the question and of the answer, by their names."""
+    present = turns.said_fields(record)
+
+    def first(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in present][:1]
+
+    question, answer = first(QUESTIONS), first(ANSWERS)
+    further = [name for name in FURTHER if name in present and name not in question]
+    columns = first(MESSAGES) or (question and answer and [*question, *further, *answer])
+    if columns:
+        return columns
+    raise BadRecordError(
+        "missing column",
+        f"found {', '.join(record)}: expected messages ({', '.join(MESSAGES)}) or a question "
+        f"({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)})",
+    )
+
+
 def _split_columns(columns: str) -> list[str]:
     """Split QUESTION[+QUESTION...]>ANSWER into its columns; one column of messages stays one."""
     questions, arrow, answer = columns.partition(">")
     return [*questions.split("+"), answer] if arrow else [columns]
 
 
-def _parse_pair(record: Record, columns: str) -> list[Message] | Reject:
-    """Read a question and its answer from columns of their own."""
+def _parse_pair(record: Record, columns: Sequence[str]) -> list[Message]:
+    """Read a question and its answer, which is the last of the columns."""
     texts = []
-    for name in _split_columns(columns):
+    for name in columns:
         value = record.get(name)
         # Many tables have null for a missing input.
         if name in record and value is None:
             value = ""
         elif reject := readers.check_text(value, name, record):
-            return reject
+            raise BadRecordError(reject.reason, reject.detail)
         texts.append(str(value).strip())
     question = "\n".join(text for text in texts[:-1] if text)
     if not question:
-        return Reject("empty question", f"nothing in {columns.partition('>')[0]}")
+        raise BadRecordError("empty question", f"nothing in {'+'.join(columns[:-1])}")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[-1]}]
 
 
-def _parse_messages(record: Record, column: str) -> list[Message] | Reject:
+def _parse_column(record: Record, column: str) -> list[Message]:
     """Read a column of messages."""
-    turns = record.get(column)
     if column not in record:
-        return readers.missing_column(column, record)
-    if not isinstance(turns, list):
-        return Reject("wrong type", f"column {column!r} holds {type(turns).__name__}, not a list")
-    if not turns:
-        return Reject("empty list", f"no message in column {column!r}")
-    messages: list[Message] = []
-    for index, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            return Reject("wrong type", f"message {index} is a {type(turn).__name__}")
-        # A table with both forms has nulls in one of them.
-        speaker = turn.get("role") or turn.get("from")
-        content = turn.get("content")
-        if content is None:
-            content = turn.get("value")
-        role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-        if role is None:
-            known = ", ".join(ROLES)
-            return Reject("unknown role", f"message {index} is of {speaker!r}: expected {known}")
-        if not isinstance(content, str):
-            return Reject("wrong type", f"message {index} holds {type(content).__name__}, not text")
-        message = {"role": role, "content": content}
-        if isinstance(turn.get("metadata"), str):
-            message["metadata"] = turn["metadata"]
-        messages.append(message)
-    return messages
+        reject = readers.missing_column(column, record)
+        raise BadRecordError(reject.reason, reject.detail)
+    value = record[column]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = turns.parse_json(value, column, "the record")
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise BadRecordError("wrong type", f"column {column!r} holds {kind}, not a list")
+    if not value:
+        raise BadRecordError("empty list", f"no message in column {column!r}")
+    return turns.parse_turns(value)
 
 
-def _parse_history(record: Record) -> list[Message] | Reject:
-    """Read a record's system text and its earlier questions and answers."""
-    messages: list[Message] = []
-    system, history = record.get("system"), record.get("history")
-    if isinstance(system, str) and system.strip():
-        messages.append({"role": "system", "content": system})
-    if not isinstance(history, list):
-        return messages
-    for pair in history:
-        texts = pair if isinstance(pair, list) else []
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            return Reject("wrong type", "history is not a list of [question, answer]")
-        messages.append({"role": "user", "content": texts[0]})
-        messages.append({"role": "assistant", "content": texts[1]})
-    return messages
+def _parse_history(history: Any) -> list[Message]:
+    """Read a record's earlier questions and answers: pairs, or messages."""
+    if not history:
+        return []
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return turns.parse_turns(history)
+    texts: list[str] = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
+            raise BadRecordError("wrong type", "history is not a list of [question, answer]")
+        texts += pair
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]

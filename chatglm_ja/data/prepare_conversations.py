@@ -1,7 +1,8 @@
 """Step 4's fine-tuning examples: whole conversations as ids and labels, packed into bins.
 
-A conversation has ChatGLM3's format (chat_format.py), and only the assistant's turns are trained.
-One that is longer than a bin loses its oldest exchanges, never a part of an answer.
+A conversation has ChatGLM3's format (chat_format.py), and only the assistant's turns are trained,
+without those that the record says are not to be. One that is longer than a bin loses its oldest
+exchanges, never a part of an answer.
 """
 
 import functools
@@ -37,7 +38,8 @@ def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> Stored
     if stored := token_store.find_chunk(task.stem, task.number):
         return stored
     tokenized = TokenizedChunk(file=printable(Path(task.chunk.file).name))
-    for conversation in conversations.parse_conversations(task.chunk, task.source):
+    parsed = conversations.parse_conversations(task.chunk, task.source, config.unicode_form)
+    for conversation in parsed:
         if not isinstance(conversation, Conversation):
             tokenized.rejects.append(conversation)
             continue
@@ -66,21 +68,30 @@ def _add_conversation(
         return Fate.NO_ANSWER
     tokenizer, prefix = _load_tokenizer(config.tokenizer)
     parts = [chat_format.message_ids(tokenizer, message) for message in messages]
-    roles = [message["role"] for message in messages]
     lengths = [len(part) for part in parts]
     available = config.max_length - len(prefix) - 1  # </s>
+    oldest = 0
     if sum(lengths) > available:
         oldest = conversations.last_exchanges(messages, lengths, available)
         if config.long_conversations == "drop" or oldest == len(messages):
             return Fate.TOO_LONG
-        first = 1 if roles[0] == "system" else 0
-        del parts[first : first + oldest], roles[first : first + oldest]
-        tokenized.counts["shortened"] += 1  # not a fate: the rest of the conversation is kept
-    ids, labels = chat_format.join_example(prefix, roles, parts)
+        first = conversations.count_system(messages)
+        messages = [*messages[:first], *messages[first + oldest :]]
+        parts = [*parts[:first], *parts[first + oldest :]]
+    if not any(map(chat_format.is_trained, messages)):
+        return Fate.UNTRAINED
+    # Not fates: the rest of the conversation is kept.
+    if oldest:
+        tokenized.counts["shortened"] += 1
+    if conversation.opening_left_out:
+        tokenized.counts["opening left out"] += 1
+    ids, labels = (
+        np.array(row, dtype="<i4") for row in chat_format.join_example(tokenizer, messages, parts)
+    )
     # Examples are compared, not conversations: what was left out makes no difference to a model.
-    content = np.array(ids, dtype="<i4").tobytes()
-    tokenized.add(np.array(ids, dtype=np.int32), conversation.record, content, conversation.id)
-    tokenized.labels.append(np.array(labels, dtype=np.int32))
+    content = ids.tobytes() + labels.tobytes()
+    tokenized.add(ids, conversation.record, content, conversation.id)
+    tokenized.labels.append(labels)
     return Fate.KEPT
 
 
@@ -135,21 +146,34 @@ def _draw(
     train_examples = mixing.apportion(config.sft_examples, shares)
     validation_examples = mixing.apportion(config.sft_validation_examples, shares)
     train, validation, problems = [], [], []
+    fix = "lower --sft-examples or add sources"
     for kind in shares:
         rng = np.random.default_rng([config.seed, zlib.crc32(kind.encode())])
         order = rng.permutation(index.kept_documents(kind))
         needed = validation_examples[kind] + train_examples[kind]
         if len(order) < needed:
+            dropped = _count_dropped(index, kind)
+            shown = ", ".join(f"{fate} {count:,}" for fate, count in dropped.items())
             problems.append(
                 f"{kind} has {len(order):,} usable conversations for a share of {needed:,}"
+                + (f" (dropped: {shown})" if shown else "")
             )
+            if Fate.TOO_LONG in dropped:
+                fix = "raise --max-length, lower --sft-examples or add sources"
             continue
         is_held_out = _hold_out(index.source[order], validation_examples[kind])
         validation.append(order[is_held_out])
         train.append(order[~is_held_out][: train_examples[kind]])
     if problems:
-        raise DataError(f"{'; '.join(problems)}: lower --sft-examples or add sources")
+        raise DataError(f"{'; '.join(problems)}: {fix}")
     return np.concatenate(train), np.concatenate(validation)
+
+
+def _count_dropped(index: DocumentIndex, kind: str) -> dict[Fate, int]:
+    """Count the records of a kind that are not kept, by their fates."""
+    own = [index.counts(n) for n, source in enumerate(index.sources) if source.language == kind]
+    totals = {fate: sum(counts.get(fate, 0) for counts in own) for fate in Fate}
+    return {fate: total for fate, total in totals.items() if total and fate is not Fate.KEPT}
 
 
 def _hold_out(sources: np.ndarray, count: int) -> np.ndarray:

@@ -104,5 +104,8 @@ class SourceReader:
 
     def conversations(self, source: Source) -> Iterator[list[Message]]:
         """Yield the messages of a source's conversations that end with an answer, in order."""
-        parsed = self.items(source, lambda chunk: conversations.parse_conversations(chunk, source))
+        parsed = self.items(
+            source,
+            lambda chunk: conversations.parse_conversations(chunk, source, self.unicode_form),
+        )
         return (c.messages for c in parsed if c.messages[-1]["role"] == "assistant")

@@ -35,7 +35,7 @@ from chatglm_ja.storage.files import FileRecord, find_problem, publish_file, rea
 log = logging.getLogger(__name__)
 
 # Increased when the files of a chunk change their meaning: work of earlier versions is discarded.
-FORMAT = 2
+FORMAT = 3
 MAX_DETAIL = 200
 TOKENS, LABELS, HASHES, COLUMNS, SUMMARY = ".tokens", ".labels", ".hashes", ".npz", ".json"
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -53,7 +53,8 @@ class ChunkSummary(BaseModel):
     found      documents that were read, of which `counts` were dropped
     bytes      UTF-8 bytes of their text
     rejects    number, reason and detail of each bad record
-    counts     documents by the filter that dropped them; "shortened" ones are kept
+    counts     documents by the filter that dropped them; "shortened" ones, and those with the
+               "opening left out", are kept
     files      the chunk's other files
     """
 

@@ -49,8 +49,9 @@ def build_fitting_prompt(tokenizer: Any, messages: Sequence[Message], size: int)
         raise DataError(
             f"the message has {lengths[-1]:,} tokens, expected at most {size:,}: shorten it"
         )
-    system = messages[: messages[0]["role"] == "system"]
-    return chat_format.build_prompt_ids(tokenizer, [*system, *messages[len(system) + dropped :]])
+    first = conversations.count_system(messages)
+    kept = [*messages[:first], *messages[first + dropped :]]
+    return chat_format.build_prompt_ids(tokenizer, kept)
 
 
 def chat_in_terminal(model: LoadedModel, options: ChatOptions) -> None:

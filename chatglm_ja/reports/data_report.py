@@ -24,6 +24,9 @@ from chatglm_ja.storage.files import write_json
 
 Counts = Mapping[str, Any]
 
+# Counts of conversations of which a part is kept.
+CUT = ("shortened", "opening left out")
+
 
 def write_report(
     folder: Path,
@@ -56,7 +59,7 @@ def write_report(
         sft = counts["sft"]
         parts["sft"] = {
             "totals": _describe_sft(sft),
-            "fates": fate_table(sft["sources"], "documents", "shortened", "train_examples"),
+            "fates": fate_table(sft["sources"], "documents", *CUT, "train_examples"),
             "lengths": draw_lengths(conversations, examples, folder / "sft_lengths.png"),
             "examples": choose_examples(config, conversations, examples),
         }
@@ -71,10 +74,12 @@ def describe_counts(counts: Counts) -> Iterator[str]:
         dropped = [
             f"{name} {source[name]:,}" for name in _present_fates([source]) if name is not Fate.KEPT
         ]
+        cut = [f"{name} {source[name]:,}" for name in CUT if source.get(name)]
         yield (
             f"{source['name']}: {source.get('documents', 0):,} read, "
             f"{source.get('kept', 0):,} kept"
             + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+            + (f"; cut: {', '.join(cut)}" if cut else "")
         )
     if "pretrain" in counts:
         yield f"pretraining: {_describe_pretrain(counts['pretrain'])}"

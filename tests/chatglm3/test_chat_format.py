@@ -1,6 +1,7 @@
 """The conversation format: ChatGLM3's exact prompt ids, and the labels of answers."""
 
 import json
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -42,6 +43,70 @@ def test_labels_cover_answers_and_their_end_tokens_only(encoder: Any, conversati
         *encoder.encode("\n"), *encoder.encode("どういたしまして。"), tokenizer.EOS_ID,
     ]  # fmt: skip
     assert trained == expected
+
+
+def trained_ids(example: tuple[list[int], list[int]]) -> list[int]:
+    """Return the ids that are trained, whose labels are the ids themselves."""
+    pairs = [(i, label) for i, label in zip(*example, strict=True)]
+    assert all(label in (chat_format.IGNORE_INDEX, i) for i, label in pairs)
+    return [i for i, label in pairs if label != chat_format.IGNORE_INDEX]
+
+
+def test_an_answer_without_loss_stays_as_context(encoder: Any, conversation: Any) -> None:
+    messages = [*conversation[:2], {**conversation[2], "loss": False}, *conversation[3:]]
+    example = chat_format.build_example(encoder, messages)
+    assert example[0] == chat_format.build_example(encoder, conversation)[0]
+    assert trained_ids(example) == [
+        *encoder.encode("\n"), *encoder.encode("どういたしまして。"), tokenizer.EOS_ID,
+    ]  # fmt: skip
+    messages = [*conversation[:4], {**conversation[4], "loss": False}]
+    user = encoder.piece_to_id("<|user|>")
+    assert trained_ids(chat_format.build_example(encoder, messages)) == [
+        *encoder.encode("\n"), *encoder.encode("東京です。"), user,
+    ]  # fmt: skip
+
+
+def test_tools_are_written_as_chatglm3_writes_them(encoder: Any) -> None:
+    """The ids are those of format_conversation in ChatGLM3's finetune_chatmodel_demo."""
+    tools = chat_format.write_tools([{"name": "get_weather", "required": []}])
+    assert tools == (
+        "Answer the following questions as best as you can. You have access to the following "
+        'tools:\n[\n    {\n        "name": "get_weather",\n        "required": []\n    }\n]'
+    )
+    code = chat_format.write_call({"city": "大阪 'Osaka'\n", "days": 2, "now": True, "in": [None]})
+    assert code == (
+        "```python\ntool_call(city=\"大阪 'Osaka'\\n\", days=2, now=True, in=[None])\n```"
+    )
+    messages = [
+        {"role": "system", "content": tools},
+        {"role": "user", "content": "天気は？"},
+        {"role": "assistant", "content": "調べます。"},
+        {"role": "assistant", "content": code, "metadata": "get_weather"},
+        {"role": "observation", "content": '{"temp": 21}'},
+        {"role": "assistant", "content": "晴れです。"},
+    ]
+
+    def part(role: str, header: str, text: str) -> list[int]:
+        ids = [*encoder.encode(header + "\n"), *encoder.encode(text)]
+        return [encoder.piece_to_id(f"<|{role}|>"), *ids]
+
+    parts = [
+        part("system", "", tools), part("user", "", "天気は？"),
+        part("assistant", "", "調べます。"), part("assistant", "get_weather", code),
+        part("observation", "", '{"temp": 21}'), part("assistant", "", "晴れです。"),
+    ]  # fmt: skip
+    example = chat_format.build_example(encoder, messages)
+    prefix = [encoder.piece_to_id("[gMASK]"), encoder.piece_to_id("sop")]
+    assert example[0] == [*prefix, *chain(*parts), tokenizer.EOS_ID]
+    # A call is trained, and the token that hands it over; what the tool returns is not.
+    handed_over = parts[4][:1]
+    assert trained_ids(example) == [
+        *parts[2][1:], *parts[3], *handed_over, *parts[5][1:], tokenizer.EOS_ID,
+    ]  # fmt: skip
+    # Also if the conversation ends with the call.
+    example = chat_format.build_example(encoder, messages[:4])
+    assert example[0] == [*prefix, *chain(*parts[:4]), *handed_over]
+    assert trained_ids(example) == [*parts[2][1:], *parts[3], *handed_over]
 
 
 def test_a_training_example_starts_with_the_prompt(encoder: Any, conversation: Any) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base import Base
+from chatglm_ja.data import conversations
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import learning, merging
 from chatglm_ja.vocabulary.policies import Policy
@@ -122,6 +123,32 @@ def test_the_chat_template_gives_the_prompts_ids(
         ids = chat_format.build_prompt_ids(encoder, messages)
         assert template_ids(fast, messages) == ids
         assert chat_format.build_prompt_ids(fast, messages) == ids
+
+
+def test_the_chat_template_writes_tools_as_they_are_trained(fast: Any, encoder: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "clock", "description": "時刻 <now>"}}]
+    arguments = {"city": "大'阪\n", "days": [1.5, None, True], "more": {"a": "b"}}
+    call = {"id": "c", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+    user = {"role": "user", "content": "何時？"}
+    seen = {"role": "tool", "tool_call_id": "c", "content": "12:00"}
+    for text in ("調べます。", None):
+        asked = {"role": "assistant", "content": text, "tool_calls": [call]}
+        for listed, messages in (
+            (tools, [user, asked, seen]), (tools, [{"role": "system", "content": "s"}, user]),
+            (None, [user, asked, seen, {"role": "assistant", "content": "正午です。"}, user]),
+        ):  # fmt: skip
+            ids = fast.apply_chat_template(
+                messages, tools=listed, add_generation_prompt=True, return_dict=False
+            )
+            trained = conversations.read_messages({"messages": messages, "tools": listed}, None)
+            assert isinstance(trained, list)
+            assert ids == chat_format.build_prompt_ids(encoder, trained)
+    for calls, problem in (
+        ([call, call], "several calls at once"),
+        ([{"function": {"name": "clock", "arguments": "{}"}}], "are not an object"),
+    ):
+        with pytest.raises(Exception, match=problem):
+            template_ids(fast, [user, {"role": "assistant", "content": "", "tool_calls": calls}])
 
 
 @settings(max_examples=200, deadline=None)

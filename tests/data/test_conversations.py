@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.chat_format import Message
 from chatglm_ja.data import conversations
 from chatglm_ja.data.conversations import Conversation, read_messages
 from chatglm_ja.data.readers import Reject, read_chunks
+from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.sources import Source
 
 Q_AND_A: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -30,7 +32,12 @@ Q_AND_A: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant"
         ("instruction+context>response", {"instruction": "", "context": "q", "response": "a"}),
         ("prompt>response", {"prompt": "q", "response": " a\n", "id": 3}),
         ("question>answer", {"question": "q", "answer": "a", "label": 1}),
+        ("query>response", {"query": "q", "response": "a"}),
+        ("input>output", {"input": "q", "output": "a"}),
+        ("instruction+input>response", {"instruction": "", "input": "q", "response": "a"}),
+        ("question+context>answer", {"question": "q", "context": None, "answer": "a"}),
         ("conversations", {"messages": None, "conversations": Q_AND_A}),
+        ("messages", {"messages": json.dumps(Q_AND_A)}),
         (
             "messages",  # a table that holds both forms
             {"messages": [{"from": None, "value": None, **turn} for turn in Q_AND_A]},
@@ -60,14 +67,77 @@ def test_system_text_and_history_come_first() -> None:
     assert messages[0]["content"] == "translate\nthis"
 
 
-def test_tool_results_come_between_the_assistant_s_turns() -> None:
-    roles = ["system", "user", "assistant", "observation", "assistant", "user", "assistant"]
-    names = ["system", "human", "function_call", "tool", "gpt", "user", "assistant"]
-    turns = [{"role": name, "content": str(i), "metadata": "m"} for i, name in enumerate(names)]
-    messages = read_messages({"messages": turns}, None)
-    assert isinstance(messages, list)
-    assert [message["role"] for message in messages] == roles
-    assert messages[3] == {"role": "observation", "content": "3", "metadata": "m"}
+def test_a_record_s_tools_come_before_its_system_text() -> None:
+    tools = [{"name": "clock", "description": "時刻"}]
+    expected = [
+        {"role": "system", "content": chat_format.write_tools(tools)},
+        {"role": "system", "content": "s"},
+        *Q_AND_A,
+    ]
+    for fields in ({"tools": tools}, {"tools": json.dumps(tools)}, {"functions": tools}):
+        record = {"system_prompt": "s", "instruction": "q", "output": "a", **fields}
+        assert read_messages(record, None) == expected
+    record = {"messages": [{"role": "system", "content": "s"}, *Q_AND_A], "tools": tools}
+    assert read_messages(record, None) == expected
+    nothing: Any
+    for nothing in (None, "", [], "[]"):
+        assert read_messages({"messages": Q_AND_A, "tools": nothing}, None) == Q_AND_A
+
+
+def test_a_record_s_weight_is_that_of_all_its_answers() -> None:
+    untrained = [Q_AND_A[0], {**Q_AND_A[1], "loss": False}]
+    for record in ({"messages": Q_AND_A}, {"query": "q", "response": "a"}):
+        assert read_messages({**record, "weight": 0}, None) == untrained
+        assert read_messages({**record, "weight": 1.0, "train": "true"}, None) == Q_AND_A
+    # A column that holds the dialogue says nothing else.
+    assert read_messages({"train": "q", "image": "a"}, "train>image") == Q_AND_A
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": 1, "lang": "ja", "score": 0.5, "split": "train", "training_source": "web"},
+        {"prompt": "q", "prompt_id": "1", "category": "Chat", "images": [], "audio": None},
+    ],
+)
+def test_columns_that_carry_nothing_for_a_model_are_passed_over(record: dict[str, Any]) -> None:
+    assert read_messages({"messages": Q_AND_A, **record}, None) == Q_AND_A
+
+
+def test_a_missing_column_s_reject_begins_with_the_columns_found() -> None:
+    reject = read_messages({"chosen": "x", "rejected": "y", "column_of_mine": "z"}, None)
+    assert isinstance(reject, Reject)
+    assert reject.detail.startswith("found chosen, rejected, column_of_mine: expected messages (")
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
+@pytest.mark.parametrize("roles", ["a", "aoa"])
+def test_the_assistant_s_turns_before_the_first_question_are_left_out(
+    tmp_path: Path, system: list[Message], roles: str
+) -> None:
+    names = {"a": "gpt", "o": "tool"}
+    opening = [{"role": names[role], "content": ""} for role in roles]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [*system, *opening, *Q_AND_A]}) + "\n")
+    source = Source("ja", str(path))
+    [conversation] = conversations.parse_conversations(next(read_chunks(source)), source, "NFC")
+    assert conversation == Conversation(1, [*system, *Q_AND_A], None, opening_left_out=True)
+    assert list(SourceReader().conversations(source)) == [[*system, *Q_AND_A]]
+
+
+def test_a_call_comes_between_an_answer_and_an_observation() -> None:
+    call = {"role": "assistant", "metadata": "clock", "content": "```python\ntool_call()\n```"}
+    seen = {"role": "observation", "content": "12:00"}
+    user, answer = Q_AND_A
+    for messages in (
+        [user, call], [user, answer, call, seen, answer], [user, call, seen, call, seen, answer],
+    ):  # fmt: skip
+        assert read_messages({"messages": messages}, None) == messages
+    for messages in ([user, call, answer], [user, call, call], [user, call, user], [call, answer]):
+        reject = read_messages({"messages": messages}, None)
+        assert isinstance(reject, Reject)
+        assert reject.reason == "roles out of order"
+        assert "after call: expected observation" in reject.detail
 
 
 def say(*roles: str) -> dict[str, Any]:
@@ -79,6 +149,7 @@ def say(*roles: str) -> dict[str, Any]:
     [
         ({"text": "x"}, "missing column"),
         ({"messages": "hello"}, "wrong type"),
+        ({"messages": "[hello]"}, "unsupported messages"),
         ({"messages": []}, "empty list"),
         ({"messages": ["hello"]}, "wrong type"),
         ({"messages": [{"role": "moderator", "content": "x"}]}, "unknown role"),
@@ -86,6 +157,9 @@ def say(*roles: str) -> dict[str, Any]:
         ({"messages": [{"content": "x"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": None}]}, "wrong type"),
         (say("assistant", "user"), "roles out of order"),
+        (say("system", "assistant"), "roles out of order"),
+        (say("system"), "no question"),
+        (say("observation", "user", "assistant"), "roles out of order"),
         (say("user", "user", "assistant"), "roles out of order"),
         (say("user", "system", "assistant"), "roles out of order"),
         (say("user", "assistant", "assistant"), "roles out of order"),
@@ -98,6 +172,16 @@ def say(*roles: str) -> dict[str, Any]:
         ({"instruction": "q\ud800", "output": "a"}, "lone surrogate"),
         ({"messages": [Q_AND_A[0], {"role": "assistant", "content": "a\0"}]}, "NUL"),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "wrong type"),
+        ({"instruction": "q", "output": "a", "history": "x"}, "wrong type"),
+        ({"instruction": "q", "output": "a", "system": {"text": "x"}}, "wrong type"),
+        ({"instruction": "q", "output": "a", "tools": "a clock"}, "unsupported tools"),
+        ({"instruction": "q", "output": "a", "image": "a.png"}, "unsupported image"),
+        ({"instruction": "q", "output": "a", "weight": 0.5}, "unsupported weight"),
+        ({"instruction": "q", "output": "a", "mask": 1}, "unsupported mask"),
+        (
+            {"instruction": "q", "output": "a", "use_in_training": False},
+            "unsupported use_in_training",
+        ),
     ],
 )
 def test_bad_conversations_have_reasons(record: dict[str, Any], reason: str) -> None:
@@ -112,7 +196,7 @@ def test_records_keep_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source("ja", str(path))
-    first, bad, last = conversations.parse_conversations(next(read_chunks(source)), source)
+    first, bad, last = conversations.parse_conversations(next(read_chunks(source)), source, "NFC")
     assert first == Conversation(1, Q_AND_A, "1")
     assert isinstance(bad, tuple)
     assert bad[0] == 2
@@ -129,6 +213,9 @@ def test_records_keep_their_numbers(tmp_path: Path) -> None:
         ("suaua", [3, 5, 5, 5, 5], 13, 2),
         ("suaua", [3, 5, 5, 5, 5], 12, 5),
         ("uaoaua", [5, 5, 5, 5, 5, 5], 25, 4),  # never between a call and its answer
+        ("uaaoaua", [5, 5, 5, 5, 5, 5, 5], 30, 5),
+        ("ssuaua", [3, 4, 5, 5, 5, 5], 17, 2),
+        ("ssuaua", [3, 4, 5, 5, 5, 5], 16, 6),
     ],
 )
 def test_a_long_conversation_loses_its_oldest_exchanges(
@@ -137,3 +224,26 @@ def test_a_long_conversation_loses_its_oldest_exchanges(
     names = {"s": "system", "u": "user", "a": "assistant", "o": "observation"}
     messages = [{"role": names[role], "content": ""} for role in roles]
     assert conversations.last_exchanges(messages, lengths, room) == left_out
+
+
+def test_every_text_of_a_conversation_is_cleaned() -> None:
+    """No carriage return, byte-order mark, zero-width or decomposed character is trained."""
+    dirty, clean = "\ufeffは\u3099な\u200b\r\nか\u3099 \n", "ばな\nが"
+    call = {"function": {"name": "f", "arguments": {"a": "か\u3099"}}}
+    messages = [
+        {"role": "system", "content": dirty}, {"role": "user", "content": dirty},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": dirty}, {"role": "assistant", "content": dirty},
+    ]  # fmt: skip
+    read = read_messages({"messages": messages}, None)
+    assert isinstance(read, list)
+    contents = [message["content"] for message in read]
+    assert contents == [clean, clean, "```python\ntool_call(a='が')\n```", clean, clean]
+    pair = {"instruction": dirty, "output": dirty, "history": [[dirty, dirty]], "system": dirty}
+    read = read_messages(pair, None)
+    assert isinstance(read, list) and {message["content"] for message in read} == {clean}
+    invisible = {"instruction": "q", "output": "\u200b\ufeff"}
+    reject = read_messages(invisible, None)
+    assert isinstance(reject, Reject) and reject.reason == "empty answer"
+    read = read_messages({"prompt": "ア", "response": "ｱ"}, None, "NFKC")
+    assert isinstance(read, list) and read[1]["content"] == "ア"

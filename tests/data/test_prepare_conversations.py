@@ -150,6 +150,87 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     counts = write_sft(other, prepare_config(merged_dir, UNUSED, **settings))
     assert counts["sources"][0]["too long"] == 2
 
+    settings |= {"sft_examples": 2}
+    with pytest.raises(DataError, match=r"too long 2, .*\): raise --max-length, lower"):
+        write_sft(other, prepare_config(merged_dir, UNUSED, **settings))
+
+
+def test_answers_that_are_not_to_be_trained_stay_as_context(
+    tmp_path: Path, merged_dir: Path, encoder: Any
+) -> None:
+    rows = [conversation("問一", "答一", "問二", "答二") for _ in range(5)]
+    rows[0]["messages"][1]["loss"] = False
+    rows[1]["messages"][3]["weight"] = 0  # equal but for what is trained: no duplicate
+    rows[2]["messages"][3]["weight"] = 0
+    rows[3]["train"] = False
+    rows[4]["messages"][1]["masked"] = rows[4]["messages"][3]["masked"] = True
+    config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)], sft_examples=2)
+    counts = write_sft(tmp_path, config)["sources"][0]
+    assert (counts["no trained answer"], counts["duplicate"], counts["kept"]) == (2, 1, 2)
+    whole, _ = chat_format.build_example(encoder, rows[0]["messages"])
+    trained = []
+    for ids, labels in examples(tmp_path):
+        assert ids == whole
+        trained.append([label for label in labels if label != chat_format.IGNORE_INDEX])
+    line_break, user = encoder.encode("\n"), encoder.piece_to_id("<|user|>")
+    assert sorted(trained) == sorted(
+        [
+            [*line_break, *encoder.encode("答二"), EOS_ID],
+            [*line_break, *encoder.encode("答一"), user],
+        ]
+    )
+
+
+def test_a_cut_that_leaves_no_trained_answer_is_counted_as_such(
+    tmp_path: Path, merged_dir: Path
+) -> None:
+    row = conversation("古い質問" * 20, "古い答え" * 20, "新しい質問", "新しい答え")
+    row["messages"][3]["loss"] = False
+    config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, [row])], max_length=64)
+    with pytest.raises(DataError, match=r"\(dropped: no trained answer 1\)"):
+        write_sft(tmp_path, config)
+
+
+def test_a_conversation_with_tools(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
+    """The same example from the forms of OpenAI, of ShareGPT and of ChatGLM3."""
+    arguments, seen = {"city": "大阪"}, '{"time": 12}'
+    spelled = {"name": "clock", "arguments": json.dumps(arguments)}
+    user, answer = conversation("何時？", "正午。")["messages"]
+    openai = [
+        user, {"role": "assistant", "tool_calls": [{"function": spelled}]},
+        {"role": "tool", "content": seen}, answer,
+    ]  # fmt: skip
+    sharegpt = [
+        user, {"from": "function_call", "value": json.dumps(spelled)},
+        {"from": "observation", "value": seen}, answer,
+    ]  # fmt: skip
+    call = {"name": "clock", "parameters": arguments, "observation": {"time": 12}}
+    chatglm3 = [user, {"role": "tool", **call}, answer]
+    tools = [{"name": "clock"}]
+    source = write(
+        tmp_path, [{"messages": m, "tools": tools} for m in (openai, sharegpt, chatglm3)]
+    )
+    counts = write_sft(tmp_path, prepare_config(merged_dir, UNUSED, sft_sources=[source]))
+    assert (counts["sources"][0]["duplicate"], counts["sources"][0]["kept"]) == (2, 1)
+    code = "```python\ntool_call(city='大阪')\n```"
+    expected = [
+        {"role": "system", "content": chat_format.write_tools(tools)},
+        user,
+        {"role": "assistant", "content": code, "metadata": "clock"},
+        {"role": "observation", "content": seen},
+        answer,
+    ]
+    assert examples(tmp_path) == [chat_format.build_example(encoder, expected)]
+
+
+def test_openings_left_out_are_counted(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
+    row = conversation("質問", "答え")
+    opened = {"messages": [{"role": "assistant", "content": "続き"}, *row["messages"]]}
+    source = write(tmp_path, [opened])
+    counts = write_sft(tmp_path, prepare_config(merged_dir, UNUSED, sft_sources=[source]))
+    assert (counts["sources"][0]["opening left out"], counts["sources"][0]["kept"]) == (1, 1)
+    assert examples(tmp_path) == [chat_format.build_example(encoder, row["messages"])]
+
 
 def test_conversations_equal_after_cutting_are_duplicates(tmp_path: Path, merged_dir: Path) -> None:
     rows = [
@@ -165,7 +246,9 @@ def test_too_few_conversations_are_an_error(tmp_path: Path, merged_dir: Path) ->
     config = prepare_config(
         merged_dir, UNUSED, sft_sources=[source], sft_examples=1, sft_validation_examples=3
     )
-    with pytest.raises(DataError, match="ja has 1 usable conversations for a share of 4: lower"):
+    with pytest.raises(
+        DataError, match=r"ja has 1 usable .* share of 4 \(dropped: duplicate 1\): lower"
+    ):
         write_sft(tmp_path, config)
 
 

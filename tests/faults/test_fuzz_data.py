@@ -47,9 +47,15 @@ from tests.faults.fuzzing import (
 
 names = st.sampled_from(
     ["text", "id", "kind", "messages", "instruction", "output", "history", "system", "question",
-     "choices", "answer", "conversations", "prompt", "response"]
+     "choices", "answer", "conversations", "prompt", "response", "tools", "weight"]
 )  # fmt: skip
-roles = st.sampled_from(["user", "human", "USER", "assistant", "gpt", "system", "tool", "x", ""])
+roles = st.sampled_from(
+    ["user", "human", "USER", "assistant", "gpt", "system", "tool", "function_call", "x", ""]
+)
+arguments = st.dictionaries(st.sampled_from(["a", "b"]) | any_text, any_value, max_size=2)
+calls = st.fixed_dictionaries(
+    {"name": any_text | any_value, "arguments": arguments | arguments.map(json.dumps) | any_value}
+)
 message = st.fixed_dictionaries(
     {},
     optional={
@@ -59,6 +65,10 @@ message = st.fixed_dictionaries(
         "value": any_text | any_value,
         "metadata": any_text | any_value,
         "tools": any_value,
+        "tool_calls": st.lists(calls | st.fixed_dictionaries({"function": calls})) | any_value,
+        "parameters": arguments | any_value,
+        "observation": any_value,
+        "loss": st.booleans() | any_value,
     },
 )
 
@@ -72,6 +82,10 @@ def dialogues(draw: st.DrawFn) -> list[dict[str, Any]]:
         talk.append({"role": "system", "content": draw(any_text), "tools": draw(any_value)})
     for turn in range(draw(st.integers(1, 6))):
         content = draw(any_text.filter(str.strip) | any_text)
+        if turn and draw(st.integers(0, 4)) == 0:
+            call = {"name": "f", "arguments": draw(arguments)}
+            talk.append({"role": "function_call", "content": json.dumps(call)})
+            talk.append({"role": "tool", "content": draw(any_text)})
         talk.append({"role": speakers[turn % 2], "content": content})
         if draw(st.integers(0, 4)) == 0:
             talk[-1]["metadata"] = draw(any_text | any_value)
@@ -84,6 +98,8 @@ columns_of_record = st.dictionaries(names, any_value, max_size=4) | st.fixed_dic
         "text": any_text,
         "id": any_value,
         "messages": dialogues() | st.lists(message, max_size=4) | any_value,
+        "tools": any_value,
+        "weight": st.integers(0, 1) | any_value,
         "instruction": any_text,
         "input": any_text | st.none(),
         "output": any_text,
@@ -280,7 +296,8 @@ def test_conversations(
     placed = ["[gMASK]", "sop", *(f"<|{message['role']}|>" for message in messages)]
     for each in both:
         ids, labels = chat_format.build_example(each, messages)
-        assert [marks[i] for i in ids if i in marks] == [*placed, "</s>"]
+        end = "<|observation|>" if chat_format.is_call(messages[-1]) else "</s>"
+        assert [marks[i] for i in ids if i in marks] == [*placed, end]
         assert all(
             label in (chat_format.IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True)
         )

@@ -31,7 +31,7 @@ COUNTS = {
         "train_examples": {"ja": 31, "code": 10}, "train_bins": 17, "max_length": 256,
         "train_fill": 0.9713,
         "sources": [{"name": "ja/talks", "documents": 936, "too long": 7, "kept": 929,
-                     "shortened": 2, "train_examples": 31}],
+                     "shortened": 2, "opening left out": 1, "train_examples": 31}],
     },
 }  # fmt: skip
 
@@ -92,8 +92,16 @@ def test_the_page_shows_what_became_of_the_records(page: str) -> None:
         ["source", "documents", "language", "near duplicate", "kept", "train tokens", "repeats"],
         ["ja/wiki", "1,482", "107", "11", "1,364", "15,168", "0.038"],
         ["zh/<b>", "9", "0", "0", "9", "4,800", "0"],
-        ["source", "documents", "too long", "kept", "shortened", "train examples"],
-        ["ja/talks", "936", "7", "929", "2", "31"],
+        [
+            "source",
+            "documents",
+            "too long",
+            "kept",
+            "shortened",
+            "opening left out",
+            "train examples",
+        ],
+        ["ja/talks", "936", "7", "929", "2", "1", "31"],
     ]
 
 
@@ -142,7 +150,7 @@ def test_log_lines_say_what_was_kept_and_dropped() -> None:
     assert lines[:3] == [
         "ja/wiki: 1,482 read, 1,364 kept; dropped: language 107, near_duplicate 11",
         "zh/<b>: 9 read, 9 kept",
-        "ja/talks: 936 read, 929 kept; dropped: too long 7",
+        "ja/talks: 936 read, 929 kept; dropped: too long 7; cut: shortened 2, opening left out 1",
     ]
     assert lines[3].startswith("pretraining: 1,560 blocks") and "zh 4,800 (24.04%)" in lines[3]
     assert lines[4].startswith("fine-tuning: conversations ja 31, code 10; 17 bins")
