@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = parse(TrainTokenizerConfig, __doc__, constants.STEP1)
+    config = parse(TrainTokenizerConfig, __doc__, constants.STEP1, profile=constants.PROFILE_LINE)
     inputs = [open_sources("japanese_corpus", config.sources)]
     base_model = config.base_model if config.method == "continue" else None
     if base_model:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = parse(MergeTokenizerConfig, __doc__, constants.STEP2)
+    config = parse(MergeTokenizerConfig, __doc__, constants.STEP2, profile=constants.PROFILE_LINE)
     ranking = config.ranking_sources if config.max_new_pieces else ()
     inputs = [
         open_base_tokenizer(config.base_model),

@@ -37,6 +37,15 @@ def test_flags_go_before_the_profile_and_the_profile_before_the_class() -> None:
     [
         (["--lora-rnk", "4"], "unrecognized arguments: --lora-rnk 4 (did you mean --lora-rank?)"),
         (["--max_steps=4"], "did you mean --max-steps?"),
+        (["--max_steps", "4"], "did you mean --max-steps?"),
+        (["--max-step", "4"], "did you mean --max-steps?"),
+        (["--Max-Steps=4"], "did you mean --max-steps?"),
+        (["\u2014max-steps", "4"], "did you mean --max-steps?"),
+        (["--epoch=2"], "did you mean --epochs?"),
+        (["-lr", "1e-4"], "did you mean --lora-rank or --learning-rate?"),
+        (["--lr=1e-4"], "did you mean --lora-rank or --learning-rate?"),
+        (["--batch_size", "4"], "did you mean --micro-batch-size?"),
+        (["--no_train_embedding"], "did you mean --no-train-embeddings?"),
         (["--zzz"], "unrecognized arguments: --zzz (--help lists the flags)"),
         (["--lora-rank", "many"], "argument --lora-rank: invalid int value: 'many'"),
         (["--precision", "int8"], "invalid choice: 'int8'"),
@@ -71,6 +80,32 @@ def test_a_bad_deepspeed_file_is_one_line(tmp_path: Path, content: str, message:
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         parse_training("--deepspeed", str(path))
+
+
+@pytest.mark.parametrize(
+    ("program", "variable", "gpu"), [("g++", "CXX", False), ("gcc or clang", "CC", True)]
+)
+def test_compiling_needs_the_compiler_and_headers_that_torch_looks_for(
+    program: str, variable: str, gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [Path("/dev/nvidia0")] if gpu else []
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(devices))
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        parse_training("--compile")
+    assert f"--compile needs {program}, which is not found: install it" in str(error.value)
+    assert f"--compile needs Python.h, which is not in {tmp_path}: install" in str(error.value)
+    for name in ("g++", "clang", "Python.h"):
+        (tmp_path / name).touch(mode=0o755)
+    parse_training("--compile")
+    monkeypatch.setenv(variable, "/nowhere/compiler")
+    with pytest.raises(ConfigError, match="--compile needs /nowhere/compiler, which is not found"):
+        parse_training("--compile")
+    parse_training("--compile", "--estimate", "4")
+    parse_training()
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -151,6 +186,7 @@ def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPa
     """Every setting exists and is within its limits, every source parses, shares name sources."""
     monkeypatch.setenv("CHATGLM_JA_PROFILE", profile)
     monkeypatch.setenv("CHATGLM3_6B_DIR", "/models/chatglm3")
+    monkeypatch.setattr("chatglm_ja.training.settings._find_compiler_problems", list)
     constants = runpy.run_path(str(PROJECT / "constants.py"))
     steps: dict[str, type[StepConfig]] = {
         "STEP1": TrainTokenizerConfig, "STEP2": MergeTokenizerConfig, "STEP3": ResizeModelConfig,

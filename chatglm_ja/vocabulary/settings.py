@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, read_shape, weights_bytes
+from chatglm_ja.chatglm3.base_config import (
+    MODEL_FILE,
+    NO_BASE_MODEL,
+    Layout,
+    read_shape,
+    weights_bytes,
+)
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.disk import folder_bytes
@@ -82,7 +88,7 @@ class TrainTokenizerConfig(StepConfig):
             problems.append("--policy is for --method continue; step 2 has one for all pieces")
         if self.method == "continue":
             if self.base_model is None:
-                problems.append("--method continue needs --base-model: the ChatGLM3 folder")
+                problems.append(f"--method continue needs --base-model, and {NO_BASE_MODEL}")
             for name in ("normalization", "split_digits", "byte_fallback", "keep_whitespace",
                          "dummy_prefix", "split_by_script"):  # fmt: skip
                 default = type(self).__dataclass_fields__[name].default
@@ -111,7 +117,9 @@ class TrainTokenizerConfig(StepConfig):
 class MergeTokenizerConfig(StepConfig):
     """Settings of step 2."""
 
-    base_model: Path = setting("ChatGLM3 folder; tokenizer.model and config.json are read")
+    base_model: Path = setting(
+        "ChatGLM3 folder; tokenizer.model and config.json are read", unset=NO_BASE_MODEL
+    )
     ja_tokenizer: Path = setting("output folder of step 1, or any sentencepiece BPE model file")
     policy: Policy = setting(f"which pieces to add: {Policy.explain()}", Policy.JAPANESE)
     max_new_pieces: int = setting(
@@ -153,7 +161,8 @@ class ResizeModelConfig(StepConfig):
     """Settings of step 3."""
 
     base_model: Path = setting(
-        "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards"
+        "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards",
+        unset=NO_BASE_MODEL,
     )
     tokenizer: Path = setting("output folder of step 2")
     init: Initialization = setting(
