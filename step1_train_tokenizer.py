@@ -45,7 +45,7 @@ def main() -> None:
             tqdm(corpus.read_texts(source), desc=source.path, unit=" documents")
             for source in config.sources
         )
-        lines: Iterable[str] = corpus.training_lines(texts, output.counts)
+        lines: Iterable[str] = config.policy.probe(corpus.training_lines(texts, output.counts))
         if config.input_sentence_size:
             lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)

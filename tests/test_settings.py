@@ -11,7 +11,9 @@ from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.settings import StepConfig, parse
 from chatglm_ja.sources import Source
+from chatglm_ja.storage.manifest import Manifest
 from chatglm_ja.training.settings import SftConfig, TrainingConfig
+from chatglm_ja.vocabulary.policies import Policy
 from chatglm_ja.vocabulary.settings import (
     MergeTokenizerConfig,
     ResizeModelConfig,
@@ -152,8 +154,7 @@ def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
 
 def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
     defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),)}
-    with pytest.raises(ConfigError, match="--policy is for --method continue"):
-        parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"])
+    assert parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"]).policy is Policy.KANA
     argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
     argv += ["--ranking-sources", "ja=x.txt"]
 
@@ -165,6 +166,55 @@ def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
     assert arguments() == arguments("--ranking-characters", "5")
     limit = ["--max-new-pieces", "9"]
     assert arguments(*limit) != arguments(*limit, "--ranking-characters", "5")
+
+
+@pytest.mark.parametrize(
+    ("language", "policy", "message"),
+    [
+        ("jp", "japanese", "'jp' is no language code of ISO 639"),
+        ("jp", "letters", "'jp' is no language code of ISO 639"),
+        ("japanese", "japanese", "'japanese' is no language code of ISO 639"),
+        ("ja_JP", "letters", "'ja_JP' is no language code of ISO 639"),
+        ("JA", "japanese", r"'JA' is no language code .* \(did you mean ja\?\)"),
+        ("jaa", "japanese", "policy japanese is for ja, but the language of a source is jaa: corr"),
+        ("ko", "kana", "policy kana is for ja, .* is ko: .* pass --policy letters"),
+        ("ja", "kana", None),
+        ("ko", "letters", None),
+        ("th", "letters", None),
+        ("yue", "letters", None),
+        ("zh", "han", None),
+    ],
+)
+def test_the_language_of_step_1_is_a_code_that_the_policy_is_for(
+    language: str, policy: str, message: str | None
+) -> None:
+    def parse_sources(*sources: Source) -> None:
+        parse(
+            TrainTokenizerConfig, "", {"output_dir": Path("o"), "sources": sources},
+            ["--policy", policy],
+        )  # fmt: skip
+
+    if message is None:
+        parse_sources(Source(language, "x.txt"))
+        return
+    with pytest.raises(ConfigError, match=message):
+        parse_sources(Source(language, "x.txt"))
+
+
+def test_step_2_takes_the_policy_of_step_1(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
+    manifest = Manifest(
+        step="step1_train_tokenizer", arguments={"policy": "letters"}, counts={}, inputs={},
+        lineage={}, fingerprint="0" * 64, files={},
+    )  # fmt: skip
+    default = parse(MergeTokenizerConfig, "", {"output_dir": Path("o")}, argv)
+    assert default.choose_policy(manifest) is Policy.LETTERS
+    assert default.choose_policy(None) is Policy.JAPANESE
+    assert not caplog.messages
+    chosen = parse(MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, "--policy", "kana"])
+    assert chosen.choose_policy(manifest) is Policy.KANA
+    assert caplog.messages == ["merging under the policy kana; step 1 learned under letters"]
 
 
 def test_a_limit_of_pieces_needs_texts_to_rank_by() -> None:
