@@ -219,3 +219,8 @@ class ResizeModelConfig(StepConfig):
         before = shape.layer_weights + shape.embedding_weights
         after = before + 2 * max(ids - shape.rows, 0) * shape.hidden
         return REPORTS_BYTES + weights_bytes(self.base_model) * after // before
+
+
+def padded_rows(vocabulary: int, multiple: int) -> int:
+    """Return the number of rows for `vocabulary` ids: the next multiple, which GPUs prefer."""
+    return -(-vocabulary // multiple) * multiple
