@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from chatglm_ja.errors import did_you_mean
 from chatglm_ja.sources import Source
 
 PROJECT_DIR = Path(__file__).resolve().parent
@@ -19,9 +20,19 @@ PROFILES = ("demo", "chatglm3-6b")
 PROFILE = os.environ.get("CHATGLM_JA_PROFILE", "demo")
 if PROFILE not in PROFILES:
     raise SystemExit(
-        f"error: CHATGLM_JA_PROFILE is {PROFILE!r}, expected one of {', '.join(PROFILES)}"
+        f"error: CHATGLM_JA_PROFILE is {PROFILE!r}, expected {' or '.join(PROFILES)}"
+        f"{did_you_mean(PROFILE, PROFILES)}"
     )
-ARTIFACTS_DIR = Path(os.environ.get("CHATGLM_JA_ARTIFACTS") or PROJECT_DIR / "artifacts") / PROFILE
+_artifacts = Path(os.environ.get("CHATGLM_JA_ARTIFACTS") or PROJECT_DIR / "artifacts")
+ARTIFACTS_DIR = _artifacts.expanduser() / PROFILE
+_base_model = os.environ.get("CHATGLM3_6B_DIR")
+# What every step logs first.
+PROFILE_LINE = f"profile {PROFILE}"
+if PROFILE == "demo" and _base_model:
+    PROFILE_LINE += (
+        "; warning: it does not use CHATGLM3_6B_DIR, which is set: for the real model, run "
+        "`export CHATGLM_JA_PROFILE=chatglm3-6b`"
+    )
 
 STEP1_DIR = ARTIFACTS_DIR / "step1_tokenizer"
 STEP2_DIR = ARTIFACTS_DIR / "step2_tokenizer"
@@ -108,8 +119,7 @@ if PROFILE == "demo":
         "answer_batch_size": 128,
     }
 else:
-    _folder = os.environ.get("CHATGLM3_6B_DIR")
-    BASE_MODEL_DIR = Path(_folder) if _folder else None
+    BASE_MODEL_DIR = Path(_base_model).expanduser() if _base_model else None
     PRETRAIN_SOURCES = (
         Source("ja", "izumi-lab/wikipedia-ja-20230720"),
         Source("ja", "globis-university/aozorabunko-clean"),
@@ -207,15 +217,20 @@ STEP4: Settings = {
     "output_dir": STEP4_DIR,
     **DATA,
 }
+# The tokenizer is for --estimate.
 STEP5: Settings = {
     "model": STEP3_DIR,
     "data": STEP4_DIR,
+    "tokenizer": STEP2_DIR,
+    "vocab_size": TOKENIZER["vocab_size"],
     "output_dir": STEP5_DIR,
     **PRETRAINING,
 }
 STEP6: Settings = {
     "model": STEP5_DIR,
     "data": STEP4_DIR,
+    "tokenizer": STEP2_DIR,
+    "vocab_size": TOKENIZER["vocab_size"],
     "output_dir": STEP6_DIR,
     **SFT,
 }

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = parse(TrainTokenizerConfig, __doc__, constants.STEP1)
+    config = parse(TrainTokenizerConfig, __doc__, constants.STEP1, profile=constants.PROFILE_LINE)
     inputs = [open_sources("japanese_corpus", config.sources)]
     base_model = config.base_model if config.method == "continue" else None
     if base_model:
@@ -48,7 +48,7 @@ def main() -> None:
             tqdm(reader.texts(source), desc=source.title, unit=" documents")
             for source in config.sources
         )
-        lines: Iterable[str] = corpus.training_lines(texts, output.counts)
+        lines: Iterable[str] = config.policy.probe(corpus.training_lines(texts, output.counts))
         if config.input_sentence_size:
             lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)

@@ -9,6 +9,7 @@ Writes  <artifacts>/step2_tokenizer/  tokenizer.model, tokenizer.json, tokenizer
 Run     python step2_merge_tokenizer.py
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import constants
 from chatglm_ja.chatglm3.base_config import open_base_tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
-from chatglm_ja.errors import DataError
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_artifact_or_file, open_sources
 from chatglm_ja.storage.output import Output
@@ -26,16 +26,17 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = parse(MergeTokenizerConfig, __doc__, constants.STEP2)
+    config = parse(MergeTokenizerConfig, __doc__, constants.STEP2, profile=constants.PROFILE_LINE)
     ranking = config.ranking_sources if config.max_new_pieces else ()
     inputs = [
         open_base_tokenizer(config.base_model),
         open_sources("check_texts", config.check_sources),
         open_artifact_or_file(config.ja_tokenizer, "step1_train_tokenizer.py", config.verify),
     ]
+    policy = config.choose_policy(inputs[-1].manifest)
     if ranking:
         inputs.append(open_sources("ranking_texts", ranking))
-    output = Output(config, Path(__file__).stem, inputs)
+    output = Output(dataclasses.replace(config, policy=policy), Path(__file__).stem, inputs)
     if not output.prepare():
         return
 
@@ -57,30 +58,26 @@ def main() -> None:
     merged = merging.merge_pieces(
         base.proto,
         learned,
-        config.policy,
+        policy,
         max_new_pieces=config.max_new_pieces,
         ranking_texts=ranking_texts,
     )
     log.info("%s", merge_report.describe_merge(merged))
-    if not merged.added:
-        raise DataError(
-            f"none of the {len(learned.pieces)} pieces is new to the base under the policy "
-            f"{config.policy}: give the output of step1_train_tokenizer.py"
-        )
+    merging.check_added(merged, policy, is_chosen=config.policy is not None)
     before = make_processor(add_special_tokens(base.proto))
     after = make_processor(merged.proto)
     rust = make_line_encoder(merged.proto)
     languages = {
         language: merging.compare_segmentation(
-            before, after, tqdm(texts, desc=f"comparing {language}"), config.policy, rust
+            before, after, tqdm(texts, desc=f"comparing {language}"), policy, rust
         )
         for language, texts in reader.texts_by_language(config.check_sources).items()
     }
-    merging.check_guarantee(languages, config.policy)
+    merging.check_guarantee(languages, policy)
 
     with output.write() as folder:
         save_tokenizer(merged.proto, folder)
-        report = merge_report.build_report(config.policy, merged, languages, before, after)
+        report = merge_report.build_report(policy, merged, languages, before, after)
         merge_report.write_report(folder, report)
         output.counts.update(merged.counts())
     for line in merge_report.describe_languages(report):

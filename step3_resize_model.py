@@ -23,9 +23,11 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = parse(ResizeModelConfig, __doc__, constants.STEP3)
-    merged = open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify)
-    inputs = [*open_base_model(config.base_model), merged]
+    config = parse(ResizeModelConfig, __doc__, constants.STEP3, profile=constants.PROFILE_LINE)
+    inputs = [
+        *open_base_model(config.base_model),
+        open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
+    ]
     output = Output(config, Path(__file__).stem, inputs)
     if not output.prepare():
         return

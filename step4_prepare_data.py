@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = parse(PrepareDataConfig, __doc__, constants.STEP4)
+    config = parse(PrepareDataConfig, __doc__, constants.STEP4, profile=constants.PROFILE_LINE)
     shares, sft_shares = parse_shares(config.shares), parse_shares(config.sft_shares)
     inputs = [
         open_sources("texts", config.sources),

@@ -14,7 +14,7 @@ from chatglm_ja.training.step import run_training_step
 
 
 def main() -> None:
-    config = parse(TrainingConfig, __doc__, constants.STEP5)
+    config = parse(TrainingConfig, __doc__, constants.STEP5, profile=constants.PROFILE_LINE)
     # A model that this step trained can be trained further.
     run_training_step(config, __file__, "pretrain", ("step3_resize_model.py", "step5_train_pt.py"))
 

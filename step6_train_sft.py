@@ -16,7 +16,7 @@ from chatglm_ja.training.step import run_training_step
 
 
 def main() -> None:
-    config = parse(SftConfig, __doc__, constants.STEP6)
+    config = parse(SftConfig, __doc__, constants.STEP6, profile=constants.PROFILE_LINE)
     if run_training_step(config, __file__, "sft", ("step5_train_pt.py", "step3_resize_model.py")):
         from chatglm_ja.evaluation import answers
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = parse(EvalConfig, __doc__, constants.STEP7)
+    config = parse(EvalConfig, __doc__, constants.STEP7, profile=constants.PROFILE_LINE)
     if config.chat or config.web:
         chat_with_model(config)
         return

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from chatglm_ja import describe_missing
 from chatglm_ja.errors import StoppedError, UserError
 
 if not sys.stderr.isatty():
@@ -53,12 +54,10 @@ def run(main: Callable[[], None]) -> None:
         kind = "stopped" if isinstance(error, StoppedError) else "error"
         _exit(f"{kind}: {rank}{error}", error.status)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "chatglm_ja":
+        missing = describe_missing(error.name)
+        if missing is None:
             raise
-        _exit(
-            f"error: the package {error.name} is not installed for {sys.executable}: run "
-            "`source .venv/bin/activate` first, or `pip install -r requirements.txt`"
-        )
+        _exit(missing)
     except OSError as error:
         # A full disk, a permission, a path: the system's message names the file.
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -4,11 +4,14 @@
 keeps its traceback.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # All kinds of line breaks, and the characters that move a terminal's cursor or change its colors.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 MAX_CHARACTERS = 2000
+DASHES = "-\u2010-\u2015\u2212"  # as typed, and as copied from a formatted page
 
 
 class UserError(Exception):
@@ -39,3 +42,26 @@ class StoppedError(UserError):
 
 class DataError(UserError):
     """A corpus, tokenizer or checkpoint file is not what it should be."""
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return " (did you mean NAME?)" for a mistyped name, or "" if none of the names is like it.
+
+    Case, dashes and underscores do not count. A name is recognized by its start, by the initials of
+    its words (lr for learning-rate), or by most of its letters.
+    """
+    plain = {_plain(name): name for name in names}
+    word = _plain(word)
+    if not word:
+        return ""
+    found = (
+        [name for name in plain if name == word]
+        or [name for name in plain if name.startswith(word)]
+        or [name for name in plain if word == "".join(part[:1] for part in name.split("-"))]
+        or difflib.get_close_matches(word, plain, n=1)
+    )
+    return f" (did you mean {' or '.join(plain[name] for name in found[:3])}?)" if found else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(f"[{DASHES}_]", "-", name.lower()).strip("-")

@@ -8,11 +8,12 @@ answers at once. Each room's settings.py holds the classes of its steps.
 
 import argparse
 import dataclasses
-import difflib
 import enum
 import itertools
+import logging
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from chatglm_ja.errors import ConfigError
+from chatglm_ja.errors import DASHES, ConfigError, did_you_mean
 from chatglm_ja.sources import Source, read_argument
+
+log = logging.getLogger(__name__)
 
 VERIFIED_BYTES = 10**9  # models up to this size are loaded for verification by default
 REPORTS_BYTES = 20 * 10**6  # a generous allowance for reports, curves and tables
@@ -35,13 +38,17 @@ def setting(
     low: float = -math.inf,
     high: float = math.inf,
     affects_result: bool = True,
+    unset: str = "",
 ) -> Any:
     """Declare a dataclass field with its help text and its inclusive limits.
 
     `affects_result=False` marks settings that do not change the result, such as the number of
-    threads. They are not compared when a finished step is run again.
+    threads. They are not compared when a finished step is run again. `unset` is the error if
+    neither the profile nor the command line sets a field without a default.
     """
-    metadata = {"help": help, "low": low, "high": high, "affects_result": affects_result}
+    metadata = {
+        "help": help, "low": low, "high": high, "affects_result": affects_result, "unset": unset
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -133,13 +140,10 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        hint = "--help lists the flags"
-        for word in message.removeprefix("unrecognized arguments: ").split():
-            known = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions)
-            if word.startswith("-") and message.startswith("unrecognized") and known:
-                hint = f"did you mean {known[0]}?"
-                break
-        raise ConfigError(f"{message} ({hint})")
+        _, is_unknown, words = message.partition("unrecognized arguments: ")
+        flags = [word.partition("=")[0] for word in words.split() if re.match(f"[{DASHES}]", word)]
+        hints = (did_you_mean(name, self._option_string_actions) for name in flags if is_unknown)
+        raise ConfigError(message + next(filter(None, hints), " (--help lists the flags)"))
 
 
 def parse(
@@ -147,8 +151,13 @@ def parse(
     description: str,
     defaults: Mapping[str, Any],
     argv: Sequence[str] | None = None,
+    *,
+    profile: str = "",
 ) -> Config:
-    """Parse the command line of a step; `defaults`, the profile's, override those of the class."""
+    """Parse the command line of a step; `defaults`, the profile's, override those of the class.
+
+    A step whose settings are good begins its log with the line `profile`.
+    """
     parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -175,22 +184,28 @@ def parse(
     values = vars(parser.parse_args(argv))
     for entry in dataclasses.fields(config):
         if values[entry.name] in (None, []) and entry.default is dataclasses.MISSING:
-            raise ConfigError(f"{flag(entry.name)} is not set: {entry.metadata['help']}")
+            unset = f"{flag(entry.name)} is not set: {entry.metadata['help']}"
+            raise ConfigError(entry.metadata["unset"] or unset)
         if isinstance(values[entry.name], list):
             values[entry.name] = tuple(values[entry.name])
             if hints[entry.name] == tuple[Source, ...]:  # one argument may name several
                 values[entry.name] = tuple(itertools.chain.from_iterable(values[entry.name]))
-        if _is_choice(hint := hints[entry.name]):
+        hint = _required(hints[entry.name])
+        if _is_choice(hint) and values[entry.name] is not None:
             if values[entry.name] not in list(hint):  # argparse does not check defaults
                 raise ConfigError(
                     f"{flag(entry.name)} is {values[entry.name]}, expected one of {', '.join(hint)}"
                 )
             values[entry.name] = hint(values[entry.name])
-    return config(**values)
+    parsed = config(**values)
+    if profile:
+        log.info("%s", profile)
+    return parsed
 
 
 def _argument_type(hint: Any) -> dict[str, Any]:
     """Return the keyword arguments of add_argument for a field of this type."""
+    hint = _required(hint)
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     if _is_choice(hint):
@@ -202,11 +217,15 @@ def _argument_type(hint: Any) -> dict[str, Any]:
             "type": read_argument if item is Source else item,
             "metavar": "SOURCE" if item is Source else "SPEC",
         }
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = typing.get_args(hint)[0]
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _required(hint: Any) -> Any:
+    """Return T for T | None, and any other type as it is."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint)[0] if is_union else hint
 
 
 def _is_choice(hint: Any) -> bool:

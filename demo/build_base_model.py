@@ -59,7 +59,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    config = parse(BaseModelConfig, __doc__, DEFAULTS)
+    config = parse(BaseModelConfig, __doc__, DEFAULTS, profile=constants.PROFILE_LINE)
     inputs = [
         open_sources("base_texts", config.sources),
         open_sources("base_characters", config.character_sources),

@@ -1,8 +1,11 @@
 """How a step ends as a program."""
 
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -46,10 +49,153 @@ def test_ctrl_c_is_neither_lost_nor_a_traceback(program: str, status: int, said:
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
-@pytest.mark.parametrize("script", STEPS)
-def test_a_python_without_the_packages_is_one_line(script: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-S", str(PROJECT / script)], capture_output=True, text=True, check=False
+LAUNCHERS = ["step5_train_pt_multi_gpu.sh", "step6_train_sft_multi_gpu.sh"]
+RunFirst = Callable[..., tuple[int, str]]
+# Imports of these fail: what is wrong must be said before they are loaded.
+LIBRARIES = ("torch", "transformers", "datasets", "sentencepiece", "deepspeed")
+
+
+@pytest.fixture
+def run_first(tmp_path: Path) -> RunFirst:
+    """Run a program of the project as in a new shell, in another folder, without large libraries.
+
+    Returns the exit status and what it prints to standard error.
+    """
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({LIBRARIES}))\n"
     )
-    assert only_error(result.returncode, result.stderr).endswith("pip install -r requirements.txt`")
+
+    def run_program(script: str, *flags: str, **environment: str) -> tuple[int, str]:
+        program = "bash" if script.endswith(".sh") else sys.executable
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("CHATGLM")}
+        python = str(Path(sys.executable).parent)
+        added = {
+            "PATH": f"{python}:{os.environ['PATH']}",
+            "PYTHONPATH": str(tmp_path),
+            "CHATGLM_JA_ARTIFACTS": str(tmp_path / "artifacts"),
+        }
+        result = subprocess.run(
+            [program, str(PROJECT / script), *flags], env={**kept, **added, **environment},
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        return result.returncode, result.stderr
+
+    return run_program
+
+
+@pytest.mark.parametrize("script", [*STEPS, "demo/build_base_model.py"])
+def test_a_python_without_the_packages_is_one_line(script: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-S", str(PROJECT / script)], capture_output=True, text=True, check=False,
+        cwd=tmp_path,
+    )  # fmt: skip
+    message = only_error(result.returncode, result.stderr)
+    assert f"`source {PROJECT}/.venv/bin/activate`" in message
+    assert message.endswith("pip install -r requirements.txt`")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("package", ["safetensors", "pyarrow", "pydantic", "annotated_types"])
+def test_a_python_with_some_of_the_packages_is_one_line(package: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+    result = subprocess.run(
+        [sys.executable, str(PROJECT / "step1_train_tokenizer.py")], capture_output=True, text=True,
+        check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    message = only_error(result.returncode, result.stderr)
+    assert f"the package {package} is not installed for {sys.executable}" in message
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_old_python_is_one_line() -> None:
+    program = "import sys; sys.version_info = (3, 9, 2); import chatglm_ja"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    message = only_error(result.returncode, result.stderr)
+    assert "is Python 3.9, expected 3.11 or 3.12: run `" in message
+
+
+def test_other_errors_of_an_import_keep_their_traceback() -> None:
+    program = "import chatglm_ja; import chatglm_ja.nothing"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("profile", "hint"),
+    [
+        ("chatglm3_6b", " (did you mean chatglm3-6b?)"),
+        ("ChatGLM3-6B", " (did you mean chatglm3-6b?)"),
+        ("chatglm", " (did you mean chatglm3-6b?)"),
+        ("Demo", " (did you mean demo?)"),
+        ("6b", ""),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("script", [STEPS[0], *LAUNCHERS])
+def test_an_unknown_profile_is_one_line(
+    run_first: RunFirst, script: str, profile: str, hint: str
+) -> None:
+    status, said = run_first(script, CHATGLM_JA_PROFILE=profile)
+    expected = f"error: CHATGLM_JA_PROFILE is {profile!r}, expected demo or chatglm3-6b{hint}"
+    assert only_error(status, said) == expected
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", [STEPS[0], STEPS[1], STEPS[2], STEPS[6]])
+def test_a_base_model_that_nobody_named_is_one_line(run_first: RunFirst, script: str) -> None:
+    status, said = run_first(script, CHATGLM_JA_PROFILE="chatglm3-6b")
+    message = only_error(status, said)
+    assert "CHATGLM3_6B_DIR is not set: set it to the folder of the downloaded" in message
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [
+        ("nowhere", "not found"),
+        ("empty", "has no config.json"),
+        ("sitecustomize.py", "is a file, expected the folder of the model"),
+    ],
+)
+@pytest.mark.parametrize("script", STEPS[:3])
+def test_a_wrong_folder_of_the_base_model_is_one_line(
+    run_first: RunFirst,
+    script: str,
+    folder: str,
+    found: str,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    status, said = run_first(script, CHATGLM_JA_PROFILE="chatglm3-6b", CHATGLM3_6B_DIR=folder)
+    assert f"base model {tmp_path / folder} {found}: " in only_error(status, said)
+
+
+@pytest.mark.parametrize("script", [*STEPS, *LAUNCHERS])
+def test_the_first_line_names_the_profile(run_first: RunFirst, script: str) -> None:
+    first = run_first(script)[1].splitlines()[0]
+    assert first[len("12:34:56 ") :] == "profile demo"
+    first = run_first(script, CHATGLM3_6B_DIR="/models/chatglm3-6b")[1].splitlines()[0]
+    assert "profile demo; warning: it does not use CHATGLM3_6B_DIR" in first
+    assert "`export CHATGLM_JA_PROFILE=chatglm3-6b`" in first
+
+
+def test_other_ranks_do_not_name_the_profile(run_first: RunFirst) -> None:
+    assert "profile" not in run_first(STEPS[4], RANK="1")[1]
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_a_launcher_looks_at_the_flags_before_it_counts_gpus(
+    run_first: RunFirst, script: str
+) -> None:
+    status, said = run_first(script, "--max_steps", "3")
+    assert only_error(status, said).endswith("(did you mean --max-steps?)")
+
+
+@pytest.mark.parametrize("script", [STEPS[4], STEPS[5], *LAUNCHERS])
+def test_compiling_without_a_compiler_is_one_line(run_first: RunFirst, script: str) -> None:
+    missing = {"CUDA_VISIBLE_DEVICES": "", "CXX": "/nowhere/g++"}
+    status, said = run_first(script, "--compile", **missing)
+    assert only_error(status, said).startswith("error: --compile needs /nowhere/g++")

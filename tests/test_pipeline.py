@@ -553,7 +553,7 @@ def test_check_stops_before_the_work(pipeline: Runner) -> None:
 
 
 def test_no_gpu_and_no_process_count_is_one_line(pipeline: Runner) -> None:
-    result = pipeline.run("step5_train_pt_multi_gpu.sh", NPROC_PER_NODE="")
+    result = pipeline.small("step5_train_pt_multi_gpu.sh", NPROC_PER_NODE="")
     assert "set NPROC_PER_NODE" in error_of(result)
 
 

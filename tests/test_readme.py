@@ -86,6 +86,19 @@ def test_an_outdated_translation_is_detected() -> None:
         assert sections(text.replace(old, new)) != sections(text), old
 
 
+def test_the_example_of_own_data_keeps_the_results_of_the_demo() -> None:
+    blocks = (body for _, body in BLOCK.findall(ENGLISH.read_text(encoding="utf-8")))
+    (example,) = (body for body in blocks if "step1_train_tokenizer.py --sources" in body)
+    root, _, rest = example.partition("\n")
+    assert re.fullmatch("export CHATGLM_JA_ARTIFACTS=artifacts/[a-z_]+", root)
+    # Every result that the example reads is made by it.
+    made = re.findall(r"^python (\S+)\.py", rest, flags=re.MULTILINE)
+    assert made == [
+        "demo/build_base_model", "step1_train_tokenizer", "step2_merge_tokenizer",
+        "step4_prepare_data",
+    ]  # fmt: skip
+
+
 def documents() -> list[Path]:
     return [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")]
 

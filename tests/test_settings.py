@@ -11,7 +11,9 @@ from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.settings import StepConfig, parse
 from chatglm_ja.sources import Source
+from chatglm_ja.storage.manifest import Manifest
 from chatglm_ja.training.settings import SftConfig, TrainingConfig
+from chatglm_ja.vocabulary.policies import Policy
 from chatglm_ja.vocabulary.settings import (
     MergeTokenizerConfig,
     ResizeModelConfig,
@@ -37,6 +39,15 @@ def test_flags_go_before_the_profile_and_the_profile_before_the_class() -> None:
     [
         (["--lora-rnk", "4"], "unrecognized arguments: --lora-rnk 4 (did you mean --lora-rank?)"),
         (["--max_steps=4"], "did you mean --max-steps?"),
+        (["--max_steps", "4"], "did you mean --max-steps?"),
+        (["--max-step", "4"], "did you mean --max-steps?"),
+        (["--Max-Steps=4"], "did you mean --max-steps?"),
+        (["\u2014max-steps", "4"], "did you mean --max-steps?"),
+        (["--epoch=2"], "did you mean --epochs?"),
+        (["-lr", "1e-4"], "did you mean --lora-rank or --learning-rate?"),
+        (["--lr=1e-4"], "did you mean --lora-rank or --learning-rate?"),
+        (["--batch_size", "4"], "did you mean --micro-batch-size?"),
+        (["--no_train_embedding"], "did you mean --no-train-embeddings?"),
         (["--zzz"], "unrecognized arguments: --zzz (--help lists the flags)"),
         (["--lora-rank", "many"], "argument --lora-rank: invalid int value: 'many'"),
         (["--precision", "int8"], "invalid choice: 'int8'"),
@@ -71,6 +82,32 @@ def test_a_bad_deepspeed_file_is_one_line(tmp_path: Path, content: str, message:
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         parse_training("--deepspeed", str(path))
+
+
+@pytest.mark.parametrize(
+    ("program", "variable", "gpu"), [("g++", "CXX", False), ("gcc or clang", "CC", True)]
+)
+def test_compiling_needs_the_compiler_and_headers_that_torch_looks_for(
+    program: str, variable: str, gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [Path("/dev/nvidia0")] if gpu else []
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(devices))
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        parse_training("--compile")
+    assert f"--compile needs {program}, which is not found: install it" in str(error.value)
+    assert f"--compile needs Python.h, which is not in {tmp_path}: install" in str(error.value)
+    for name in ("g++", "clang", "Python.h"):
+        (tmp_path / name).touch(mode=0o755)
+    parse_training("--compile")
+    monkeypatch.setenv(variable, "/nowhere/compiler")
+    with pytest.raises(ConfigError, match="--compile needs /nowhere/compiler, which is not found"):
+        parse_training("--compile")
+    parse_training("--compile", "--estimate", "4")
+    parse_training()
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -117,8 +154,7 @@ def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
 
 def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
     defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),)}
-    with pytest.raises(ConfigError, match="--policy is for --method continue"):
-        parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"])
+    assert parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"]).policy is Policy.KANA
     argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
     argv += ["--ranking-sources", "ja=x.txt"]
 
@@ -130,6 +166,55 @@ def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
     assert arguments() == arguments("--ranking-characters", "5")
     limit = ["--max-new-pieces", "9"]
     assert arguments(*limit) != arguments(*limit, "--ranking-characters", "5")
+
+
+@pytest.mark.parametrize(
+    ("language", "policy", "message"),
+    [
+        ("jp", "japanese", "'jp' is no language code of ISO 639"),
+        ("jp", "letters", "'jp' is no language code of ISO 639"),
+        ("japanese", "japanese", "'japanese' is no language code of ISO 639"),
+        ("ja_JP", "letters", "'ja_JP' is no language code of ISO 639"),
+        ("JA", "japanese", r"'JA' is no language code .* \(did you mean ja\?\)"),
+        ("jaa", "japanese", "policy japanese is for ja, but the language of a source is jaa: corr"),
+        ("ko", "kana", "policy kana is for ja, .* is ko: .* pass --policy letters"),
+        ("ja", "kana", None),
+        ("ko", "letters", None),
+        ("th", "letters", None),
+        ("yue", "letters", None),
+        ("zh", "han", None),
+    ],
+)
+def test_the_language_of_step_1_is_a_code_that_the_policy_is_for(
+    language: str, policy: str, message: str | None
+) -> None:
+    def parse_sources(*sources: Source) -> None:
+        parse(
+            TrainTokenizerConfig, "", {"output_dir": Path("o"), "sources": sources},
+            ["--policy", policy],
+        )  # fmt: skip
+
+    if message is None:
+        parse_sources(Source(language, "x.txt"))
+        return
+    with pytest.raises(ConfigError, match=message):
+        parse_sources(Source(language, "x.txt"))
+
+
+def test_step_2_takes_the_policy_of_step_1(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
+    manifest = Manifest(
+        step="step1_train_tokenizer", arguments={"policy": "letters"}, counts={}, inputs={},
+        lineage={}, fingerprint="0" * 64, files={},
+    )  # fmt: skip
+    default = parse(MergeTokenizerConfig, "", {"output_dir": Path("o")}, argv)
+    assert default.choose_policy(manifest) is Policy.LETTERS
+    assert default.choose_policy(None) is Policy.JAPANESE
+    assert not caplog.messages
+    chosen = parse(MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, "--policy", "kana"])
+    assert chosen.choose_policy(manifest) is Policy.KANA
+    assert caplog.messages == ["merging under the policy kana; step 1 learned under letters"]
 
 
 def test_a_limit_of_pieces_needs_texts_to_rank_by() -> None:
@@ -151,6 +236,7 @@ def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPa
     """Every setting exists and is within its limits, every source parses, shares name sources."""
     monkeypatch.setenv("CHATGLM_JA_PROFILE", profile)
     monkeypatch.setenv("CHATGLM3_6B_DIR", "/models/chatglm3")
+    monkeypatch.setattr("chatglm_ja.training.settings._find_compiler_problems", list)
     constants = runpy.run_path(str(PROJECT / "constants.py"))
     steps: dict[str, type[StepConfig]] = {
         "STEP1": TrainTokenizerConfig, "STEP2": MergeTokenizerConfig, "STEP3": ResizeModelConfig,

@@ -17,6 +17,11 @@ from chatglm_ja.storage.inputs import Input, open_files
 if TYPE_CHECKING:  # torch takes a second to import, and --help needs this module
     import torch
 
+# The error of a step whose base model nobody has named.
+NO_BASE_MODEL = (
+    "CHATGLM3_6B_DIR is not set: set it to the folder of the downloaded ChatGLM3-6B, or pass "
+    "--base-model"
+)
 MODEL_FILE = "tokenizer.model"
 # Weights in one file, in order of preference. Sharded weights have an index: this name + INDEX.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -184,6 +189,11 @@ def read_shape(folder: Path) -> ModelShape:
     return ModelShape(*(int(config[name]) for name in names))
 
 
+def is_base(folder: Path) -> bool:
+    """Return whether a folder that `read_shape` accepts is in ChatGLM3's layout."""
+    return read_json(folder / "config.json")["model_type"] == REQUIRED_CONFIG["model_type"]
+
+
 class Layout(Choice):
     """The names and files of a model that step 3 writes."""
 
@@ -200,9 +210,13 @@ def weights_bytes(folder: Path) -> int:
 def open_base_tokenizer(folder: Path) -> Input:
     """Fingerprint the tokenizer of a ChatGLM3 folder, which must have a config.json as well."""
     if not (folder / "config.json").is_file():
+        found = "has no config.json" if folder.is_dir() else "not found"
+        if folder.is_file():
+            found = "is a file, expected the folder of the model"
         raise ArtifactError(
-            f"base model {folder} has no config.json: download ChatGLM3-6B there and set "
-            "CHATGLM3_6B_DIR, or for the demo run demo/build_base_model.py"
+            f"base model {folder.absolute()} {found}: for the demo, run demo/build_base_model.py; "
+            "for the real model, set CHATGLM_JA_PROFILE=chatglm3-6b, and CHATGLM3_6B_DIR to its "
+            "folder"
         )
     return open_files("base_tokenizer", folder / MODEL_FILE)
 

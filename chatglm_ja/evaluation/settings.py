@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from chatglm_ja.chatglm3.base_config import NO_BASE_MODEL
 from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.inference.models import LATEST, STAGES, Stage
 from chatglm_ja.settings import setting
@@ -14,7 +15,7 @@ from chatglm_ja.sources import Source
 class EvalConfig(ReadingConfig):
     """Step 7."""
 
-    base_model: Path = setting("the base model, in ChatGLM3's layout")
+    base_model: Path = setting("the base model, in ChatGLM3's layout", unset=NO_BASE_MODEL)
     tokenizer: Path = setting("output folder of step 2")
     resized: Path = setting("output folder of step 3")
     pretrained: Path = setting("output folder of step 5")

@@ -159,7 +159,10 @@ class Output:
 
     def _check_same(self, manifest: Manifest) -> None:
         """Raise ArtifactError if a finished result was made from other inputs or arguments."""
-        fix = "pass --overwrite to make it again"
+        fix = (
+            "pass --overwrite to replace it; to keep it, choose another --output-dir, or another "
+            "CHATGLM_JA_ARTIFACTS for all steps"
+        )
         recorded = {role: entry.fingerprint for role, entry in manifest.inputs.items()}
         current = {item.role: item.fingerprint for item in self.inputs}
         for role in sorted(recorded | current):

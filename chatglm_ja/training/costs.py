@@ -8,53 +8,82 @@ GPU.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.chatglm3.base_config import ModelShape, read_shape
+from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, SPECIAL_TOKENS, read_proto
 from chatglm_ja.storage.files import read_json
+from chatglm_ja.storage.manifest import read_manifest
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
+from chatglm_ja.vocabulary.settings import ResizeModelConfig, padded_rows
 
-GB = 1e9
-# Dense bfloat16 tensor throughput with float32 accumulation, in TFLOP/s, from the data sheets. The
-# keys are parts of device names; more specific ones come first.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "H200 NVL": 835.0,
-    "H200": 989.4,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 6000 Ada": 364.2,
-    "RTX A6000": 154.8,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
+GB, GIB = 1e9, 2**30
+# What a GPU holds besides PyTorch's tensors, in GiB: the CUDA context, the libraries' buffers, and
+# blocks that the allocator keeps: 1 to 2.
+OVERHEAD_GIB = 2.0
+# Ids of the published tokenizer. Its model has 65,024 rows, the rest of which are padding.
+PUBLISHED_IDS = 64_798
+CONTROL_AND_BYTE_PIECES = len(FIRST_PIECES) + 256
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU model.
+
+    device   regex of the name that CUDA gives it, whole, without "NVIDIA " and "GeForce "
+    tflops   dense bfloat16 tensor throughput with float32 accumulation, from the data sheet
+    memory   GiB that nvidia-smi reports: error correction takes a sixteenth of GDDR6
+    """
+
+    name: str
+    device: str
+    tflops: float
+    memory: float
+
+
+# A name that is not in this table, such as that of a variant or of a MIG slice, is another card.
+CARDS = (
+    Card("RTX 3090", "RTX 3090", 71.0, 24),
+    Card("RTX 4090", "RTX 4090", 165.2, 24),
+    Card("RTX 5090", "RTX 5090", 209.5, 31.8),
+    Card("RTX A6000", "RTX A6000", 154.8, 48),
+    Card("RTX 6000 Ada", "RTX 6000 Ada Generation", 364.2, 48),
+    Card("A10", "A10", 125.0, 22.5),
+    Card("A10G", "A10G", 70.0, 22.5),
+    Card("L4", "L4", 121.0, 22.5),
+    Card("L40", "L40", 181.0, 45),
+    Card("L40S", "L40S", 362.0, 45),
+    Card("A100 40 GB", "A100-(SXM4|PCIE)-40GB", 312.0, 40),
+    Card("A100 80 GB", "A100-SXM4-80GB|A100 80GB PCIe", 312.0, 80),
+    Card("A800 80 GB", "A800-SXM4-80GB|A800 80GB PCIe", 312.0, 80),
+    Card("H100 SXM", "H100 80GB HBM3", 989.4, 79.6),
+    Card("H100 PCIe", "H100 PCIe", 756.0, 79.6),
+    Card("H100 NVL", "H100 NVL", 835.0, 93.6),
+    Card("H200 SXM", "H200", 989.4, 140.4),
+    Card("H200 NVL", "H200 NVL", 835.0, 140.4),
+)
 # MFU of runs on an H100 (docs/training.md) by (gradient checkpointing, compiled layers).
 MEASURED_MFU = {(True, True): 0.30, (True, False): 0.20, (False, True): 0.38, (False, False): 0.28}
-PLANNED_GPUS = ("RTX 3090", "RTX 4090", "A100", "H100")
 # Rows of logits that a GPU holds at once while it computes the loss.
 LOSS_ROWS = 1024
 
 
-def activation_bytes(shape: ModelShape, rank: int, length: int) -> int:
-    """Return the bytes per token that a layer keeps for its backward pass, in half precision."""
+def activation_bytes(shape: ModelShape, rank: int, length: int, width: int = 2) -> int:
+    """Return the bytes per token that a layer keeps for its backward pass.
+
+    `width` is the size of a number in bytes: 2 in half precision, 4 in float32.
+    """
     attention = shape.heads * shape.head_dim
     return (
-        2 * (4 + 2) * shape.hidden  # both norms: input in float32, output in half precision
-        + 2 * (3 + 2) * attention  # queries, keys and values repeated for all heads, output twice
-        + 2 * length  # a row of the mask
+        2 * (4 + width) * shape.hidden  # both norms: input in float32, output
+        + width * (3 + 2) * attention  # queries, keys, values repeated for all heads, output twice
+        + width * length  # a row of the mask
         + 4 * shape.heads  # logarithms of the softmax's sums
-        + 2 * 4 * shape.ffn  # the MLP's two halves, the activation, their product
-        + 2 * 6 * rank  # the inner products of LoRA
+        + width * 4 * shape.ffn  # the MLP's two halves, the activation, their product
+        + width * 6 * rank  # the inner products of LoRA
         + 2 * 4  # a scale of each norm
-        + 2 * shape.head_dim  # rotary cosine and sine
+        + width * shape.head_dim  # rotary cosine and sine
     )
 
 
@@ -84,49 +113,56 @@ class BatchPlan:
 def estimate_memory(
     shape: ModelShape, trained: ParameterCounts, config: TrainingConfig, processes: int
 ) -> list[tuple[str, float]]:
-    """Return the peak memory of each GPU as (item, GB) pairs.
+    """Return the peak memory of each GPU as (item, GB) pairs, as PyTorch allocates it.
 
     One process trains without DeepSpeed, with trained weights in float32. Several use ZeRO stage 2,
-    which keeps a copy of them in half precision and shards the float32 ones, Adam's moments and the
-    gradients. Frozen weights are in half precision. The peak is at the start or at the end of the
-    backward pass.
+    which keeps a copy of them in the precision of the computation and shards the float32 ones,
+    Adam's moments and the gradients. Frozen weights have that precision, too. The peak is at the
+    start or at the end of the backward pass.
     """
+    width = bytes_per_number(config)
     tokens = BatchPlan.divide(config, processes).micro_batch * config.block_size
     zero = processes > 1 or config.deepspeed is not None
-    always: list[tuple[str, float]] = [("frozen weights", 2 * trained.frozen)]
+    always: list[tuple[str, float]] = [("frozen weights", width * trained.frozen)]
     if zero:
         always += [
-            ("trained weights", 2 * trained.all),
+            ("trained weights", width * trained.all),
             ("float32 weights and Adam's moments", 12 * trained.all / processes),
-            ("communication buckets", 4 * bucket_elements(shape, config)),
+            ("communication buckets", 2 * width * bucket_elements(shape, config)),
         ]
     else:
         always += [("trained weights", 4 * trained.all), ("Adam's moments", 8 * trained.all)]
 
-    layer = tokens * activation_bytes(shape, config.lora_rank, config.block_size)
+    layer = tokens * activation_bytes(shape, config.lora_rank, config.block_size, width)
     # The gradients of the MLP's activations are the largest of a layer.
-    working = tokens * 2 * 4 * shape.ffn
+    working = tokens * width * 4 * shape.ffn
     activations = shape.layers * layer
     if config.gradient_checkpointing:
         working += layer
-        activations = shape.layers * tokens * 2 * shape.hidden
-    loss = min(LOSS_ROWS, tokens) * shape.rows * (2 + 4 + 4) + 2 * tokens * shape.hidden * 2
+        activations = shape.layers * tokens * width * shape.hidden
+    loss = min(LOSS_ROWS, tokens) * shape.rows * (width + 4 + 4)
+    loss += 2 * tokens * shape.hidden * width
     matrix = shape.rows * shape.hidden if trained.embeddings else 0
     # float32 weights are copied to half precision, and new rows concatenated with the old ones.
-    copies = 1 if zero and config.embedding_rows == "all" else 2
+    copies = 1 if (zero or width == 4) and config.embedding_rows == "all" else 2
     start: list[tuple[str, float]] = [
         ("activations", activations),
         ("working memory of a layer or the loss", max(working, loss)),
-        ("output matrix: gradient, and a copy if one is made", 2 * copies * matrix),
+        ("output matrix: gradient, and a copy if one is made", width * copies * matrix),
     ]
     end: list[tuple[str, float]] = [("gradients", 4 * trained.all)]
     if zero:
         end = [
-            ("gradients in half precision and float32", (2 + 4) * trained.all / processes),
-            ("input matrix: gradient before it is reduced", 2 * matrix),
+            ("gradients, and their copy in float32", (width + 4) * trained.all / processes),
+            ("input matrix: gradient before it is reduced", width * matrix),
         ]
     peak = max(start, end, key=lambda items: sum(size for _, size in items))
     return [(item, size / GB) for item, size in always + peak]
+
+
+def bytes_per_number(config: TrainingConfig) -> int:
+    """Return the bytes of a number in the precision of the computation; auto: that of a GPU."""
+    return 4 if config.precision == "fp32" else 2
 
 
 def bucket_elements(shape: ModelShape, config: TrainingConfig) -> int:
@@ -170,55 +206,88 @@ def mean_context(lengths: Iterable[Iterable[int]]) -> float:
 
 def peak_tflops(device: str) -> float | None:
     """Return the data sheet's bfloat16 TFLOP/s for a GPU's name, or None if it is unknown."""
-    if "Laptop" in device:
-        return None
-    peaks = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device))
-    return next(peaks, None)
+    name = device.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return next((card.tflops for card in CARDS if re.fullmatch(card.device, name)), None)
+
+
+def plan_rows(config: TrainingConfig, shape: ModelShape) -> tuple[int, int]:
+    """Return the embedding rows of the model to be trained, and the id of its first new piece.
+
+    A base model gets rows for the pieces that step 2 has added, or step 1 is to learn. Without its
+    tokenizer.model, it is taken to have the published one.
+    """
+    path = config.model / base_config.MODEL_FILE
+    is_resized, old = not base_config.is_base(config.model), min(PUBLISHED_IDS, shape.rows)
+    if path.is_file():
+        pieces = [piece.piece for piece in read_proto(path).pieces]
+        is_resized = SPECIAL_TOKENS[-1] in pieces  # whatever the layout
+        end = pieces.index(SPECIAL_TOKENS[0]) if is_resized else len(pieces)
+        old = end + len(SPECIAL_TOKENS)
+    merged = read_manifest(config.tokenizer) if config.tokenizer is not None else None
+    new = merged.counts.get("added") if merged is not None else None
+    if not isinstance(new, int) and config.vocab_size is not None:
+        new = config.vocab_size - CONTROL_AND_BYTE_PIECES
+    if is_resized or not isinstance(new, int):
+        return shape.rows, old
+    return padded_rows(old + new, ResizeModelConfig.pad_to_multiple), old
 
 
 def describe_costs(config: TrainingConfig, gpus: int) -> str:
     """Return the text that --estimate prints."""
-    shape = read_shape(config.model)
+    published = read_shape(config.model)
+    rows, old = plan_rows(config, published)
+    shape = replace(published, rows=rows)
     plan = BatchPlan.divide(config, gpus)
-    trained = config.count_parameters(shape)
-    items = estimate_memory(shape, trained, config, gpus)
+    trained = config.count_parameters(shape, old)
+    items = [
+        (item, size * GB / GIB) for item, size in estimate_memory(shape, trained, config, gpus)
+    ] + [("CUDA context, the allocator's unused blocks", OVERHEAD_GIB)]
     total = sum(size for _, size in items)
     tokens = config.global_batch_size * config.block_size
+    now = f" ({published.rows:,} before step 3)" if rows != published.rows else ""
+    precision = "float32" if bytes_per_number(config) == 4 else "half precision"
     lines = [
         f"{config.model.name}: {(trained.frozen + trained.embeddings) / 1e9:.3f} B parameters, "
-        f"{shape.rows:,} embedding rows",
+        f"{rows:,} embedding rows{now}",
         f"trained: {trained.embeddings / 1e6:.1f} M embedding and {trained.lora / 1e6:.1f} M LoRA "
         "parameters",
         f"step: micro-batch {plan.micro_batch} x accumulation {plan.accumulation} x {gpus} GPU"
         f"{'s' * (gpus > 1)} = {config.global_batch_size} blocks of {config.block_size:,} tokens = "
         f"{tokens:,} tokens",
-        f"{'peak memory per GPU, in half precision':<62}{'GB':>8}",
+        f"{f'peak memory per GPU, in {precision}':<62}{'GiB':>8}",
         *(f"  {item:<60}{size:>8.2f}" for item, size in items),
         f"  {'total':<60}{total:>8.2f}",
-        "  plus 1 to 2 GB for the CUDA context and the allocator's unused blocks",
-        *_describe_time(shape, trained, config, plan),
+        *_describe_cards(shape, trained, config, plan, total),
     ]
     return "\n".join(lines)
 
 
-def _describe_time(
-    shape: ModelShape, trained: ParameterCounts, config: TrainingConfig, plan: BatchPlan
+def _describe_cards(
+    shape: ModelShape, trained: ParameterCounts, config: TrainingConfig, plan: BatchPlan, gib: float
 ) -> Iterable[str]:
-    """Yield lines on the hours for a billion tokens on several GPUs, and the traffic per step."""
+    """Yield lines on whether each card holds `gib`, on its hours for a billion tokens, on traffic.
+
+    The hours are those of half precision, the only one whose speed was measured.
+    """
     mfu = MEASURED_MFU[config.gradient_checkpointing, config.compile]
     # Documents as long as a block: the most that attention can take.
     operations = 1e9 * flops_per_token(shape, trained, config.block_size / 2)
-    hours = {
-        gpu: operations / (mfu * PEAK_TFLOPS[gpu] * 1e12 * plan.processes) / 3600
-        for gpu in PLANNED_GPUS
-    }
-    yield f"hours for 1 B tokens at {mfu:.0%} MFU, as measured on an H100 with these settings"
-    yield "  " + ", ".join(f"{gpu} {count:.{int(count < 10)}f} h" for gpu, count in hours.items())
+    is_half = bytes_per_number(config) == 2
+    yield f"{'card':<20}{'GiB':>8}{'fits':>8}" + f"{'h for 1 B tokens':>20}" * is_half
+    for card in CARDS:
+        hours = operations / (mfu * card.tflops * 1e12 * plan.processes) / 3600
+        fits = "yes" if gib <= card.memory else "no"
+        row = f"  {card.name:<18}{card.memory:>8g}{fits:>8}"
+        yield row + f"{hours:>20,.{int(hours < 10)}f}" * is_half
+    if is_half:
+        yield f"  hours at {mfu:.0%} MFU, as measured on an H100 with these settings"
     if plan.processes > 1:
-        gradients, weights = sent_per_step(trained, plan)
+        gradients, weights = (
+            size * bytes_per_number(config) / 2 for size in sent_per_step(trained, plan)
+        )
         yield (
-            f"  plus the time to send {gradients:.1f} GB of gradients and {weights:.1f} GB of "
-            "weights per GPU and step"
+            f"  plus the time to send {gradients * GB / GIB:.1f} GiB of gradients and "
+            f"{weights * GB / GIB:.1f} GiB of weights per GPU and step"
         )
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,9 +96,19 @@ class TrainingConfig(StepConfig):
     )
     deepspeed: Path | None = setting("DeepSpeed configuration file, such as ds_zero2.json", None)
     estimate: int | None = setting(
-        "print the memory estimate per GPU for this number of GPUs and exit",
+        "print the memory estimate per GPU for this number of GPUs and exit; of a base model, with "
+        "the rows that step 3 will add",
         None,
         low=1,
+        affects_result=False,
+    )
+    tokenizer: Path | None = setting(
+        "output folder of step 2, whose pieces --estimate adds to a base model", None
+    )
+    vocab_size: int | None = setting(
+        "as of step 1: the pieces that --estimate adds to a base model if step 2 has not run",
+        None,
+        low=300,
         affects_result=False,
     )
     evaluations: int = setting(
@@ -141,6 +153,8 @@ class TrainingConfig(StepConfig):
 
     def contradictions(self) -> list[str]:
         problems = _find_deepspeed_problems(self.deepspeed) if self.deepspeed is not None else []
+        if self.compile and self.estimate is None:
+            problems += _find_compiler_problems()
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             problems.append("--tracker wandb needs its package: run `pip install wandb`")
         if self.embedding_rows == "new" and not self.train_embeddings:
@@ -159,16 +173,21 @@ class TrainingConfig(StepConfig):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems
 
-    def count_parameters(self, shape: ModelShape) -> ParameterCounts:
-        """Count the parameters of a model of this shape; `new` rows are those of its tokenizer."""
+    def count_parameters(self, shape: ModelShape, old_rows: int | None = None) -> ParameterCounts:
+        """Count the parameters of a model of this shape.
+
+        New rows are those after `old_rows`; by default the tokenizer of `model` says which.
+        """
         lora = shape.lora_weights(self.lora_rank) if self.learning_rate else 0
         rows = shape.rows if self.train_embeddings else 0
         if rows and self.embedding_rows == "new":
-            # Imports sentencepiece, which --help does not need.
-            from chatglm_ja.chatglm3.chat_format import first_new_id
-            from chatglm_ja.chatglm3.tokenizer import load_processor
+            if old_rows is None:
+                # Imports sentencepiece, which --help does not need.
+                from chatglm_ja.chatglm3.chat_format import first_new_id
+                from chatglm_ja.chatglm3.tokenizer import load_processor
 
-            rows -= first_new_id(load_processor(self.model))
+                old_rows = first_new_id(load_processor(self.model))
+            rows -= old_rows
         embeddings = 2 * rows * shape.hidden
         total = shape.layer_weights + shape.embedding_weights
         return ParameterCounts(lora, embeddings, total - embeddings)
@@ -213,3 +232,29 @@ def _find_deepspeed_problems(path: Path) -> list[str]:
             "fully trained embeddings have been saved as empty tensors; use ds_zero2.json"
         ]
     return []
+
+
+def _find_compiler_problems() -> list[str]:
+    """Return what torch.compile lacks on this machine, one sentence each.
+
+    On a GPU, Triton compiles with CC, gcc or clang; on a CPU, Inductor does with CXX or g++. Both
+    need Python's headers. They look for them when the first batch is computed.
+    """
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    on_gpu = has_gpu and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    variable, programs = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++",))
+    if chosen := os.environ.get(variable):
+        programs = (chosen,)
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    problems = []
+    if not any(map(shutil.which, programs)):
+        problems.append(
+            f"--compile needs {' or '.join(programs)}, which is not found: install it (on Debian "
+            f"and Ubuntu with `apt install build-essential`), set {variable}, or pass --no-compile"
+        )
+    if not (headers / "Python.h").is_file():
+        problems.append(
+            f"--compile needs Python.h, which is not in {headers}: install Python's headers (on "
+            "Debian and Ubuntu with `apt install python3-dev`), or pass --no-compile"
+        )
+    return problems

@@ -11,16 +11,24 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 script="$root/$1"
 shift
 
+# The environment need not be activated.
 if ! command -v torchrun >/dev/null && [[ -x "$root/.venv/bin/torchrun" ]]; then
   PATH="$root/.venv/bin:$PATH"
 fi
-if ! command -v torchrun >/dev/null; then
-  echo "error: torchrun not found: run \`source .venv/bin/activate\` first" >&2
+if ! command -v python >/dev/null; then
+  echo "error: python not found: run \`make -C $root .venv/ready\` first" >&2
   exit 1
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exec python "$script" --help
+check() { python "$script" --check --deepspeed "$root/ds_zero2.json" "$@"; }
+if [[ " $* " == *" --estimate"* ]]; then
+  check "$@"
+  exit
+fi
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
+  # Counting GPUs loads torch, and mistakes are to be said before.
+  check "$@" --no-verify
   NPROC_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count())')"
   if [[ "$NPROC_PER_NODE" -eq 0 ]]; then
     echo "error: no GPU found: set NPROC_PER_NODE=2, or more, to run on the CPU over gloo" >&2
@@ -46,10 +54,7 @@ fi
 # kills it after 30 seconds by default.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 # Check settings and inputs once, so that an error is not printed by every process.
-WORLD_SIZE=$((${NNODES:-1} * NPROC_PER_NODE)) \
-  python "$script" --check --deepspeed "$root/ds_zero2.json" "$@"
-# --estimate has printed its table.
-[[ " $* " == *" --estimate"* ]] && exit 0
+WORLD_SIZE=$((${NNODES:-1} * NPROC_PER_NODE)) check "$@"
 
 exec python -m chatglm_ja.training.launch \
   --nproc_per_node "$NPROC_PER_NODE" \

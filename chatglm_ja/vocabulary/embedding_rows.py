@@ -27,18 +27,13 @@ from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.initialization import Initialization, Subtokens
-from chatglm_ja.vocabulary.settings import ResizeModelConfig
+from chatglm_ja.vocabulary.settings import ResizeModelConfig, padded_rows
 
 # The prompts of `verify_logits`.
 VERIFIED_TEXTS = (
     "北京是中华人民共和国的首都，位于华北平原的北部。",
     "To open a file, choose it from the list and click the button.",
 )
-
-
-def padded_rows(vocabulary: int, multiple: int) -> int:
-    """Return the number of rows for `vocabulary` ids: the next multiple, which GPUs prefer."""
-    return -(-vocabulary // multiple) * multiple
 
 
 def resize_rows(

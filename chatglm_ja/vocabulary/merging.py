@@ -27,7 +27,7 @@ from chatglm_ja.chatglm3.tokenizer import (
 )
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
-from chatglm_ja.vocabulary.policies import Policy
+from chatglm_ja.vocabulary.policies import LEAST_SHARE, OTHER_LANGUAGE, Policy
 
 EXAMPLES = 5  # changed lines to show in the report
 
@@ -104,6 +104,23 @@ def merge_pieces(
             for reason in ("unspellable", "unreachable"):
                 dropped[reason] = _without(dropped[reason], past)
     return MergedVocabulary(add_special_tokens(base, chosen), chosen, dropped)
+
+
+def check_added(merged: MergedVocabulary, policy: Policy, *, is_chosen: bool) -> None:
+    """Raise DataError if no piece was added, or hardly any by a policy that nobody has chosen."""
+    sizes = {reason: len(pieces) for reason, pieces in merged.dropped.items()}
+    new = sum(sizes.values()) - sizes["already_known"] + len(merged.added)
+    admitted = new - sizes["outside_policy"]
+    if admitted < LEAST_SHARE * new and not is_chosen:
+        raise DataError(
+            f"the policy {policy} admits only {admitted:,} of {new:,} new pieces: "
+            f"{OTHER_LANGUAGE}; to add only these, pass --policy {policy}"
+        )
+    if not merged.added:
+        raise DataError(
+            f"none of the pieces is new to the base under the policy {policy}: give the output of "
+            f"step1_train_tokenizer.py; {OTHER_LANGUAGE}"
+        )
 
 
 def _without(pieces: list[str], excluded: Iterable[str]) -> list[str]:

@@ -6,12 +6,19 @@ checks on held-out lines.
 """
 
 import functools
+import itertools
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+from chatglm_ja.errors import DataError
 from chatglm_ja.settings import Choice
+
+# A policy that admits less than this share of texts, or of pieces, is for another language.
+LEAST_SHARE = 0.1
+PROBED_LINES = 10_000
+OTHER_LANGUAGE = "for a language other than Japanese, pass --policy letters"
 
 # Hiragana and katakana letters and the long-vowel mark, of any width.
 _KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
@@ -52,7 +59,8 @@ class Policy(Choice):
     """A policy: its name, its phrase for --help, its guarantee, and a regex of its characters.
 
     The regex comes from a function, because some character classes take a moment to compute.
-    `keeps_unreachable` adds pieces even if no text produces them.
+    `language` is the only one that has such pieces, if there is only one. `keeps_unreachable` adds
+    pieces even if no text produces them.
     """
 
     JAPANESE = (
@@ -63,12 +71,14 @@ class Policy(Choice):
         "characters. (Precisely: a line without kana and without a kanji that is in JIS X 0208 and "
         "in neither of the two.)",
         lambda: f"[{_KANA}{japanese_kanji()}]",
+        "ja",
     )
     KANA = (
         "kana",
         "pieces with kana; Chinese and English are unchanged",
         "A line without kana keeps its ids.",
         lambda: f"[{_KANA}]",
+        "ja",
     )
     HAN = (
         "han",
@@ -89,6 +99,7 @@ class Policy(Choice):
         "every piece, unreachable ones too",
         "None: Chinese and English lines may change, and pieces that no text produces are kept.",
         lambda: "",
+        None,
         True,
     )
 
@@ -98,9 +109,11 @@ class Policy(Choice):
         _phrase: str,
         guarantee: str,
         regex: Callable[[], str],
+        language: str | None = None,
         keeps_unreachable: bool = False,
     ) -> None:
         self.guarantee = guarantee
+        self.language = language
         self.keeps_unreachable = keeps_unreachable
         self._pattern = functools.cache(lambda: re.compile(regex()))
 
@@ -110,3 +123,20 @@ class Policy(Choice):
         The empty regex of `all` matches every text.
         """
         return self._pattern().search(text) is not None
+
+    def probe(self, lines: Iterable[str]) -> Iterator[str]:
+        """Yield lines of text; raise DataError before the first if hardly any can give a piece.
+
+        The first PROBED_LINES are read, and count by their characters.
+        """
+        lines = iter(lines)
+        first = list(itertools.islice(lines, PROBED_LINES))
+        admitted = sum(len(line) for line in first if self.admits(line))
+        share = admitted / max(sum(map(len, first)), 1)
+        if first and share < LEAST_SHARE:
+            raise DataError(
+                f"the policy {self} admits {self.phrase.partition(';')[0]}, which hardly any of "
+                f"this text can give ({share:.1%}): {OTHER_LANGUAGE}"
+            )
+        yield from first
+        yield from lines

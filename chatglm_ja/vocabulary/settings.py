@@ -1,17 +1,28 @@
 """Settings of steps 1 to 3."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, read_shape, weights_bytes
+from chatglm_ja.chatglm3.base_config import (
+    MODEL_FILE,
+    NO_BASE_MODEL,
+    Layout,
+    read_shape,
+    weights_bytes,
+)
 from chatglm_ja.data.settings import ReadingConfig
+from chatglm_ja.errors import did_you_mean
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.disk import folder_bytes
-from chatglm_ja.storage.manifest import read_manifest
+from chatglm_ja.storage.manifest import Manifest, read_manifest
 from chatglm_ja.vocabulary.initialization import Initialization
-from chatglm_ja.vocabulary.policies import Policy
+from chatglm_ja.vocabulary.languages import ISO_639_1, is_language_code
+from chatglm_ja.vocabulary.policies import OTHER_LANGUAGE, Policy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +41,8 @@ class TrainTokenizerConfig(ReadingConfig):
         "ChatGLM3 folder; --method continue reads tokenizer.model and config.json", None
     )
     policy: Policy = setting(
-        "pieces that --method continue may learn, as in step 2", Policy.JAPANESE
+        f"which pieces step 2 is to add; --method continue learns no others: {Policy.explain()}",
+        Policy.JAPANESE,
     )
     vocab_size: int = setting(
         "pieces to learn, control and byte pieces included", 20_000, low=300, high=1_000_000
@@ -78,18 +90,30 @@ class TrainTokenizerConfig(ReadingConfig):
     )
 
     def contradictions(self) -> list[str]:
-        problems = []
-        if self.method == "sentencepiece" and self.policy is not Policy.JAPANESE:
-            problems.append("--policy is for --method continue; step 2 has one for all pieces")
+        languages = dict.fromkeys(source.language for source in self.sources)
+        problems = [*filter(None, (self._language_problem(name) for name in languages))]
         if self.method == "continue":
             if self.base_model is None:
-                problems.append("--method continue needs --base-model: the ChatGLM3 folder")
+                problems.append(f"--method continue needs --base-model, and {NO_BASE_MODEL}")
             for name in ("normalization", "split_digits", "byte_fallback", "keep_whitespace",
                          "dummy_prefix", "split_by_script"):  # fmt: skip
                 default = type(self).__dataclass_fields__[name].default
                 if getattr(self, name) != default:
                     problems.append(f"{flag(name)} is for --method sentencepiece only")
         return problems
+
+    def _language_problem(self, language: str) -> str | None:
+        """Return what is wrong with the language of a source, whose pieces are to be learned."""
+        if not is_language_code(language):
+            hint = did_you_mean(language, ISO_639_1.split())
+            return f"{language!r} is no language code of ISO 639, such as ja, ko or th{hint}"
+        expected = self.policy.language or language
+        if language == expected:
+            return None
+        return (
+            f"the policy {self.policy} is for {expected}, but the language of a source is "
+            f"{language}: correct it; {OTHER_LANGUAGE}"
+        )
 
     def disk_bytes(self) -> int:
         """Estimate the size of the sentencepiece model and the list of its pieces."""
@@ -112,9 +136,13 @@ class TrainTokenizerConfig(ReadingConfig):
 class MergeTokenizerConfig(ReadingConfig):
     """Settings of step 2."""
 
-    base_model: Path = setting("ChatGLM3 folder; tokenizer.model and config.json are read")
+    base_model: Path = setting(
+        "ChatGLM3 folder; tokenizer.model and config.json are read", unset=NO_BASE_MODEL
+    )
     ja_tokenizer: Path = setting("output folder of step 1, or any sentencepiece BPE model file")
-    policy: Policy = setting(f"which pieces to add: {Policy.explain()}", Policy.JAPANESE)
+    policy: Policy | None = setting(
+        f"which pieces to add; by default as in step 1: {Policy.explain()}", None
+    )
     max_new_pieces: int = setting(
         "add at most this many pieces, those used most on --ranking-sources (0: no limit)", 0, low=0
     )
@@ -135,6 +163,17 @@ class MergeTokenizerConfig(ReadingConfig):
             return ["--max-new-pieces needs --ranking-sources: texts to count the uses on"]
         return []
 
+    def choose_policy(self, pieces: Manifest | None) -> Policy:
+        """Return the policy of the command line, or else that of step 1; say so if they differ.
+
+        `pieces` is the manifest of step 1's output, None for any other file.
+        """
+        recorded = pieces.arguments.get("policy") if pieces else None
+        learned = next((policy for policy in Policy if policy == recorded), Policy.JAPANESE)
+        if pieces and self.policy not in (None, learned):
+            log.info("merging under the policy %s; step 1 learned under %s", self.policy, learned)
+        return self.policy or learned
+
     def disk_bytes(self) -> int:
         """Estimate the merged tokenizer's files at ten times the size of the two models merged."""
         models = [self.base_model / MODEL_FILE, self.ja_tokenizer]
@@ -154,7 +193,8 @@ class ResizeModelConfig(StepConfig):
     """Settings of step 3."""
 
     base_model: Path = setting(
-        "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards"
+        "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards",
+        unset=NO_BASE_MODEL,
     )
     tokenizer: Path = setting("output folder of step 2")
     init: Initialization = setting(
@@ -180,3 +220,8 @@ class ResizeModelConfig(StepConfig):
         before = shape.layer_weights + shape.embedding_weights
         after = before + 2 * max(ids - shape.rows, 0) * shape.hidden
         return REPORTS_BYTES + weights_bytes(self.base_model) * after // before
+
+
+def padded_rows(vocabulary: int, multiple: int) -> int:
+    """Return the number of rows for `vocabulary` ids: the next multiple, which GPUs prefer."""
+    return -(-vocabulary // multiple) * multiple

@@ -106,8 +106,11 @@ def test_a_finished_step_does_nothing_unless_told(tmp_path: Path) -> None:
     assert make(tmp_path / "a", size=1)
     assert not make(tmp_path / "a", content="new", size=1)
     assert (tmp_path / "a" / "data.txt").read_text() == "content"
-    with pytest.raises(ArtifactError, match="was made with size=1, not 2: pass --overwrite"):
+    with pytest.raises(ArtifactError, match="was made with size=1, not 2: pass --overwrite") as e:
         make(tmp_path / "a", size=2)
+    assert "to keep it, choose another --output-dir, or another CHATGLM_JA_ARTIFACTS" in str(
+        e.value
+    )
     assert make(tmp_path / "a", content="new", overwrite=True, size=2)
     assert (tmp_path / "a" / "data.txt").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]

@@ -14,7 +14,7 @@ from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.training import adapter, costs
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, write_manifest
 from tests.training.runs import config_for
 
 CHATGLM3_6B = base_config.ModelShape(
@@ -91,19 +91,20 @@ def kept_bytes(model: Any, batch: int, length: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def test_activations_are_what_autograd_keeps(config: TrainingConfig) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_are_what_autograd_keeps(config: TrainingConfig, dtype: torch.dtype) -> None:
     """The difference between all layers of the test model and one layer fewer."""
     batch, length = 2, 64
     kept = []
     for cut in (0, 1):
-        model: Any = adapter.load_for_training(config, torch.bfloat16).to(torch.bfloat16)
+        model: Any = adapter.load_for_training(config, dtype).to(dtype)
         layers = model.get_base_model().model.layers
         for _ in range(cut):
             del layers[-1]
         model.config.num_hidden_layers = len(layers)
         kept.append(kept_bytes(model, batch, length))
     shape = base_config.read_shape(config.model)
-    per_token = costs.activation_bytes(shape, config.lora_rank, length)
+    per_token = costs.activation_bytes(shape, config.lora_rank, length, dtype.itemsize)
     assert kept[0] - kept[1] == batch * length * per_token
 
 
@@ -198,14 +199,123 @@ def test_context_is_counted_over_documents() -> None:
         ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA L40S", 362.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA RTX A1000", None),
+        ("A100-PCIE-40GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        # Variants and slices of cards are not those cards.
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5090 D v2", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA H100 PCIe MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA RTX A1000", None),
         ("Tesla K80", None),
     ],
 )
 def test_peaks_are_found_by_name(name: str, peak: float | None) -> None:
     assert costs.peak_tflops(name) == peak
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """The folder of ChatGLM3-6B with nothing but its config.json."""
+    names = [name for name in base_config.SIZES if name != "layernorm_epsilon"]
+    sizes = dict(zip(names, vars(CHATGLM3_6B).values(), strict=True))
+    config = {**base_config.REQUIRED_CONFIG, **sizes, "layernorm_epsilon": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def new_rows(model: Path, **changes: Any) -> tuple[int, int]:
+    """The rows that --estimate counts, and how many of them are new."""
+    config = config_6b(model=model, **changes)
+    rows, old = costs.plan_rows(config, base_config.read_shape(model))
+    return rows, rows - old
+
+
+def test_the_estimate_of_a_base_counts_the_rows_that_step_3_adds(
+    published: Path, base_dir: Path, resized_dir: Path, merged_dir: Path, tmp_path: Path
+) -> None:
+    # 64,798 ids, and 14,000 pieces without 3 control and 256 byte pieces; to a multiple of 64.
+    assert new_rows(published, vocab_size=14_000) == (78_592, 13_794)
+    assert new_rows(published) == (65_024, 226)
+    step2 = tmp_path / "step2"
+    step2.mkdir()
+    assert new_rows(published, vocab_size=14_000, tokenizer=step2) == (78_592, 13_794)
+    write_manifest(step2, {"added": 10_742})
+    assert new_rows(published, vocab_size=14_000, tokenizer=step2) == (75_584, 10_786)
+    # The base of the tests has 4,000 pieces and 9 special tokens.
+    assert new_rows(base_dir, vocab_size=1000) == (4800, 4800 - 4009)
+    resized = base_config.read_shape(resized_dir).rows
+    assert new_rows(resized_dir, vocab_size=14_000) == (resized, resized - 4009)
+    copied = tmp_path / "copied"  # the result of step 3 with --layout chatglm
+    copied.mkdir()
+    config = json.loads((base_dir / "config.json").read_text()) | {"padded_vocab_size": resized}
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "tokenizer.model").write_bytes((resized_dir / "tokenizer.model").read_bytes())
+    assert new_rows(copied, vocab_size=14_000) == (resized, resized - 4009)
+
+
+def test_the_estimate_of_one_card_with_new_rows_reads_no_tokenizer(published: Path) -> None:
+    text = costs.describe_costs(
+        config_6b(model=published, vocab_size=14_000, embedding_rows="new"), 1
+    )
+    assert "78,592 embedding rows (65,024 before step 3)" in text
+    assert f"trained: {2 * 13_794 * 4096 / 1e6:.1f} M embedding" in text
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, {"embedding_rows": "new"}])
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_the_total_is_all_that_a_card_must_hold(
+    published: Path, gpus: int, changes: dict[str, Any]
+) -> None:
+    lines = costs.describe_costs(config_6b(model=published, **changes), gpus).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("peak memory per GPU"))
+    end = next(i for i, line in enumerate(lines) if line.startswith("  total"))
+    items = [float(line.split()[-1]) for line in lines[start + 1 : end]]
+    total = float(lines[end].split()[-1])
+    assert total == pytest.approx(sum(items), abs=0.05)
+    assert "CUDA context" in lines[end - 1]
+    assert " GB" not in "\n".join(lines[start:end])
+    cards = {
+        line[:20].strip(): line.split()
+        for line in lines[end + 2 :]
+        if " yes" in line or " no" in line
+    }
+    assert set(cards) == {card.name for card in costs.CARDS}
+    for card in costs.CARDS:
+        assert ("yes" in cards[card.name]) == (total <= card.memory)
+
+
+def test_float32_takes_twice_the_memory_of_what_is_not_trained(published: Path) -> None:
+    def frozen(precision: str) -> float:
+        config = config_6b(model=published, precision=precision)
+        trained = config.count_parameters(CHATGLM3_6B)
+        return dict(costs.estimate_memory(CHATGLM3_6B, trained, config, 4))["frozen weights"]
+
+    assert frozen("fp32") == 2 * frozen("bf16") == 2 * frozen("fp16") == 2 * frozen("auto")
+    text = costs.describe_costs(config_6b(model=published, precision="fp32"), 4)
+    assert "in float32" in text
+    assert "hours" not in text  # no speed was measured
+
+
+def test_a_24_gb_card_is_compared_in_gib(published: Path) -> None:
+    """24.98 GB are 23.3 GiB, which a card of 24 GiB holds."""
+    config = config_6b(model=published, vocab_size=14_000, lora_rank=8, gradient_checkpointing=True)
+    text = costs.describe_costs(config, 1)
+    assert re.search(r"total +23\.\d\d\n", text)
+    assert re.search(r"RTX 4090 +24 +yes", text)
+    assert re.search(r" L4 +22\.5 +no", text)
 
 
 def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> None:
@@ -219,7 +329,8 @@ def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> Non
     )
     shape = base_config.read_shape(base_dir)
     items = costs.estimate_memory(shape, config.count_parameters(shape), config, 4)
-    assert f"{sum(size for _, size in items):.2f}" in text
+    gib = sum(size for _, size in items) * 1e9 / 2**30
+    assert f"{gib + costs.OVERHEAD_GIB:.2f}" in text
     settings = json.loads((PROJECT / "ds_zero2.json").read_text())
     shape = base_config.read_shape(base_dir)
     expected = settings["zero_optimization"]["reduce_bucket_size"]
@@ -236,10 +347,10 @@ def test_the_hours_are_those_of_the_measured_speed() -> None:
     shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
     config = config_6b(gradient_checkpointing=True, compile=True)
     trained = config.count_parameters(shape)
-    lines = "\n".join(costs._describe_time(shape, trained, config, costs.BatchPlan(4, 1, 4)))
-    assert "1 B tokens at 30% MFU" in lines
+    lines = "\n".join(costs._describe_cards(shape, trained, config, costs.BatchPlan(4, 1, 4), 20))
+    assert "hours at 30% MFU" in lines
     measured = 1e9 / (4 * 11_547) / 3600
-    (found,) = re.findall(r"H100 (\S+) h", lines)
+    (found,) = re.findall(r"H100 SXM .* (\S+)\n", lines)
     assert float(found) == pytest.approx(measured, rel=0.03)
 
 

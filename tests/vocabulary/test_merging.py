@@ -3,6 +3,7 @@
 import itertools
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,52 @@ def model_of(base_proto: Any, *pieces: str) -> Any:
 def test_policies(piece: str, admitted_by: str) -> None:
     admitted = {policy for policy in Policy if policy.admits(piece)}
     assert admitted == {*admitted_by.split(), "all"}
+
+
+KOREAN = "오늘 날씨가 매우 좋습니다"
+THAI = "ภาษาไทยเป็นภาษาราชการ"
+RUSSIAN = "сегодня хорошая погода"
+JAPANESE = "今日はとても天気がいいです"
+
+
+@pytest.mark.parametrize("text", [KOREAN, THAI, RUSSIAN, "今天天气很好", "The weather is fine."])
+@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.KANA])
+def test_texts_of_another_language_are_refused(policy: Policy, text: str) -> None:
+    lines = [JAPANESE] + 99 * [text]
+    with pytest.raises(DataError, match=f"policy {policy} admits .* pass --policy letters"):
+        next(policy.probe(lines))
+    with pytest.raises(DataError):
+        next(policy.probe(20_000 * [text]))
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (Policy.JAPANESE, JAPANESE),
+        (Policy.LETTERS, JAPANESE),
+        (Policy.LETTERS, KOREAN),
+        (Policy.LETTERS, THAI),
+        (Policy.LETTERS, RUSSIAN),
+        (Policy.LETTERS, "Das Wetter ist schön."),
+        (Policy.HAN, "今天天气很好"),
+        (Policy.ALL, "The weather is fine."),
+    ],
+)
+def test_texts_that_a_policy_is_for_pass_unchanged(policy: Policy, text: str) -> None:
+    for lines in ([], [text], ["A title in English"] + 9 * [text], 20_000 * [text]):
+        assert list(policy.probe(lines)) == lines
+
+
+def test_a_policy_that_hardly_admits_a_piece_must_be_chosen() -> None:
+    dropped = {"already_known": ["a"] * 500, "outside_policy": ["날씨"] * 99, "unreachable": []}
+    merged = merging.MergedVocabulary(None, ["です"], dropped)
+    message = r"japanese admits only 1 of 100 new pieces: .* --policy letters"
+    with pytest.raises(DataError, match=message):
+        merging.check_added(merged, Policy.JAPANESE, is_chosen=False)
+    merging.check_added(merged, Policy.JAPANESE, is_chosen=True)
+    merging.check_added(replace(merged, added=["です"] * 11), Policy.JAPANESE, is_chosen=False)
+    with pytest.raises(DataError, match="none of the pieces is new"):
+        merging.check_added(replace(merged, added=[]), Policy.JAPANESE, is_chosen=True)
 
 
 def test_standard_chinese_has_no_japanese_kanji() -> None:
