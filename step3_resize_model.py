@@ -8,12 +8,14 @@ Writes  <artifacts>/step3_model/  weights, config.json, generation_config.json, 
 Run     python step3_resize_model.py
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import logging
 from pathlib import Path
 
 import constants
 from chatglm_ja.chatglm3.base_config import open_base_model
-from chatglm_ja.cli import run
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.output import Output
@@ -29,13 +31,16 @@ def main() -> None:
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
     ]
     output = Output(config, Path(__file__).stem, inputs)
+    if config.check:
+        from chatglm_ja.vocabulary import embedding_rows
+
+        embedding_rows.open_base(config)
     if not output.prepare():
         return
 
-    from chatglm_ja.chatglm3.base import Base
     from chatglm_ja.vocabulary import embedding_rows
 
-    base = Base.open(config.base_model)
+    base = embedding_rows.open_base(config)
     compares_logits = config.should_compare_logits(base.weights.size())
     with output.write() as folder:
         output.counts.update(embedding_rows.resize_checkpoint(base, config, folder))

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm_ja.chatglm3.recognition import recognize_folder
 from chatglm_ja.errors import ArtifactError, DataError
 from chatglm_ja.settings import Choice
 from chatglm_ja.storage.disk import folder_bytes
-from chatglm_ja.storage.files import read_json
+from chatglm_ja.storage.files import describe_absence, read_json
 from chatglm_ja.storage.inputs import Input, open_files
 
 if TYPE_CHECKING:  # torch takes a second to import, and --help needs this module
@@ -52,6 +53,7 @@ SIZES = {
     "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
 }
+LFS_POINTER = b"version https://git-lfs.github.com/"
 MAX_LAYERS = 10_000  # a corrupt number must not make us list the tensors of 10^9 layers
 
 
@@ -93,8 +95,11 @@ def _check_config(path: Path, config: Any) -> dict[str, Any]:
             f"{path} is a ChatGLM2 configuration ({config['_name_or_path']}): expected chatglm3-6b "
             "or chatglm3-6b-base"
         )
-    if config.get("quantization_bit"):
-        raise DataError(f"{path}: the checkpoint is quantized; expected fp16, bf16 or fp32 weights")
+    if config.get("quantization_bit") or config.get("quantization_config"):
+        raise DataError(
+            f"{path}: the checkpoint is quantized; expected fp16, bf16 or fp32 weights: download "
+            "chatglm3-6b or chatglm3-6b-base"
+        )
     missing = [name for name in SIZES if config.get(name) is None]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}: expected a ChatGLM3 config.json")
@@ -209,6 +214,7 @@ def weights_bytes(folder: Path) -> int:
 
 def open_base_tokenizer(folder: Path) -> Input:
     """Fingerprint the tokenizer of a ChatGLM3 folder, which must have a config.json as well."""
+    _refuse_strange(folder)
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "not found"
         if folder.is_file():
@@ -218,7 +224,18 @@ def open_base_tokenizer(folder: Path) -> Input:
             "for the real model, set CHATGLM_JA_PROFILE=chatglm3-6b, and CHATGLM3_6B_DIR to its "
             "folder"
         )
-    return open_files("base_tokenizer", folder / MODEL_FILE)
+    return _open_downloaded("base_tokenizer", folder / MODEL_FILE)
+
+
+def _refuse_strange(folder: Path) -> None:
+    """Raise ArtifactError for a folder without config.json of which it is known what it is."""
+    path = folder / "config.json"
+    if path.exists():
+        return
+    if path.is_symlink():
+        raise ArtifactError(f"base model: {path} {describe_absence(path)}: restore it")
+    if found := recognize_folder(folder):
+        raise ArtifactError(f"base model {folder} has no config.json, but {found}")
 
 
 def open_base_model(folder: Path) -> list[Input]:
@@ -227,4 +244,20 @@ def open_base_model(folder: Path) -> list[Input]:
     weights: list[Path] = []
     for suffix in (Path(name).suffix for name in WEIGHT_FILES):
         weights = weights or [*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}{INDEX}")]
-    return [base_tokenizer, open_files("base_model", folder / "config.json", *sorted(weights))]
+    return [
+        base_tokenizer,
+        _open_downloaded("base_model", folder / "config.json", *sorted(weights)),
+    ]
+
+
+def _open_downloaded(role: str, *paths: Path) -> Input:
+    """Fingerprint files, none of which may be what git clones in place of a large file."""
+    opened = open_files(role, *paths)
+    for path in paths:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ArtifactError(
+                    f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+                    f"{path.parent}"
+                )
+    return opened

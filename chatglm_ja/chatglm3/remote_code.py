@@ -48,15 +48,28 @@ SPECIAL_IDS = """\
 def copy_patched_code(base: Base, output: Path) -> bool:
     """Copy the base's Python files and tokenizer_config.json, with two of them patched.
 
-    Returns False, with nothing copied, if the base has no remote code. Raises DataError if a file
-    is not ChatGLM3-6B's own, or is not Python after the patch.
+    Returns False, with nothing copied, if the base has no remote code. Raises DataError as
+    `patch_code` does.
+    """
+    patched = patch_code(base)
+    if patched:
+        for path in [*sorted(base.folder.glob("*.py")), base.folder / "tokenizer_config.json"]:
+            if path.is_file():
+                shutil.copyfile(path, output / path.name)
+    for name, text in patched.items():
+        (output / name).write_text(text, encoding="utf-8")
+    return bool(patched)
+
+
+def patch_code(base: Base) -> dict[str, str]:
+    """Return the base's two files that need a patch, patched, by name; {} if it has none.
+
+    Raises DataError if a file is not ChatGLM3-6B's own, or is not Python after the patch.
     """
     folder = base.folder
     if not ((folder / MODELING).is_file() and (folder / TOKENIZATION).is_file()):
-        return False
-    for path in [*sorted(folder.glob("*.py")), folder / "tokenizer_config.json"]:
-        if path.is_file():
-            shutil.copyfile(path, output / path.name)
+        return {}
+    texts = {}
     for name, class_name in ((MODELING, MODEL_CLASS), (TOKENIZATION, TOKENIZER_CLASS)):
         path = folder / name
         source = path.read_text(encoding="utf-8")
@@ -78,9 +91,9 @@ def copy_patched_code(base: Base, output: Path) -> bool:
         lines = source.splitlines(keepends=True)
         end = methods["__init__"].end_lineno
         patched = "".join(lines[:end]).rstrip("\n") + "\n" + code + "".join(lines[end:])
-        _parse(patched, output / name)
-        (output / name).write_text(patched, encoding="utf-8")
-    return True
+        _parse(patched, path)
+        texts[name] = patched
+    return texts
 
 
 def _parse(source: str, path: Path) -> ast.Module:

@@ -6,8 +6,10 @@ from input shards to output shards, so memory holds one output shard, whatever t
 """
 
 import functools
+import logging
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,11 @@ from safetensors.torch import save_file
 
 from chatglm_ja.chatglm3 import tensor_names
 from chatglm_ja.chatglm3.base_config import INDEX, INDEX_FILE, WEIGHT_FILES, glm_config, read_config
+from chatglm_ja.chatglm3.recognition import recognize, recognize_folder
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.files import read_json, resolve_inside, write_json
+from chatglm_ja.storage.files import describe_absence, join_inside, read_json, write_json
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 Logits = tuple[torch.Tensor, torch.Tensor]
@@ -30,34 +35,44 @@ Logits = tuple[torch.Tensor, torch.Tensor]
 class BaseWeights:
     """The weights of a ChatGLM3 folder: validated as a whole on opening, read tensor by tensor.
 
-    `config` is the folder's config.json, which is read if it is not given. Raises DataError if a
-    shard is missing or truncated, if a tensor is missing or unexpected, or if its shape is not the
-    one that config.json gives.
+    `config` is the folder's config.json, which is read if it is not given. Tensors of mixed dtypes
+    are cast to `dtype`, the one that most of the weights have. Raises DataError if a shard is
+    missing or truncated, if a tensor is missing or unexpected, or if its shape is not the one that
+    config.json gives.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
         self.config = read_config(folder) if config is None else config
+        self._folder = folder
         self._shard_of = _read_weight_map(folder)
         self._shapes = tensor_names.expected_shapes(self.config)
         missing = sorted(self._shapes.keys() - self._shard_of.keys())
         extra = sorted(self._shard_of.keys() - self._shapes.keys() - {*tensor_names.IGNORED})
         if missing or extra:
+            if found := recognize(extra):
+                raise DataError(f"{folder} has a tensor {found[0]}: {found[1]}")
             problem = f"has no tensor {missing[0]}" if missing else f"has a tensor {extra[0]}"
             raise DataError(f"{folder} {problem}: its config.json describes another model")
-        first: dict[str, str] = {}  # dtype -> the first tensor that has it
+        weights: Counter[str] = Counter()  # by dtype
         for path, shard, names in _open_shards(folder, self._shard_of):
             for name in (name for name in names if name in self._shapes):
                 dtype, shape = shard.describe(name)
-                first.setdefault(dtype, name)
+                weights[dtype] += math.prod(shape)
+                problem = ""
                 if shape != self._shapes[name]:
-                    raise DataError(
-                        f"{path}: {name} has shape {shape}, but config.json gives "
-                        f"{self._shapes[name]}"
-                    )
-        if len(first) != 1 or not first.keys() <= DTYPES.keys():
-            shown = ", ".join(f"{dtype} ({name})" for dtype, name in first.items())
-            raise DataError(f"{folder} holds {shown}: expected one of {', '.join(DTYPES)}")
-        self.dtype = DTYPES[next(iter(first))]
+                    problem = f"has shape {shape}, but config.json gives {self._shapes[name]}"
+                elif dtype not in DTYPES:
+                    problem = f"is of dtype {dtype}, expected one of {', '.join(DTYPES)}"
+                if problem:
+                    found = recognize([f"{name} {dtype} {shape}"])
+                    hint = f": {found[1]}" if found else ""
+                    raise DataError(f"{path}: {name} {problem}{hint}")
+        (commonest, _), *others = weights.most_common()
+        self.dtype = DTYPES[commonest]
+        if others:
+            shown = ", ".join(f"{count:,} weights in {dtype}" for dtype, count in others)
+            log.warning("%s holds %s: they are cast to %s, as the others are",
+                        folder, shown, commonest)  # fmt: skip
         # One shard is open at a time.
         self._open = functools.lru_cache(maxsize=1)(lambda name: _open_shard(folder / name))
 
@@ -66,8 +81,18 @@ class BaseWeights:
         return sum(map(math.prod, self._shapes.values())) * self.dtype.itemsize
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor by ChatGLM3's name."""
-        return self._open(self._shard_of[name]).read(name)
+        """Read a tensor by ChatGLM3's name, in `dtype`.
+
+        Raises DataError if it was stored in another one, and has values that are too large.
+        """
+        stored = self._open(self._shard_of[name]).read(name)
+        tensor = stored.to(self.dtype)
+        if tensor is not stored and not torch.equal(tensor.isfinite(), stored.isfinite()):
+            raise DataError(
+                f"{self._folder}: {name} is {stored.dtype}, with values that {self.dtype} cannot "
+                "hold: convert the checkpoint to one dtype"
+            )
+        return tensor
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over all tensors by ChatGLM3's names, shard by shard."""
@@ -130,7 +155,8 @@ def _open_bin(path: Path) -> _Shard:
 def _open_shard(path: Path, names: Iterable[str] = ()) -> _Shard:
     """Open a file of either format. Raises DataError if it lacks one of the tensors."""
     if not path.is_file():
-        raise DataError(f"{path} not found, but the index names it: download it again")
+        absent = describe_absence(path)
+        raise DataError(f"{path} {absent}, but the index names it: download it again")
     shard = _open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path)
     stored = set(shard.names)
     for name in names:
@@ -166,12 +192,14 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
             except ValueError:
                 raise DataError(f"{path} is not an index of weights: download it again") from None
             for shard_name in set(weight_map.values()):
-                resolve_inside(folder, shard_name)
+                join_inside(folder, shard_name)
             return weight_map
         if (folder / name).is_file():
             return dict.fromkeys(_open_shard(folder / name).names, name)
     expected = ", ".join(file for name in WEIGHT_FILES for file in (name + INDEX, name))
-    raise DataError(f"{folder} holds none of {expected}: expected ChatGLM3's weights")
+    found = recognize_folder(folder)
+    means = f", but {found}" if found else ": expected ChatGLM3's weights"
+    raise DataError(f"{folder} holds none of {expected}{means}")
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:

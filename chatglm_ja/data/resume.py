@@ -13,11 +13,10 @@ linked into the output folder: a kill during publication loses nothing.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from chatglm_ja.data.rejects import RejectCount, check_rejects
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import FORMAT
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage.files import link_or_copy, rename_or_remove
 from chatglm_ja.storage.inputs import Input
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,9 @@ def open_folders(
         for path in root.iterdir():
             if path not in current:
                 # Rename before deleting, so that a crash leaves nothing that looks resumable.
-                if not path.name.startswith(OUTDATED):
-                    path = path.rename(path.with_name(OUTDATED + path.name))
-                shutil.rmtree(path)
+                outdated = path.with_name(OUTDATED + path.name.removeprefix(OUTDATED))
+                rename_or_remove(path, outdated)
+                shutil.rmtree(outdated, ignore_errors=True)
         for part in root.rglob("*.part"):
             part.unlink()
     for path in current:
@@ -113,11 +113,8 @@ def link_files(source: Path, target: Path) -> None:
     later run overwrites them in place, which must not alter what is published.
     """
     for path in source.iterdir():
-        if path.suffix == ".arrow":
-            with suppress(PermissionError):  # a file system without hard links
-                os.link(path, target / path.name)
-                continue
-        shutil.copyfile(path, target / path.name)
+        put = link_or_copy if path.suffix == ".arrow" else shutil.copyfile
+        put(path, target / path.name)
 
 
 class RejectsFile:

@@ -1,5 +1,6 @@
 """Disk space: how much is free, how much files take, and a check before a step begins."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,9 +19,13 @@ def require_free(folder: Path, needed: int) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def existing_parent(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists."""
     path = folder.absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    return shutil.disk_usage(existing).free
+    return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:

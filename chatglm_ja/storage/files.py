@@ -2,23 +2,37 @@
 
 A file is published by writing it under a temporary name, flushing it to disk, and renaming it. A
 manifest records the size and SHA-256 of each file; `find_problem` compares files with such records.
+
+Not every file system has all that this takes: some NFS, Lustre, SMB and FUSE mounts lack locks,
+hard links, file modes, or an fsync of folders. Where such a call fails, the step goes on without.
 """
 
+import errno
+import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from chatglm_ja.errors import ArtifactError
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+# What a call fails with on a file system that lacks the feature.
+UNSUPPORTED = frozenset(
+    {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EMLINK, errno.ENOLCK, errno.ENOSYS,
+     errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
+)  # fmt: skip
 # Larger files are hashed only on request, so that opening a 12 GB model does not take a minute.
 HASHED_BYTES = 2**30
 # Inputs that no step wrote are hashed whole up to this size. Of larger files, such as a corpus, the
@@ -55,6 +69,56 @@ def write_json(path: Path, value: Any, indent: int | None = 1, sort_keys: bool =
 
 
 @contextmanager
+def optional(feature: str, consequence: str) -> Iterator[None]:
+    """Run a block that may fail where the file system lacks a feature: then only warn, once."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_once(feature, error.strerror, consequence)
+
+
+@functools.cache
+def _warn_once(feature: str, reason: str, consequence: str) -> None:
+    log.warning("the file system has no %s (%s): %s", feature, reason, consequence)
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed; return False if another process has locked it.
+
+    On a file system without locks it is taken to be free, with a warning.
+    """
+    try:
+        with optional("file locks", f"make sure that no other process writes beside {file.name}"):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to a file, or a copy where the file system has no hard links."""
+    with optional("hard links", f"the files of {target.parent} are copied"):
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)
+
+
+def rename_or_remove(folder: Path, target: Path) -> None:
+    """Rename a folder that is to be removed, so that a crash leaves nothing of it in its place.
+
+    Where it cannot be renamed, such as a folder of a container's image, it is removed at once.
+    """
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.rmtree(folder)
+
+
+@contextmanager
 def publish_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success flush it to disk and rename it to `path`."""
     partial = path.with_name(f"{path.name}.part")
@@ -75,13 +139,15 @@ def publish_folder(working: Path, target: Path) -> None:
     """
     mode = (working / MANIFEST).stat().st_mode
     for path in (working, *working.rglob("*")):
-        if path.is_file():
-            path.chmod(mode)  # safetensors writes files that only their owner can read
+        # safetensors writes files that only their owner can read.
+        if path.is_file() and path.stat().st_mode != mode:
+            with optional("file modes", f"others may not be able to read {target}"):
+                path.chmod(mode)
         fsync(path)
     old = replaced_path(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        target.rename(old)
+        rename_or_remove(target, old)
     working.rename(target)
     fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -101,11 +167,12 @@ def restore_replaced(target: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with optional("fsync", "a power failure may lose what has just been written"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def digest(path: Path) -> str:
@@ -157,7 +224,7 @@ def find_problem(
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """Return the path of a file that a manifest or an index names.
+    """Return the path of a file that a manifest names.
 
     Raises ArtifactError if "..", an absolute path or a link leads out of `folder`. The folders of
     the hub's cache are an exception: they hold links to the blobs beside them.
@@ -171,8 +238,33 @@ def resolve_inside(folder: Path, name: str) -> Path:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(path.is_relative_to(parent) for parent in allowed):
-        raise ArtifactError(
-            f"{folder} names a file {name!r} that lies outside of it, at {path}: expected a file "
-            "in the folder itself; restore the original folder"
-        )
+        raise _outside(folder, name, path)
     return folder / name
+
+
+def join_inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that the index of a user's own folder names.
+
+    Raises ArtifactError for ".." and for an absolute path. What a link in the folder points to is
+    the user's business: the hub's cache, another disk, a shared folder.
+    """
+    path = folder / name.replace("\0", "")
+    if Path(name).is_absolute() or ".." in path.relative_to(folder).parts:
+        raise _outside(folder, name, path)
+    return path
+
+
+def _outside(folder: Path, name: str, path: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} names a file {name!r} that lies outside of it, at {path}: expected a file "
+        "in the folder itself; restore the original folder"
+    )
+
+
+def describe_absence(path: Path) -> str:
+    """Say why a file cannot be opened: a folder, a link that leads nowhere, or nothing there."""
+    if path.is_dir():
+        return "is a folder, expected a file"
+    if path.is_symlink():
+        return f"is a link to {path.readlink()}, which does not exist"
+    return "not found"

@@ -64,8 +64,7 @@ def open_files(role: str, *paths: Path) -> Input:
     """Fingerprint files that no step wrote, such as a downloaded tokenizer; there may be none."""
     for path in paths:
         if not path.is_file():
-            found = "is a folder, expected a file" if path.is_dir() else "not found: check the path"
-            raise ArtifactError(f"{role} {path} {found}")
+            raise ArtifactError(f"{role} {path} {files.describe_absence(path)}: check the path")
     fingerprint = fingerprint_of({str(i): files.sample_digest(p) for i, p in enumerate(paths)})
     return Input(role, fingerprint, {role: fingerprint})
 

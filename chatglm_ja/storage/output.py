@@ -6,12 +6,11 @@ artifacts/demo/step4_data/            ... then renamed here, with manifest.json
 artifacts/demo/step4_data.work/       finished parts, from which a killed run resumes
 """
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,9 +35,6 @@ from chatglm_ja.storage.manifest import (
 
 log = logging.getLogger(__name__)
 
-# What flock fails with on a file system without locks, such as some NFS and Lustre mounts.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-
 
 class Output:
     """The output folder of one run of a step.
@@ -58,14 +54,23 @@ class Output:
         self, config: StepConfig, step: str, inputs: Sequence[Input], unfinished: str = "unfinished"
     ) -> None:
         self.config = config
+        chosen = config.output_dir
+        resolved = Path(os.path.realpath(chosen))
+        if chosen.parts[:1] == ("~",):
+            raise ArtifactError(
+                f"--output-dir {chosen}: the shell has not replaced the ~: write the path in full"
+            )
+        if Path.cwd().is_relative_to(resolved):
+            raise ArtifactError(
+                f"--output-dir {chosen} holds the current folder, so it cannot be replaced: name a "
+                f"new folder, such as {chosen / step}"
+            )
         # Follow a link, so that the final rename stays on the disk it points to.
-        is_link = config.output_dir.is_symlink()
-        self.path = config.output_dir.resolve() if is_link else config.output_dir
+        self.path = resolved if chosen.is_symlink() or chosen.name == ".." else chosen
         self.step = step
         self.arguments: dict[str, Any] = json.loads(json.dumps(config.arguments(), default=str))
         self.inputs = inputs
         self.lineage = merge_lineage(inputs)
-        resolved = self.path.resolve()
         for item in inputs:
             if item.path and item.path.resolve() in (resolved, *resolved.parents):
                 raise ArtifactError(f"--output-dir {self.path} lies in the input {item.path}")
@@ -76,17 +81,19 @@ class Output:
     def prepare(self) -> bool:
         """Return True if there is work to do; False if the result exists already, or for --check.
 
-        Raises ArtifactError if the disk has too little space, and if the folder holds anything
-        else: a result is replaced only with --overwrite.
+        Raises ArtifactError if the folder cannot be written, if the disk has too little space, and
+        if the folder holds anything else: a result is replaced only with --overwrite.
         """
-        if files.replaced_path(self.path).exists() and not self.path.exists():
-            with self._lock():
-                files.restore_replaced(self.path)
-        manifest = read_manifest(self.path)
+        with self._explaining_errors():
+            if files.replaced_path(self.path).exists() and not self.path.exists():
+                with self._lock():
+                    files.restore_replaced(self.path)
+            manifest = read_manifest(self.path)
+            is_folder = self.path.is_dir()
+            is_free = not any(self.path.iterdir()) if is_folder else not self.path.exists()
         self._found_fingerprint = manifest.fingerprint if manifest else None
         if manifest is None:
-            is_foreign_folder = self.path.is_dir() and any(self.path.iterdir())
-            if is_foreign_folder or (self.path.exists() and not self.path.is_dir()):
+            if not is_free:
                 raise ArtifactError(
                     f"{self.path} exists and no step made it: move it away or choose another "
                     "--output-dir"
@@ -101,6 +108,7 @@ class Output:
             self._remove_leftovers()
             log.info("%s is finished already; pass --overwrite to make it again", self.path)
             return False
+        self._try_to_write()
         needed = self.config.disk_bytes() - disk.folder_bytes(self.unfinished)
         disk.require_free(self.path, needed)
         if self.config.check:
@@ -149,6 +157,28 @@ class Output:
             lineage=self.lineage, versions=read_versions(), files={},
         )  # fmt: skip
 
+    def _try_to_write(self) -> None:
+        """Raise ArtifactError if the folder cannot be made, or replaced, where it is to be."""
+        if os.path.ismount(self.path):
+            raise ArtifactError(
+                f"{self.path} is a mount point, which cannot be replaced: name a folder in it, "
+                f"such as --output-dir {self.path / self.step}"
+            )
+        with self._explaining_errors():
+            parent = disk.existing_parent(self.path.parent)
+            Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=parent)).rmdir()
+
+    @contextmanager
+    def _explaining_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            place = Path(error.filename or self.path).parent
+            raise ArtifactError(
+                f"{self.path} cannot be written: {place}: {error.strerror}: choose another "
+                "--output-dir"
+            ) from None
+
     def _publish(self, working: Path) -> None:
         paths = sorted(path for path in working.rglob("*") if path.is_file())
         records = {path.relative_to(working).as_posix(): files.record_file(path) for path in paths}
@@ -182,20 +212,10 @@ class Output:
         """Hold a lock that the system releases when this process ends, however it ends."""
         path = self._hidden("lock")
         with open(path, "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The last holder may have removed the file between opening and locking it.
+            is_free = files.try_lock(lock)
+            # The last holder may have removed the file between opening and locking it.
+            if is_free:
                 is_free = path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
-            except BlockingIOError:
-                is_free = False
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                log.warning(
-                    "the file system of %s has no file locks (%s): make sure that no other process "
-                    "writes this folder", self.path, error.strerror,
-                )  # fmt: skip
-                is_free = True
             if not is_free:
                 raise ArtifactError(
                     f"another process is writing {self.path}: wait for it, or stop it"
@@ -225,7 +245,7 @@ class Output:
         removed = self._hidden("removed")
         shutil.rmtree(removed, ignore_errors=True)
         if self.unfinished.exists():
-            self.unfinished.rename(removed)
+            files.rename_or_remove(self.unfinished, removed)
             shutil.rmtree(removed, ignore_errors=True)
 
     def _hidden(self, state: str) -> Path:

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, GlmForCausalLM
 from chatglm_ja.chatglm3 import chat_format, tokenizer, weights
 from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, glm_config
-from chatglm_ja.chatglm3.remote_code import copy_patched_code
+from chatglm_ja.chatglm3.remote_code import copy_patched_code, patch_code
 from chatglm_ja.chatglm3.tensor_names import EMBEDDING, OUTPUT_LAYER, to_layout
 from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
 from chatglm_ja.errors import DataError
@@ -68,22 +68,36 @@ def resize_rows(
     return resized
 
 
+def open_base(config: ResizeModelConfig) -> Base:
+    """Open the base and check all that `resize_checkpoint` needs: names, shapes, dtypes, pieces.
+
+    Reads the headers of the weights only. Raises DataError if the base is damaged or another
+    model, or if the tokenizer was merged with another base.
+    """
+    base = Base.open(config.base_model)
+    merged = tokenizer.read_proto(config.tokenizer / MODEL_FILE)
+    pieces = [piece.piece for piece in merged.pieces[: base.first_new_id]]
+    if [piece.piece for piece in tokenizer.add_special_tokens(base.proto).pieces] != pieces:
+        raise DataError(
+            f"{config.tokenizer} was merged with another base than {base.folder}: its first "
+            f"{base.first_new_id} ids are other pieces; run step2_merge_tokenizer.py with this base"
+        )
+    if config.layout is Layout.CHATGLM:
+        patch_code(base)
+    _ = base.weights  # which validates them
+    return base
+
+
 def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> dict[str, int]:
     """Write the base with rows for the merged tokenizer's ids, in the layout of `config`.
 
     Also writes config.json, the tokenizer, and a generation configuration with ChatGLM3's three
     stop ids that suppresses the padding rows. Verifies the old rows in the written files. Returns
-    the numbers of rows. Raises DataError if the tokenizer was merged with another base.
+    the numbers of rows. `base` comes from `open_base`.
     """
     proto = tokenizer.read_proto(config.tokenizer / MODEL_FILE)
     pieces = [piece.piece for piece in proto.pieces]
     old_ids = base.first_new_id
-    base_pieces = tokenizer.add_special_tokens(base.proto).pieces
-    if [piece.piece for piece in base_pieces] != pieces[:old_ids]:
-        raise DataError(
-            f"{config.tokenizer} was merged with another base than {base.folder}: its first "
-            f"{old_ids} ids are other pieces; run step2_merge_tokenizer.py with this base"
-        )
     # The base part of the merged tokenizer tells how new pieces were spelled before; without the
     # dummy prefix, because they stand inside texts.
     del proto.pieces[old_ids:]

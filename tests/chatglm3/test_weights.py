@@ -1,6 +1,8 @@
 """Conversion and resizing against what ChatGLM3's own code computed from the same files."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from chatglm_ja.chatglm3 import tensor_names, weights
-from chatglm_ja.chatglm3.base_config import INDEX_FILE
-from chatglm_ja.errors import DataError
+from chatglm_ja.chatglm3.base_config import INDEX_FILE, open_base_model
+from chatglm_ja.errors import ArtifactError, DataError
 
 Copy = Callable[[Path, Path], Path]
 SHARD = "model-00002-of-00003.safetensors"
@@ -128,9 +130,10 @@ def promise_a_tensor(folder: Path) -> None:
         (lambda folder: break_config(folder, model_type="llama"), "model_type is 'llama'"),
         (lambda folder: break_config(folder, rope_ratio=50), "rope_ratio is 50"),
         (lambda folder: break_config(folder, quantization_bit=4), "quantized"),
+        (lambda folder: break_config(folder, quantization_config={"bits": 4}), "quantized"),
         (lambda folder: break_config(folder, rope_ratio=500), "GLM-4"),
         (lambda folder: break_config(folder, _name_or_path="THUDM/chatglm2-6b"), "ChatGLM2"),
-        (lambda folder: (folder / INDEX_FILE).unlink(), "expected ChatGLM3's weights"),
+        (lambda folder: (folder / INDEX_FILE).unlink(), "it lacks the index of its shards"),
         (promise_a_tensor, f"{SHARD} lacks transformer.encoder.final_layernorm.weight"),
     ],
 )
@@ -141,6 +144,204 @@ def test_a_broken_checkpoint_is_refused_with_its_problem(
     damage(folder)
     with pytest.raises(DataError, match=message):
         weights.BaseWeights(folder)
+
+
+# --- folders made of links ----------------------------------------------------------------------
+
+
+def link_all(base: Path, folder: Path) -> None:
+    """Link every file, through a second link and by a relative path."""
+    folder.mkdir()
+    (folder.parent / "disk").symlink_to(base)
+    for path in base.iterdir():
+        (folder / path.name).symlink_to(f"../disk/{path.name}")
+
+
+def link_to_blobs(base: Path, folder: Path) -> None:
+    """Link the shards alone to files of other names, as the hub's cache does."""
+    shutil.copytree(base, folder)
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, shard in enumerate(sorted(folder.glob("model-*.safetensors"))):
+        shard.rename(blobs / str(number))
+        shard.symlink_to(blobs / str(number))
+
+
+@pytest.mark.parametrize(
+    "make", [link_all, link_to_blobs, lambda base, folder: folder.symlink_to(base)]
+)
+def test_a_base_may_be_made_of_links(
+    make: Callable[[Path, Path], None], base_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    make(base_dir, folder)
+    assert [item.fingerprint for item in open_base_model(folder)] == [
+        item.fingerprint for item in open_base_model(base_dir)
+    ]
+    new, old = weights.BaseWeights(folder), weights.BaseWeights(base_dir)
+    assert torch.equal(new.tensor(tensor_names.EMBEDDING), old.tensor(tensor_names.EMBEDDING))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", SHARD])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_that_leads_nowhere_is_named(
+    name: str, target: str, base_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    (folder / name).unlink()
+    (folder / name).symlink_to(name if target == "itself" else target)
+    with pytest.raises(ArtifactError, match=f"{name} is a link to .*, which does not exist"):
+        open_base_model(folder)
+
+
+@pytest.mark.parametrize("name", [f"../other/{SHARD}", f"/tmp/{SHARD}", f"x/../{SHARD}"])
+def test_an_index_names_no_path_outside_its_folder(
+    name: str, base_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    index = (folder / INDEX_FILE).read_text()
+    (folder / INDEX_FILE).write_text(index.replace(SHARD, name))
+    with pytest.raises(ArtifactError, match="lies outside of it"):
+        weights.BaseWeights(folder)
+
+
+# --- mixed dtypes -------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    for path in folder.glob("model-*.safetensors"):
+        save_file({name: change(name, t) for name, t in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("is_other", "other", "expected"),
+    [
+        (lambda name: "layernorm" in name, torch.float32, torch.float16),
+        (lambda name: "embedding" in name, torch.bfloat16, torch.float16),
+        # Most tensors, but few weights.
+        (lambda name: "dense_" not in name and "embed" not in name, torch.float32, torch.float16),
+        (lambda name: "layernorm" not in name, torch.float32, torch.float32),
+    ],
+)
+def test_mixed_dtypes_are_cast_to_that_of_most_weights(
+    is_other: Callable[[str], bool], other: torch.dtype, expected: torch.dtype,
+    base_dir: Path, tmp_path: Path, copy_of: Copy, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder = copy_of(base_dir, tmp_path / "base")
+    rewrite(folder, lambda name, t: t.to(other) if is_other(name) else t)
+    mixed = weights.BaseWeights(folder)
+    stored = {name: tensor for path in folder.glob("model-*.safetensors")
+              for name, tensor in load_file(path).items()
+              if name not in tensor_names.IGNORED}  # fmt: skip
+    assert {tensor.dtype for tensor in stored.values()} == {other, torch.float16}
+    read = dict(mixed.tensors())
+    assert mixed.dtype == expected
+    assert mixed.size() == sum(tensor.nbytes for tensor in read.values())
+    for name, tensor in read.items():
+        assert tensor.dtype == expected
+        assert torch.equal(tensor, stored[name].to(expected))
+    assert len(caplog.messages) == 1
+    assert re.search(r"holds [\d,]+ weights in \w+: they are cast to F", caplog.text)
+
+
+def test_a_cast_that_would_overflow_is_refused(
+    base_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    rewrite(folder, lambda name, t: t.float() + 1e6 if name == tensor_names.FINAL_NORM else t)
+    base = weights.BaseWeights(folder)
+    with pytest.raises(DataError, match=r"final_layernorm.weight is torch.float32, with values"):
+        list(base.tensors())
+
+
+# --- what other tools leave -----------------------------------------------------------------------
+
+WRAPPED = "saved with a wrapper around the model"
+LAYER = "transformer.encoder.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"transformer.prefix_encoder.embedding.weight": torch.zeros(2)}, "P-Tuning"),
+        (lambda s: {"transformer.prefix_encoder.embedding.weight": torch.zeros(2)}, "P-Tuning"),
+        (lambda s: {f"module.{n}": t for n, t in s.items()}, WRAPPED),
+        (lambda s: {f"_orig_mod.{n}": t for n, t in s.items()}, WRAPPED),
+        (lambda s: {f"_fsdp_wrapped_module.{n}": t for n, t in s.items()}, WRAPPED),
+        (lambda s: {f"base_model.model.{n}": t for n, t in s.items()}, WRAPPED),
+        (lambda s: {f"module._orig_mod.{n}": t for n, t in s.items()}, WRAPPED),
+        (lambda s: {n.replace("encoder.", "encoder._orig_mod."): t for n, t in s.items()}, WRAPPED),
+        (lambda s: s | {f"{LAYER}.mlp.dense_h_to_4h.lora_A.default.weight": torch.zeros(2)},
+         "adapter"),
+        (lambda s: {n.replace("dense.", "dense.base_layer."): t for n, t in s.items()}, "adapter"),
+        (lambda s: {f"base_model.model.{LAYER}.self_attention.dense.lora_B.weight": torch.ones(1)},
+         "adapter"),
+        (lambda s: s | {"lm_head.weight": torch.zeros(2)}, "some tools add such a head"),
+        (lambda s: s | {"v_head.summary.weight": torch.zeros(2)}, "some tools add such a head"),
+        (lambda s: {"lm_head.weight": torch.ones(2), "model.norm.weight": torch.ones(2)},
+         "another layout"),
+        (lambda s: s | {f"{LAYER}.mlp.dense_h_to_4h.weight_scale": torch.zeros(2)}, "quantized"),
+        (lambda s: s | {f"{LAYER}.mlp.dense_h_to_4h.qweight": torch.zeros(2)}, "quantized"),
+        (lambda s: s | {f"{LAYER}.mlp.dense_h_to_4h.SCB": torch.zeros(2)}, "quantized"),
+        (lambda s: {n: t.to(torch.int8) if "mlp" in n else t for n, t in s.items()},
+         "is of dtype I8, expected one of F16, BF16, F32: it is quantized"),
+        (lambda s: {n: torch.zeros(0) if "mlp" in n else t for n, t in s.items()},
+         r"has shape \(0,\), but .*: ZeRO-3 saves tensors empty"),
+        (lambda s: s | {"something.else": torch.zeros(2)}, "else: its config.json describes"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_of_other_tools_are_called_what_they_are(
+    file: str, change: Callable[[Any], Any], message: str, base_dir: Path, tmp_path: Path
+) -> None:
+    state: dict[str, torch.Tensor] = {}
+    for path in base_dir.glob("model-*.safetensors"):
+        state |= load_file(path)
+    shutil.copy(base_dir / "config.json", tmp_path)
+    if file.endswith(".bin"):
+        torch.save(change(state), tmp_path / file)
+        message = message.replace("dtype I8", "dtype torch.int8")
+    else:
+        save_file(change(state), tmp_path / file)
+    with pytest.raises(DataError, match=message):
+        weights.BaseWeights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors", "it is an adapter"),
+        ("adapter_config.json", "it is an adapter"),
+        ("global_step500/", "it is a DeepSpeed checkpoint"),
+        ("mp_rank_00_model_states.pt", "it is a DeepSpeed checkpoint"),
+        ("__0_0.distcp", "it is a sharded FSDP checkpoint"),
+        ("snapshots/", "it is the hub's cache"),
+        ("chatglm3-6b-q4.gguf", "it is quantized"),
+        ("model-00001-of-00007.safetensors.incomplete", "its download has not finished"),
+        ("model-00001-of-00007.safetensors", "it lacks the index of its shards"),
+    ],
+)
+def test_folders_of_other_tools_are_called_what_they_are(
+    name: str, message: str, base_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.mkdir() if name.endswith("/") else path.touch()
+    shutil.copy(base_dir / "tokenizer.model", tmp_path)
+    with pytest.raises(ArtifactError, match=f"has no config.json, but {path.name}: {message}"):
+        open_base_model(tmp_path)
+    shutil.copy(base_dir / "config.json", tmp_path)
+    with pytest.raises(DataError, match=f"holds none of .*, but {path.name}: {message}"):
+        weights.BaseWeights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", SHARD])
+def test_a_pointer_of_git_lfs_is_called_one(
+    name: str, base_dir: Path, tmp_path: Path, copy_of: Copy
+) -> None:
+    folder = copy_of(base_dir, tmp_path / "base")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ArtifactError, match=f"{name} is a Git LFS pointer.*`git lfs pull` in"):
+        open_base_model(folder)
 
 
 # --- pytorch_model-*.bin -------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Work in progress: found again if it is still valid, removed if not."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from chatglm_ja.data.readers import Reject
 from chatglm_ja.data.token_store import TokenizedChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
+from chatglm_ja.storage import files
 
 
 def folders(root: Path, **contents: list[dict[str, str]]) -> dict[str, list[Path]]:
@@ -42,7 +45,7 @@ def test_a_half_removed_folder_is_not_resumed_from(
     root = tmp_path / "work"
     (path,) = folders(root, texts=[{"a": "1"}])["texts"]
     (path / "000000.json").touch()
-    monkeypatch.setattr(resume.shutil, "rmtree", lambda _: 1 / 0)
+    monkeypatch.setattr(resume.shutil, "rmtree", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         folders(root, texts=[{"a": "2"}])
     monkeypatch.undo()
@@ -64,6 +67,33 @@ def test_finished_work_survives_an_exception_and_half_written_files_do_not(
         raise KeyboardInterrupt
     assert f"finished work is kept in {root}: re-run the command" in caplog.text
     assert [path.name for path in folders(root, texts=[{}])["texts"][0].iterdir()] == ["done"]
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV]
+)
+def test_shards_are_copied_where_they_cannot_be_linked(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_link(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for name in ("work", "linked", "copied"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "work" / "a.arrow").write_text("shard")
+    (tmp_path / "work" / "b.txt").write_text("report")
+    resume.link_files(tmp_path / "work", tmp_path / "linked")
+    files._warn_once.cache_clear()
+    monkeypatch.setattr(os, "link", no_link)
+    resume.link_files(tmp_path / "work", tmp_path / "copied")
+    assert (
+        f"has no hard links ({os.strerror(code)}): the files of {tmp_path}/copied are copied"
+        in (caplog.text)
+    )
+    for name, links in (("linked", 2), ("copied", 1)):
+        shard, report = sorted((tmp_path / name).iterdir())
+        assert (shard.read_text(), report.read_text()) == ("shard", "report")
+        assert shard.stat().st_nlink == links
 
 
 def make_index(tmp_path: Path, *chunks: TokenizedChunk) -> DocumentIndex:

@@ -5,8 +5,10 @@ import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -390,17 +392,140 @@ def test_published_files_have_the_mode_that_the_umask_allows(tmp_path: Path) -> 
     assert modes == {"model.safetensors": 0o640, "manifest.json": 0o640}
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_a_warning(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_lock(*_: Any) -> None:
-        raise OSError(code, os.strerror(code))
+def failing(code: int, only: Callable[[Any], bool] = lambda _: True) -> Callable[..., Any]:
+    """A patch of a call that fails where its first argument is one that `only` accepts."""
 
-    monkeypatch.setattr(fcntl, "flock", no_lock)
-    assert make(tmp_path / "a")
-    assert f"the file system of {tmp_path}/a has no file locks" in caplog.text
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        def patched(first: Any, *rest: Any, **named: Any) -> Any:
+            if only(first):
+                raise OSError(code, os.strerror(code), str(first))
+            return call(first, *rest, **named)
+
+        return patched
+
+    return wrap
+
+
+def is_folder(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "code", "only", "said"),
+    [
+        *((fcntl, "flock", code, None, f"no file locks ({os.strerror(code)}): make sure that no "
+           "other process writes beside {tmp}/.a.lock")
+          for code in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)),
+        *((os, "fsync", code, is_folder, "no fsync")
+          for code in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)),
+        (Path, "chmod", errno.EPERM, None, "no file modes (Operation not permitted): others"),
+        (Path, "chmod", errno.ENOSYS, None, "no file modes (Function not implemented): others"),
+    ],
+)  # fmt: skip
+def test_what_a_file_system_lacks_is_a_warning(
+    place: Any, name: str, code: int, only: Any, said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    files._warn_once.cache_clear()
+    patch = failing(code, only) if only else failing(code)
+    monkeypatch.setattr(place, name, patch(getattr(place, name)))
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [])
+    assert output.prepare()
+    with output.write() as folder:
+        save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    open_artifact(tmp_path / "a", "step1_x.py", every_byte=True)
+    assert caplog.text.count("the file system has ") == 1
+    assert said.format(tmp=tmp_path) in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failing_disk_is_not_a_missing_feature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO)(os.fsync))
+    with pytest.raises(OSError, match="Input/output error"):
+        make(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_cannot_be_renamed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on overlayfs, where a folder of the image cannot be."""
+    make(tmp_path / "a", content="old")
+    is_old = tmp_path.joinpath("a").__eq__
+    monkeypatch.setattr(Path, "rename", failing(errno.EXDEV, is_old)(Path.rename))
+    assert make(tmp_path / "a", content="new", overwrite=True)
+    assert (tmp_path / "a" / "data.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("output_dir", "message"),
+    [
+        (".", "--output-dir . holds the current folder.*such as step1_x"),
+        ("", "--output-dir . holds the current folder"),
+        ("..", "--output-dir .. holds the current folder"),
+        ("/", "--output-dir / holds the current folder.*such as /step1_x"),
+        ("link", "--output-dir link holds the current folder"),
+        ("~/out", "--output-dir ~/out: the shell has not replaced the ~"),
+        ("file/out", "file/out cannot be written: .*/file: Not a directory: choose another"),
+        ("file/a/b", "file/a/b cannot be written: .*/file: Not a directory"),
+        ("dangling/out", "out cannot be written: .*/dangling: No such file or directory"),
+        ("loop", "loop cannot be written: .*loop: Too many levels of symbolic links: choose"),
+        ("x" * 250, "cannot be written: .*: File name too long"),
+        ("file", "file exists and no step made it"),
+        ("/proc/self/out", "/proc/self/out cannot be written: /proc/self: .*choose another"),
+        ("mount", "mount is a mount point, which cannot be replaced.* --output-dir mount/step1_x"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_one_line_at_the_start(
+    output_dir: str, message: str, check: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    Path("file").touch()
+    Path("mount").mkdir()
+    Path("link").symlink_to(tmp_path)
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    ismount = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == "mount" or ismount(path))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArtifactError, match=message):
+        Output(Config(output_dir=Path(output_dir), check=check), "step1_x", []).prepare()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_without_permission_is_one_line_at_the_start(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write everywhere, so the system's answer is given here."""
+    mkdir = failing(code, lambda path: Path(path).parent == tmp_path)(os.mkdir)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    for check in (True, False):
+        output = Output(Config(output_dir=tmp_path / "a" / "b", check=check), "step1_x", [])
+        with pytest.raises(ArtifactError) as refused:
+            output.prepare()
+        assert str(refused.value) == (
+            f"{tmp_path}/a/b cannot be written: {tmp_path}: {os.strerror(code)}: choose another "
+            "--output-dir"
+        )
+
+
+def test_a_check_leaves_nothing(tmp_path: Path) -> None:
+    assert not Output(Config(output_dir=tmp_path / "a" / "b", check=True), "step1_x", []).prepare()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["nowhere", "x"])
+def test_an_input_that_is_a_link_to_nothing_says_so(target: str, tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to(target)
+    with pytest.raises(ArtifactError, match=f"x is a link to {target}, which does not exist"):
+        open_files("corpus", tmp_path / "x")
 
 
 KILLED = """

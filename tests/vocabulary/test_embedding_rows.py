@@ -1,6 +1,8 @@
 """Resizing: old rows bit by bit, initialized new rows, both layouts, and the verification."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import step3_resize_model
 from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files, weights
 from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.base_config import INDEX_FILE, Layout
 from chatglm_ja.errors import DataError
+from chatglm_ja.settings import StepConfig
+from chatglm_ja.storage.output import Output
 from chatglm_ja.vocabulary import embedding_rows
 from chatglm_ja.vocabulary.initialization import CHUNK_ROWS, Initialization
 from chatglm_ja.vocabulary.settings import ResizeModelConfig
@@ -27,7 +32,7 @@ def resized(base: Path, tokenizer_dir: Path, output: Path, **changes: Any) -> di
     config = ResizeModelConfig(
         output_dir=output, base_model=base, tokenizer=tokenizer_dir, **settings
     )
-    return embedding_rows.resize_checkpoint(Base.open(base), config, output)
+    return embedding_rows.resize_checkpoint(embedding_rows.open_base(config), config, output)
 
 
 def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
@@ -189,6 +194,54 @@ def test_a_tokenizer_of_another_base_is_refused(
     (tmp_path / "bare" / "tokenizer.model").write_bytes(base_proto.SerializeToString())
     with pytest.raises(DataError, match="was merged with another base"):
         resized(base_dir, tmp_path / "bare", tmp_path / "model2")
+
+
+def add_prefix(base: Path) -> None:
+    index = json.loads((base / INDEX_FILE).read_text())
+    index["weight_map"]["transformer.prefix_encoder.embedding.weight"] = "prefix.safetensors"
+    (base / INDEX_FILE).write_text(json.dumps(index))
+
+
+def truncate(base: Path) -> None:
+    shard = max(base.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+
+
+def swap_pieces(base: Path) -> None:
+    proto = tokenizer.read_proto(base / "tokenizer.model")
+    first, second = proto.pieces[1000], proto.pieces[1001]
+    first.piece, second.piece = second.piece, first.piece
+    (base / "tokenizer.model").write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda base: None, None),
+        (add_prefix, "comes from P-Tuning"),
+        (truncate, "truncated or damaged"),
+        (swap_pieces, "was merged with another base"),
+    ],
+)
+def test_a_check_of_step_3_passes_what_the_run_would_pass(
+    damage: Callable[[Path], None], message: str | None, base_dir: Path, merged_dir: Path,
+    tmp_path: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base = copy_of(base_dir, tmp_path / "base")
+    damage(base)
+    output = Output(StepConfig(output_dir=tmp_path / "merged"), "step2_merge_tokenizer", [])
+    with output.write() as folder:
+        shutil.copytree(merged_dir, folder, dirs_exist_ok=True)
+    flags = ["--base-model", base, "--tokenizer", tmp_path / "merged", "--output-dir"]
+    for more in (["--check"], []):
+        argv = ["step3", *flags, tmp_path / "model", *more]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        if message:
+            with pytest.raises(DataError, match=message):
+                step3_resize_model.main()
+        else:
+            step3_resize_model.main()
+        assert (tmp_path / "model").exists() == (message is None and not more)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
