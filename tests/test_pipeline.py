@@ -18,6 +18,7 @@ import pytest
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.settings import StepConfig, flag
+from chatglm_ja.storage.manifest import read_manifest
 from chatglm_ja.training.settings import SftConfig, TrainingConfig
 from chatglm_ja.vocabulary.settings import (
     MergeTokenizerConfig,
@@ -519,6 +520,45 @@ def test_cards_without_peer_access_are_told_to_nccl(
     assert result.stdout.strip() == expected, result.stderr
 
 
+def test_step_1_refuses_another_language_and_step_2_takes_its_policy(
+    base_dir: Path, tmp_path: Path
+) -> None:
+    runner = Runner(tmp_path)
+    words = [
+        "오늘",
+        "날씨가",
+        "매우",
+        "좋습니다",
+        "사람들은",
+        "공원에서",
+        "산책을",
+        "하고",
+        "있습니다",
+    ]
+    lines = [" ".join(words[i % 7 :] + words[: i % 5]) for i in range(50)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    base = ["--base-model", str(base_dir)]
+    learn = ["step1_train_tokenizer.py", *base, "--vocab-size", "300", "--sources"]
+    for source in ("ja=texts.txt", "ko=texts.txt", "jp=texts.txt"):
+        message = error_of(runner.run(*learn, source))
+        assert "pass --policy letters" in message or "'jp' is no language code" in message
+    learned = runner.run(*learn, "ko=texts.txt", "--policy", "letters")
+    assert learned.returncode == 0, learned.stderr
+    merged = runner.run("step2_merge_tokenizer.py", *base)
+    assert merged.returncode == 0, merged.stderr
+    manifest = read_manifest(runner.folder / "step2_tokenizer")
+    assert manifest
+    assert (manifest.arguments["policy"], manifest.counts["added"]) == ("letters", 300 - 259)
+    again = runner.run("step2_merge_tokenizer.py", *base)
+    assert "is finished already" in again.stderr
+    # Learned by another program, the same pieces have no policy.
+    model = str(runner.folder / "step1_tokenizer" / "ja_bpe.model")
+    (tmp_path / "ko.model").write_bytes(Path(model).read_bytes())
+    other = ["--ja-tokenizer", "ko.model", "--output-dir", "other"]
+    message = error_of(runner.run("step2_merge_tokenizer.py", *base, *other))
+    assert "japanese admits only 0 of 41 new pieces" in message
+
+
 def test_what_a_gpu_needs_is_estimated_without_data(base_dir: Path, tmp_path: Path) -> None:
     runner = Runner(tmp_path / "nothing")
     runner.root.mkdir()
@@ -530,6 +570,12 @@ def test_what_a_gpu_needs_is_estimated_without_data(base_dir: Path, tmp_path: Pa
         NPROC_PER_NODE="2",
     )  # fmt: skip
     assert (again.returncode, again.stdout) == (0, result.stdout)
+    # The base's 4,009 ids and the 14,000 pieces of the profile, 259 of which the base has.
+    for script in ("step5_train_pt.py", "step6_train_sft.py"):
+        said = runner.run(
+            script, "--model", str(base_dir), "--estimate", "4", CHATGLM_JA_PROFILE="chatglm3-6b"
+        ).stdout
+        assert "17,792 embedding rows" in said
     message = error_of(runner.run("step5_train_pt.py", "--estimate", "4"))
     assert "config.json not found: the sizes are read from it" in message
 
