@@ -9,12 +9,14 @@ Writes  <artifacts>/step2_tokenizer/  tokenizer.model, tokenizer.json, tokenizer
 Run     python step2_merge_tokenizer.py
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import logging
 from pathlib import Path
 
 import constants
 from chatglm_ja.chatglm3.base_config import open_base_tokenizer
-from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import parse
