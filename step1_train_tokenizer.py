@@ -7,6 +7,9 @@ Writes  <artifacts>/step1_tokenizer/  ja_bpe.model, ja_bpe.vocab
 Run     python step1_train_tokenizer.py
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import itertools
 import logging
 from collections.abc import Iterable
@@ -14,7 +17,6 @@ from pathlib import Path
 
 import constants
 from chatglm_ja.chatglm3.base_config import open_base_tokenizer
-from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_sources

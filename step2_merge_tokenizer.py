@@ -9,13 +9,15 @@ Writes  <artifacts>/step2_tokenizer/  tokenizer.model, tokenizer.json, tokenizer
 Run     python step2_merge_tokenizer.py
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import dataclasses
 import logging
 from pathlib import Path
 
 import constants
 from chatglm_ja.chatglm3.base_config import open_base_tokenizer
-from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_artifact_or_file, open_sources

@@ -9,11 +9,13 @@ Run     python step4_prepare_data.py
 If a run is killed, re-run the command to resume; the output is byte-identical.
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja.cli import run
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_artifact, open_sources

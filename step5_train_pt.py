@@ -6,8 +6,10 @@ Run     python step5_train_pt.py                      one GPU or the CPU; breakp
         bash step5_train_pt_multi_gpu.sh              all GPUs, DeepSpeed ZeRO-2
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import constants
-from chatglm_ja.cli import run
 from chatglm_ja.settings import parse
 from chatglm_ja.training.settings import TrainingConfig
 from chatglm_ja.training.step import run_training_step

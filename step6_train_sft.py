@@ -8,8 +8,10 @@ Run     python step6_train_sft.py                     one GPU or the CPU; breakp
         bash step6_train_sft_multi_gpu.sh             all GPUs, DeepSpeed ZeRO-2
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import constants
-from chatglm_ja.cli import run
 from chatglm_ja.settings import parse
 from chatglm_ja.training.settings import SftConfig
 from chatglm_ja.training.step import run_training_step

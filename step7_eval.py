@@ -9,11 +9,13 @@ Run     python step7_eval.py
         python step7_eval.py --web       ... on a web page, or with two models side by side
 """
 
+from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
+
+# isort: split
 import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja.cli import run
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import models
 from chatglm_ja.settings import parse

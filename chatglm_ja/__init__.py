@@ -4,6 +4,9 @@ The steps import this package. It imports neither a step nor constants.py: every
 passed in, so each module can be used and tested on its own, in any folder.
 """
 
+from chatglm_ja import interrupts  # noqa: F401  first: it handles Ctrl-C from here on
+
+# isort: split
 import sys
 from pathlib import Path
 

@@ -5,6 +5,7 @@ Log lines and progress bars go to standard error. In a torchrun job only rank 0 
 
 import errno
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from chatglm_ja import describe_missing
+from chatglm_ja import describe_missing, interrupts
 from chatglm_ja.errors import StoppedError, UserError
 
 if not sys.stderr.isatty():
@@ -37,6 +38,21 @@ def is_main_process() -> bool:
 
 def run(main: Callable[[], None]) -> None:
     """Run a step's `main`; print a UserError as one line and exit with its status."""
+    try:
+        _set_up()
+        _report_errors(main)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Those that a second Ctrl-C kept from ending.
+        for process in multiprocessing.active_children():
+            process.kill()
+        _exit("interrupted", interrupts.STATUS)
+    finally:
+        # Ctrl-C while the interpreter shuts down would print tracebacks.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _set_up() -> None:
     logging.basicConfig(
         level=logging.INFO if is_main_process() else logging.ERROR,
         format="%(asctime)s %(message)s",
@@ -47,6 +63,9 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     sys.unraisablehook = _interrupt_later
+
+
+def _report_errors(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
@@ -64,11 +83,6 @@ def run(main: Callable[[], None]) -> None:
         if error.errno in DISK_FULL:
             reason += ": free some disk space, then re-run the command to resume"
         _exit(f"error: {reason}")
-    except KeyboardInterrupt:
-        _exit("interrupted", status=130)
-    finally:
-        # Ctrl-C while the interpreter shuts down would print tracebacks.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _interrupt_later(unraisable: Any) -> None:

@@ -671,3 +671,11 @@ def test_the_demo_data_is_small_and_held_out() -> None:
     kinds = [record["kind"] for record in records("train_sft.jsonl.gz")]
     assert len(kinds) >= 1500
     assert set(kinds) == {"ja", "zh", "en", "code"}
+
+
+def test_make_clean_removes_the_results_of_the_demo_only(tmp_path: Path) -> None:
+    for path in ("artifacts/demo/step1_tokenizer", "artifacts/chatglm3-6b/step5_pt", ".venv"):
+        (tmp_path / path).mkdir(parents=True)
+    subprocess.run(["make", "-f", str(PROJECT / "Makefile"), "clean"], cwd=tmp_path, check=True)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == [".venv", "artifacts", "artifacts/chatglm3-6b", "artifacts/chatglm3-6b/step5_pt"]

@@ -16,6 +16,16 @@ from chatglm_ja.training.watchdog import first_sentence
 
 
 def main() -> None:
+    try:
+        launch()
+    except (SignalException, KeyboardInterrupt) as error:  # also the second, during the cleanup
+        sys.exit(128 + getattr(error, "sigval", signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def launch() -> None:
+    """Run torchrun with this program's arguments."""
     logging.disable(logging.CRITICAL)  # torch's loggers have levels of their own
     arguments = run.parse_args(sys.argv[1:])
     try:
@@ -34,8 +44,6 @@ def main() -> None:
             f"error: the processes cannot connect at {address} ({first_sentence(error)}): another "
             "run may use the port; set MASTER_PORT to a free one"
         )
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
 
 
 if __name__ == "__main__":

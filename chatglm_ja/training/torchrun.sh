@@ -29,7 +29,7 @@ fi
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
   # Counting GPUs loads torch, and mistakes are to be said before.
   check "$@" --no-verify
-  NPROC_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count())')"
+  NPROC_PER_NODE="$(python -c 'import chatglm_ja, torch; print(torch.cuda.device_count())')"
   if [[ "$NPROC_PER_NODE" -eq 0 ]]; then
     echo "error: no GPU found: set NPROC_PER_NODE=2, or more, to run on the CPU over gloo" >&2
     exit 1

@@ -1,10 +1,13 @@
 """Checkpoints: published atomically, pruned, and never opened if damaged."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.storage import files
@@ -28,6 +31,18 @@ def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path) -> None:
     fill(checkpoints, 5, 10, 1000)
     assert checkpoints.find_newest(overwrite=False) == tmp_path / "c" / "step-001000"
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-000010", "step-001000"]
+
+
+def test_its_files_have_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        with Checkpoints(tmp_path, RUN, keep=2).write(5) as folder:
+            assert folder is not None
+            save_file({"x": torch.zeros(1)}, folder / "weights.safetensors")
+    finally:
+        os.umask(umask)
+    for name in ("weights.safetensors", MANIFEST):
+        assert (tmp_path / "step-000005" / name).stat().st_mode & 0o777 == 0o640
 
 
 def test_damaged_ones_do_not_count_among_those_kept(
