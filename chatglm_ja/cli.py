@@ -4,6 +4,7 @@ Log lines and progress bars go to standard error. In a torchrun job only rank 0 
 """
 
 import errno
+import io
 import logging
 import multiprocessing
 import os
@@ -22,11 +23,11 @@ if not sys.stderr.isatty():
 # Messages that libraries print at import or on every start, and on which a user cannot act.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DATASETS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-QUIET_LIBRARIES = (
-    "accelerate", "datasets", "deepspeed", "httpx", "huggingface_hub", "matplotlib", "torch"
-)  # fmt: skip
+QUIET_LIBRARIES = ("accelerate", "deepspeed", "torch")
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -53,14 +54,18 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _set_up() -> None:
+    # A terminal or a file that is not in UTF-8 shows what it cannot write as an escape.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     logging.basicConfig(
-        level=logging.INFO if is_main_process() else logging.ERROR,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
+        level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
+    # Libraries that have a level of their own, and the project's own modules and scripts.
     for library in QUIET_LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
+    for own in ("chatglm_ja", "__main__"):
+        logging.getLogger(own).setLevel(logging.INFO if is_main_process() else logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     sys.unraisablehook = _interrupt_later
 

@@ -279,3 +279,46 @@ def test_compiling_without_a_compiler_is_one_line(run_first: RunFirst, script: s
     missing = {"CUDA_VISIBLE_DEVICES": "", "CXX": "/nowhere/g++"}
     status, said = run_first(script, "--compile", **missing)
     assert only_error(status, said).startswith("error: --compile needs /nowhere/g++")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "utf-8"])
+def test_a_terminal_of_any_encoding_is_no_traceback(encoding: str) -> None:
+    """What it cannot show is escaped; --help and messages hold Japanese."""
+    program = (
+        "import chatglm_ja.cli as cli, logging\n"
+        "def main():\n"
+        "    print('食べる', '한', input())\n"
+        "    logging.getLogger('__main__').info('食べる')\n"
+        "    raise cli.UserError('名前 \\udcff')\n"
+        "cli.run(main)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(PROJECT)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], input="質問\n".encode(), capture_output=True,
+        env=environment, check=False,
+    )  # fmt: skip
+    assert (result.returncode, b"Traceback" in result.stderr) == (1, False), result.stderr
+    assert result.stderr.splitlines()[-1].startswith(b"error: ")
+    result = subprocess.run(
+        [sys.executable, str(PROJECT / STEPS[0]), "--help"], capture_output=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_libraries_are_quiet_and_the_project_is_not() -> None:
+    program = (
+        "import chatglm_ja.cli as cli, logging\n"
+        "def main():\n"
+        "    for name in ('httpx2', 'anything.at.all', 'chatglm_ja.data.corpus', '__main__'):\n"
+        "        logging.getLogger(name).info(name)\n"
+        "    import datasets, huggingface_hub\n"
+        "    for name in ('datasets', 'huggingface_hub.utils'):\n"
+        "        logging.getLogger(name).warning(name)\n"
+        "cli.run(main)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=PROJECT
+    )
+    said = [line.split()[1] for line in result.stderr.splitlines()]
+    assert said == ["chatglm_ja.data.corpus", "__main__"]

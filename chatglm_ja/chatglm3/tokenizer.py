@@ -49,8 +49,10 @@ def parse_proto(data: bytes, origin: Path) -> Any:
         proto.ParseFromString(data)
     except DecodeError:
         raise DataError(f"{origin} is not a sentencepiece model") from None
-    if not proto.pieces:
-        raise DataError(f"{origin} is not a sentencepiece model: it has no pieces")
+    # What follows the pieces is missing if a download was cut off between two fields.
+    for part, is_there in (("pieces", proto.pieces), ("settings", proto.HasField("trainer_spec"))):
+        if not is_there:
+            raise DataError(f"{origin} is not a sentencepiece model, or is cut: it has no {part}")
     if proto.trainer_spec.model_type != messages.TrainerSpec.BPE:
         kind = messages.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
         raise DataError(

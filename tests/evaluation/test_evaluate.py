@@ -157,12 +157,20 @@ def test_a_window_beyond_the_model_is_one_line(config: EvalConfig, stages: list[
         evaluation.evaluate_stage(stages[0])
 
 
-@pytest.mark.parametrize("content", ["", json.dumps({"text": ""}) + "\n"])
-def test_empty_held_out_text_is_one_line(config: EvalConfig, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "source en/empty .* holds no record"),
+        (json.dumps({"text": ""}) + "\n", "--sources hold no en text: there is nothing to score"),
+    ],
+)
+def test_empty_held_out_text_is_one_line(
+    config: EvalConfig, tmp_path: Path, content: str, message: str
+) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
     sources = (*config.sources, Source("en", str(path)))
-    with pytest.raises(DataError, match="--sources hold no en text: there is nothing to score"):
+    with pytest.raises(DataError, match=message):
         evaluate.Evaluation(change_config(config, sources=sources))
 
 
