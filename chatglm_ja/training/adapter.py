@@ -1,7 +1,7 @@
 """What a run trains, as an adapter: built, saved, and merged into the model.
 
     part         training                 merging
-    LoRA         in every layer           W + (alpha / rank) B A, in float32, rounded once to the
+    LoRA         --lora-targets           W + (alpha / rank) B A, in float32, rounded once to the
                                           model's stored dtype
     embeddings   in full, or new rows     the trained matrices replace the stored ones
     the rest     frozen                   copied
@@ -78,7 +78,7 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(base_config.read_shape(config.model).projections),
+        target_modules=list(config.lora_targets),
     )
     model = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ GPU.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from chatglm_ja.chatglm3.base_config import ModelShape, read_shape
@@ -39,20 +39,28 @@ PEAK_TFLOPS = {
 # MFU of runs on an H100 (docs/training.md) by (gradient checkpointing, compiled layers).
 MEASURED_MFU = {(True, True): 0.30, (True, False): 0.20, (False, True): 0.38, (False, False): 0.28}
 PLANNED_GPUS = ("RTX 3090", "RTX 4090", "A100", "H100")
+# A layer's matrices in the order of the forward pass; those of a stage have the same input.
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",))
 # Rows of logits that a GPU holds at once while it computes the loss.
 LOSS_ROWS = 1024
 
 
-def activation_bytes(shape: ModelShape, rank: int, length: int) -> int:
-    """Return the bytes per token that a layer keeps for its backward pass, in half precision."""
+def activation_bytes(shape: ModelShape, rank: int, targets: Sequence[str], length: int) -> int:
+    """Return the bytes per token that a layer keeps for its backward pass, in half precision.
+
+    `targets` are the matrices with LoRA matrices of this rank.
+    """
     attention = shape.heads * shape.head_dim
+    # What is multiplied with a target. Queries, keys and values share their input.
+    inputs = [shape.projections[stage[0]][0] for stage in STAGES if {*stage} & {*targets}]
     return (
-        2 * (4 + 2) * shape.hidden  # both norms: input in float32, output in half precision
-        + 2 * (3 + 2) * attention  # queries, keys and values repeated for all heads, output twice
+        2 * 4 * shape.hidden  # the inputs of both norms in float32
+        + 2 * (3 + 1) * attention  # queries, keys and values repeated for all heads, output
         + 2 * length  # a row of the mask
         + 4 * shape.heads  # logarithms of the softmax's sums
-        + 2 * 4 * shape.ffn  # the MLP's two halves, the activation, their product
-        + 2 * 6 * rank  # the inner products of LoRA
+        + 2 * 3 * shape.ffn  # the MLP's two halves, the activation
+        + 2 * sum(inputs)
+        + 2 * len(targets) * rank  # the inner products of LoRA
         + 2 * 4  # a scale of each norm
         + 2 * shape.head_dim  # rotary cosine and sine
     )
@@ -103,7 +111,9 @@ def estimate_memory(
     else:
         always += [("trained weights", 4 * trained.all), ("Adam's moments", 8 * trained.all)]
 
-    layer = tokens * activation_bytes(shape, config.lora_rank, config.block_size)
+    layer = tokens * activation_bytes(
+        shape, config.lora_rank, config.trained_targets, config.block_size
+    )
     # The gradients of the MLP's activations are the largest of a layer.
     working = tokens * 2 * 4 * shape.ffn
     activations = shape.layers * layer
@@ -139,24 +149,34 @@ def bucket_elements(shape: ModelShape, config: TrainingConfig) -> int:
 
 
 def flops_per_token(
-    shape: ModelShape, trained: ParameterCounts, context: float, scored: float = 1.0
+    shape: ModelShape,
+    trained: ParameterCounts,
+    targets: Sequence[str],
+    context: float,
+    scored: float = 1.0,
 ) -> float:
     """Return the floating-point operations per trained token, forward and backward.
 
     A frozen weight takes 2 in the forward pass and 2 for the gradient of its input; a trained one
     2 more for its own gradient. Recomputation by gradient checkpointing does not count (MFU as in
-    PaLM, arXiv:2204.02311, with frozen weights). `context` is the mean number of tokens of its
-    document that a token attends to; `scored` is the share of tokens with a loss: only they are
-    multiplied with the output matrix.
+    PaLM, arXiv:2204.02311, with frozen weights). `targets` are the matrices whose LoRA matrices are
+    trained. `context` is the mean number of tokens of its document that a token attends to;
+    `scored` is the share of tokens with a loss: only they are multiplied with the output matrix.
     """
     weights = {name: inputs * outputs for name, (inputs, outputs) in shape.projections.items()}
     output = scored * (4 * shape.rows * shape.hidden + trained.embeddings)
-    attention = 3 * 4 * shape.layers * shape.heads * shape.head_dim * context
-    # The input embedding is a lookup. If it is frozen, the first layer needs no input gradient.
-    unneeded = 0 if trained.embeddings else 2 * sum(weights[f"{name}_proj"] for name in "qkv")
-    return (
-        4 * shape.layers * sum(weights.values()) + output + 6 * trained.lora + attention - unneeded
-    )
+    attention = 4 * shape.heads * shape.head_dim * context  # forward, in a layer
+    # The input embedding is a lookup. If it is frozen, the first layer needs no gradient of what
+    # comes before its first target.
+    unneeded = 0.0
+    for stage in STAGES if not trained.embeddings else ():
+        unneeded += 2 * sum(weights[name] for name in stage)
+        if stage == ("o_proj",):
+            unneeded += 2 * attention
+        if {*stage} & {*targets}:
+            break
+    layers = shape.layers * (4 * sum(weights.values()) + 3 * attention)
+    return layers + output + 6 * trained.lora - unneeded
 
 
 def mean_context(lengths: Iterable[Iterable[int]]) -> float:
@@ -207,7 +227,9 @@ def _describe_time(
     """Yield lines on the hours for a billion tokens on several GPUs, and the traffic per step."""
     mfu = MEASURED_MFU[config.gradient_checkpointing, config.compile]
     # Documents as long as a block: the most that attention can take.
-    operations = 1e9 * flops_per_token(shape, trained, config.block_size / 2)
+    operations = 1e9 * flops_per_token(
+        shape, trained, config.trained_targets, context=config.block_size / 2
+    )
     hours = {
         gpu: operations / (mfu * PEAK_TFLOPS[gpu] * 1e12 * plan.processes) / 3600
         for gpu in PLANNED_GPUS

@@ -75,6 +75,7 @@ class ResumableTrainer(Trainer):
         self.flops_per_token = costs.flops_per_token(
             shape,
             config.count_parameters(shape),
+            config.trained_targets,
             context=costs.mean_context(lengths),
             scored=dataset.scored_share(rows, SAMPLED_ROWS),
         )
