@@ -234,7 +234,7 @@ class ResumableTrainer(Trainer):
             self.resumed = load_state(self, Path(checkpoint))
         elif self.is_deepspeed_enabled:
             # DeepSpeed made its float32 masters from weights in half precision.
-            set_weights(self, dict(read_embeddings(self.config.model, self.model)))
+            set_weights(self, read_embeddings(self.config.model, self.model))
         return prepared
 
     def restore_progress(self) -> None:
