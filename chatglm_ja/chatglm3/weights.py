@@ -24,6 +24,7 @@ from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json, resolve_inside, write_json
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+CPU = torch.device("cpu")
 Logits = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -243,10 +244,14 @@ def load_base(base: BaseWeights, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
-    """Load a model folder of steps 3, 5 or 6 as GlmForCausalLM or a subclass.
+def load_glm(
+    folder: Path, model_class: Any, dtype: torch.dtype | str, device: torch.device = CPU
+) -> Any:
+    """Load a model folder of steps 3, 5 or 6 as GlmForCausalLM or a subclass, on `device`.
 
-    Raises DataError for a folder in ChatGLM3's own layout.
+    The weights go there one by one from the files, which are mapped into memory. With the dtype
+    "auto", that of the files, processes that load the same model share the host's memory. Raises
+    DataError for a folder in ChatGLM3's own layout.
     """
     path = folder / "config.json"
     try:
@@ -258,7 +263,7 @@ def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
             f"{folder} is in the layout of {model_type}, for other tools: run "
             "step3_resize_model.py with --layout glm for the steps that follow"
         )
-    return model_class.from_pretrained(folder, dtype=dtype)
+    return model_class.from_pretrained(folder, dtype=dtype, device_map=device)
 
 
 def compute_dtype() -> torch.dtype:

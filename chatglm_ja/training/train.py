@@ -110,7 +110,8 @@ def train(
         if resumed is not None:
             log.info("resuming from %s", resumed)
             arguments.eval_on_start = False
-        model = adapter.load_for_training(config, adapter.choose_dtype(config))
+        dtype = adapter.choose_dtype(config)
+        model = adapter.load_for_training(config, dtype, arguments.device)
         trainer = ResumableTrainer(
             config, model, rows, validation, checkpoints, watchdog, arguments
         )
