@@ -105,10 +105,13 @@ class ResumableTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Run forward and backward on a micro-batch; return its loss, detached.
+        """Run forward and backward on a micro-batch; return its loss, the mean over all processes.
 
         A non-finite loss, or one above the guard's limit, makes the gradients NaN on all processes,
         so that the optimizer skips the step. Nothing here waits for the device.
+
+        The Trainer sums what is returned until the next log line. As all processes have the same
+        sum, a checkpoint needs only one, whatever the number of processes that resume from it.
         """
         self.watchdog.progress()
         model.train()
@@ -134,7 +137,7 @@ class ResumableTrainer(Trainer):
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss * torch.where(is_good, 1.0, math.nan), **options)
         usual = self.guard.mean / self.current_gradient_accumulation_steps
-        return torch.where(is_good, loss.detach(), usual)  # keeps NaN out of the logged mean
+        return torch.where(is_good, mean, usual)  # keeps NaN out of the logged mean
 
     def end_step(self) -> None:
         """Read the step's losses from the device, once, and decide whether the run continues."""
@@ -150,8 +153,8 @@ class ResumableTrainer(Trainer):
         """Tell the optimizer, on the device, to skip a step with non-finite gradients.
 
         The Trainer calls this just before the optimizer's step. AdamW reads `found_inf`, which a
-        GradScaler sets as well. In fp16 the scaler skips such steps, which are normal until it has
-        found a loss scale that fits. DeepSpeed skips them in any precision.
+        GradScaler sets as well. In fp16 the scaler skips such steps and halves its scale; they are
+        normal until it has found a scale that fits. DeepSpeed skips them in any precision.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None:
