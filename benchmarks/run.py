@@ -104,6 +104,11 @@ BENCHMARKS = (
         "--llamafactory={llamafactory} --work-dir={work_dir}/sft",
     ),
     Benchmark(
+        "Loading the model in several processes",
+        "host_memory.py",
+        "--work-dir={work_dir}/host_memory",
+    ),
+    Benchmark(
         "What ZeRO-2 sends",
         "zero2_traffic.py",
         "--model={demo}/step3_model --data={demo}/step4_data --block-size=256",

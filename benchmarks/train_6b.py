@@ -255,6 +255,7 @@ def make_model(options: argparse.Namespace) -> None:
             "kv_channels": 128,
             "layernorm_epsilon": 1e-5,
             "seq_length": 8192,
+            "padded_vocab_size": options.rows,
         },
         options.rows,
         torch.float16,

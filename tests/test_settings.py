@@ -231,6 +231,16 @@ def test_paths_and_progress_settings_do_not_shape_the_result() -> None:
     assert arguments["lora_rank"] == 8
 
 
+def test_lora_targets_are_the_same_in_any_order() -> None:
+    named = parse_training("--lora-targets", "down_proj", "v_proj", "q_proj", "v_proj")
+    assert named.lora_targets == ("q_proj", "v_proj", "down_proj")
+    assert len(parse_training().lora_targets) == 6
+    with pytest.raises(ConfigError, match=r"--lora-targets names query: expected some of q_proj,"):
+        parse_training("--lora-targets", "q_proj", "query")
+    with pytest.raises(ConfigError, match="--lora-targets names nothing: expected some of q_proj"):
+        parse(TrainingConfig, "", {**DEFAULTS, "lora_targets": ()}, [])
+
+
 @pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])
 def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting exists and is within its limits, every source parses, shares name sources."""

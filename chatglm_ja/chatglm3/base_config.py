@@ -3,7 +3,7 @@
 Nothing here imports torch, so that a step can look at its inputs before it loads anything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,8 @@ SIZES = {
     "layernorm_epsilon": "rms_norm_eps",
 }
 LFS_POINTER = b"version https://git-lfs.github.com/"
+# The matrices of a layer in GlmForCausalLM, in the order in which they are multiplied.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 MAX_LAYERS = 10_000  # a corrupt number must not make us list the tensors of 10^9 layers
 
 
@@ -150,16 +152,17 @@ class ModelShape:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """(input, output) sizes of a layer's six matrices, by module name: the targets of LoRA."""
+        """(input, output) sizes of a layer's matrices, by the names in PROJECTIONS."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, queries),
-            "k_proj": (self.hidden, keys),
-            "v_proj": (self.hidden, keys),
-            "o_proj": (queries, self.hidden),
-            "gate_up_proj": (self.hidden, 2 * self.ffn),
-            "down_proj": (self.ffn, self.hidden),
-        }
+        sizes = (
+            (self.hidden, queries),
+            (self.hidden, keys),
+            (self.hidden, keys),
+            (queries, self.hidden),
+            (self.hidden, 2 * self.ffn),
+            (self.ffn, self.hidden),
+        )
+        return dict(zip(PROJECTIONS, sizes, strict=True))
 
     @property
     def layer_weights(self) -> int:
@@ -173,9 +176,9 @@ class ModelShape:
         """Parameters of both embedding matrices."""
         return 2 * self.rows * self.hidden
 
-    def lora_weights(self, rank: int) -> int:
-        """Return the parameters of LoRA matrices of this rank on all projections."""
-        return self.layers * rank * sum(i + o for i, o in self.projections.values())
+    def lora_weights(self, rank: int, targets: Iterable[str]) -> int:
+        """Return the parameters of LoRA matrices of this rank on the `targets` in every layer."""
+        return self.layers * rank * sum(sum(self.projections[name]) for name in targets)
 
 
 def read_shape(folder: Path) -> ModelShape:

@@ -29,6 +29,7 @@ from chatglm_ja.storage.files import describe_absence, join_inside, read_json, w
 log = logging.getLogger(__name__)
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+CPU = torch.device("cpu")
 Logits = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -271,10 +272,14 @@ def load_base(base: BaseWeights, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
-    """Load a model folder of steps 3, 5 or 6 as GlmForCausalLM or a subclass.
+def load_glm(
+    folder: Path, model_class: Any, dtype: torch.dtype | str, device: torch.device = CPU
+) -> Any:
+    """Load a model folder of steps 3, 5 or 6 as GlmForCausalLM or a subclass, on `device`.
 
-    Raises DataError for a folder in ChatGLM3's own layout.
+    The weights go there one by one from the files, which are mapped into memory. With the dtype
+    "auto", that of the files, processes that load the same model share the host's memory. Raises
+    DataError for a folder in ChatGLM3's own layout.
     """
     path = folder / "config.json"
     try:
@@ -286,7 +291,7 @@ def load_glm(folder: Path, model_class: Any, dtype: torch.dtype | str) -> Any:
             f"{folder} is in the layout of {model_type}, for other tools: run "
             "step3_resize_model.py with --layout glm for the steps that follow"
         )
-    return model_class.from_pretrained(folder, dtype=dtype)
+    return model_class.from_pretrained(folder, dtype=dtype, device_map=device)
 
 
 def compute_dtype() -> torch.dtype:

@@ -1,7 +1,7 @@
 """What a run trains, as an adapter: built, saved, and merged into the model.
 
     part         training                 merging
-    LoRA         in every layer           W + (alpha / rank) B A, in float32, rounded once to the
+    LoRA         --lora-targets           W + (alpha / rank) B A, in float32, rounded once to the
                                           model's stored dtype
     embeddings   in full, or new rows     the trained matrices replace the stored ones
     the rest     frozen                   copied
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import GlmForCausalLM
 
-from chatglm_ja.chatglm3 import base_config, chat_format, tokenizer_files, weights
+from chatglm_ja.chatglm3 import chat_format, tokenizer_files, weights
 from chatglm_ja.chatglm3.tensor_names import GLM_EMBEDDING, GLM_LM_HEAD
 from chatglm_ja.chatglm3.tokenizer import load_processor
 from chatglm_ja.chatglm3.weights import compute_dtype, load_glm
@@ -61,14 +61,20 @@ def choose_dtype(config: TrainingConfig) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
 
 
-def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
-    """Load the model with LoRA matrices, and with trainable embeddings if the settings say so.
+def load_for_training(
+    config: TrainingConfig, dtype: torch.dtype, device: torch.device = weights.CPU
+) -> PeftModel:
+    """Load the model on `device` with LoRA matrices, and with trainable embeddings if the settings
+    say so.
 
     Trained weights are float32 (DeepSpeed makes them half precision, with float32 masters); frozen
     ones have `dtype`.
     """
     log.info("loading %s", config.model)
-    model: Any = load_glm(config.model, GlmForTraining, dtype)
+    model: Any = load_glm(config.model, GlmForTraining, "auto", device)
+    # Converted on the device: on the host every process would need memory for its own copy.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     if config.embedding_rows == "new":
         split_embeddings(model, chat_format.first_new_id(load_processor(config.model)))
     if config.gradient_checkpointing:
@@ -78,7 +84,7 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(base_config.read_shape(config.model).projections),
+        target_modules=list(config.lora_targets),
     )
     model = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
@@ -102,12 +108,14 @@ def load_for_training(config: TrainingConfig, dtype: torch.dtype) -> PeftModel:
 def read_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the stored values of the embeddings that `model` trains, in float32, by parameter name.
 
-    The values in a loaded model are rounded to the dtype of the computation.
+    They are on the model's device. Those in a loaded model are rounded to the dtype of the
+    computation.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(EMBEDDINGS) and parameter.requires_grad:
             stored = name.removeprefix(PEFT_PREFIX).removesuffix(".new").removesuffix(".weight")
-            yield name, weights.read_tensor(folder, f"{stored}.weight")[-len(parameter) :].float()
+            rows = weights.read_tensor(folder, f"{stored}.weight")[-len(parameter) :]
+            yield name, rows.to(parameter.device).float()
 
 
 def save_adapter(

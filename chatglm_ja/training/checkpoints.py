@@ -21,7 +21,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def save_state(trainer: Any, folder: Path | None, extra: Mapping[str, Any]) -> N
         "optimizer_step": int(next(iter(_adam(trainer).state.values()))["step"]),
         "schedule": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else {},
-        # The sum of the losses since the last log line, and the step of that line.
+        # The sum of the losses since the last log line, the same on all processes, and its step.
         "loss_sum": trainer._tr_loss.item(),
         "last_logged": trainer._globalstep_last_logged,
         **extra,
@@ -212,17 +212,25 @@ def gather_tensors(
     return tensors
 
 
-def set_weights(trainer: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def set_weights(trainer: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Overwrite trained weights with float32 values, by parameter name; all processes call this."""
-    for name, parameter in _trained(trainer):
-        if name in weights:
-            _scatter(trainer, parameter, "", weights[name])
+    parameters = dict(_trained(trainer))
+    for name, value in weights:
+        _scatter(trainer, parameters[name], "", value)
 
 
 def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
-    """Load a saved state into a Trainer that is prepared for training; return its progress."""
+    """Load a saved state into a Trainer that is prepared for training; return its progress.
+
+    Raises ArtifactError, before anything is loaded, if the checkpoint holds other tensors than the
+    Trainer trains.
+    """
     progress = dict(files.read_json(folder / PROGRESS))
-    moments = load_file(folder / OPTIMIZER)
+    weights, moments = (load_file(folder / name) for name in (WEIGHTS, OPTIMIZER))
+    shapes = {name: parameter.shape for name, parameter in _trained(trainer)}
+    _check_tensors(folder / WEIGHTS, weights, shapes)
+    of_moments = {f"{name}:{key}": shape for name, shape in shapes.items() for key in MOMENTS}
+    _check_tensors(folder / OPTIMIZER, moments, of_moments)
     adam = _adam(trainer)
     for group in adam.param_groups:
         for parameter in group["params"]:  # what AdamW creates in its first step
@@ -231,7 +239,7 @@ def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
                 **{key: torch.zeros_like(parameter) for key in MOMENTS},
             }
     _link_moments(trainer)
-    set_weights(trainer, load_file(folder / WEIGHTS))
+    set_weights(trainer, weights.items())
     for name, parameter in _trained(trainer):
         for key in MOMENTS:
             _scatter(trainer, parameter, key, moments[f"{name}:{key}"])
@@ -242,6 +250,26 @@ def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
     if progress["scaler"]:
         trainer.accelerator.scaler.load_state_dict(progress["scaler"])
     return progress
+
+
+def _check_tensors(
+    path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]
+) -> None:
+    """Raise ArtifactError if a file's tensors differ from the expected names and shapes."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            problem = f"lacks {name}, which this run trains"
+        elif name not in expected:
+            problem = f"holds {name}, which this run does not train"
+        elif found[name].shape != expected[name]:
+            shapes = tuple(found[name].shape), tuple(expected[name])
+            problem = f"holds {name} with shape {shapes[0]}, but this run trains {shapes[1]}"
+        else:
+            continue
+        raise ArtifactError(
+            f"{path} {problem}: resume with the versions that wrote it, or remove "
+            f"{path.parent.parent} to start again"
+        )
 
 
 def load_random_states(trainer: Any, folder: Path) -> None:

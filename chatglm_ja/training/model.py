@@ -79,16 +79,22 @@ def token_losses(
 
     hidden [batch, length, width], weight [vocabulary, width], labels int64 [batch, length]:
     position t predicts label t + 1, and single losses are ordered as labels[:, 1:]. Positions with
-    the label IGNORE_INDEX are dropped before the product with `weight`, so they cost nothing. The
-    backward pass of a sum in float32 takes one product fewer.
+    the label IGNORE_INDEX are dropped before the product with `weight`, so they cost nothing.
+
+    Single losses are for scoring: their logits are computed in float32, whatever the dtype of the
+    rest. The sum is for training, in the dtype of autocast or of `hidden`; its backward pass takes
+    one product fewer in float32.
     """
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
-    rows = hidden[:, :-1][trained]
+    rows, targets = hidden[:, :-1][trained], targets[trained]
+    size = costs.LOSS_ROWS if rows.is_cuda else CPU_LOSS_ROWS
+    if reduction == "none":
+        with torch.autocast(rows.device.type, enabled=False):
+            return _compute_losses_in_chunks(rows.float(), weight.float(), targets, size)
     if torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-    weight, targets = weight.to(rows.dtype), targets[trained]
-    size = costs.LOSS_ROWS if rows.is_cuda else CPU_LOSS_ROWS
+    weight = weight.to(rows.dtype)
     if hasattr(F, "linear_cross_entropy"):
         # linear_cross_entropy accumulates a sum in the dtype of the rows: in bfloat16 it was off by
         # 4% for 12,000 tokens, in float16 it overflowed. So in half precision we take single
@@ -97,19 +103,19 @@ def token_losses(
             rows,
             weight,
             targets,
-            reduction=reduction if rows.dtype == torch.float32 else "none",
+            reduction="sum" if rows.dtype == torch.float32 else "none",
             options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size),
-        ).float()
+        )
     else:
         _log_fallback()
         losses = _compute_losses_in_chunks(rows, weight, targets, size)
-    return losses.sum() if reduction == "sum" else losses
+    return losses.float().sum()
 
 
 def _compute_losses_in_chunks(
     rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """Return single losses without `linear_cross_entropy`, which older versions of torch lack.
+    """Return single losses, float32, from the logits of `size` rows at a time.
 
     The backward pass recomputes the logits of each chunk, so that none are kept.
     """

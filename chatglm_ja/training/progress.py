@@ -64,11 +64,12 @@ class Progress(TrainerCallback):
         if is_last:
             control.should_log = True  # even if there are fewer steps than --logging-steps
             control.should_evaluate = args.eval_strategy != "no"
+        trainer.is_unscored = control.should_evaluate
         if trainer.checkpoints is not None:
             is_due = state.global_step % trainer.config.save_steps == 0
-            # After the last step there is nothing to resume.
-            control.should_save = (is_due or trainer.should_stop) and not is_last
-        control.should_training_stop |= trainer.should_stop
+            control.should_save = is_due and not is_last  # only publishing is left
+        if trainer.should_stop:
+            trainer.stop(control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.bar is None:

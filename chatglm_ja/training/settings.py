@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatglm_ja.chatglm3.base_config import ModelShape, read_shape, weights_bytes
+from chatglm_ja.chatglm3.base_config import PROJECTIONS, ModelShape, read_shape, weights_bytes
 from chatglm_ja.settings import REPORTS_BYTES, StepConfig, setting
 from chatglm_ja.storage.files import read_json
 
@@ -47,6 +47,9 @@ class TrainingConfig(StepConfig):
     )
     lora_rank: int = setting("rank of the LoRA matrices", 8, low=1)
     lora_alpha: int = setting("LoRA scale: updates are multiplied by alpha / rank", 16, low=0)
+    lora_targets: tuple[str, ...] = setting(
+        f"the matrices of a layer that get LoRA matrices, of {', '.join(PROJECTIONS)}", PROJECTIONS
+    )
     lora_dropout: float = setting("dropout before the LoRA matrices", 0.0, low=0, high=0.9)
     learning_rate: float = setting(
         "peak learning rate of the LoRA matrices (0: freeze the transformer)", 2e-4, low=0, high=1
@@ -151,10 +154,22 @@ class TrainingConfig(StepConfig):
     )
     seed: int = setting("seed of the LoRA matrices and the order of the rows", 42, low=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # In one order and once: how they are listed does not change the result.
+        targets = tuple(name for name in PROJECTIONS if name in self.lora_targets)
+        object.__setattr__(self, "lora_targets", targets)
+
     def contradictions(self) -> list[str]:
         problems = _find_deepspeed_problems(self.deepspeed) if self.deepspeed is not None else []
         if self.compile and self.estimate is None:
             problems += _find_compiler_problems()
+        unknown = [name for name in self.lora_targets if name not in PROJECTIONS]
+        if unknown or not self.lora_targets:
+            problems.append(
+                f"--lora-targets names {unknown[0] if unknown else 'nothing'}: expected some of "
+                f"{', '.join(PROJECTIONS)}"
+            )
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             problems.append("--tracker wandb needs its package: run `pip install wandb`")
         if self.embedding_rows == "new" and not self.train_embeddings:
@@ -173,12 +188,17 @@ class TrainingConfig(StepConfig):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems
 
+    @property
+    def trained_targets(self) -> tuple[str, ...]:
+        """The matrices of a layer whose LoRA matrices are trained."""
+        return self.lora_targets if self.learning_rate else ()
+
     def count_parameters(self, shape: ModelShape, old_rows: int | None = None) -> ParameterCounts:
         """Count the parameters of a model of this shape.
 
         New rows are those after `old_rows`; by default the tokenizer of `model` says which.
         """
-        lora = shape.lora_weights(self.lora_rank) if self.learning_rate else 0
+        lora = shape.lora_weights(self.lora_rank, self.trained_targets)
         rows = shape.rows if self.train_embeddings else 0
         if rows and self.embedding_rows == "new":
             if old_rows is None:

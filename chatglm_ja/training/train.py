@@ -109,8 +109,8 @@ def train(
         resumed = None if checkpoints is None else _find_newest(checkpoints, config.overwrite)
         if resumed is not None:
             log.info("resuming from %s", resumed)
-            arguments.eval_on_start = False
-        model = adapter.load_for_training(config, adapter.choose_dtype(config))
+        dtype = adapter.choose_dtype(config)
+        model = adapter.load_for_training(config, dtype, arguments.device)
         trainer = ResumableTrainer(
             config, model, rows, validation, checkpoints, watchdog, arguments
         )
@@ -125,7 +125,7 @@ def train(
         with stopping_on_signals(trainer), closing(progress):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         step, last_step = trainer.state.global_step, trainer.state.max_steps
-        if trainer.should_stop and step < last_step:
+        if trainer.should_stop:
             raise StoppedError(f"at step {step} of {last_step}: {describe_resume()}")
         return _finish(trainer, output_dir) | {"sources": sources}
 

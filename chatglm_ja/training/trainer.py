@@ -4,7 +4,7 @@
 * validation losses that are exact means per token (validation.py)
 * steps with a bad loss are skipped on all processes (spikes.py)
 * checkpoints from which any number of processes can resume (checkpoints.py)
-* SIGTERM and Ctrl-C end the run after a checkpoint
+* SIGTERM and Ctrl-C end the run after a checkpoint, also during a validation
 """
 
 import logging
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 
 from chatglm_ja.chatglm3.base_config import read_shape
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
@@ -75,6 +75,7 @@ class ResumableTrainer(Trainer):
         self.flops_per_token = costs.flops_per_token(
             shape,
             config.count_parameters(shape),
+            config.trained_targets,
             context=costs.mean_context(lengths),
             scored=dataset.scored_share(rows, SAMPLED_ROWS),
         )
@@ -91,7 +92,8 @@ class ResumableTrainer(Trainer):
         # Of each micro-batch of this step, on the device: its loss per token, and a signal to stop.
         self.micro_batches: list[torch.Tensor] = []
         self.signal_seen = False  # by this process
-        self.should_stop = False  # by all processes, after the same step
+        self.should_stop = False  # all processes, after the same step
+        self.is_unscored = False  # the validation due after this step is not finished
         # The Trainer calls `evaluate` only if it has an eval_dataset.
         super().__init__(
             model,
@@ -104,10 +106,13 @@ class ResumableTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Run forward and backward on a micro-batch; return its loss, detached.
+        """Run forward and backward on a micro-batch; return its loss, the mean over all processes.
 
         A non-finite loss, or one above the guard's limit, makes the gradients NaN on all processes,
         so that the optimizer skips the step. Nothing here waits for the device.
+
+        The Trainer sums what is returned until the next log line. As all processes have the same
+        sum, a checkpoint needs only one, whatever the number of processes that resume from it.
         """
         self.watchdog.progress()
         model.train()
@@ -133,7 +138,7 @@ class ResumableTrainer(Trainer):
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss * torch.where(is_good, 1.0, math.nan), **options)
         usual = self.guard.mean / self.current_gradient_accumulation_steps
-        return torch.where(is_good, loss.detach(), usual)  # keeps NaN out of the logged mean
+        return torch.where(is_good, mean, usual)  # keeps NaN out of the logged mean
 
     def end_step(self) -> None:
         """Read the step's losses from the device, once, and decide whether the run continues."""
@@ -145,12 +150,28 @@ class ResumableTrainer(Trainer):
             self.lr_scheduler.step()  # type: ignore[union-attr]
         self.guard.end_step(self.state.global_step, losses, float(self.grad_norm))
 
+    def stop(self, control: TrainerControl) -> None:
+        """Let the Trainer save a checkpoint and end, without a validation that is due.
+
+        A run that resumes from the checkpoint begins with that validation.
+        """
+        control.should_evaluate = False
+        control.should_save = self.checkpoints is not None and self.state.global_step > 0
+        control.should_training_stop = True
+
+    def _run_epoch(self, *given: Any, **named: Any) -> None:
+        """Train, unless the validation before it was stopped, or after the last step."""
+        if self.should_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*given, **named)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Tell the optimizer, on the device, to skip a step with non-finite gradients.
 
         The Trainer calls this just before the optimizer's step. AdamW reads `found_inf`, which a
-        GradScaler sets as well. In fp16 the scaler skips such steps, which are normal until it has
-        found a loss scale that fits. DeepSpeed skips them in any precision.
+        GradScaler sets as well. In fp16 the scaler skips such steps and halves its scale; they are
+        normal until it has found a scale that fits. DeepSpeed skips them in any precision.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None:
@@ -231,9 +252,10 @@ class ResumableTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, loader, None)
         if checkpoint is not None:
             self.resumed = load_state(self, Path(checkpoint))
+            self.args.eval_on_start = self.is_unscored = self.resumed["is_unscored"]
         elif self.is_deepspeed_enabled:
             # DeepSpeed made its float32 masters from weights in half precision.
-            set_weights(self, dict(read_embeddings(self.config.model, self.model)))
+            set_weights(self, read_embeddings(self.config.model, self.model))
         return prepared
 
     def restore_progress(self) -> None:
@@ -255,7 +277,7 @@ class ResumableTrainer(Trainer):
             needed = CHECKPOINT_BYTES * model.num_parameters(only_trainable=True)
             writing = self.checkpoints.write(self.state.global_step, needed)
         with self.pause(), writing as folder:
-            save_state(self, folder, self.guard.state())
+            save_state(self, folder, self.guard.state() | {"is_unscored": self.is_unscored})
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation set; log the sources before and after training only.
@@ -267,6 +289,10 @@ class ResumableTrainer(Trainer):
             return {}
         with self.pause(), torch.no_grad():
             metrics = self._score(self.validation)
+        self.is_unscored = metrics is None
+        if metrics is None:
+            self.stop(self.control)
+            return {}
         if self.state.global_step not in (0, self.state.max_steps):
             metrics = {k: v for k, v in metrics.items() if not k.startswith(SOURCE)}
         self.log(metrics)
@@ -276,8 +302,11 @@ class ResumableTrainer(Trainer):
         )
         return metrics
 
-    def _score(self, validation: Validation) -> dict[str, float]:
-        """Score the rows, divided among the processes, and sum the losses by source."""
+    def _score(self, validation: Validation) -> dict[str, float] | None:
+        """Score the rows, divided among the processes, and sum the losses by source.
+
+        Returns None as soon as a process has received a signal to stop.
+        """
         model: Any = self.model
         model.eval()
         # For each source: the sum of its tokens' losses, and their number.
@@ -285,7 +314,7 @@ class ResumableTrainer(Trainer):
         rows, size = validation.rows, self.args.per_device_eval_batch_size
         stride = size * self.args.world_size
         bar = tqdm(
-            range(size * self.args.process_index, len(rows), stride),
+            range(0, len(rows), stride),
             "scoring",
             unit=" batches",
             leave=False,
@@ -294,7 +323,14 @@ class ResumableTrainer(Trainer):
         )
         for start in bar:
             self.watchdog.progress()
-            chunk = [rows[i] for i in range(start, min(start + size, len(rows)))]
+            signals = torch.tensor(float(self.signal_seen), device=self.args.device)
+            self.should_stop |= self.accelerator.reduce(signals, reduction="sum").item() > 0
+            if self.should_stop:
+                return None
+            first = start + size * self.args.process_index
+            chunk = [rows[i] for i in range(first, min(first + size, len(rows)))]
+            if not chunk:
+                continue  # the other processes have the rest
             batch = self._prepare_inputs(self.collate(chunk))
             losses = model(**batch, reduction="none").loss.double()
             trained = batch["labels"][:, 1:] != IGNORE_INDEX

@@ -1,5 +1,9 @@
 """Training runs of seconds, in the test's own process."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from chatglm_ja.training.adapter import ADAPTER
 from chatglm_ja.training.checkpoints import Checkpoints
 from chatglm_ja.training.settings import TrainingConfig
 from chatglm_ja.training.trainer import ResumableTrainer
+from tests.pipeline import PROJECT
 
 
 def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) -> TrainingConfig:
@@ -33,6 +38,22 @@ def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) 
 
 def checkpoints_in(folder: Path, **run: Any) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", run, keep=2)
+
+
+def train_under_deepspeed(
+    processes: int, resized_dir: Path, data_dir: Path, folder: Path, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Train in processes of their own; return the report of program.py."""
+    settings = {"model": str(resized_dir), "data": str(data_dir), **changes}
+    environment = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-m", "chatglm_ja.training.launch", "--standalone",
+         "--nproc_per_node", str(processes), str(PROJECT / "tests/training/program.py"),
+         json.dumps(settings), str(folder)],
+        env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / "report.json").read_text())
 
 
 def adapter(folder: Path) -> bytes:

@@ -1,7 +1,8 @@
-"""Merging an adapter: exact if it fits, refused if it does not."""
+"""Loading a model for training, and merging an adapter: exact if it fits, refused if not."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,67 @@ from transformers import GlmForCausalLM
 
 from chatglm_ja.chatglm3 import tokenizer_files, weights
 from chatglm_ja.errors import DataError
-from chatglm_ja.training.adapter import ADAPTER, PEFT_PREFIX, verify_logits, write_merged
+from chatglm_ja.training.adapter import (
+    ADAPTER,
+    EMBEDDINGS,
+    PEFT_PREFIX,
+    load_for_training,
+    verify_logits,
+    write_merged,
+)
+from chatglm_ja.training.model import GlmForTraining
+from tests.training.runs import config_for
 
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
+
+
+def mapped_files() -> dict[range, str]:
+    """The files that are mapped into this process's memory, by their addresses."""
+    found = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, path = line.split(maxsplit=5)
+        if path.startswith("/"):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            found[range(start, end)] = path
+    return found
+
+
+def test_frozen_weights_are_not_copied_from_their_files(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """All processes of a machine share the memory of mapped files."""
+    config = config_for(resized_dir, data_dir, tmp_path)
+    model = load_for_training(config, torch.float16)  # as it is stored
+    files = mapped_files()
+    for name, parameter in model.named_parameters():
+        path = next((path for at, path in files.items() if parameter.data_ptr() in at), "")
+        is_frozen = "lora_" not in name and not name.endswith(EMBEDDINGS)
+        assert path.startswith(f"{resized_dir}/") == is_frozen, name
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_weights_are_converted_on_the_device(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """On the host, every process would need memory for a converted copy."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    loaded: list[tuple[torch.device, torch.dtype]] = []
+    load = GlmForTraining.from_pretrained
+
+    def load_noted(*given: Any, **named: Any) -> Any:
+        model = load(*given, **named)
+        loaded.extend((p.device, p.dtype) for p in model.parameters())
+        return model
+
+    monkeypatch.setattr(GlmForTraining, "from_pretrained", load_noted)
+    config = config_for(resized_dir, data_dir, tmp_path)
+    model = load_for_training(config, torch.bfloat16, torch.device(device))
+    assert {(where.type, dtype) for where, dtype in loaded} == {(device, torch.float16)}
+    trained = {True: torch.float32, False: torch.bfloat16}
+    for parameter in model.parameters():
+        assert parameter.device.type == device
+        assert parameter.dtype == trained[parameter.requires_grad]
 
 
 @pytest.fixture

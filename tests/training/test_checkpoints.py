@@ -1,4 +1,4 @@
-"""Checkpoints: published atomically, pruned, and never opened if damaged."""
+"""Checkpoints: published atomically, pruned, and never opened if damaged or of other tensors."""
 
 import json
 import os
@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.storage import files
+from chatglm_ja.training import checkpoints as checkpoints_module
+from chatglm_ja.training import train
 from chatglm_ja.training.checkpoints import MANIFEST, Checkpoints
+from tests.training.runs import checkpoints_in, config_for, interrupt_after
 
 RUN: dict[str, Any] = {"lora_rank": 8, "step4_prepare_data": "abc"}
 FILES = ("optimizer.safetensors", "random.safetensors", "trainer_state.json", "weights.safetensors")
@@ -114,3 +117,41 @@ def test_a_checkpoint_without_disk_space_is_skipped_with_a_warning(
         assert folder is None
     assert f"no checkpoint at step 20: {tmp_path}/step-000020 takes 1000000.0 TB" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    resized_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Settings of a run that was interrupted after a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    settings: dict[str, Any] = {
+        "resized_dir": resized_dir, "data_dir": data_dir, "output": folder, "save_steps": 2,
+        "evaluations": 0, "lora_targets": ("q_proj", "v_proj"),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(2, patch)
+        train.train(config_for(**settings), "pretrain", None, checkpoints_in(folder))
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_targets": ("v_proj",)}, r"holds .*q_proj\.lora_A.*, which this run does not"),
+        ({"lora_targets": ("v_proj", "o_proj")}, r"lacks .*o_proj\.lora_A.*, which this run"),
+        ({"lora_rank": 4}, r"lora_A.* with shape \(8, 64\), but this run trains \(4, 64\)"),
+        ({"train_embeddings": False}, r"holds .*lm_head\.weight, which this run does not train"),
+        ({"embedding_rows": "new"}, r"lacks .*lm_head\.new, which this run trains"),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_is_refused_whole(
+    stopped: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(checkpoints_module, "_scatter", lambda *_: loaded.append("something"))
+    config = config_for(**stopped | changes)
+    with pytest.raises(ArtifactError, match=message) as refused:
+        train.train(config, "pretrain", None, checkpoints_in(stopped["output"]))
+    assert str(refused.value).endswith(f"or remove {stopped['output']}/checkpoints to start again")
+    assert not loaded

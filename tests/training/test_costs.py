@@ -52,6 +52,7 @@ def test_the_parameters_of_chatglm3_6b() -> None:
         {"embedding_rows": "new", "lora_rank": 3},
         {"learning_rate": 0.0},
         {"train_embeddings": False},
+        {"lora_targets": ("down_proj", "v_proj")},
     ],
 )
 def test_parameters_are_those_of_the_model(
@@ -92,8 +93,25 @@ def kept_bytes(model: Any, batch: int, length: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_activations_are_what_autograd_keeps(config: TrainingConfig, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"learning_rate": 0.0},
+        {"lora_targets": ("q_proj", "v_proj")},
+        {"lora_targets": ("o_proj",)},
+        {"lora_targets": ("gate_up_proj", "down_proj")},
+    ],
+)
+def test_activations_are_what_autograd_keeps(
+    resized_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
     """The difference between all layers of the test model and one layer fewer."""
+    config = config_for(resized_dir, data_dir, tmp_path, **changes)
     batch, length = 2, 64
     kept = []
     for cut in (0, 1):
@@ -104,11 +122,24 @@ def test_activations_are_what_autograd_keeps(config: TrainingConfig, dtype: torc
         model.config.num_hidden_layers = len(layers)
         kept.append(kept_bytes(model, batch, length))
     shape = base_config.read_shape(config.model)
-    per_token = costs.activation_bytes(shape, config.lora_rank, length, dtype.itemsize)
+    per_token = costs.activation_bytes(
+        shape, config.lora_rank, config.trained_targets, length, dtype.itemsize
+    )
     assert kept[0] - kept[1] == batch * length * per_token
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_embeddings": False}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train_embeddings": False},
+        {"learning_rate": 0.0},
+        {"lora_targets": ("q_proj", "down_proj")},
+        {"lora_targets": ("q_proj", "k_proj", "v_proj"), "train_embeddings": False},
+        {"lora_targets": ("o_proj",), "train_embeddings": False},
+        {"lora_targets": ("down_proj",), "train_embeddings": False},
+    ],
+)
 def test_operations_are_those_that_torch_counts(
     resized_dir: Path, data_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -124,8 +155,9 @@ def test_operations_are_those_that_torch_counts(
     shape = base_config.read_shape(config.model)
     trained = config.count_parameters(shape)
     # Attention is computed over the whole block, LoRA's products also where they do not learn.
-    expected = costs.flops_per_token(shape, trained, context=length)
-    expected += 0 if trained.lora else 4 * shape.lora_weights(config.lora_rank)
+    expected = costs.flops_per_token(shape, trained, config.trained_targets, context=length)
+    if not trained.lora:
+        expected += 4 * shape.lora_weights(config.lora_rank, config.lora_targets)
     assert counter.get_total_flops() == pytest.approx(expected * batch * length, rel=2e-3)
 
 

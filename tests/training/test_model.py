@@ -199,6 +199,37 @@ def test_single_losses_are_those_of_the_tokens(
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_single_losses_are_exact_in_half_precision(
+    dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given hidden states in half precision, each loss is that of float64; few logits exist at a
+    time."""
+    monkeypatch.setattr(model, "CPU_LOSS_ROWS", 10)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 300, 64).to(dtype), torch.randn(500, 64).to(dtype)
+    labels = torch.randint(0, 500, (2, 300))
+    labels[0, :100] = chat_format.IGNORE_INDEX
+    rows: list[int] = []
+    linear = F.linear
+
+    def counted(*given: torch.Tensor) -> torch.Tensor:
+        rows.append(len(given[0]))
+        return linear(*given)
+
+    monkeypatch.setattr(F, "linear", counted)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = token_losses(hidden, weight, labels)
+    scores = (hidden[:, :-1].double() @ weight.double().T).log_softmax(-1)
+    expected = F.nll_loss(scores.mT, labels[:, 1:], reduction="none")
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(
+        losses.double(), expected[labels[:, 1:] != chat_format.IGNORE_INDEX], rtol=1e-5, atol=1e-4
+    )
+    assert max(rows) == 10
+
+
 def test_without_the_document_mask_attention_crosses_documents(
     model: Any, documents: list[list[int]]
 ) -> None:

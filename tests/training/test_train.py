@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,10 @@ from chatglm_ja.training.adapter import (
     EMBEDDINGS,
     choose_dtype,
     load_for_training,
+    verify_logits,
     write_merged,
 )
+from chatglm_ja.training.model import Collator
 from chatglm_ja.training.trainer import ResumableTrainer
 from tests.conftest import write_manifest
 from tests.training.runs import (
@@ -119,6 +122,26 @@ def test_the_merged_model_is_base_plus_adapter(
         assert torch.allclose(found, weight, rtol=1e-3, atol=1e-5)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float16
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["GlmForCausalLM"]
+
+
+def test_only_the_chosen_matrices_get_lora(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """The adapter holds these, and merging changes only these."""
+    config = config_for(
+        resized_dir, data_dir, tmp_path, lora_targets=("down_proj", "v_proj"), evaluations=0,
+        train_embeddings=False, max_steps=2,
+    )  # fmt: skip
+    train.train(config, "pretrain", tmp_path)
+    settings = json.loads((tmp_path / ADAPTER / "adapter_config.json").read_text())
+    assert sorted(settings["target_modules"]) == ["down_proj", "v_proj"]
+    write_merged(resized_dir, tmp_path)
+    before = dict(stored_weights.iterate_tensors(resized_dir))
+    after = dict(stored_weights.iterate_tensors(tmp_path))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    ends = ("v_proj.weight", "down_proj.weight")
+    assert changed == {name for name in before if name.endswith(ends)}
+    assert verify_logits(resized_dir, tmp_path) < 1e-2
 
 
 def test_all_embedding_rows_are_in_the_adapter(
@@ -253,6 +276,30 @@ def test_bits_per_character_are_those_of_the_text(
     assert first["step"] == 0
     expected = nats / math.log(2) / characters
     assert first["eval_zh_bits_per_char"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_in_half_precision_is_exact(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """The mean of float64 losses of the hidden states that the model computes in bfloat16."""
+    config = config_for(resized_dir, data_dir, tmp_path, precision="bf16", max_steps=1)
+    history = train.train(config, "pretrain", None)["history"]
+    rows = dataset.load_rows(data_dir, "pretrain", "validation")
+    model: Any = load_for_training(config, torch.bfloat16).get_base_model().eval()
+    hidden: list[torch.Tensor] = []
+    model.model.norm.register_forward_hook(lambda _, __, output: hidden.append(output))
+    nats, tokens = 0.0, 0
+    for row in rows:
+        batch = Collator(document_mask=True)([row])
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            model(**batch, reduction="none")
+        labels = batch["labels"][0, 1:]
+        scores = (hidden.pop()[0, :-1].double() @ model.lm_head.weight.double().T).log_softmax(-1)
+        at = (labels != chat_format.IGNORE_INDEX).nonzero()[:, 0]
+        nats -= scores[at, labels[at]].sum().item()
+        tokens += len(at)
+    first = next(entry for entry in history if "validation_loss" in entry)
+    assert first["validation_loss"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def test_accumulation_changes_nothing(resized_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -394,6 +441,45 @@ def test_a_signal_saves_and_ends_the_run(
     assert stopped.value.status == 143
     assert signal.getsignal(number) == before
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("step", "batches"), [(0, 2), (2, 2), (6, 2), (2, 0), (6, 0)],
+    ids=["first", "in between", "last", "due", "last due"],
+)  # fmt: skip
+def test_a_validation_is_left_to_the_resumed_run(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int,
+    batches: int,
+) -> None:  # fmt: skip
+    """A signal comes while the validation after `step` scores the second of twelve batches, or
+    during the step itself. The resumed run ends as an undisturbed one."""
+    scored: Counter[int] = Counter()
+    whole = ResumableTrainer._prepare_inputs
+
+    def prepare(self: Any, inputs: Any) -> Any:
+        now = self.state.global_step
+        if not self.model.training:
+            scored[now] += 1
+        if scored[step] == batches and now == (step if batches else step - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, inputs)
+
+    def run(name: str) -> list[dict[str, Any]]:
+        config = config_for(
+            resized_dir, data_dir, tmp_path / name, evaluations=3, micro_batch_size=2,
+            global_batch_size=2, logging_steps=4,
+        )  # fmt: skip
+        result = train.train(config, "pretrain", tmp_path / name, checkpoints_in(tmp_path / name))
+        return [without_speed(entry) for entry in result["history"]]
+
+    undisturbed = run("once")
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableTrainer, "_prepare_inputs", prepare)
+        with pytest.raises(StoppedError, match=f"at step {step} of 6: "):
+            run("twice")
+    assert scored[step] == batches
+    assert run("twice") == undisturbed
+    assert adapter(tmp_path / "once") == adapter(tmp_path / "twice")
 
 
 def test_a_second_signal_ends_the_run_at_once(

@@ -1,0 +1,124 @@
+"""The Trainer under DeepSpeed, in one process or two, and with a scaled loss in float16."""
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatglm_ja.training import adapter as adapters
+from chatglm_ja.training import train
+from chatglm_ja.training.trainer import ResumableTrainer
+from tests.training.runs import (
+    adapter,
+    checkpoints_in,
+    config_for,
+    interrupt_after,
+    train_under_deepspeed,
+    with_losses,
+)
+
+History = list[dict[str, Any]]
+
+
+def losses(history: History) -> list[tuple[int, float, float]]:
+    return [(e["step"], e["loss"], e["grad_norm"]) for e in history if "loss" in e]
+
+
+def test_the_loss_logged_after_a_resume_is_that_of_an_undisturbed_run(
+    resized_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """Two processes save between two log lines. Resumed by two, the run is the same to the bit."""
+    settings = {"max_steps": 5, "save_steps": 3, "logging_steps": 2, "evaluations": 0}
+    two, again, one = (tmp_path / name for name in ("two", "again", "one"))
+    expected = losses(train_under_deepspeed(2, resized_dir, data_dir, two, settings)["history"])
+    assert [step for step, _, _ in expected] == [2, 4, 5]
+    for folder in (again, one):
+        shutil.copytree(two / "checkpoints", folder / "checkpoints")
+    resumed = train_under_deepspeed(2, resized_dir, data_dir, again, settings)
+    assert losses(resumed["history"]) == expected
+    assert adapter(again) == adapter(two)
+    config = config_for(resized_dir, data_dir, one, **settings)
+    history = train.train(config, "pretrain", None, checkpoints_in(one))["history"]
+    for found, undisturbed in zip(losses(history), expected, strict=True):
+        assert found == pytest.approx(undisturbed, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rotary_frequencies_stay_in_single_precision(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, precision: str
+) -> None:
+    """In half precision, positions a few hundred tokens into a document would be indistinct."""
+    settings = {"max_steps": 1, "evaluations": 0, "precision": precision}
+    report = train_under_deepspeed(1, resized_dir, data_dir, tmp_path, settings)
+    assert report["weights"] == {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
+    assert report["rotary"] == ["torch.float32", True]
+
+
+@pytest.fixture
+def scales(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let the Trainer compute in float16 on the CPU; gives the loss scale after each step."""
+    create = ResumableTrainer.create_accelerator_and_postprocess
+    end_step = ResumableTrainer.end_step
+    found: list[float] = []
+
+    def create_scaled(self: Any) -> None:
+        create(self)
+        # As accelerate does on a GPU.
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def noted(self: Any) -> None:
+        found.append(self.accelerator.scaler.get_scale())
+        end_step(self)
+
+    monkeypatch.setattr(adapters, "choose_dtype", lambda _: torch.float16)
+    monkeypatch.setattr(ResumableTrainer, "create_accelerator_and_postprocess", create_scaled)
+    monkeypatch.setattr(ResumableTrainer, "end_step", noted)
+    return found
+
+
+@pytest.mark.parametrize("clipping", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("factor", "of_gradients"), [(math.nan, False), (50.0, False), (math.inf, True)]
+)
+def test_a_skipped_step_in_float16_halves_the_scale_and_changes_no_weight(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    scales: list[float], factor: float, of_gradients: bool, clipping: float,
+) -> None:  # fmt: skip
+    """A bad loss is skipped as an overflow of the gradients is: by the scaler."""
+    weights = with_losses(monkeypatch, of_gradients, step5=factor)
+    config = config_for(
+        resized_dir, data_dir, tmp_path, max_steps=7, evaluations=0, micro_batch_size=4,
+        max_grad_norm=clipping,
+    )  # fmt: skip
+    train.train(config, "pretrain", None)
+    assert scales == [2.0**16] * 4 + [2.0**15] * 3
+    before = weights[::2]  # a step has two micro-batches
+    same = [
+        all(torch.equal(old[name], new[name]) for name in old)
+        for old, new in itertools.pairwise(before)
+    ]
+    assert same == [True, False, False, False, True, False]  # the first step's rate is 0
+
+
+def test_a_run_in_float16_resumes_with_its_scale(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    scales: list[float],
+) -> None:  # fmt: skip
+    with_losses(monkeypatch, step2=math.inf)
+    ends = []
+    for name in ("once", "twice"):
+        folder = tmp_path / name
+        config = config_for(resized_dir, data_dir, folder, max_steps=5, evaluations=0, save_steps=3)
+        if name == "twice":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                interrupt_after(3, patch)
+                train.train(config, "pretrain", folder, checkpoints_in(folder))
+        train.train(config, "pretrain", folder, checkpoints_in(folder))
+        ends.append(adapter(folder))
+    assert ends[0] == ends[1]
+    assert scales == [2.0**16, *[2.0**15] * 4] * 2
