@@ -143,7 +143,13 @@ def _open_bin(path: Path) -> _Shard:
             f"{path} is truncated, damaged or too old to be mapped ({reason}): download it again"
         ) from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise DataError(f"{path} is not a dictionary of tensors: expected ChatGLM3's weights")
+        found = (
+            f", but of {', '.join(map(repr, [*tensors][:4]))}" if isinstance(tensors, dict) else ""
+        )
+        raise DataError(
+            f"{path} is not a dictionary of tensors{found}: expected ChatGLM3's weights, as "
+            "model.save_pretrained(...) saves them"
+        )
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
 
     def describe(name: str) -> tuple[str, tuple[int, ...]]:

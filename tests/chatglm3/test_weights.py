@@ -416,6 +416,10 @@ def test_a_bin_that_is_not_a_dictionary_is_refused(
     base_dir: Path, tmp_path: Path, copy_of: Copy
 ) -> None:
     folder = copy_of(base_dir, tmp_path / "base")
-    torch.save([torch.ones(2)], as_bin(folder)[0])
-    with pytest.raises(DataError, match="is not a dictionary of tensors"):
+    shard = as_bin(folder)[0]
+    torch.save([torch.ones(2)], shard)
+    with pytest.raises(DataError, match="is not a dictionary of tensors: expected"):
+        weights.BaseWeights(folder)
+    torch.save({"model": {"x": torch.ones(2)}, "step": 5}, shard)
+    with pytest.raises(DataError, match="is not a dictionary of tensors, but of 'model', 'step'"):
         weights.BaseWeights(folder)
