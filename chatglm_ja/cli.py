@@ -3,6 +3,7 @@
 Log lines and progress bars go to standard error. In a torchrun job only rank 0 prints them.
 """
 
+import contextlib
 import errno
 import io
 import logging
@@ -56,8 +57,11 @@ def run(main: Callable[[], None]) -> None:
 def _set_up() -> None:
     # A terminal or a file that is not in UTF-8 shows what it cannot write as an escape.
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+        errors = "replace" if stream is sys.stdin else "backslashreplace"
+        # Standard input cannot be changed any more once it has been read from.
+        with contextlib.suppress(io.UnsupportedOperation):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)
     logging.basicConfig(
         level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
