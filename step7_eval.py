@@ -12,6 +12,7 @@ Run     python step7_eval.py
 from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
 
 # isort: split
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -98,18 +99,21 @@ def chat_with_model(config: EvalConfig) -> None:
     from chatglm_ja.inference.chat import chat_in_terminal
     from chatglm_ja.inference.generation import ChatOptions, Sampling
 
-    sampling = Sampling(config.temperature, config.top_p)
+    options = ChatOptions(
+        Sampling(config.temperature, config.top_p), config.max_new_tokens,
+        unicode_form=config.unicode_form,
+    )  # fmt: skip
     if config.web:
         from chatglm_ja.inference import web
 
         web.check_port(config.port)
-        options = ChatOptions(sampling, config.max_new_tokens, config.answer_seconds)
+        options = dataclasses.replace(options, seconds=config.answer_seconds)
         web.serve(stages, stage, options, config.port)
         return
     stage.open()
     untrained = ", which has not been trained" if stage.name in models.UNTRAINED else ""
     log.info("chatting with %s, %s%s", stage.name, stage.folder, untrained)
-    chat_in_terminal(stage.load(), ChatOptions(sampling, config.max_new_tokens))
+    chat_in_terminal(stage.load(), options)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from chatglm_ja.chatglm3 import tensor_names
 from chatglm_ja.chatglm3.base_config import INDEX, INDEX_FILE, WEIGHT_FILES, glm_config, read_config
 from chatglm_ja.chatglm3.recognition import recognize, recognize_folder
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.files import describe_absence, join_inside, read_json, write_json
+from chatglm_ja.storage.files import describe_absence, is_utf8, join_inside, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,11 @@ def _open_safetensors(path: Path) -> _Shard:
     try:
         file: Any = safe_open(path, framework="pt")
     except SafetensorError as error:
+        if not is_utf8(path):
+            raise DataError(
+                f"{path} is not valid UTF-8, so safetensors cannot open it: rename the folder, or "
+                "give a relative path"
+            ) from None
         raise DataError(f"{path} is truncated or damaged ({error}): download it again") from None
 
     def describe(name: str) -> tuple[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.chat_format import Message
-from chatglm_ja.data import conversations
+from chatglm_ja.data import cleaning, conversations
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import ChatOptions
@@ -27,11 +27,14 @@ CLEAR, EXIT = "/clear", "/exit"
 def stream_reply(
     model: LoadedModel, messages: Sequence[Message], options: ChatOptions
 ) -> Generator[str]:
-    """Stream the answer to the last message, which is the user's, as pieces of text.
+    """Stream the answer to the last message, the user's, which is cleaned, as pieces of text.
 
     The answer gets `max_new_tokens` of the model's window, but at most half of it. Raises DataError
     if the last message alone is too long for the rest.
     """
+    *before, question = messages
+    text = cleaning.clean(question["content"], options.unicode_form)
+    messages = [*before, {**question, "content": text}]
     options = replace(options, max_new_tokens=min(options.max_new_tokens, model.window // 2))
     prompt = build_fitting_prompt(model.tokenizer, messages, model.window - options.max_new_tokens)
     return generation.stream_answer(model, prompt, options)

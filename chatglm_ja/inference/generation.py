@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import UNK_ID
+from chatglm_ja.data.settings import UNICODE_FORM
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
 
@@ -56,11 +57,15 @@ DECODINGS: dict[str, Callable[[Sampling], Sampling]] = {
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How a chat answers: sampling, the longest answer in tokens, its time limit in seconds."""
+    """How a chat answers: sampling, the longest answer in tokens, its time limit in seconds.
+
+    `unicode_form` is that of the training data, to which questions are brought.
+    """
 
     sampling: Sampling
     max_new_tokens: int
     seconds: float | None = None
+    unicode_form: str = UNICODE_FORM
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 from chatglm_ja.chatglm3.chat_format import Message
@@ -190,7 +191,8 @@ def build_page(models: ModelCache, first: str, options: ChatOptions) -> Any:
         try:
             temperature, top_p, longest = map(float, sliders)
             max_new_tokens = int(min(longest, MAX_TOKENS))
-            chosen = ChatOptions(Sampling(temperature, top_p), max_new_tokens, options.seconds)
+            sampling = Sampling(temperature, top_p)
+            chosen = replace(options, sampling=sampling, max_new_tokens=max_new_tokens)
             steps = answer_question(models, (left, right), conversations, str(text), chosen)
             with closing(steps):
                 for _ in steps:

@@ -63,9 +63,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1, sort_keys: bool = False) -> None:
-    """Write a value as UTF-8 JSON with a final line break."""
+    """Write a value as UTF-8 JSON with a final line break.
+
+    Bytes of a file's name that are no UTF-8 are written as JSON's escapes, and read back as such.
+    """
     text = json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -259,6 +262,15 @@ def _outside(folder: Path, name: str, path: Path) -> ArtifactError:
         f"{folder} names a file {name!r} that lies outside of it, at {path}: expected a file "
         "in the folder itself; restore the original folder"
     )
+
+
+def is_utf8(path: Path) -> bool:
+    """Return whether a path is valid UTF-8, without which safetensors opens no file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe_absence(path: Path) -> str:

@@ -60,6 +60,11 @@ class Output:
             raise ArtifactError(
                 f"--output-dir {chosen}: the shell has not replaced the ~: write the path in full"
             )
+        if not files.is_utf8(chosen):
+            raise ArtifactError(
+                f"--output-dir {chosen} is not valid UTF-8, in which model files cannot be "
+                "written: choose another name, or a relative path"
+            )
         if Path.cwd().is_relative_to(resolved):
             raise ArtifactError(
                 f"--output-dir {chosen} holds the current folder, so it cannot be replaced: name a "

@@ -42,6 +42,20 @@ def test_a_message_too_long_for_the_model_is_an_error(model: LoadedModel) -> Non
     assert list(chat.stream_reply(model, make_messages("长"), ChatOptions(GREEDY, 10 * limit)))
 
 
+def test_a_question_is_cleaned_as_texts_are(model: LoadedModel) -> None:
+    """A decomposed question, as some keyboards and pasted file names give it, is composed."""
+    options = ChatOptions(GREEDY, 6)
+    dirty, clean = "\ufeffか\u3099は\u3099\u200bな \r\n", "がばな"
+    answers = [
+        "".join(chat.stream_reply(model, make_messages("一", "二", text), options))
+        for text in (dirty, clean)
+    ]
+    assert answers[0] == answers[1]
+    assert chat_format.encode_text(model.tokenizer, dirty) != chat_format.encode_text(
+        model.tokenizer, clean
+    )
+
+
 def test_the_terminal_chat_remembers_and_clears(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

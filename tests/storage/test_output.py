@@ -574,3 +574,14 @@ def test_a_kill_leaves_the_old_result_or_none(tmp_path: Path, moment: str) -> No
             with pytest.raises(ArtifactError, match="not found"):
                 open_artifact(path, "step1_x.py")
             assert make(path)
+
+
+def test_names_that_are_no_utf_8_are_refused_for_outputs_and_written_in_json(
+    tmp_path: Path,
+) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe3\x81\x82"))
+    with pytest.raises(ArtifactError, match="is not valid UTF-8, in which model files cannot"):
+        make(odd / "result")
+    files.write_json(tmp_path / "a.json", {"path": odd.name, "text": "あ"})
+    content = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(content) == {"path": odd.name, "text": "あ"}
