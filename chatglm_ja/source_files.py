@@ -57,8 +57,8 @@ ENDINGS = {f".{name}": name for name in FORMATS} | {
     f".{name}{ending}": name for ending in COMPRESSIONS for name in TEXT_FORMATS
 }
 KNOWN_ENDINGS = (
-    f"{', '.join(f'.{name}' for name in FORMATS)}, the first {len(TEXT_FORMATS)} also with "
-    f"{', '.join(COMPRESSIONS)}"
+    f"{', '.join(f'.{name}' for name in TEXT_FORMATS)} (also compressed: "
+    f"{', '.join(COMPRESSIONS)}), {', '.join(f'.{name}' for name in FORMATS[len(TEXT_FORMATS) :])}"
 )
 TRAIN = "train"
 SHARD_NUMBER = re.compile(r"(.+)-\d{5}-of-\d{5}")

@@ -161,6 +161,8 @@ class Source:
                 link = " (a link to a missing file)" if path.is_symlink() else ""
                 known = "" if file_format(path) else f"; the formats are {KNOWN_ENDINGS}"
                 raise DataError(f"file {path} not found{link}: check the path{known}")
+            elif not path.is_file():
+                raise DataError(f"{path} is a device or a pipe, expected a file")
             elif not file_format(path):
                 raise DataError(f"{path} is of no known format: expected {KNOWN_ENDINGS}")
             else:

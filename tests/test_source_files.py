@@ -174,3 +174,10 @@ def test_a_list_of_rows_is_what_the_folder_holds(tmp_path: Path) -> None:
     (path,) = Source("ja", str(folder)).files()
     assert len(path.read_text().splitlines()) == len(rows) == 3
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows.to_list()
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl is a device or a pipe, expected a file"):
+        Source("ja", str(tmp_path / "a.jsonl")).files()
