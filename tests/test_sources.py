@@ -195,7 +195,10 @@ def test_files_folders_patterns_and_names(tmp_path: Path) -> None:
         (f"{tmp_path}/*.json", "no file matches"),
         (f"{tmp_path}/empty", "holds no file that ends with"),
         (f"{tmp_path}/*.md", "no file matches .* which match 1 other files"),
-        (f"{tmp_path}/README.md", "of no known format: expected .jsonl, .txt, .json .also compressed"),
+        (
+            f"{tmp_path}/README.md",
+            "of no known format: expected .jsonl, .txt, .json .also compressed",
+        ),
         (f"{tmp_path}/***/a.txt", "no file matches"),
     ):
         with pytest.raises(DataError, match=message):

@@ -53,7 +53,6 @@ SIZES = {
     "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
 }
-LFS_POINTER = b"version https://git-lfs.github.com/"
 # The matrices of a layer in GlmForCausalLM, in the order in which they are multiplied.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 MAX_LAYERS = 10_000  # a corrupt number must not make us list the tensors of 10^9 layers
@@ -227,7 +226,7 @@ def open_base_tokenizer(folder: Path) -> Input:
             "for the real model, set CHATGLM_JA_PROFILE=chatglm3-6b, and CHATGLM3_6B_DIR to its "
             "folder"
         )
-    return _open_downloaded("base_tokenizer", folder / MODEL_FILE)
+    return open_files("base_tokenizer", folder / MODEL_FILE)
 
 
 def _refuse_strange(folder: Path) -> None:
@@ -247,20 +246,4 @@ def open_base_model(folder: Path) -> list[Input]:
     weights: list[Path] = []
     for suffix in (Path(name).suffix for name in WEIGHT_FILES):
         weights = weights or [*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}{INDEX}")]
-    return [
-        base_tokenizer,
-        _open_downloaded("base_model", folder / "config.json", *sorted(weights)),
-    ]
-
-
-def _open_downloaded(role: str, *paths: Path) -> Input:
-    """Fingerprint files, none of which may be what git clones in place of a large file."""
-    opened = open_files(role, *paths)
-    for path in paths:
-        with open(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ArtifactError(
-                    f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
-                    f"{path.parent}"
-                )
-    return opened
+    return [base_tokenizer, open_files("base_model", folder / "config.json", *sorted(weights))]

@@ -1,4 +1,4 @@
-"""What the first bytes of a file show: its encoding, and whether it has one record a line.
+"""What the first bytes of a text file show: its encoding, and whether it has one record a line.
 
 A file that is wrong as a whole is refused at once, with its cure, instead of line by line.
 """
@@ -23,15 +23,13 @@ ENCODINGS = {
 
 
 def check_start(path: Path) -> None:
-    """Raise DataError if the first bytes of a file show that it is wrong as a whole."""
+    """Raise DataError if the first bytes of a text file show that it is wrong as a whole."""
+    if file_format(path) not in TEXT_FORMATS:
+        return
     compression, start = file_compression(path), b""
     # Damage is found when the file is read.
     with suppress(*compression.error_types()), compression.open(path) as file:
         start = file.read(START_BYTES)
-    if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull`")
-    if file_format(path) not in TEXT_FORMATS:
-        return
     if encoding := _guess_encoding(start):
         raise DataError(
             f"{path} looks like {encoding}, expected UTF-8: convert it with "

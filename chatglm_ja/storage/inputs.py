@@ -26,6 +26,7 @@ from chatglm_ja.storage.manifest import (
 
 log = logging.getLogger(__name__)
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
 NAMED_FILES = 4  # of those that a source passes over
 
 
@@ -61,10 +62,19 @@ class Input:
 
 
 def open_files(role: str, *paths: Path) -> Input:
-    """Fingerprint files that no step wrote, such as a downloaded tokenizer; there may be none."""
+    """Fingerprint files that no step wrote, such as a downloaded tokenizer; there may be none.
+
+    Raises ArtifactError for a missing file, and for what git clones in place of a large one.
+    """
     for path in paths:
         if not path.is_file():
             raise ArtifactError(f"{role} {path} {files.describe_absence(path)}: check the path")
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ArtifactError(
+                    f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+                    f"{path.parent}"
+                )
     fingerprint = fingerprint_of({str(i): files.sample_digest(p) for i, p in enumerate(paths)})
     return Input(role, fingerprint, {role: fingerprint})
 

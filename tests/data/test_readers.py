@@ -157,7 +157,6 @@ def test_other_encodings_are_named(
         (json.dumps([{"text": "x"}, {"text": "y"}], indent=1), "is one JSON list.* with .json"),
         (json.dumps([{"text": "x"}]), "is one JSON list"),
         (json.dumps({"text": "x"}, indent=2) * 3, "objects over several lines.*jq -c"),
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     ],
 )
 def test_files_that_are_wrong_as_a_whole(tmp_path: Path, content: str, message: str) -> None:
@@ -167,9 +166,6 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, content: str, message: 
         write(tmp_path / "b.jsonl", content)
         next(readers.read_chunks(Source("ja", str(tmp_path))))
     assert str(tmp_path / "b.jsonl") in str(error.value)
-    if "lfs" in content:
-        with pytest.raises(DataError, match=message):
-            read(write(tmp_path / "c.parquet", content))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3, 7, 50, 10_000])

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.settings import StepConfig, setting
+from chatglm_ja.source_files import file_format
 from chatglm_ja.sources import Source
 from chatglm_ja.storage import disk, files
 from chatglm_ja.storage.inputs import (
@@ -585,3 +586,14 @@ def test_names_that_are_no_utf_8_are_refused_for_outputs_and_written_in_json(
     files.write_json(tmp_path / "a.json", {"path": odd.name, "text": "あ"})
     content = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(content) == {"path": odd.name, "text": "あ"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz", "tokenizer.model"])
+def test_what_git_clones_in_place_of_a_large_file_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ArtifactError, match=f"{name} is a Git LFS pointer.*`git lfs pull` in"):
+        open_files("texts", path)
+    if file_format(path):
+        with pytest.raises(ArtifactError, match="git lfs pull"):
+            open_sources("texts", [Source("ja", str(tmp_path))])
