@@ -67,8 +67,9 @@ def check_rejects(counts: Iterable[RejectCount], max_share: float, report: str =
     fix = "fix them or raise --max-rejects"
     if any("duplicate id" in count.reasons for count in too_many):
         fix += "; if these are not ids, set id_column: null for the source in a YAML file"
-    places = report or f"see {'; '.join(count.first for count in too_many)}"
+    firsts = f"the first: {'; '.join(count.first for count in too_many)}"
+    places = f"see {report}, then" if report else f"{firsts}; to go on,"
     raise DataError(
         f"more than {max_share:.2%} of the records are bad in {'; '.join(map(str, too_many))}: "
-        f"{places}, then {fix}"
+        f"{places} {fix}"
     )

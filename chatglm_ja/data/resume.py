@@ -143,7 +143,7 @@ class RejectsFile:
                 counts[number].add(row["file"], row["line"], reject)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         try:
-            check_rejects(counts, self.max_share, f"see {self.report}")
+            check_rejects(counts, self.max_share, str(self.report))
         except DataError:
             shutil.copyfile(self.path, self.report)
             raise
