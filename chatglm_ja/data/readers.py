@@ -179,8 +179,9 @@ def load_hub_dataset(source: Source) -> Any:
     except ValueError as error:  # an unknown split or configuration; lists those that exist
         reason = " ".join(str(error).split())
         raise DataError(
-            f"source {source.title}: the data set {source.path} has not what is asked for "
-            f"({reason}): choose a configuration with @NAME, a split with split=NAME"
+            f"source {source.title}: the data set {source.path} does not have the split "
+            f"{source.split!r} or the configuration asked for ({reason}): choose a configuration "
+            "with @NAME, a split with split=NAME"
         ) from None
     except Exception as error:  # the hub's errors have no common base
         raise DataError(

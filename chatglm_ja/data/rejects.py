@@ -50,7 +50,7 @@ def is_hopeless(read: int, bad: int, max_share: float) -> bool:
 def check_rejects(counts: Iterable[RejectCount], max_share: float, report: str = "") -> None:
     """Raise DataError if a source has no records, or if more than `max_share` of them are bad.
 
-    `report` says where all bad records are listed; by default the message names the first.
+    `report` is the file that lists all bad records; without one, the message names the first.
     """
     too_many = []
     for count in counts:

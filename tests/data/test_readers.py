@@ -335,3 +335,24 @@ def test_a_missing_file_is_an_error_not_a_bad_record(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(FileNotFoundError):
         list(readers.read_records(chunk, source))
+
+
+def test_a_missing_split_of_a_data_set_by_name_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` accepts a folder as a name; the splits are those of the hub's data set."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train_sft", "test_sft"):
+        write(folder / f"{split}.jsonl", GOOD)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: v1\n  data_files:\n"
+        + "".join(f"  - {{split: {s}, path: {s}.jsonl}}\n" for s in ("train_sft", "test_sft"))
+        + "---\n"
+    )
+    monkeypatch.setattr(Source, "is_local", lambda source: False)
+    for subset, listed in ((None, "train_sft.*test_sft"), ("v2", "v1")):
+        with pytest.raises(DataError, match=rf"does not have the split.*{listed}.*split=NAME"):
+            read(Source("ja", str(folder), subset=subset))
+    assert len(read(Source("ja", str(folder), split="test_sft"))) == 1
