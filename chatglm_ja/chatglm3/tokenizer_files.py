@@ -99,7 +99,7 @@ CHAT_TEMPLATE = (
 {{ "'" ~ result.text.replace("'", "\\\\'") ~ "'" }}
 {%- endif %}
 {% elif value is mapping %}
-{{ '{' }}{% for name, item in value.items() %}
+{{ '{' }}{% for name, item in value|items %}
 {{ literal(name) }}: {{ literal(item) }}{{ '' if loop.last else ', ' }}
 {%- endfor %}{{ '}' }}
 {%- elif value is boolean %}
@@ -143,9 +143,12 @@ CHAT_TEMPLATE = (
 {% endfor %}
 {% endif %}
 {% if chat.text or not calls %}
-{% set header = message.metadata or '' %}
+{% set header = message.metadata if message.metadata is string else '' %}
 {% set turn = {'role': role, 'header': header, 'text': chat.text, 'trained': trained} %}
 {% set chat.turns = chat.turns + [turn] %}
+{% endif %}
+{% if calls and role != 'assistant' %}
+{{ raise_exception('a message of ' ~ message.role ~ ' makes a call: only the assistant calls') }}
 {% endif %}
 {% if calls|length > 1 %}
 {{ raise_exception('a message makes several calls at once: ChatGLM3 makes one at a time') }}
@@ -157,7 +160,7 @@ CHAT_TEMPLATE = (
 {{ raise_exception('the arguments of a call are not an object') }}
 {% endif %}
 {% set chat.code = '' %}
-{% for name, value in arguments.items() %}
+{% for name, value in arguments|items %}
 {% set chat.code = chat.code ~ (', ' if chat.code else '') ~ name ~ '=' ~ literal(value) %}
 {% endfor %}
 {% set text = '```python\\ntool_call(' ~ chat.code ~ ')\\n```' %}
@@ -166,7 +169,8 @@ CHAT_TEMPLATE = (
 {% endfor %}
 {% endfor %}
 {% for turn in chat.turns %}
-{% if turn.header or turn.role == 'observation' or tools_prompt in turn.text %}
+{% if turn.header or turn.role == 'observation'
+    or turn.role == 'system' and tools_prompt in turn.text %}
 {% set chat.tools = true %}
 {% endif %}
 {% if loop.first %}[gMASK]sop<|{{ turn.role }}|>{% endif %}
