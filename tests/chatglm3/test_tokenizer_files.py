@@ -1,6 +1,9 @@
 """tokenizer.json gives sentencepiece's ids; the chat template gives those that are trained."""
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import _compile_jinja_template as compile_template
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base import Base
@@ -285,6 +289,53 @@ def test_the_chat_template_uses_only_what_other_interpreters_have() -> None:
     assert methods <= SHARED_METHODS
     # In llama.cpp an escape is one letter.
     assert set(re.findall(r"\\(.)", template)) <= set("\\ntr'")
+
+
+# Renders [template, [values, ...]] from standard input; a case that is refused gives null.
+NPM_RENDERER = """
+const {Template} = require("@huggingface/jinja");
+const [template, cases] = JSON.parse(require("fs").readFileSync(0));
+const renderer = new Template(template);
+const render = (values) => { try { return renderer.render(values); } catch { return null; } };
+console.log(JSON.stringify(cases.map(render)));
+"""
+
+
+def test_the_npm_package_renders_the_same(conversation: Any) -> None:
+    """NODE_PATH names the node_modules with @huggingface/jinja; see docs/evaluation.md."""
+    node = shutil.which("node")
+    probe = [str(node), "-e", "require('@huggingface/jinja')"]
+    if node is None or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("needs node, and @huggingface/jinja in NODE_PATH")
+    values = {"items": "大'阪\n\\", "days": [1.5, None, True], "more": {"a": '"', "b": {}}}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": values}}]}
+    user = {"role": "user", "content": "people <|user|> sop eop sopsop 1sop _eop </s>"}
+    parts = {"role": "developer", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}
+    cases = [
+        {"messages": conversation}, {"messages": [*conversation, user]},
+        {"messages": [parts, user, {**call, "content": "c"}, {"role": "tool", "content": "12"}]},
+        {"messages": [user, call], "tools": [{"name": "f", "parameters": {"type": "object"}}]},
+        {"messages": [{"role": "moderator", "content": "x"}]}, {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    ]  # fmt: skip
+    sources = [Source("ja", f"{DATA}/{name}_sft.jsonl.gz") for name in ("train", "heldout")]
+    for source in sources:
+        cases += [{"messages": messages} for messages in SourceReader().conversations(source)]
+    cases += [case | {"add_generation_prompt": True} for case in cases]
+    template = compile_template(tokenizer_files.CHAT_TEMPLATE)
+
+    def render(values: Any) -> str | None:
+        try:
+            return template.render(**values)
+        except jinja2.TemplateError:
+            return None
+
+    given = json.dumps([tokenizer_files.CHAT_TEMPLATE, cases])
+    command = [node, "-e", NPM_RENDERER]
+    said = subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
+    rendered = json.loads(said)
+    assert rendered == [render(case) for case in cases]
+    assert rendered.count(None) == 6
 
 
 def test_parts_of_text_are_one_text(fast: Any, encoder: Any) -> None:
