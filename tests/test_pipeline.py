@@ -12,8 +12,12 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.evaluation.settings import EvalConfig
@@ -86,6 +90,19 @@ def test_an_adapter_names_no_folder_of_this_machine(pipeline: Runner, folder: st
         "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
     assert str(pipeline.root) not in (adapter / "adapter_config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", ["step5_pt", "step6_sft"])
+def test_an_adapter_finds_its_base_in_the_directory_of_both(
+    pipeline: Runner, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the model card says."""
+    monkeypatch.chdir(pipeline.folder)
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        adapted = AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter", dtype=torch.float32)
+        merged: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=0, atol=2e-3)
 
 
 def test_chat_uses_the_latest_model(pipeline: Runner) -> None:

@@ -33,6 +33,9 @@ from chatglm_ja.errors import DataError
 
 INPUT_PREFIX = ("[gMASK]", "sop")  # starts every ChatGLM3 input
 ROLES = ("system", "user", "assistant", "observation")
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
+# How ChatGLM3's own chat samples. Its top_k was transformers' default then.
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.8, "top_k": 50}
 IGNORE_INDEX = -100  # label of a token that is not trained
 
 TOOLS_PROMPT = (

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES, TOOLS_PROMPT
+from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES, TEXT_PARTS, TOOLS_PROMPT
 from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, MODEL_FILE, SPACE, SPECIAL_TOKENS
-from chatglm_ja.storage.files import write_json
+from chatglm_ja.storage.files import read_json, write_json
 
 TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
 
@@ -28,15 +28,47 @@ TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
 WORD_TOKENS = [token for token in SPECIAL_TOKENS if token.isalpha()]
 MARKED_TOKENS = [*FIRST_PIECES, *(token for token in SPECIAL_TOKENS if not token.isalpha())]
 
-# The prompt of chat_format.build_prompt_ids as text. `plain` returns a message's text with a space
-# inside every special token that it spells; sop and eop only where no letter or digit is next to
-# them, since only there would they become the token. Tools, calls and the role `tool` are those of
+# The roles of OpenAI's messages that ChatGLM3 has under other names.
+TEMPLATE_ROLES = {**{role: role for role in ROLES}, "developer": "system", "tool": "observation"}
+# What Python's repr escapes, as far as the texts of calls hold it.
+ESCAPED = "\\\n\r\t\xa0\u200b\u200c\u200d\u3000\ufeff"
+
+
+def _jinja_string(text: str) -> str:
+    """Write a text as a string of Jinja, whose only escapes in llama.cpp are of one letter."""
+    for character, letter in (("\\", "\\"), ("\n", "n"), ("\r", "r"), ("\t", "t"), ("'", "'")):
+        text = text.replace(character, f"\\{letter}")
+    return f"'{text}'"
+
+
+_ESCAPES = ", ".join(
+    f"[{_jinja_string(character)}, {_jinja_string(repr(character)[1:-1])}]" for character in ESCAPED
+)
+
+# chat_format.build_example as text; with add_generation_prompt build_prompt_ids. {% generation %}
+# holds what the labels train. Tools, calls and the roles `tool` and `developer` are those of
 # OpenAI's messages, written as chat_format writes them.
+#
+# The generation prompt goes on to the line break that ends an empty header. A model that had to
+# generate it would start every answer of a server with it. If there are tools, the header may
+# become the name of one, so the model generates it, as in ChatGLM3's own chat.
+#
+# `plain` returns a text with a space inside every special token that it spells. It leaves sop and
+# eop alone beside a letter that has two cases, a digit or an underscore, where they would not
+# become the token. `literal` writes a value as Python does.
+#
+# Only features are used that transformers, llama.cpp and the npm package @huggingface/jinja share.
+# transformers finds {% generation %} outside macros only. A block of it ends with the token after
+# the answer, because transformers does not mark the later bytes of a character that ends a block.
 CHAT_TEMPLATE = (
     f"{{% set marked_tokens = {MARKED_TOKENS} %}}\n"
     f"{{% set word_tokens = {WORD_TOKENS} %}}\n"
-    f"{{% set roles = {list(ROLES)} %}}\n"
-    f"{{% set tools_prompt = {TOOLS_PROMPT!r} %}}\n"
+    f"{{% set word_characters = {list('0123456789_')} %}}\n"
+    f"{{% set roles = {TEMPLATE_ROLES} %}}\n"
+    f"{{% set role_names = {', '.join(TEMPLATE_ROLES)!r} %}}\n"
+    f"{{% set escapes = [{_ESCAPES}] %}}\n"
+    f"{{% set tools_prompt = {_jinja_string(TOOLS_PROMPT)} %}}\n"
+    f"{{% set text_parts = {list(TEXT_PARTS)} %}}\n"
     """\
 {% macro plain(text) %}
 {% set result = namespace(text=text) %}
@@ -49,46 +81,111 @@ CHAT_TEMPLATE = (
 {% for part in parts[1:] %}
 {% set before = result.text[-1:] %}
 {% set after = part[:1] if part or loop.last else token[0] %}
-{% set touched = before.isalpha() or before.isdecimal() or before == '_'
-    or after.isalpha() or after.isdecimal() or after == '_' %}
+{% set touched = before|upper != before|lower or before in word_characters
+    or after|upper != after|lower or after in word_characters %}
 {% set result.text = result.text ~ (token if touched else token[0] ~ ' ' ~ token[1:]) ~ part %}
 {% endfor %}
 {% endfor %}
 {{ result.text }}{% endmacro %}
-{% macro write(role, header, content) %}
-<|{{ role }}|>{{ plain(header) }}
-{% if content %} {{ plain(content) }}{% endif %}{% endmacro %}
-[gMASK]sop{% if tools %}{{ write('system', '', tools_prompt ~ tools|tojson(indent=4)) }}{% endif %}
+{% macro literal(value) %}
+{% if value is string %}
+{% set result = namespace(text=value) %}
+{% for pair in escapes %}
+{% set result.text = result.text.replace(pair[0], pair[1]) %}
+{% endfor %}
+{% if "'" in value and '"' not in value %}
+{{ '"' ~ result.text ~ '"' }}
+{%- else %}
+{{ "'" ~ result.text.replace("'", "\\\\'") ~ "'" }}
+{%- endif %}
+{% elif value is mapping %}
+{{ '{' }}{% for name, item in value|items %}
+{{ literal(name) }}: {{ literal(item) }}{{ '' if loop.last else ', ' }}
+{%- endfor %}{{ '}' }}
+{%- elif value is boolean %}
+{{ 'True' if value else 'False' }}
+{%- elif value is none %}
+{{ 'None' }}
+{%- elif value is iterable %}
+[{% for item in value %}{{ literal(item) }}{{ '' if loop.last else ', ' }}{% endfor %}]
+{%- else %}
+{{ value }}
+{%- endif %}
+{% endmacro %}
+{% macro write(turn) %}
+{{ plain(turn.header) }}
+{% if turn.text %} {{ plain(turn.text) }}{% endif %}{% endmacro %}
+{% set chat = namespace(turns=[], text='', code='', tools=false) %}
+{% if tools %}
+{% set chat.tools = true %}
+{% set text = tools_prompt ~ tools|tojson(indent=4) %}
+{% set chat.turns = [{'role': 'system', 'header': '', 'text': text, 'trained': false}] %}
+{% endif %}
 {% for message in messages %}
-{% set role = 'observation' if message['role'] == 'tool' else message['role'] %}
-{% set calls = message.get('tool_calls') or [] %}
-{% if role not in roles %}
-{{ raise_exception('role ' ~ role ~ ' does not exist: expected ' ~ roles|join(', ')) }}
+{% if message.role not in roles %}
+{{ raise_exception('role ' ~ message.role ~ ' does not exist: expected ' ~ role_names) }}
+{% endif %}
+{% set role = roles[message.role] %}
+{% set trained = role == 'assistant' and (message.loss is not defined or message.loss) %}
+{% set calls = message.tool_calls or [] %}
+{% set content = '' if calls and not message.content else message.content %}
+{% set chat.text = '' %}
+{% if content is string %}
+{% set chat.text = content %}
+{% elif content is not defined or content is mapping or content is not iterable %}
+{{ raise_exception('a message has no content of type text') }}
+{% else %}
+{% for part in content %}
+{% if part is not mapping or (part.type or 'text') not in text_parts or part.text is not string %}
+{{ raise_exception('a message has a part that is not text') }}
+{% endif %}
+{% set chat.text = chat.text ~ part.text %}
+{% endfor %}
+{% endif %}
+{% if chat.text or not calls %}
+{% set header = message.metadata if message.metadata is string else '' %}
+{% set turn = {'role': role, 'header': header, 'text': chat.text, 'trained': trained} %}
+{% set chat.turns = chat.turns + [turn] %}
+{% endif %}
+{% if calls and role != 'assistant' %}
+{{ raise_exception('a message of ' ~ message.role ~ ' makes a call: only the assistant calls') }}
 {% endif %}
 {% if calls|length > 1 %}
 {{ raise_exception('a message makes several calls at once: ChatGLM3 makes one at a time') }}
 {% endif %}
-{% if message['content'] is not string and not calls %}
-{{ raise_exception('a message has no content of type text') }}
-{% endif %}
-{% if message['content'] or not calls %}
-{{ write(role, message.get('metadata') or '', message['content']) }}
-{%- endif %}
 {% for call in calls %}
-{% set function = call.get('function') or call %}
-{% set arguments = function['arguments'] or {} %}
+{% set function = call.function or call %}
+{% set arguments = function.arguments or {} %}
 {% if arguments is not mapping %}
 {{ raise_exception('the arguments of a call are not an object') }}
 {% endif %}
-{% set code = namespace(text='', comma='') %}
-{% for name, value in arguments.items() %}
-{% set code.text = code.text ~ code.comma ~ name ~ '=' ~ '%r'|format(value) %}
-{% set code.comma = ', ' %}
+{% set chat.code = '' %}
+{% for name, value in arguments|items %}
+{% set chat.code = chat.code ~ (', ' if chat.code else '') ~ name ~ '=' ~ literal(value) %}
 {% endfor %}
-{{ write('assistant', function['name'], '```python\ntool_call(' ~ code.text ~ ')\n```') }}
-{%- endfor %}
+{% set text = '```python\\ntool_call(' ~ chat.code ~ ')\\n```' %}
+{% set turn = {'role': role, 'header': function.name, 'text': text, 'trained': trained} %}
+{% set chat.turns = chat.turns + [turn] %}
 {% endfor %}
-{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+{% endfor %}
+{% for turn in chat.turns %}
+{% if turn.header or turn.role == 'observation'
+    or turn.role == 'system' and tools_prompt in turn.text %}
+{% set chat.tools = true %}
+{% endif %}
+{% if loop.first %}[gMASK]sop<|{{ turn.role }}|>{% endif %}
+{% if not loop.last %}
+{% set next = '<|' ~ chat.turns[loop.index].role ~ '|>' %}
+{% elif add_generation_prompt %}
+{% set next = '<|assistant|>' if chat.tools else '<|assistant|>\\n' %}
+{% elif turn.role == 'assistant' %}
+{% set next = '<|observation|>' if turn.header else '</s>' %}
+{% else %}
+{% set next = '' %}
+{% endif %}
+{% if turn.trained %}{% generation %}{{ write(turn) }}{{ next }}{% endgeneration %}
+{% else %}{{ write(turn) }}{{ next }}{% endif %}
+{% endfor %}"""
 )
 
 # The settings of transformers' tokenizer that are not in tokenizer.json.
@@ -126,6 +223,12 @@ def copy_tokenizer_files(
     """Copy the files that `save_tokenizer` wrote, or some of them, into a model folder."""
     for name in names:
         shutil.copyfile(source / name, target / name)
+
+
+def limit_length(folder: Path, positions: int) -> None:
+    """Write the model's longest input, in tokens, into a model folder's tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    write_json(path, read_json(path) | {"model_max_length": positions}, indent=2)
 
 
 def make_line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:

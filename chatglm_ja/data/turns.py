@@ -55,7 +55,6 @@ TRAINING_WORD = re.compile(r"(^|_)(loss|train[a-z]*|mask(s|ed|ing)?|weights?)(_|
 # Fields that ChatGLM3's format cannot express: those of a record or a turn, and those of a turn.
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 UNWRITABLE = MEDIA | {"refusal", "reasoning", "reasoning_content", "thinking"}
-TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class BadRecordError(Exception):
@@ -170,7 +169,7 @@ def read_text(content: Any, place: str) -> str:
         raise BadRecordError("wrong type", f"{place} holds {kind}, not text")
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        if kind not in chat_format.TEXT_PARTS or not isinstance(part.get("text"), str):
             raise BadRecordError("unsupported content", f"{place} has a part of type {kind!r:.40}")
     return "".join(part["text"] for part in content)
 

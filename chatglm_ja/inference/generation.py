@@ -38,12 +38,12 @@ MIN_TEMPERATURE = 0.01  # below it, logits divided by the temperature overflow
 class Sampling:
     """How the next token is sampled. A temperature below 0.01 means greedy decoding.
 
-    The defaults are those of ChatGLM3's own chat, whose top_k was transformers' default then.
+    The defaults are those of ChatGLM3's own chat.
     """
 
-    temperature: float = 0.8
-    top_p: float = 0.8
-    top_k: int = 50
+    temperature: float = chat_format.SAMPLING["temperature"]
+    top_p: float = chat_format.SAMPLING["top_p"]
+    top_k: int = chat_format.SAMPLING["top_k"]
 
 
 GREEDY = Sampling(temperature=0)

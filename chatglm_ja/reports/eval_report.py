@@ -24,7 +24,8 @@ from typing import Any
 
 from chatglm_ja import plots
 from chatglm_ja.reports.render import Table, markdown_table, render_template
-from chatglm_ja.storage.files import publish_file, write_json
+from chatglm_ja.sources import HUB_NAME
+from chatglm_ja.storage.files import publish_file, read_json, write_json
 from chatglm_ja.vocabulary.merging import segmentation_table
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,9 @@ Results = Mapping[str, Any]
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "model_card.md"  # in step 7's folder; README.md in the model's
-LICENSE = "MODEL_LICENSE"  # ChatGLM3-6B's, published beside its weights
+BASE_LICENSE = "MODEL_LICENSE"  # ChatGLM3-6B's, published beside its weights
+# Beside ours. Of a license in the same folder, the hub's metadata can name no other file.
+LICENSE = "LICENSE"
 
 # Titles of the loss curves, by stage.
 TRAINING_TITLES = {
@@ -349,13 +352,45 @@ def render_card(results: Results, base_dir: Path) -> str:
             data.append((title, head, rows))
     return render_template(
         "model_card.md.jinja",
+        metadata=_describe_for_hub(results, base_dir),
         languages=list(results["stages"][0]["languages"]),
         stages=[stage["name"] for stage in results["stages"]],
-        license_file=LICENSE if (base_dir / LICENSE).is_file() else None,
+        license_file=LICENSE if (base_dir / BASE_LICENSE).is_file() else None,
         results=render_markdown(results).rstrip(),
         data=data,
         settings=settings,
     )
+
+
+def _describe_for_hub(results: Results, base_dir: Path) -> str:
+    """Return a card's metadata as YAML.
+
+    The base's name is the one that its config.json gives, if it is one of the hub.
+    """
+    from huggingface_hub import ModelCardData
+
+    path = base_dir / "config.json"
+    name = str(read_json(path).get("_name_or_path")) if path.is_file() else ""
+    base_name = name if "/" in name and HUB_NAME.fullmatch(name) else None
+    license_link = None
+    if (base_dir / BASE_LICENSE).is_file():
+        license_link = LICENSE
+    elif base_name:
+        license_link = f"https://huggingface.co/{base_name}/blob/main/{BASE_LICENSE}"
+    arguments = results["steps"].get("step4_prepare_data", {}).get("arguments", {})
+    sources = [*arguments.get("sources", []), *arguments.get("sft_sources", [])]
+    # The paths of local files are not recorded.
+    datasets = dict.fromkeys(source["path"] for source in sources if "path" in source)
+    return ModelCardData(
+        language=list(results["stages"][0]["languages"]),
+        base_model=base_name,
+        datasets=list(datasets) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license="other",
+        license_name="chatglm3-6b" if license_link else None,
+        license_link=license_link,
+    ).to_yaml()
 
 
 def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
@@ -366,8 +401,8 @@ def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
     """
     card = model_dir / "README.md"
     copies = {results_dir / CARD_FILE: card}
-    if (base_dir / LICENSE).is_file():
-        copies[base_dir / LICENSE] = model_dir / LICENSE
+    if (base_dir / BASE_LICENSE).is_file():
+        copies[base_dir / BASE_LICENSE] = model_dir / LICENSE
     try:
         for source, target in copies.items():
             with publish_file(target) as partial:

@@ -23,7 +23,11 @@ from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, glm_config
 from chatglm_ja.chatglm3.remote_code import copy_patched_code, patch_code
 from chatglm_ja.chatglm3.tensor_names import EMBEDDING, OUTPUT_LAYER, to_layout
-from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
+from chatglm_ja.chatglm3.tokenizer_files import (
+    TOKENIZER_FILES,
+    copy_tokenizer_files,
+    limit_length,
+)
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.initialization import Initialization, Subtokens
@@ -91,9 +95,9 @@ def open_base(config: ResizeModelConfig) -> Base:
 def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> dict[str, int]:
     """Write the base with rows for the merged tokenizer's ids, in the layout of `config`.
 
-    Also writes config.json, the tokenizer, and a generation configuration with ChatGLM3's three
-    stop ids that suppresses the padding rows. Verifies the old rows in the written files. Returns
-    the numbers of rows. `base` comes from `open_base`.
+    Also writes config.json, the tokenizer, and a generation configuration that samples as
+    ChatGLM3's own chat does, stops at its three stop ids and suppresses the padding rows. Verifies
+    the old rows in the written files. Returns the numbers of rows. `base` comes from `open_base`.
     """
     proto = tokenizer.read_proto(config.tokenizer / MODEL_FILE)
     pieces = [piece.piece for piece in proto.pieces]
@@ -122,7 +126,11 @@ def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> di
     else:
         glm_config(base.config, rows, base.weights.dtype).save_pretrained(folder)
     copy_tokenizer_files(config.tokenizer, folder, tokenizer_files)
+    if tokenizer_files is TOKENIZER_FILES:
+        limit_length(folder, base.config["seq_length"])
     GenerationConfig(
+        do_sample=True,
+        **chat_format.SAMPLING,
         bos_token_id=tokenizer.BOS_ID,
         eos_token_id=chat_format.stop_ids(tokenizer.load_processor(folder)),
         pad_token_id=tokenizer.UNK_ID,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from transformers import (
+    GenerationConfig,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -65,6 +66,21 @@ def test_answers_end_at_a_stop_token(model: LoadedModel, prompts: list[list[int]
     # Other tools stop there too, by the folder's generation_config.json.
     ids = torch.tensor([prompts[1]])
     assert model.model.generate(ids, max_new_tokens=5).shape[1] == len(prompts[1]) + 1
+
+
+def test_greedy_answers_are_greedy_although_the_folder_samples(
+    model: LoadedModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.model.generation_config.do_sample
+    answers = generation.generate_answers(model, prompts, 12)
+    for index, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(12):
+            logits = model.model(torch.tensor([ids])).logits[0, -1]
+            ids.append(int(logits[: model.tokenizer.get_piece_size()].argmax()))
+        assert answers[index].text == model.tokenizer.decode(ids[len(prompt) :]).strip()
+    monkeypatch.setattr(model.model, "generation_config", GenerationConfig())
+    assert generation.generate_answers(model, prompts, 12) == answers
 
 
 @pytest.mark.parametrize("batch_size", [2, 32])

@@ -63,8 +63,10 @@ def expected(resized_dir: Path) -> str:
     # The chat template breaks up text that would become a special token.
     message = {"role": "user", "content": QUESTION.replace("<|user|>", "< |user|>")}
     prompt = chat_format.build_prompt_ids(model.tokenizer, [message])
+    # Which the template's prompt goes on to.
+    line_break = chat_format.encode_text(model.tokenizer, "\n")
     model.model.float()
-    return generation.generate_answers(model, [prompt], 12)[0].text
+    return generation.generate_answers(model, [[*prompt, *line_break]], 12)[0].text
 
 
 def test_the_code_on_the_model_card_runs(resized_dir: Path, capsys: pytest.CaptureFixture) -> None:
@@ -75,12 +77,12 @@ def test_the_code_on_the_model_card_runs(resized_dir: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.strip()
 
 
-def test_the_server_gives_our_answer(server: str, resized_dir: Path, expected: str) -> None:
+def ask(server: str, folder: Path, **settings: Any) -> str:
     body: dict[str, Any] = {
-        "model": str(resized_dir),
+        "model": str(folder),
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": 12,
-        "temperature": 0,
+        **settings,
     }
     request = urllib.request.Request(
         f"{server}/v1/chat/completions",
@@ -88,8 +90,19 @@ def test_the_server_gives_our_answer(server: str, resized_dir: Path, expected: s
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as response:
-        answer = json.load(response)["choices"][0]["message"]["content"]
-    assert answer.strip() == expected
+        answer: str = json.load(response)["choices"][0]["message"]["content"]
+    return answer
+
+
+def test_the_server_gives_our_answer(server: str, resized_dir: Path, expected: str) -> None:
+    assert ask(server, resized_dir, temperature=0).strip() == expected
+
+
+def test_the_server_samples(server: str, resized_dir: Path, expected: str) -> None:
+    """Whether a client gives a temperature or leaves the folder's settings as they are."""
+    for settings in ({"temperature": 0.8}, {}):
+        answers = {ask(server, resized_dir, **settings) for _ in range(3)}
+        assert len(answers) > 1 and answers != {expected}, settings
 
 
 def test_the_chat_shows_our_answer(

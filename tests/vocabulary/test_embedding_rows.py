@@ -42,9 +42,14 @@ def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
     assert model.get_input_embeddings().weight.shape == (rows, 64)
     assert model.get_output_embeddings().weight.shape == (rows, 64)
     assert len(list(resized_dir.glob("model-*.safetensors"))) > 1
-    assert len(AutoTokenizer.from_pretrained(resized_dir)) == len(merge.proto.pieces)
+    fast = AutoTokenizer.from_pretrained(resized_dir)
+    assert len(fast) == len(merge.proto.pieces)
+    assert fast.model_max_length == model.config.max_position_embeddings
     stops = [2, 4000 + 6, 4000 + 8]
-    assert model.generation_config.eos_token_id == stops
+    settings = model.generation_config
+    assert settings.eos_token_id == stops
+    assert (settings.bos_token_id, settings.pad_token_id) == (1, 0)
+    assert (settings.do_sample, settings.temperature, settings.top_p) == (True, 0.8, 0.8)
     padding = list(range(len(merge.proto.pieces), rows))
     assert (model.generation_config.suppress_tokens or []) == padding
 
