@@ -92,7 +92,7 @@ def interrupt(command: list[str], *delays: float) -> tuple[int, str]:
         with suppress(ProcessLookupError):  # it has ended
             os.killpg(process.pid, signal.SIGINT)
     try:
-        said = process.communicate(timeout=20)[0]
+        said = process.communicate(timeout=120)[0]
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
