@@ -1,0 +1,132 @@
+"""A merged tokenizer and ChatGLM3's chat format as llama.cpp reads them.
+
+llama.cpp merges pieces as sentencepiece does, best score first, and gives the same ids, but for
+control tokens. To sentencepiece they are no text. llama.cpp knows each by its text:
+
+- it merges characters into any token of that text: people would become p eop le;
+- where special tokens are allowed, as in a rendered chat, it first cuts a text at every spelling.
+
+So a control token that merges can form gets another name (sop: <sop>), all have a score below every
+piece, and the chat template breaks their spellings inside a message with a space, as the template
+of tokenizer_config.json does.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES
+from chatglm_ja.chatglm3.tokenizer import EOS_ID, STOP_TOKENS
+
+CONTROL_SCORE = -1e6
+# ChatGLM3's own sampling settings, by the names that GGUF and Ollama share.
+SAMPLING = {"temperature": 0.8, "top_p": 0.8}
+# Roles of OpenAI's messages, and whose turns they are in ChatGLM3's format.
+OTHER_ROLES = {"tool": "observation", "developer": "system"}
+
+# llama.cpp, llama-cpp-python and LM Studio interpret it: only what all of them know may be used.
+CHAT_TEMPLATE = """\
+{%- macro plain(text) -%}
+{%- set result = namespace(text=text) -%}
+{%- for token in SPELLINGS -%}
+{%- set result.text = result.text.replace(token, token[0] ~ ' ' ~ token[1:]) -%}
+{%- endfor -%}
+{{- result.text -}}
+{%- endmacro -%}
+{%- set roles = ROLES -%}
+{%- if tools -%}
+{{- raise_exception('this template writes no tools: describe them in a system message') -}}
+{%- endif -%}
+{{- 'PREFIX' -}}
+{%- for message in messages -%}
+{%- if message['role'] not in roles -%}
+{{- raise_exception('role ' ~ message['role'] ~ ' does not exist: expected ' ~ roles|join(', ')) -}}
+{%- endif -%}
+{%- if message['content'] is not string -%}
+{{- raise_exception('a message has no content of type text') -}}
+{%- endif -%}
+{{- roles[message['role']] ~ plain(message['metadata'] or '') ~ '\\n' -}}
+{%- if message['content'] -%}
+{{- ' ' ~ plain(message['content']) -}}
+{%- endif -%}
+{%- if loop.last and message['role'] == 'assistant' and not add_generation_prompt -%}
+{{- 'END' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- roles['assistant'] -}}
+{%- endif -%}
+"""
+
+# Go's template language. Ollama keeps the last message it was given, so the answer comes next.
+MODELFILE = '''\
+FROM ./FILE
+TEMPLATE """PREFIX{{ range .Messages }}{{ if eq .Role "tool" }}<|observation|>\
+{{ else }}<|{{ .Role }}|>{{ end }}
+{{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>"""
+'''
+
+
+def name_tokens(proto: Any) -> list[str]:
+    """Return the text of every id of a merged tokenizer (ModelProto) for llama.cpp."""
+    names = [piece.piece for piece in proto.pieces]
+    known = set(names)
+    kinds = proto.SentencePiece
+
+    def is_free(name: str) -> bool:
+        """Return whether no other token has the name and no merge of two symbols makes it."""
+        halves = ((name[:cut], name[cut:]) for cut in range(1, len(name)))
+        return name not in known and not any(
+            all(len(half) == 1 or half in known for half in pair) for pair in halves
+        )
+
+    for index, piece in enumerate(proto.pieces):
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            known.discard(piece.piece)
+            while not is_free(names[index]):
+                names[index] = f"<{names[index]}>"
+            known.add(names[index])
+    return names
+
+
+def score_tokens(proto: Any) -> list[float]:
+    """Return the score of every id; only pieces of the type NORMAL are ever merged."""
+    return [piece.score if piece.type == piece.NORMAL else CONTROL_SCORE for piece in proto.pieces]
+
+
+def write_chat_template(proto: Any) -> str:
+    """Return the Jinja template whose prompts have the ids of chat_format.build_prompt_ids."""
+    name_of = _control_names(proto)
+    roles = {role: name_of[f"<|{role}|>"] for role in ROLES}
+    roles |= {other: roles[role] for other, role in OTHER_ROLES.items()}
+    filled = {
+        "SPELLINGS": str([*name_of.values()]),
+        "ROLES": str(roles),
+        "PREFIX": "".join(name_of[token] for token in INPUT_PREFIX),
+        "END": name_of[proto.pieces[EOS_ID].piece],
+    }
+    return _fill(CHAT_TEMPLATE, filled)
+
+
+def write_modelfile(proto: Any, file_name: str) -> str:
+    """Return the Modelfile that `ollama create` reads beside a GGUF file of this name."""
+    name_of = _control_names(proto)
+    prefix = "".join(name_of[token] for token in INPUT_PREFIX)
+    stops = [f'PARAMETER stop "{name_of[token]}"\n' for token in STOP_TOKENS]
+    settings = [f"PARAMETER {name} {value}\n" for name, value in SAMPLING.items()]
+    return _fill(MODELFILE, {"FILE": file_name, "PREFIX": prefix}) + "".join([*stops, *settings])
+
+
+def _control_names(proto: Any) -> dict[str, str]:
+    """Return llama.cpp's names of the tokens that are no text, by sentencepiece's."""
+    kinds = proto.SentencePiece
+    return {
+        piece.piece: name
+        for piece, name in zip(proto.pieces, name_tokens(proto), strict=True)
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+    }
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return text
