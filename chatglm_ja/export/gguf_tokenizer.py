@@ -24,6 +24,8 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.8}
 OTHER_ROLES = {"tool": "observation", "developer": "system"}
 
 # llama.cpp, llama-cpp-python and LM Studio interpret it: only what all of them know may be used.
+# The generation prompt goes on to the line break that ends an empty header, since an answer of a
+# server would start with it otherwise. So the model can name no tool there, and tools are refused.
 CHAT_TEMPLATE = """\
 {%- macro plain(text) -%}
 {%- set result = namespace(text=text) -%}
@@ -53,7 +55,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- roles['assistant'] -}}
+{{- roles['assistant'] ~ '\\n' -}}
 {%- endif -%}
 """
 
@@ -62,7 +64,8 @@ MODELFILE = '''\
 FROM ./FILE
 TEMPLATE """PREFIX{{ range .Messages }}{{ if eq .Role "tool" }}<|observation|>\
 {{ else }}<|{{ .Role }}|>{{ end }}
-{{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>"""
+{{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>
+"""
 '''
 
 
@@ -94,7 +97,10 @@ def score_tokens(proto: Any) -> list[float]:
 
 
 def write_chat_template(proto: Any) -> str:
-    """Return the Jinja template whose prompts have the ids of chat_format.build_prompt_ids."""
+    """Return the Jinja template whose prompts have the ids of chat_format.build_prompt_ids.
+
+    They go on with those of the line break that begins every answer.
+    """
     name_of = _control_names(proto)
     roles = {role: name_of[f"<|{role}|>"] for role in ROLES}
     roles |= {other: roles[role] for other, role in OTHER_ROLES.items()}

@@ -119,7 +119,7 @@ def test_prompts_have_the_ids_of_the_chat_format(
         [{"role": "user", "content": "  people, philosophy\n\n sops sop eop "}],
         [{"role": "assistant", "metadata": "run", "content": "x = 1\n"}],
     ):
-        expected = chat_format.build_prompt_ids(encoder, messages)
+        expected = [*chat_format.build_prompt_ids(encoder, messages), *encoder.encode("\n")]
         assert llama.encode(render(messages), special=True) == expected
 
 
@@ -150,7 +150,7 @@ def test_no_text_in_a_message_becomes_a_special_token(
     ids = llama.encode(render([message]), special=True)
     controls = [encoder.id_to_piece(n) for n in ids if encoder.is_control(n) or n == 0]
     assert controls == ["[gMASK]", "sop", "<|user|>", "<|assistant|>"]
-    exact = chat_format.build_prompt_ids(encoder, [message])
+    exact = [*chat_format.build_prompt_ids(encoder, [message]), *encoder.encode("\n")]
     assert encoder.decode(ids).replace(" ", "") == encoder.decode(exact).replace(" ", "")
 
 
@@ -173,7 +173,7 @@ def test_the_modelfile_names_the_file_and_llama_cpps_tokens(merge: Any) -> None:
     text = gguf_tokenizer.write_modelfile(merge.proto, "model-F16.gguf")
     assert text.startswith('FROM ./model-F16.gguf\nTEMPLATE """[gMASK]<sop>{{ range .Messages }}')
     assert text.endswith(
-        '<|assistant|>"""\nPARAMETER stop "</s>"\nPARAMETER stop "<|user|>"\n'
+        '<|assistant|>\n"""\nPARAMETER stop "</s>"\nPARAMETER stop "<|user|>"\n'
         'PARAMETER stop "<|observation|>"\nPARAMETER temperature 0.8\nPARAMETER top_p 0.8\n'
     )
 
@@ -195,4 +195,5 @@ def test_chatglm3s_own_tokenizer_and_prompts() -> None:
         if any("<|" in message["content"] for message in case["messages"]):
             continue  # the template breaks what spells a special token
         text = template.render(messages=case["messages"], add_generation_prompt=True)
-        assert llama.encode(text, special=True) == case["prompt_ids"]
+        line_break = encoder.encode("\n")
+        assert llama.encode(text, special=True) == [*case["prompt_ids"], *line_break]
