@@ -123,7 +123,7 @@ def main() -> None:
         same_answers = sum(ours == theirs for (ours, _), (theirs, _) in pairs)
         largest = max(float((ours - theirs).abs().max()) for (_, ours), (_, theirs) in pairs)
         counts = [(same_ids, len(texts)), (same_prompts, len(asked)), (same_answers, len(asked))]
-        rows.append([path.name, *(f"{n:,} of {len(of):,}" for n, of in counts), f"{largest:.4f}"])
+        rows.append([path.name, *(f"{n:,} of {of:,}" for n, of in counts), f"{largest:.4f}"])
     head = ["file", "same token ids", "same prompts", "same greedy answers", "logits differ by"]
     print(measuring.table(head, rows))
     largest_logit = max(float(logits.abs().max()) for _, logits in expected)

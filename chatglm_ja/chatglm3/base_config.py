@@ -87,7 +87,7 @@ def _read(path: Path, expected: str) -> Any:
 
 
 def _check_config(path: Path, config: Any) -> dict[str, Any]:
-    _check_architecture(path, config, REQUIRED_CONFIG)
+    _check_architecture(path, config, REQUIRED_CONFIG, "this is not a ChatGLM3-6B model")
     if "rope_ratio" in config and config["rope_ratio"] != 1:
         raise DataError(
             f"{path}: rope_ratio is {config['rope_ratio']!r}: the long-context variants and GLM-4 "
@@ -114,20 +114,20 @@ def read_glm_config(folder: Path) -> dict[str, Any]:
     Raises DataError if it is missing or damaged, and for other architectures.
     """
     path = folder / "config.json"
-    config = _read(path, "expected a model of step 3, 5 or 6")
-    _check_architecture(path, config, REQUIRED_GLM_CONFIG)
+    expected = "expected a model of step 3, 5 or 6"
+    config = _read(path, expected)
+    _check_architecture(path, config, REQUIRED_GLM_CONFIG, expected)
     _check_sizes(path, config, SIZES.values())
     return REQUIRED_CONFIG | {name: config[glm_name] for name, glm_name in SIZES.items()}
 
 
-def _check_architecture(path: Path, config: Any, required: Mapping[str, Any]) -> None:
+def _check_architecture(path: Path, config: Any, required: Mapping[str, Any], meaning: str) -> None:
     if not isinstance(config, dict):
         raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
     for name, expected in required.items():
         if config.get(name) != expected:
             raise DataError(
-                f"{path}: {name} is {config.get(name)!r}, expected {expected!r}: this is not a "
-                "ChatGLM3-6B model"
+                f"{path}: {name} is {config.get(name)!r}, expected {expected!r}: {meaning}"
             )
 
 
