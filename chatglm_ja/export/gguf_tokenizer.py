@@ -11,7 +11,7 @@ piece, and the chat template breaks their spellings inside a message with a spac
 of tokenizer_config.json does.
 """
 
-from collections.abc import Mapping
+import string
 from typing import Any
 
 from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES
@@ -29,19 +29,19 @@ OTHER_ROLES = {"tool": "observation", "developer": "system"}
 CHAT_TEMPLATE = """\
 {%- macro plain(text) -%}
 {%- set result = namespace(text=text) -%}
-{%- for token in SPELLINGS -%}
+{%- for token in $spellings -%}
 {%- set result.text = result.text.replace(token, token[0] ~ ' ' ~ token[1:]) -%}
 {%- endfor -%}
 {{- result.text -}}
 {%- endmacro -%}
-{%- set roles = ROLES -%}
+{%- set roles = $roles -%}
 {%- if tools -%}
 {{- raise_exception('this template writes no tools: describe them in a system message') -}}
 {%- endif -%}
-{{- 'PREFIX' -}}
+{{- '$prefix' -}}
 {%- for message in messages -%}
 {%- if message['role'] not in roles -%}
-{{- raise_exception('role ' ~ message['role'] ~ ' does not exist: expected ' ~ roles|join(', ')) -}}
+{{- raise_exception('role ' ~ message['role'] ~ ' does not exist: expected $role_names') -}}
 {%- endif -%}
 {%- if message['content'] is not string -%}
 {{- raise_exception('a message has no content of type text') -}}
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = """\
 {{- ' ' ~ plain(message['content']) -}}
 {%- endif -%}
 {%- if loop.last and message['role'] == 'assistant' and not add_generation_prompt -%}
-{{- 'END' -}}
+{{- '$end' -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -61,8 +61,8 @@ CHAT_TEMPLATE = """\
 
 # Go's template language. Ollama keeps the last message it was given, so the answer comes next.
 MODELFILE = '''\
-FROM ./FILE
-TEMPLATE """PREFIX{{ range .Messages }}{{ if eq .Role "tool" }}<|observation|>\
+FROM ./$file
+TEMPLATE """$prefix{{ range .Messages }}{{ if eq .Role "tool" }}<|observation|>\
 {{ else }}<|{{ .Role }}|>{{ end }}
 {{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>
 """
@@ -104,13 +104,13 @@ def write_chat_template(proto: Any) -> str:
     name_of = _control_names(proto)
     roles = {role: name_of[f"<|{role}|>"] for role in ROLES}
     roles |= {other: roles[role] for other, role in OTHER_ROLES.items()}
-    filled = {
-        "SPELLINGS": str([*name_of.values()]),
-        "ROLES": str(roles),
-        "PREFIX": "".join(name_of[token] for token in INPUT_PREFIX),
-        "END": name_of[proto.pieces[EOS_ID].piece],
-    }
-    return _fill(CHAT_TEMPLATE, filled)
+    return string.Template(CHAT_TEMPLATE).substitute(
+        spellings=[*name_of.values()],
+        roles=roles,
+        role_names=", ".join(roles),
+        prefix="".join(name_of[token] for token in INPUT_PREFIX),
+        end=name_of[proto.pieces[EOS_ID].piece],
+    )
 
 
 def write_modelfile(proto: Any, file_name: str) -> str:
@@ -119,7 +119,8 @@ def write_modelfile(proto: Any, file_name: str) -> str:
     prefix = "".join(name_of[token] for token in INPUT_PREFIX)
     stops = [f'PARAMETER stop "{name_of[token]}"\n' for token in STOP_TOKENS]
     settings = [f"PARAMETER {name} {value}\n" for name, value in SAMPLING.items()]
-    return _fill(MODELFILE, {"FILE": file_name, "PREFIX": prefix}) + "".join([*stops, *settings])
+    head = string.Template(MODELFILE).substitute(file=file_name, prefix=prefix)
+    return "".join([head, *stops, *settings])
 
 
 def _control_names(proto: Any) -> dict[str, str]:
@@ -130,9 +131,3 @@ def _control_names(proto: Any) -> dict[str, str]:
         for piece, name in zip(proto.pieces, name_tokens(proto), strict=True)
         if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
     }
-
-
-def _fill(text: str, values: Mapping[str, str]) -> str:
-    for name, value in values.items():
-        text = text.replace(name, value)
-    return text
