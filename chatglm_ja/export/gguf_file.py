@@ -176,7 +176,7 @@ def _describe(writer: Any, model: ModelFolder, dtype: str) -> None:
     writer.add_tokenizer_model("llama")  # sentencepiece's BPE
     writer.add_tokenizer_pre("default")
     writer.add_token_list(gguf_tokenizer.name_tokens(proto))
-    writer.add_token_scores(gguf_tokenizer.score_tokens(proto))
+    writer.add_token_scores([piece.score for piece in proto.pieces])
     writer.add_token_types([piece.type for piece in proto.pieces])  # GGUF has the same numbers
     writer.add_add_space_prefix(True)
     writer.add_remove_extra_whitespaces(False)

@@ -6,9 +6,8 @@ control tokens. To sentencepiece they are no text. llama.cpp knows each by its t
 - it merges characters into any token of that text: people would become p eop le;
 - where special tokens are allowed, as in a rendered chat, it first cuts a text at every spelling.
 
-So a control token that merges can form gets another name (sop: <sop>), all have a score below every
-piece, and the chat template breaks their spellings inside a message with a space, as the template
-of tokenizer_config.json does.
+So a control token that merges can form gets another name (sop: <sop>), and the chat template breaks
+spellings inside a message with a space, as the template of tokenizer_config.json does.
 """
 
 import string
@@ -17,7 +16,6 @@ from typing import Any
 from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, STOP_TOKENS
 
-CONTROL_SCORE = -1e6
 # ChatGLM3's own sampling settings, by the names that GGUF and Ollama share.
 SAMPLING = {"temperature": 0.8, "top_p": 0.8}
 # Roles of OpenAI's messages, and whose turns they are in ChatGLM3's format.
@@ -59,7 +57,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-# Go's template language. Ollama keeps the last message it was given, so the answer comes next.
+# Go's template language, which has no function that could break spelled tokens.
 MODELFILE = '''\
 FROM ./$file
 TEMPLATE """$prefix{{ range .Messages }}{{ if eq .Role "tool" }}<|observation|>\
@@ -89,11 +87,6 @@ def name_tokens(proto: Any) -> list[str]:
                 names[index] = f"<{names[index]}>"
             known.add(names[index])
     return names
-
-
-def score_tokens(proto: Any) -> list[float]:
-    """Return the score of every id; only pieces of the type NORMAL are ever merged."""
-    return [piece.score if piece.type == piece.NORMAL else CONTROL_SCORE for piece in proto.pieces]
 
 
 def write_chat_template(proto: Any) -> str:

@@ -29,9 +29,11 @@ HOSTILE = [
 
 
 def as_llama(proto: Any) -> LlamaTokenizer:
-    types = [piece.type for piece in proto.pieces]
-    names, scores = gguf_tokenizer.name_tokens(proto), gguf_tokenizer.score_tokens(proto)
-    return LlamaTokenizer(names, scores, types)
+    return LlamaTokenizer(
+        gguf_tokenizer.name_tokens(proto),
+        [piece.score for piece in proto.pieces],
+        [piece.type for piece in proto.pieces],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +89,8 @@ def test_only_control_tokens_that_merges_can_form_are_renamed(merge: Any) -> Non
         if piece.piece != name
     }
     assert changed == {"sop": "<sop>", "eop": "<eop>"}
-    own = LlamaTokenizer(
-        [piece.piece for piece in proto.pieces], gguf_tokenizer.score_tokens(proto),
-        [piece.type for piece in proto.pieces],
-    )  # fmt: skip
+    own = as_llama(proto)
+    own = LlamaTokenizer([piece.piece for piece in proto.pieces], own.scores, own.types)
     encoder = tokenizer.make_processor(proto)
     assert any(own.encode(text) != encoder.encode(text) for text in HOSTILE)
     # A name that is taken, or that pieces make, is not used either.
