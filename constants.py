@@ -4,7 +4,7 @@ CHATGLM_JA_PROFILE    demo (default): a small ChatGLM3 and the texts in demo/dat
                       chatglm3-6b: the real model, in the folder CHATGLM3_6B_DIR
 CHATGLM_JA_ARTIFACTS  root of all results (default: artifacts/ beside this file)
 
-STEP1 to STEP7 are the defaults of the steps' command lines. Settings not listed here have their
+STEP1 to STEP8 are the defaults of the steps' command lines. Settings not listed here have their
 defaults in chatglm_ja/<room>/settings.py. For a Source see chatglm_ja/sources.py.
 """
 
@@ -41,6 +41,7 @@ STEP4_DIR = ARTIFACTS_DIR / "step4_data"
 STEP5_DIR = ARTIFACTS_DIR / "step5_pt"
 STEP6_DIR = ARTIFACTS_DIR / "step6_sft"
 STEP7_DIR = ARTIFACTS_DIR / "step7_eval"
+STEP8_DIR = ARTIFACTS_DIR / "step8_export"
 
 # The new language comes first; the model must not lose the others.
 LANGUAGES = ("ja", "zh", "en")
@@ -247,4 +248,9 @@ STEP7: Settings = {
     "prompts": PROJECT_DIR / "prompts" / f"{PROFILE}.yaml",
     "output_dir": STEP7_DIR,
     **EVALUATION,
+}
+STEP8: Settings = {
+    "model": STEP6_DIR,
+    "base_model": BASE_MODEL_DIR,
+    "output_dir": STEP8_DIR,
 }

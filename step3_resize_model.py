@@ -1,7 +1,6 @@
 """Step 3: give the checkpoint embedding rows for the new pieces, as transformers' GlmForCausalLM.
 
-The base's rows do not change by a bit, which every run verifies. With --layout chatglm the result
-keeps ChatGLM3's own layout, for tools that know only that.
+The base's rows do not change by a bit, which every run verifies.
 
 Reads   <base model>/ in ChatGLM3's own layout, <artifacts>/step2_tokenizer/
 Writes  <artifacts>/step3_model/  weights, config.json, generation_config.json, tokenizer
@@ -26,10 +25,10 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     config = parse(ResizeModelConfig, __doc__, constants.STEP3, profile=constants.PROFILE_LINE)
-    inputs = [
-        *open_base_model(config.base_model),
-        open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
-    ]
+    tokenizer = open_artifact(
+        config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify
+    )
+    inputs = [*open_base_model(config.base_model, tokenizer), tokenizer]
     output = Output(config, Path(__file__).stem, inputs)
     if config.check:
         from chatglm_ja.vocabulary import embedding_rows
@@ -45,7 +44,7 @@ def main() -> None:
     with output.write() as folder:
         output.counts.update(embedding_rows.resize_checkpoint(base, config, folder))
         if compares_logits:
-            embedding_rows.verify_logits(base, folder, config.layout)
+            embedding_rows.verify_logits(base, folder)
             log.info("logits over the %d old ids equal the base's bit by bit", base.first_new_id)
     log.info(
         "%(old_rows)d rows -> %(new_rows)d: %(kept)d kept, %(initialised)d initialized, "

@@ -183,10 +183,12 @@ def write_random_base(source: Path, folder: Path) -> None:
         base_config.glm_config(config, config["padded_vocab_size"], torch.float32)
     )
     unfinished = measuring.emptied(folder.with_suffix(".unfinished"))
-    tensors = tensor_names.to_chatglm(model.state_dict())
-    weights.write_sharded(
-        ((name, tensor.contiguous()) for name, tensor in tensors.items()), unfinished, 10**9
+    read = model.state_dict().__getitem__
+    tensors = (
+        (name, tensor_names.to_chatglm(name, read).contiguous())
+        for name in tensor_names.expected_shapes(config)
     )
+    weights.write_sharded(tensors, unfinished, 10**9)
     text = json.dumps(config, indent=1)
     (unfinished / "config.json").write_text(text + "\n", encoding="utf-8")
     shutil.copyfile(source / tokenizer.MODEL_FILE, unfinished / tokenizer.MODEL_FILE)

@@ -185,8 +185,11 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
 
-    tensors = tensor_names.to_chatglm(model.state_dict())
-    half = ((name, tensor.half().contiguous()) for name, tensor in tensors.items())
+    read = model.state_dict().__getitem__
+    half = (
+        (name, tensor_names.to_chatglm(name, read).half().contiguous())
+        for name in tensor_names.expected_shapes(raw_config)
+    )
     weights.write_sharded(half, folder, max_shard_bytes=4_000_000)
     write_json(folder / "config.json", raw_config)
     tail = losses[-math.ceil(len(losses) / 10) :]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-STEPS = sorted(path.name for path in PROJECT.glob("step[1-7]_*.py"))
+STEPS = sorted(path.name for path in PROJECT.glob("step[1-8]_*.py"))
 
 # Flags for a smaller demo, in which every step takes seconds.
 SMALL = {
@@ -25,6 +25,7 @@ SMALL = {
     "step5_train_pt.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --block-size 128",
     "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --max-new-tokens 4",
     "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
+    "step8_export.py": "",
 }
 
 

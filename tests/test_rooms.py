@@ -9,7 +9,7 @@ from tests.pipeline import PROJECT
 PACKAGE = PROJECT / "chatglm_ja"
 # From the bottom up; "" stands for the modules at the top of the package.
 ORDER = ("", "storage", "chatglm3", "data", "vocabulary", "training", "inference", "evaluation",
-         "reports")  # fmt: skip
+         "reports", "export")  # fmt: skip
 
 
 @pytest.mark.parametrize("room", ORDER)

@@ -9,6 +9,7 @@ import pytest
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation.settings import EvalConfig
+from chatglm_ja.export.settings import ExportConfig
 from chatglm_ja.settings import StepConfig, parse
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.manifest import Manifest
@@ -134,13 +135,21 @@ def test_a_misspelled_profile_setting_is_refused() -> None:
         parse(TrainingConfig, "", {**DEFAULTS, "lora_rnk": 1}, [])
 
 
-@pytest.mark.parametrize("name", ["init", "layout"])
-def test_an_unknown_choice_is_refused(name: str) -> None:
+def test_an_unknown_choice_is_refused() -> None:
     defaults = {"output_dir": Path("o"), "base_model": Path("b"), "tokenizer": Path("t")}
     with pytest.raises(ConfigError, match="invalid choice: 'none'"):
-        parse(ResizeModelConfig, "", defaults, [f"--{name}", "none"])
-    with pytest.raises(ConfigError, match=f"--{name} is none, expected one of"):
-        parse(ResizeModelConfig, "", {**defaults, name: "none"}, [])
+        parse(ResizeModelConfig, "", defaults, ["--init", "none"])
+    with pytest.raises(ConfigError, match="--init is none, expected one of"):
+        parse(ResizeModelConfig, "", {**defaults, "init": "none"}, [])
+
+
+def test_an_export_has_a_dtype_only_as_gguf() -> None:
+    defaults = {"output_dir": Path("o"), "model": Path("m")}
+    with pytest.raises(ConfigError, match=r"argument --dtype: invalid choice: 'q4'.*'bf16'"):
+        parse(ExportConfig, "", defaults, ["--dtype", "q4"])
+    with pytest.raises(ConfigError, match="--dtype is for --to gguf only"):
+        parse(ExportConfig, "", defaults, ["--to", "chatglm", "--dtype", "f16"])
+    assert parse(ExportConfig, "", defaults, []).to == "gguf"
 
 
 def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
@@ -251,7 +260,7 @@ def test_the_profiles_fit_their_steps(profile: str, monkeypatch: pytest.MonkeyPa
     steps: dict[str, type[StepConfig]] = {
         "STEP1": TrainTokenizerConfig, "STEP2": MergeTokenizerConfig, "STEP3": ResizeModelConfig,
         "STEP4": PrepareDataConfig, "STEP5": TrainingConfig, "STEP6": SftConfig,
-        "STEP7": EvalConfig,
+        "STEP7": EvalConfig, "STEP8": ExportConfig,
     }  # fmt: skip
     for name, config in steps.items():
         parse(config, "", constants[name], []).arguments()

@@ -26,8 +26,8 @@ class Base:
     def open(cls, folder: Path) -> "Base":
         """Read and validate config.json and tokenizer.model; weights are read on demand.
 
-        Raises DataError for another architecture, another kind of tokenizer, a tokenizer that was
-        merged already, and embeddings without rows for the nine special tokens.
+        Raises DataError for another architecture, another kind of tokenizer, and embeddings without
+        rows for all ids, those of the nine special tokens among them.
         """
         path = folder / tokenizer.MODEL_FILE
         base = cls(folder, read_config(folder), tokenizer.read_proto(path))
@@ -43,7 +43,8 @@ class Base:
     @property
     def first_new_id(self) -> int:
         """The id of the first piece that step 2 adds: it follows the pieces and special tokens."""
-        return len(self.proto.pieces) + len(tokenizer.SPECIAL_TOKENS)
+        missing = 0 if tokenizer.has_special_tokens(self.proto) else len(tokenizer.SPECIAL_TOKENS)
+        return len(self.proto.pieces) + missing
 
     @functools.cached_property
     def weights(self) -> "BaseWeights":
@@ -67,9 +68,16 @@ def _check_tokenizer(proto: Any, path: Path) -> None:
             f"{path} begins with {', '.join(repr(piece) for piece, _ in pieces[:3])}, expected the "
             f"special pieces {', '.join(tokenizer.FIRST_PIECES)}: wrong base model?"
         )
-    special = [piece for piece, _ in pieces if piece in tokenizer.SPECIAL_TOKENS]
-    if special:
-        raise DataError(f"{path} holds {', '.join(special)} as pieces: it is merged already")
+    special = [at for at, (piece, _) in enumerate(pieces) if piece in tokenizer.SPECIAL_TOKENS]
+    if special:  # as step 2 appends them, in a model that step 8 exported
+        block = slice(special[0], special[0] + len(tokenizer.SPECIAL_TOKENS))
+        if pieces[block] != [(token, kinds.CONTROL) for token in tokenizer.SPECIAL_TOKENS]:
+            found = ", ".join(pieces[at][0] for at in special)
+            raise DataError(
+                f"{path} holds {found} as pieces, expected none of the special tokens, or all "
+                "nine in a row as step 2 appends them: wrong base model?"
+            )
+        del pieces[block]
     for piece, kind in pieces[3:]:
         if kind not in (kinds.NORMAL, kinds.BYTE):  # `tokenizers` has no other types
             raise DataError(

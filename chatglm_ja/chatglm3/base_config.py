@@ -3,17 +3,17 @@
 Nothing here imports torch, so that a step can look at its inputs before it loads anything.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm_ja.chatglm3.recognition import recognize_folder
 from chatglm_ja.errors import ArtifactError, DataError
-from chatglm_ja.settings import Choice
 from chatglm_ja.storage.disk import folder_bytes
-from chatglm_ja.storage.files import describe_absence, read_json
-from chatglm_ja.storage.inputs import Input, open_files
+from chatglm_ja.storage.files import describe_absence, digest, read_json
+from chatglm_ja.storage.inputs import Input, open_artifact, open_files
+from chatglm_ja.storage.manifest import read_manifest
 
 if TYPE_CHECKING:  # torch takes a second to import, and --help needs this module
     import torch
@@ -53,6 +53,15 @@ SIZES = {
     "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
 }
+# The rotary position embedding, by GlmConfig's names: of each head, half of the dimensions rotate.
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# What a GlmConfig with ChatGLM3's architecture has; GLM-4's, for example, differs.
+REQUIRED_GLM_CONFIG = {
+    "model_type": "glm",
+    "attention_bias": True,
+    "rope_parameters": ROTARY,
+    "tie_word_embeddings": False,
+}
 # The matrices of a layer in GlmForCausalLM, in the order in which they are multiplied.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 MAX_LAYERS = 10_000  # a corrupt number must not make us list the tensors of 10^9 layers
@@ -77,14 +86,7 @@ def _read(path: Path, expected: str) -> Any:
 
 
 def _check_config(path: Path, config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
-    for name, expected in REQUIRED_CONFIG.items():
-        if config.get(name) != expected:
-            raise DataError(
-                f"{path}: {name} is {config.get(name)!r}, expected {expected!r}: this is not a "
-                "ChatGLM3-6B model"
-            )
+    _check_architecture(path, config, REQUIRED_CONFIG, "this is not a ChatGLM3-6B model")
     if "rope_ratio" in config and config["rope_ratio"] != 1:
         raise DataError(
             f"{path}: rope_ratio is {config['rope_ratio']!r}: the long-context variants and GLM-4 "
@@ -101,19 +103,46 @@ def _check_config(path: Path, config: Any) -> dict[str, Any]:
             f"{path}: the checkpoint is quantized; expected fp16, bf16 or fp32 weights: download "
             "chatglm3-6b or chatglm3-6b-base"
         )
-    missing = [name for name in SIZES if config.get(name) is None]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}: expected a ChatGLM3 config.json")
-    wrong = [f"{name} is {config[name]!r}" for name in SIZES if not _is_size(name, config[name])]
-    if wrong:
-        raise DataError(f"{path}: {', '.join(wrong)}: expected the sizes of a ChatGLM3 model")
+    _check_sizes(path, config, SIZES)
     return config
 
 
+def read_glm_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a folder of step 3, 5 or 6 as what ChatGLM3's would hold.
+
+    Raises DataError if it is missing or damaged, and for other architectures.
+    """
+    path = folder / "config.json"
+    expected = "expected a model of step 3, 5 or 6"
+    config = _read(path, expected)
+    _check_architecture(path, config, REQUIRED_GLM_CONFIG, expected)
+    _check_sizes(path, config, SIZES.values())
+    return REQUIRED_CONFIG | {name: config[glm_name] for name, glm_name in SIZES.items()}
+
+
+def _check_architecture(path: Path, config: Any, required: Mapping[str, Any], meaning: str) -> None:
+    if not isinstance(config, dict):
+        raise DataError(f"{path} is not a JSON object: expected a ChatGLM3 config.json")
+    for name, expected in required.items():
+        if config.get(name) != expected:
+            raise DataError(
+                f"{path}: {name} is {config.get(name)!r}, expected {expected!r}: {meaning}"
+            )
+
+
+def _check_sizes(path: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
+    missing = [name for name in names if config.get(name) is None]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}: expected a ChatGLM3 config.json")
+    wrong = [f"{name} is {config[name]!r}" for name in names if not _is_size(name, config[name])]
+    if wrong:
+        raise DataError(f"{path}: {', '.join(wrong)}: expected the sizes of a ChatGLM3 model")
+
+
 def _is_size(name: str, value: Any) -> bool:
-    if name == "layernorm_epsilon":
+    if name in ("layernorm_epsilon", SIZES["layernorm_epsilon"]):
         return isinstance(value, float) and 0 < value < 1
-    limit = MAX_LAYERS if name == "num_layers" else 2**31 - 1
+    limit = MAX_LAYERS if name in ("num_layers", SIZES["num_layers"]) else 2**31 - 1
     return type(value) is int and 0 < value <= limit
 
 
@@ -121,13 +150,12 @@ def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype")
     """Return the GlmConfig of a ChatGLM3 config.json, with `vocab_size` embedding rows."""
     from transformers import GlmConfig
 
-    rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     sizes = {glm_name: config[name] for name, glm_name in SIZES.items()}
     return GlmConfig(
         **{**sizes, "vocab_size": vocab_size},
         architectures=["GlmForCausalLM"],
         attention_bias=True,
-        rope_parameters=rotary,
+        rope_parameters=dict(ROTARY),
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
@@ -201,13 +229,6 @@ def is_base(folder: Path) -> bool:
     return read_json(folder / "config.json")["model_type"] == REQUIRED_CONFIG["model_type"]
 
 
-class Layout(Choice):
-    """The names and files of a model that step 3 writes."""
-
-    GLM = "glm", "transformers' own class, for steps 5 to 7"
-    CHATGLM = "chatglm", "the original names and files, for tools that know only those"
-
-
 def weights_bytes(folder: Path) -> int:
     """Return the size of the weights in a model folder, of either format."""
     sizes = (folder_bytes(folder, f"*{Path(name).suffix}") for name in WEIGHT_FILES)
@@ -240,10 +261,34 @@ def _refuse_strange(folder: Path) -> None:
         raise ArtifactError(f"base model {folder} has no config.json, but {found}")
 
 
-def open_base_model(folder: Path) -> list[Input]:
-    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights."""
-    base_tokenizer = open_base_tokenizer(folder)
-    weights: list[Path] = []
+def open_base_model(folder: Path, merged: Input | None = None) -> list[Input]:
+    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights.
+
+    A folder whose tokenizer is `merged`'s own, byte for byte, as step 8 writes it, brings no other
+    tokenizer: the one that `merged` was made from counts.
+    """
+    tokenizers = [open_base_tokenizer(folder)]
+    if merged is not None and merged.manifest is not None:
+        record = merged.manifest.files.get(MODEL_FILE)
+        if record is not None and record.sha256 == digest(folder / MODEL_FILE):
+            tokenizers = []
+    weights = _find_weights(folder)
+    return [*tokenizers, open_files("base_model", folder / "config.json", *weights)]
+
+
+def open_model(folder: Path, *scripts: str, every_byte: bool | None = None) -> Input:
+    """Open a model in GlmForCausalLM's layout that one of the steps published, or that was trained
+    further by another program: then by its files.
+    """
+    if read_manifest(folder) is None and (folder / "config.json").is_file():
+        paths = (folder / "config.json", folder / MODEL_FILE, *_find_weights(folder))
+        return open_files("model", *paths)
+    return open_artifact(folder, *scripts, every_byte=every_byte)
+
+
+def _find_weights(folder: Path) -> list[Path]:
+    """Return the files with weights, and their index, in the format of WEIGHT_FILES they have."""
     for suffix in (Path(name).suffix for name in WEIGHT_FILES):
-        weights = weights or [*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}{INDEX}")]
-    return [base_tokenizer, open_files("base_model", folder / "config.json", *sorted(weights))]
+        if weights := [*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}{INDEX}")]:
+            return sorted(weights)
+    return []

@@ -5,12 +5,10 @@ matrix (all query heads, then the key groups, then the value groups) and names i
 differently. Conversion only splits and renames, so a round trip is exact to the last bit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-
-from chatglm_ja.chatglm3.base_config import Layout
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "transformer.output_layer.weight"
@@ -38,64 +36,57 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     query = config["num_attention_heads"] * config["kv_channels"]
     fused = query + 2 * config["multi_query_group_num"] * config["kv_channels"]
     rows = config["padded_vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {FINAL_NORM: (hidden,)}
-    shapes |= dict.fromkeys((EMBEDDING, OUTPUT_LAYER), (rows, hidden))
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, hidden)}
     layer = {
-        "input_layernorm.weight": (hidden,),
         FUSED_QKV + "weight": (fused, hidden),
         FUSED_QKV + "bias": (fused,),
         "self_attention.dense.weight": (hidden, query),
-        "post_attention_layernorm.weight": (hidden,),
         "mlp.dense_h_to_4h.weight": (2 * ffn, hidden),
         "mlp.dense_4h_to_h.weight": (hidden, ffn),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
     }
     for index in range(config["num_layers"]):
         shapes |= {f"{LAYER_PREFIX}{index}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    return shapes | {FINAL_NORM: (hidden,), OUTPUT_LAYER: (rows, hidden)}
+
+
+def glm_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the same model as a GlmForCausalLM, by name."""
+    return {
+        glm_name: tuple(part.shape)
+        for name, shape in expected_shapes(config).items()
+        for glm_name, part in to_glm(name, torch.empty(shape, device="meta"), config)
+    }
+
+
+def glm_names(name: str) -> list[str]:
+    """Return GlmForCausalLM's name for a ChatGLM3 tensor; for a fused one those of q, k and v."""
+    if name in NAMES:
+        return [NAMES[name]]
+    index, _, part = name.removeprefix(LAYER_PREFIX).partition(".")
+    layer = f"model.layers.{index}."
+    if part in LAYER_NAMES:
+        return [layer + LAYER_NAMES[part]]
+    kind = part.removeprefix(FUSED_QKV)
+    return [f"{layer}self_attn.{letter}_proj.{kind}" for letter in "qkv"]
 
 
 def to_glm(
     name: str, tensor: torch.Tensor, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Convert a ChatGLM3 tensor to GlmForCausalLM's name; a fused one becomes q, k and v."""
-    if name in NAMES:
-        yield NAMES[name], tensor
+    names = glm_names(name)
+    if len(names) == 1:
+        yield names[0], tensor
         return
-    index, _, part = name.removeprefix(LAYER_PREFIX).partition(".")
-    if part in LAYER_NAMES:
-        yield f"model.layers.{index}.{LAYER_NAMES[part]}", tensor
-        return
-    kind = part.removeprefix(FUSED_QKV)
     keys = config["multi_query_group_num"] * config["kv_channels"]
-    query = tensor.shape[0] - 2 * keys
-    for letter, rows in zip("qkv", tensor.split([query, keys, keys]), strict=True):
-        yield f"model.layers.{index}.self_attn.{letter}_proj.{kind}", rows.contiguous()
+    parts = tensor.split([tensor.shape[0] - 2 * keys, keys, keys])
+    for glm_name, rows in zip(names, parts, strict=True):
+        yield glm_name, rows.contiguous()
 
 
-def to_layout(
-    layout: Layout, name: str, tensor: torch.Tensor, config: Mapping[str, Any]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Convert a ChatGLM3 tensor to the names and shapes of a layout."""
-    if layout is Layout.CHATGLM:
-        yield name, tensor
-    else:
-        yield from to_glm(name, tensor, config)
-
-
-def to_chatglm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert the tensors of a GlmForCausalLM to ChatGLM3's names, with q, k and v fused."""
-    names = {glm: chatglm for chatglm, glm in NAMES.items()}
-    layer_names = {glm: chatglm for chatglm, glm in LAYER_NAMES.items()}
-    result = {}
-    for name, tensor in state.items():
-        if name in names:
-            result[names[name]] = tensor
-            continue
-        index, _, part = name.removeprefix("model.layers.").partition(".")
-        target = f"{LAYER_PREFIX}{index}."
-        if part in layer_names:
-            result[target + layer_names[part]] = tensor
-        elif part.startswith("self_attn.q_proj."):
-            fused = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            result[target + FUSED_QKV + part.rpartition(".")[2]] = torch.cat(fused)
-    return result
+def to_chatglm(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Return the ChatGLM3 tensor `name`, made of GlmForCausalLM's, which `read` gives by name."""
+    parts = [read(glm_name) for glm_name in glm_names(name)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -2,7 +2,8 @@
 
 tokenizer.model is a sentencepiece BPE model with P pieces. Nine special tokens, which have no
 pieces in it, take the next ids. The pipeline gives them pieces of type CONTROL, which sentencepiece
-never produces from a text, and appends new pieces:
+never produces from a text, and appends new pieces. A model that step 8 exported as ChatGLM3's own
+has them already, and is a base for more pieces:
 
     ids   0 ............ P-1 | P ................. P+8 | P+9 ............
           the base's pieces  | [MASK] ... as control   | new pieces
@@ -106,16 +107,24 @@ def make_processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.Sente
 def add_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
     """Append the special tokens as control pieces, then new pieces, to the base's ModelProto.
 
-    Each new piece has a lower score than all pieces before it. The base is not changed.
+    Special tokens that the base has already are not appended again. Each new piece has a lower
+    score than all pieces before it. The base is not changed.
     """
     proto = copy.deepcopy(base)
-    for token in SPECIAL_TOKENS:
-        proto.pieces.add(piece=token, score=0.0, type=proto.SentencePiece.CONTROL)
+    if not has_special_tokens(base):
+        for token in SPECIAL_TOKENS:
+            proto.pieces.add(piece=token, score=0.0, type=proto.SentencePiece.CONTROL)
     lowest = min(piece.score for piece in base.pieces)
     for rank, piece in enumerate(new_pieces, start=1):
         proto.pieces.add(piece=piece, score=lowest - rank, type=proto.SentencePiece.NORMAL)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto
+
+
+def has_special_tokens(proto: Any) -> bool:
+    """Return whether a ModelProto has the special tokens, as pieces of type CONTROL."""
+    token, kind = SPECIAL_TOKENS[0], proto.SentencePiece.CONTROL
+    return any(piece.piece == token and piece.type == kind for piece in proto.pieces)
 
 
 def is_lossless(proto: Any) -> bool:

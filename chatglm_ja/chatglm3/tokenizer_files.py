@@ -18,7 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, ROLES, TEXT_PARTS, TOOLS_PROMPT
+from chatglm_ja.chatglm3.chat_format import (
+    INPUT_PREFIX,
+    OTHER_ROLES,
+    ROLES,
+    TEXT_PARTS,
+    TOOLS_PROMPT,
+)
 from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, MODEL_FILE, SPACE, SPECIAL_TOKENS
 from chatglm_ja.storage.files import read_json, write_json
 
@@ -28,8 +34,7 @@ TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
 WORD_TOKENS = [token for token in SPECIAL_TOKENS if token.isalpha()]
 MARKED_TOKENS = [*FIRST_PIECES, *(token for token in SPECIAL_TOKENS if not token.isalpha())]
 
-# The roles of OpenAI's messages that ChatGLM3 has under other names.
-TEMPLATE_ROLES = {**{role: role for role in ROLES}, "developer": "system", "tool": "observation"}
+TEMPLATE_ROLES = {role: role for role in ROLES} | OTHER_ROLES
 # What Python's repr escapes, as far as the texts of calls hold it.
 ESCAPED = "\\\n\r\t\xa0\u200b\u200c\u200d\u3000\ufeff"
 

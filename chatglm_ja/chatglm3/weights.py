@@ -33,20 +33,18 @@ CPU = torch.device("cpu")
 Logits = tuple[torch.Tensor, torch.Tensor]
 
 
-class BaseWeights:
-    """The weights of a ChatGLM3 folder: validated as a whole on opening, read tensor by tensor.
+class Weights:
+    """The weights of a model folder: validated as a whole on opening, read tensor by tensor.
 
-    `config` is the folder's config.json, which is read if it is not given. Tensors of mixed dtypes
-    are cast to `dtype`, the one that most of the weights have. Raises DataError if a shard is
-    missing or truncated, if a tensor is missing or unexpected, or if its shape is not the one that
-    config.json gives.
+    `shapes` are those that its config.json gives, by name. Tensors of mixed dtypes are cast to
+    `dtype`, the one that most of the weights have. Raises DataError if a shard is missing or
+    truncated, if a tensor is missing or unexpected, or if it has another shape.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
-        self.config = read_config(folder) if config is None else config
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._folder = folder
         self._shard_of = _read_weight_map(folder)
-        self._shapes = tensor_names.expected_shapes(self.config)
+        self._shapes = shapes
         missing = sorted(self._shapes.keys() - self._shard_of.keys())
         extra = sorted(self._shard_of.keys() - self._shapes.keys() - {*tensor_names.IGNORED})
         if missing or extra:
@@ -82,7 +80,7 @@ class BaseWeights:
         return sum(map(math.prod, self._shapes.values())) * self.dtype.itemsize
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor by ChatGLM3's name, in `dtype`.
+        """Read a tensor by its name, in `dtype`.
 
         Raises DataError if it was stored in another one, and has values that are too large.
         """
@@ -96,9 +94,21 @@ class BaseWeights:
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Iterate over all tensors by ChatGLM3's names, shard by shard."""
-        for name in sorted(self._shapes, key=lambda name: (self._shard_of[name], name)):
+        """Iterate over all tensors with their names, shard by shard."""
+        for name in sorted(self._shapes, key=self.place):
             yield name, self.tensor(name)
+
+    def place(self, name: str) -> tuple[str, str]:
+        """Return a key that sorts names by their shards, each of which is then opened once."""
+        return self._shard_of[name], name
+
+
+class BaseWeights(Weights):
+    """The weights of a ChatGLM3 folder; `config` is its config.json, which is read if not given."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+        self.config = read_config(folder) if config is None else config
+        super().__init__(folder, tensor_names.expected_shapes(self.config))
 
     def glm_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over all tensors with the names and shapes of GlmForCausalLM."""
@@ -300,7 +310,7 @@ def load_glm(
     if model_type != "glm":
         raise DataError(
             f"{folder} is in the layout of {model_type}, for other tools: run "
-            "step3_resize_model.py with --layout glm for the steps that follow"
+            "step3_resize_model.py with it as --base-model for the steps that follow"
         )
     return model_class.from_pretrained(folder, dtype=dtype, device_map=device)
 

@@ -51,11 +51,14 @@ class Stage:
     name: str
     folder: Path
 
-    def open(self, every_byte: bool | None = None) -> list[Input]:
-        """Check that the folder is complete. Raises ArtifactError, naming the step to run."""
+    def open(self, every_byte: bool | None = None, merged: Input | None = None) -> list[Input]:
+        """Check that the folder is complete. Raises ArtifactError, naming the step to run.
+
+        `merged` is step 2's output, if it is an input beside this one; see `open_base_model`.
+        """
         script = STAGES[self.name]
         if script is None:
-            return open_base_model(self.folder)
+            return open_base_model(self.folder, merged)
         return [open_artifact(self.folder, script, every_byte=every_byte)]
 
     def exists(self) -> bool:

@@ -10,7 +10,7 @@ padding rows are that mean, since rows of zeros would compete with real pieces. 
 the languages that the base knows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,10 @@ from transformers import GenerationConfig, GlmForCausalLM
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer, weights
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.chatglm3.base_config import MODEL_FILE, Layout, glm_config
-from chatglm_ja.chatglm3.remote_code import copy_patched_code, patch_code
-from chatglm_ja.chatglm3.tensor_names import EMBEDDING, OUTPUT_LAYER, to_layout
-from chatglm_ja.chatglm3.tokenizer_files import (
-    TOKENIZER_FILES,
-    copy_tokenizer_files,
-    limit_length,
-)
+from chatglm_ja.chatglm3.base_config import MODEL_FILE, glm_config
+from chatglm_ja.chatglm3.tensor_names import EMBEDDING, NAMES, OUTPUT_LAYER, to_glm
+from chatglm_ja.chatglm3.tokenizer_files import copy_tokenizer_files, limit_length
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.initialization import Initialization, Subtokens
 from chatglm_ja.vocabulary.settings import ResizeModelConfig, padded_rows
 
@@ -86,14 +80,12 @@ def open_base(config: ResizeModelConfig) -> Base:
             f"{config.tokenizer} was merged with another base than {base.folder}: its first "
             f"{base.first_new_id} ids are other pieces; run step2_merge_tokenizer.py with this base"
         )
-    if config.layout is Layout.CHATGLM:
-        patch_code(base)
     _ = base.weights  # which validates them
     return base
 
 
 def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> dict[str, int]:
-    """Write the base with rows for the merged tokenizer's ids, in the layout of `config`.
+    """Write the base as a GlmForCausalLM with rows for the merged tokenizer's ids.
 
     Also writes config.json, the tokenizer, and a generation configuration that samples as
     ChatGLM3's own chat does, stops at its three stop ids and suppresses the padding rows. Verifies
@@ -114,20 +106,13 @@ def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> di
             if name in (EMBEDDING, OUTPUT_LAYER):
                 bias = config.output_bias if name == OUTPUT_LAYER else None
                 tensor = resize_rows(tensor, old_ids, subtokens, rows, config.init, generator, bias)
-            yield from to_layout(config.layout, name, tensor, base.config)
+            yield from to_glm(name, tensor, base.config)
 
     progress = tqdm(resized(), desc="resizing", unit=" tensors")
     weights.write_sharded(progress, folder, int(config.max_shard_gb * 1e9))
-    tokenizer_files: Sequence[str] = TOKENIZER_FILES
-    if config.layout is Layout.CHATGLM:
-        write_json(folder / "config.json", {**base.config, "padded_vocab_size": rows}, indent=2)
-        if copy_patched_code(base, folder):  # which reads nothing but the sentencepiece model
-            tokenizer_files = (MODEL_FILE,)
-    else:
-        glm_config(base.config, rows, base.weights.dtype).save_pretrained(folder)
-    copy_tokenizer_files(config.tokenizer, folder, tokenizer_files)
-    if tokenizer_files is TOKENIZER_FILES:
-        limit_length(folder, base.config["seq_length"])
+    glm_config(base.config, rows, base.weights.dtype).save_pretrained(folder)
+    copy_tokenizer_files(config.tokenizer, folder)
+    limit_length(folder, base.config["seq_length"])
     GenerationConfig(
         do_sample=True,
         **chat_format.SAMPLING,
@@ -136,7 +121,7 @@ def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> di
         pad_token_id=tokenizer.UNK_ID,
         suppress_tokens=list(range(len(pieces), rows)) or None,
     ).save_pretrained(folder)
-    _verify_rows(base, folder, config.layout, rows)
+    _verify_rows(base, folder, rows)
     return {
         "old_rows": base.config["padded_vocab_size"],
         "new_rows": rows,
@@ -146,12 +131,11 @@ def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> di
     }
 
 
-def _verify_rows(base: Base, folder: Path, layout: Layout, rows: int) -> None:
+def _verify_rows(base: Base, folder: Path, rows: int) -> None:
     """Reopen a resized model and check the shape, the dtype, and the base's rows bit by bit."""
     old_ids = base.first_new_id
     for old_name in (EMBEDDING, OUTPUT_LAYER):
-        old = base.weights.tensor(old_name)
-        ((name, _),) = to_layout(layout, old_name, old, base.config)
+        old, name = base.weights.tensor(old_name), NAMES[old_name]
         written = weights.read_tensor(folder, name)
         if written.shape != (rows, old.shape[1]) or written.dtype != old.dtype:
             raise DataError(f"{folder}: {name} was written as {written.dtype} {written.shape}")
@@ -161,7 +145,7 @@ def _verify_rows(base: Base, folder: Path, layout: Layout, rows: int) -> None:
             raise DataError(f"{folder}: {name} differs from the base in rows 0 to {old_ids - 1}")
 
 
-def verify_logits(base: Base, folder: Path, layout: Layout) -> None:
+def verify_logits(base: Base, folder: Path) -> None:
     """Check that base and resized model give the same logits over the old ids, bit by bit.
 
     Both read a Chinese and an English text in float32; one model is in memory at a time. Raises
@@ -174,10 +158,7 @@ def verify_logits(base: Base, folder: Path, layout: Layout) -> None:
     model: Any = weights.load_base(base.weights, torch.float32)
     before = weights.compute_logits(model, prompts, old_ids)
     del model
-    if layout is Layout.CHATGLM:
-        model = weights.load_base(weights.BaseWeights(folder), torch.float32)
-    else:
-        model = weights.load_glm(folder, GlmForCausalLM, torch.float32).eval()
+    model = weights.load_glm(folder, GlmForCausalLM, torch.float32).eval()
     after = weights.compute_logits(model, prompts, old_ids)
     for text, (old, _), (new, _) in zip(VERIFIED_TEXTS, before, after, strict=True):
         if not torch.equal(old, new):

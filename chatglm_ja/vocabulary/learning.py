@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from chatglm_ja.chatglm3.tokenizer import (
     SPACE,
+    SPECIAL_TOKENS,
     add_special_tokens,
     make_processor,
     parse_proto,
@@ -103,7 +104,11 @@ def continue_merges(base: Any, lines: Iterable[str], config: TrainTokenizerConfi
     all. It is not a tokenizer by itself, since most of its pieces are made of the base's pieces.
     Raises DataError if the text does not give `vocab_size` pieces.
     """
-    control_and_bytes = [piece for piece in base.pieces if piece.type != piece.NORMAL]
+    control_and_bytes = [
+        piece
+        for piece in base.pieces
+        if piece.type != piece.NORMAL and piece.piece not in SPECIAL_TOKENS
+    ]
     count = config.vocab_size - len(control_and_bytes)
     merges, characters = learn_pieces(base, Counter(lines), count, config)
     proto = copy.deepcopy(base)

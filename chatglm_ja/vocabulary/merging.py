@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatglm_ja.chatglm3.chat_format import first_new_id
 from chatglm_ja.chatglm3.tokenizer import (
     SPECIAL_TOKENS,
     add_special_tokens,
@@ -221,7 +220,7 @@ def compare_segmentation(
     `after` has the ids of `before`, then new ones. `rust`, if given, tokenizes lines with the
     `tokenizers` form of `after`.
     """
-    new_id = first_new_id(after)
+    new_id = before.get_piece_size()
     result = Segmentation()
     for text in texts:
         lines = [line for line in text.split("\n") if line.strip()]
@@ -254,7 +253,7 @@ def sample_sentences(
 
     `new` marks which pieces of `after` are new ones.
     """
-    new_id = first_new_id(after)
+    new_id = before.get_piece_size()
     samples = []
     for language, documents in texts.items():
         text = corpus.sample_sentence(documents)

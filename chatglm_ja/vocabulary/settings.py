@@ -8,7 +8,6 @@ from typing import Any, Literal
 from chatglm_ja.chatglm3.base_config import (
     MODEL_FILE,
     NO_BASE_MODEL,
-    Layout,
     read_shape,
     weights_bytes,
 )
@@ -207,7 +206,6 @@ class ResizeModelConfig(StepConfig):
         low=0,
         high=10,
     )
-    layout: Layout = setting(f"layout of the result: {Layout.explain()}", Layout.GLM)
     pad_to_multiple: int = setting("round the number of rows up to a multiple of this", 64, low=1)
     max_shard_gb: float = setting("maximum size of a shard in GB", 2.0, low=0.001, high=1000)
     seed: int = setting("seed of --init random", 0, low=0)

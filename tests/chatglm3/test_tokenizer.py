@@ -1,6 +1,8 @@
 """ChatGLM3's tokenizer: which models are accepted, and that no text becomes a special token."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,30 @@ def test_the_first_new_id_of_a_base_is_that_of_its_merged_tokenizer(
     assert Base.open(base_dir).first_new_id == first_new_id(encoder) == 4009
 
 
-def test_a_merged_tokenizer_is_refused_as_base(merge: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="merged already"):
-        Base.open(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
+def test_a_merged_tokenizer_is_that_of_a_base_for_more_pieces(merge: Any, tmp_path: Path) -> None:
+    base = Base.open(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
+    assert base.first_new_id == len(merge.proto.pieces)
+    again = tokenizer.add_special_tokens(base.proto, ["한국"])
+    assert again.pieces[:-1] == merge.proto.pieces
+    assert again.pieces[-1].score == merge.proto.pieces[-1].score - 1
+
+
+def drop_a_special_token(proto: Any) -> None:
+    del proto.pieces[4003]
+
+
+def make_one_a_normal_piece(proto: Any) -> None:
+    proto.pieces[4005].type = proto.SentencePiece.NORMAL
+
+
+@pytest.mark.parametrize("damage", [drop_a_special_token, make_one_a_normal_piece])
+def test_a_base_with_only_some_special_tokens_is_refused(
+    damage: Callable[[Any], None], merge: Any, tmp_path: Path
+) -> None:
+    proto = copy.deepcopy(merge.proto)
+    damage(proto)
+    with pytest.raises(DataError, match=r"holds \[MASK\], \[gMASK\].* as pieces, expected none of"):
+        Base.open(base_folder(tmp_path, proto, padded_vocab_size=100_000))
 
 
 def test_a_base_without_rows_for_the_special_tokens_is_refused(

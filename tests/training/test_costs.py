@@ -290,7 +290,7 @@ def test_the_estimate_of_a_base_counts_the_rows_that_step_3_adds(
     assert new_rows(base_dir, vocab_size=1000) == (4800, 4800 - 4009)
     resized = base_config.read_shape(resized_dir).rows
     assert new_rows(resized_dir, vocab_size=14_000) == (resized, resized - 4009)
-    copied = tmp_path / "copied"  # the result of step 3 with --layout chatglm
+    copied = tmp_path / "copied"  # the result of step 8 with --to chatglm
     copied.mkdir()
     config = json.loads((base_dir / "config.json").read_text()) | {"padded_vocab_size": resized}
     (copied / "config.json").write_text(json.dumps(config))

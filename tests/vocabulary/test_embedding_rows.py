@@ -1,4 +1,4 @@
-"""Resizing: old rows bit by bit, initialized new rows, both layouts, and the verification."""
+"""Resizing: old rows bit by bit, initialized new rows, and the verification."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import step3_resize_model
 from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files, weights
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.chatglm3.base_config import INDEX_FILE, Layout
+from chatglm_ja.chatglm3.base_config import INDEX_FILE
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import StepConfig
 from chatglm_ja.storage.output import Output
@@ -123,64 +123,25 @@ def test_padding_is_never_generated(base_dir: Path, merged_dir: Path, tmp_path: 
         assert ids.max() < vocabulary
 
 
-@pytest.mark.parametrize("layout", Layout)
 def test_verification_finds_a_changed_weight(
-    layout: Layout, base_dir: Path, merged_dir: Path, tmp_path: Path
+    base_dir: Path, merged_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    resized(base_dir, merged_dir, folder, layout=layout)
-    embedding_rows.verify_logits(Base.open(base_dir), folder, layout)
+    resized(base_dir, merged_dir, folder)
+    embedding_rows.verify_logits(Base.open(base_dir), folder)
     index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-    name = next(
-        name for name in index if name.endswith(("model.norm.weight", "final_layernorm.weight"))
-    )
+    name = tensor_names.NAMES[tensor_names.FINAL_NORM]
     shard = folder / index[name]
     tensors = load_file(shard)
     tensors[name][0] += 0.5
     weights.save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(DataError, match="logits over the old ids differ from the base's by up to"):
-        embedding_rows.verify_logits(Base.open(base_dir), folder, layout)
+        embedding_rows.verify_logits(Base.open(base_dir), folder)
 
 
-def test_both_layouts_hold_the_same_bits(base_dir: Path, merged_dir: Path, tmp_path: Path) -> None:
-    for layout in Layout:
-        resized(base_dir, merged_dir, tmp_path / layout, layout=layout)
-    back = weights.BaseWeights(tmp_path / "chatglm")
-    config = json.loads((tmp_path / "chatglm" / "config.json").read_text())
-    base_config = json.loads((base_dir / "config.json").read_text())
-    rows = back.tensor(tensor_names.EMBEDDING).shape[0]
-    assert config == {**base_config, "padded_vocab_size": rows}
-    index = json.loads((tmp_path / "glm" / INDEX_FILE).read_text())["weight_map"]
-    tensors = dict(back.glm_tensors())
-    assert tensors.keys() == index.keys()
-    for name, tensor in tensors.items():
-        written = weights.read_tensor(tmp_path / "glm", name)
-        assert torch.equal(tensor.view(torch.int16), written.view(torch.int16))
-    # Converting transformers' model back to the original names is exact, too.
-    state = AutoModelForCausalLM.from_pretrained(tmp_path / "glm").state_dict()
-    again = tensor_names.to_chatglm(state)
-    for name, tensor in back.tensors():
-        assert torch.equal(again[name].view(torch.int16), tensor.view(torch.int16))
-
-
-def test_the_original_layout_computes_what_chatglm3_computes(
-    base_dir: Path, merged_dir: Path, tmp_path: Path
-) -> None:
-    resized(base_dir, merged_dir, tmp_path / "model", layout=Layout.CHATGLM)
-    expected = load_file(base_dir / "expected.safetensors")
-    model = weights.load_base(weights.BaseWeights(tmp_path / "model"), torch.float32)
-    for index in range(3):
-        with torch.inference_mode():
-            logits = model(expected[f"ids_{index}"]).logits[0, -1, :4009]
-        assert torch.allclose(logits, expected[f"logits_last_{index}"][:4009], rtol=0, atol=1e-5)
-
-
-def test_the_original_layout_is_refused_by_later_steps(
-    base_dir: Path, merged_dir: Path, tmp_path: Path
-) -> None:
-    resized(base_dir, merged_dir, tmp_path / "model", layout=Layout.CHATGLM)
+def test_the_original_layout_is_refused_by_later_steps(base_dir: Path) -> None:
     with pytest.raises(DataError, match="in the layout of chatglm, for other tools: run step3_"):
-        weights.load_glm(tmp_path / "model", None, "auto")
+        weights.load_glm(base_dir, None, "auto")
 
 
 def test_a_tokenizer_of_another_base_is_refused(
@@ -260,98 +221,3 @@ def test_the_dtype_is_kept(
     resized(base, merged_dir, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.dtype == dtype
-
-
-# --- ChatGLM3's own Python files -----------------------------------------------------------------
-
-MODELING = """
-class ChatGLMModel:
-    def get_input_embeddings(self):
-        return self.embedding.word_embeddings
-
-
-class ChatGLMForConditionalGeneration(Base):
-    def __init__(self, config):
-        super().__init__(config)
-        self.transformer = Transformer(config)
-
-    def forward(self):
-        pass
-"""
-
-TOKENIZATION = """
-class SPTokenizer:
-    def __init__(self, model_path):
-        self.sp_model = SentencePieceProcessor(model_file=model_path)
-        self.n_words: int = self.sp_model.vocab_size()
-        names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop",
-                 "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-        self.special_tokens = {}
-        self.index_special_tokens = {}
-        for name in names:
-            self.special_tokens[name] = self.n_words
-            self.index_special_tokens[self.n_words] = name
-            self.n_words += 1
-
-    def encode(self, text):
-        return self.sp_model.encode(text)
-"""
-
-
-def with_remote_code(folder: Path, modeling: str = MODELING, tokens: str = TOKENIZATION) -> Path:
-    (folder / "modeling_chatglm.py").write_text(modeling)
-    (folder / "tokenization_chatglm.py").write_text(tokens)
-    (folder / "configuration_chatglm.py").write_text("raise RuntimeError('never run')\n")
-    return folder
-
-
-def test_remote_code_is_copied_and_patched(
-    base_dir: Path, merged_dir: Path, merge: Any, tmp_path: Path, copy_of: Copy
-) -> None:
-    base = with_remote_code(copy_of(base_dir, tmp_path / "base"))
-    folder = tmp_path / "model"
-    resized(base, merged_dir, folder, layout=Layout.CHATGLM)
-    assert (folder / "configuration_chatglm.py").is_file()
-    assert not (folder / "tokenizer.json").exists()
-    config = (folder / "tokenizer_config.json").read_bytes()
-    assert config == (base_dir / "tokenizer_config.json").read_bytes()
-
-    class Base:
-        def __init__(self, config: Any) -> None: ...
-
-    class Transformer:
-        def __init__(self, config: Any) -> None:
-            self.embedding, self.output_layer = type("E", (), {"word_embeddings": 1})(), 2
-
-    names: dict[str, Any] = {"Base": Base, "Transformer": Transformer}
-    exec((folder / "modeling_chatglm.py").read_text(), names)
-    model = names["ChatGLMForConditionalGeneration"](None)
-    assert (model.get_input_embeddings(), model.get_output_embeddings()) == (1, 2)
-    model.set_input_embeddings(3)
-    model.set_output_embeddings(4)
-    assert (model.get_input_embeddings(), model.get_output_embeddings()) == (3, 4)
-
-    names = {"SentencePieceProcessor": tokenizer.sentencepiece.SentencePieceProcessor}
-    exec((folder / "tokenization_chatglm.py").read_text(), names)
-    loaded = names["SPTokenizer"](str(folder / "tokenizer.model"))
-    assert loaded.special_tokens["[MASK]"] == 4000
-    assert loaded.special_tokens["<|observation|>"] == 4008
-    assert loaded.index_special_tokens[4003] == "sop"
-    assert loaded.n_words == len(merge.proto.pieces)
-
-
-@pytest.mark.parametrize(
-    ("modeling", "tokens", "message"),
-    [
-        ("class Other: pass", TOKENIZATION, "modeling_chatglm.py has no class ChatGLMFor"),
-        (MODELING, "class SPTokenizer:\n    x = 1", "SPTokenizer has no __init__"),
-        ("def broken(:", TOKENIZATION, "is not Python"),
-    ],
-)
-def test_unknown_remote_code_is_refused(
-    modeling: str, tokens: str, message: str, base_dir: Path, merged_dir: Path, tmp_path: Path,
-    copy_of: Copy,
-) -> None:  # fmt: skip
-    base = with_remote_code(copy_of(base_dir, tmp_path / "base"), modeling, tokens)
-    with pytest.raises(DataError, match=message):
-        resized(base, merged_dir, tmp_path / "model", layout=Layout.CHATGLM)

@@ -88,6 +88,13 @@ def continued(
     return learning.continue_merges(base_proto, corpus.training_lines(texts, {}), config)
 
 
+def test_pieces_learned_on_an_export_follow_its_own(merge: merging.MergedVocabulary) -> None:
+    """A base that step 8 exported has special tokens among its pieces; they are not learned."""
+    hangul = [chr(0xAC00 + offset) for offset in range(41)]
+    learned = continued(merge.proto, [" ".join(hangul * 5)], 300, Policy.LETTERS)
+    assert [piece.piece for piece in learned.pieces][3 + 256 :] == hangul
+
+
 def test_continuing_drops_no_piece_and_compresses_better(
     base_proto: Any, merge: merging.MergedVocabulary
 ) -> None:
