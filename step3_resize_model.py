@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     config = parse(ResizeModelConfig, __doc__, constants.STEP3, profile=constants.PROFILE_LINE)
-    tokenizer = open_artifact(
-        config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify
-    )
-    inputs = [*open_base_model(config.base_model, tokenizer), tokenizer]
+    inputs = [
+        *open_base_model(config.base_model, config.tokenizer),
+        open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
+    ]
     output = Output(config, Path(__file__).stem, inputs)
     if config.check:
         from chatglm_ja.vocabulary import embedding_rows

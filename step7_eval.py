@@ -34,14 +34,13 @@ def main() -> None:
         chat_with_model(config)
         return
     compared = models.compared_stages(config.stages())
-    merged = open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify)
     inputs = [
         open_sources("held_out", config.sources),
         open_sources("held_out_conversations", config.conversations),
         open_sources("choices", config.choices),
         open_files("prompts", config.prompts),
-        merged,
-        *(opened for stage in compared for opened in stage.open(config.verify, merged)),
+        open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
+        *(opened for stage in compared for opened in stage.open(config.verify, config.tokenizer)),
     ]
     output = Output(config, Path(__file__).stem, inputs)
     if config.check:

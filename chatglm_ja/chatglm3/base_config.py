@@ -261,17 +261,17 @@ def _refuse_strange(folder: Path) -> None:
         raise ArtifactError(f"base model {folder} has no config.json, but {found}")
 
 
-def open_base_model(folder: Path, merged: Input | None = None) -> list[Input]:
+def open_base_model(folder: Path, merged: Path | None = None) -> list[Input]:
     """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights.
 
-    A folder whose tokenizer is `merged`'s own, byte for byte, as step 8 writes it, brings no other
-    tokenizer: the one that `merged` was made from counts.
+    `merged` is step 2's output, if it is an input beside this one. A folder whose tokenizer is that
+    of `merged`, byte for byte, as step 8 writes it, brings no other: the one that `merged` was made
+    from counts.
     """
     tokenizers = [open_base_tokenizer(folder)]
-    if merged is not None and merged.manifest is not None:
-        record = merged.manifest.files.get(MODEL_FILE)
-        if record is not None and record.sha256 == digest(folder / MODEL_FILE):
-            tokenizers = []
+    own = merged / MODEL_FILE if merged is not None else None
+    if own and own.is_file() and digest(own) == digest(folder / MODEL_FILE):
+        tokenizers = []
     weights = _find_weights(folder)
     return [*tokenizers, open_files("base_model", folder / "config.json", *weights)]
 

@@ -1,4 +1,4 @@
-"""A model as one GGUF file, tensor by tensor, so that memory holds one tensor whatever its size.
+"""A model as one GGUF file, some rows of a tensor at a time, so that memory holds little of it.
 
 The header comes first and lists all tensors with their sizes, which follow from config.json alone.
 Matrices have the chosen dtype; norms and biases are float32, as llama.cpp computes with them.
@@ -8,11 +8,10 @@ llama.cpp calls the architecture chatglm. Its rotary embedding pairs neighboring
 ChatGLM3 and GlmForCausalLM do, so that no matrix has to be permuted.
 """
 
-import errno
 import importlib.util
 import logging
 import math
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 MODELFILE = "Modelfile"
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 BLOCK = 32  # weights of a row that share a scale in q8_0
-ROWS = 8192  # of a matrix, converted at once
+ROWS = 4096  # of a matrix, converted at once
 # GlmForCausalLM's names of tensors -> llama.cpp's.
 NAMES = {
     tensor_names.GLM_EMBEDDING: "token_embd.weight",
@@ -73,7 +72,7 @@ def write_gguf(model: ModelFolder, dtype: str | None, folder: Path) -> dict[str,
     dtype = dtype or DTYPES[model.weights.dtype]
     path = folder / f"model-{dtype.upper()}.gguf"
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    writer = gguf.GGUFWriter(path, "chatglm")
+    writer: Any = gguf.GGUFWriter(path, "chatglm")
     _describe(writer, model, dtype)
     tensors = _plan(model, dtype)
     for tensor in tensors:
@@ -85,13 +84,13 @@ def write_gguf(model: ModelFolder, dtype: str | None, folder: Path) -> dict[str,
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        # Not writer.write_tensor_data, which takes whole tensors.
+        writer.write_padding(file, file.tell())
         for tensor in tqdm(tensors, desc="writing", unit=" tensors"):
             weights = model.weights.tensor(tensor.name)[: tensor.shape[0]]
-            writer.write_tensor_data(_encode(weights, tensor, model.folder))
-    except OSError as error:
-        if error.errno is None:  # numpy's, which names no reason
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-        raise
+            written = sum(file.write(part.data) for part in _encode(weights, tensor, model.folder))
+            writer.write_padding(file, written)
     finally:
         writer.close()
     text = gguf_tokenizer.write_modelfile(model.proto, path.name)
@@ -130,25 +129,25 @@ def _plan(model: ModelFolder, dtype: str) -> list[_Tensor]:
     return tensors
 
 
-def _encode(weights: torch.Tensor, tensor: _Tensor, folder: Path) -> NDArray[np.uint8]:
-    """Return the bytes of a tensor in its dtype, [..., bytes of a row].
+def _encode(weights: torch.Tensor, tensor: _Tensor, folder: Path) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of a tensor in its dtype, some rows at a time.
 
     Raises DataError if a value becomes infinite.
     """
     import gguf
 
-    if tensor.dtype == "q8_0":
-        kind = gguf.GGMLQuantizationType.Q8_0
-        encoded = [gguf.quants.quantize(part.float().numpy(), kind) for part in weights.split(ROWS)]
-        return np.concatenate(encoded)
-    (dtype,) = (dtype for dtype, name in DTYPES.items() if name == tensor.dtype)
-    cast = weights.to(dtype)
-    if cast is not weights and not torch.equal(cast.isfinite(), weights.isfinite()):
-        raise DataError(
-            f"{folder}: {tensor.name} has values that {tensor.dtype} cannot hold: choose another "
-            "--dtype, such as bf16"
-        )
-    return cast.contiguous().view(torch.uint8).numpy()
+    for rows in weights.split(ROWS):
+        if tensor.dtype == "q8_0":
+            yield gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+            continue
+        (dtype,) = (dtype for dtype, name in DTYPES.items() if name == tensor.dtype)
+        cast = rows.to(dtype)
+        if cast is not rows and not torch.equal(cast.isfinite(), rows.isfinite()):
+            raise DataError(
+                f"{folder}: {tensor.name} has values that {tensor.dtype} cannot hold: choose "
+                "another --dtype, such as bf16"
+            )
+        yield cast.contiguous().view(torch.uint8).numpy()
 
 
 def _describe(writer: Any, model: ModelFolder, dtype: str) -> None:

@@ -51,7 +51,7 @@ class Stage:
     name: str
     folder: Path
 
-    def open(self, every_byte: bool | None = None, merged: Input | None = None) -> list[Input]:
+    def open(self, every_byte: bool | None = None, merged: Path | None = None) -> list[Input]:
         """Check that the folder is complete. Raises ArtifactError, naming the step to run.
 
         `merged` is step 2's output, if it is an input beside this one; see `open_base_model`.

@@ -1,6 +1,5 @@
 """GGUF files: every tensor's bits, the metadata that llama.cpp needs, and what is refused."""
 
-import errno
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -40,8 +39,10 @@ def llama_name(name: str) -> str:
 
 @pytest.mark.parametrize("dtype", [None, "f32", "f16", "bf16", "q8_0"])
 def test_every_tensor_is_written(
-    dtype: str | None, resized_dir: Path, merge: Any, tmp_path: Path
-) -> None:
+    dtype: str | None, resized_dir: Path, merge: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gguf_file, "ROWS", 100)  # several parts of a tensor
     reader = written(resized_dir, dtype, tmp_path)
     stored = {llama_name(name): t for name, t in weights.iterate_tensors(resized_dir)}
     assert [tensor.name for tensor in reader.tensors]
@@ -113,18 +114,6 @@ def test_a_weight_too_large_for_the_dtype_is_refused(
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32", "BF16"}
 
 
-def test_a_full_disk_is_an_error_with_a_reason(
-    resized_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tofile(writer: Any, tensor: Any) -> None:
-        raise OSError("4096 requested and 100 written")  # numpy's
-
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", tofile)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        written(resized_dir, None, tmp_path)
-    assert caught.value.errno == errno.ENOSPC
-
-
 def run_step(monkeypatch: pytest.MonkeyPatch, *flags: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["step8", *map(str, flags)])
     step8_export.main()
@@ -164,9 +153,8 @@ def test_a_folder_that_is_no_model_is_refused(
 
 def test_the_fine_tuned_model_is_exported_by_default(pipeline: Runner) -> None:
     folder = pipeline.folder / "step8_export"
-    reader = gguf.GGUFReader(folder / "model-F16.gguf")
-    name = reader.get_field("general.name")
-    assert name is not None and name.contents() == "step6_sft"
+    reader: Any = gguf.GGUFReader(folder / "model-F16.gguf")
+    assert reader.get_field("general.name").contents() == "step6_sft"
     small = pipeline.run("step8_export.py", "--dtype", "q8_0")
     assert "was made with dtype=None, not q8_0: pass --overwrite" in error_of(small)
     other = pipeline.run("step8_export.py", "--model", str(pipeline.folder / "step4_data"))
