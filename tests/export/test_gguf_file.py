@@ -153,8 +153,9 @@ def test_a_folder_that_is_no_model_is_refused(
 
 def test_the_fine_tuned_model_is_exported_by_default(pipeline: Runner) -> None:
     folder = pipeline.folder / "step8_export"
-    reader: Any = gguf.GGUFReader(folder / "model-F16.gguf")
-    assert reader.get_field("general.name").contents() == "step6_sft"
+    reader = gguf.GGUFReader(folder / "model-F16.gguf")
+    name = reader.get_field("general.name")
+    assert name is not None and name.contents() == "step6_sft"
     small = pipeline.run("step8_export.py", "--dtype", "q8_0")
     assert "was made with dtype=None, not q8_0: pass --overwrite" in error_of(small)
     other = pipeline.run("step8_export.py", "--model", str(pipeline.folder / "step4_data"))
