@@ -9,8 +9,9 @@ A folder is read as `datasets` reads it. It may be
                                                    train-00000-of-00002.parquet, test/a.jsonl;
                                                    without such names all files are the split train
 
-Hidden files and folders, and the files that describe a data set, are never data. Whatever is not
-read is returned, so that it can be named. `datasets` is imported only if a folder is listed.
+Of files in several formats the commonest format is read: a LICENSE.txt beside wiki.parquet is no
+text. Hidden files and folders, and the files that describe a data set, are never data. Whatever is
+not read is returned, so that it can be named. `datasets` is imported only if a folder is listed.
 """
 
 import glob
@@ -60,6 +61,8 @@ KNOWN_ENDINGS = (
     f"{', '.join(f'.{name}' for name in TEXT_FORMATS)} (also compressed: "
     f"{', '.join(COMPRESSIONS)}), {', '.join(f'.{name}' for name in FORMATS[len(TEXT_FORMATS) :])}"
 )
+# The formats that `datasets` reads as one; of equally many files, the first is read.
+FAMILIES = (("parquet",), ("jsonl", "json"), ("arrow",), ("txt",))
 TRAIN = "train"
 SHARD_NUMBER = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
@@ -94,9 +97,12 @@ def match_pattern(pattern: str) -> FoundFiles:
     Raises DataError if there are none.
     """
     # Unlike Path.glob, glob follows links to folders and leaves out hidden files.
-    paths = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    # The part that exists is a name, whatever characters it has.
+    root = next(str(path) for path in Path(pattern).parents if path.is_dir())
+    rest = pattern if root == "." else glob.escape(root) + pattern[len(root) :]
+    paths = [Path(name) for name in glob.glob(rest, recursive=True)]  # noqa: PTH207
     files = sorted(path for path in paths if path.is_file())
-    data = [path for path in files if file_format(path) and path.name not in _descriptions()]
+    data = [path for path in files if file_format(path) and not _is_description(path.name)]
     if not data:
         others = f", which match {len(files)} other files" * bool(files)
         raise DataError(f"no file matches {pattern} and ends with {KNOWN_ENDINGS}{others}")
@@ -108,6 +114,12 @@ def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
 
     Raises DataError if there are none, listing the splits or the configurations that exist.
     """
+    if (folder / "snapshots").is_dir() and (folder / "blobs").is_dir():
+        versions = ", ".join(sorted(path.name for path in (folder / "snapshots").iterdir()))
+        raise DataError(
+            f"folder {folder} is the hub's cache of a data set: give a version of it, a folder "
+            f"below {folder / 'snapshots'}: {versions}"
+        )
     data, others = _walk(folder)
     saved = _saved_splits(folder)
     if saved is None:
@@ -120,7 +132,14 @@ def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
                 name: _pick(names, _matching(names, patterns))
                 for name, patterns in card_splits.items()
             }
-        if not any(splits.values()):
+        if data and not any(splits.values()):
+            patterns = ", ".join(name for listed in (card_splits or {}).values() for name in listed)
+            raise DataError(
+                f"folder {folder} holds none of the files that its README.md lists, {patterns}, in "
+                f"a known format: expected {KNOWN_ENDINGS}; name files with a pattern, such as "
+                f"{folder}/*.jsonl"
+            )
+        if not data:
             counted = f": it holds {', '.join(others[:5])}" if others else ""
             raise DataError(
                 f"folder {folder} holds no file that ends with {KNOWN_ENDINGS}{counted}"
@@ -131,21 +150,29 @@ def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
         splits = saved
     if split not in splits:
         raise DataError(
-            f"folder {folder} has no split {split!r}; it has {', '.join(sorted(splits))}: choose "
-            "one with split=NAME"
+            f"folder {folder} has no split {split!r}; it has {', '.join(sorted(splits))}, by its "
+            "README.md or the names of its files: choose one with split=NAME, or name files with a "
+            f"pattern, such as {folder}/*.jsonl"
         )
-    files = splits[split]
+    files = _commonest_format(splits[split])
     if not files:
         raise DataError(f"folder {folder} holds no file of its split {split!r}: download it again")
     rest = [str(path.relative_to(folder)) for path in data if path not in set(files)]
     return FoundFiles(sorted(files), rest + others)
 
 
-def _descriptions() -> set[str]:
-    """Return the names of files that describe a data set and hold no data."""
+def _is_description(name: str) -> bool:
+    """Return whether a file describes a data set, or is a cache that `datasets` left beside it."""
     from datasets import data_files
 
-    return {*data_files.FILES_TO_IGNORE, "state.json"}
+    is_cache = name.startswith("cache-") and name.endswith(".arrow")
+    return name in data_files.FILES_TO_IGNORE or name == "state.json" or is_cache
+
+
+def _commonest_format(files: Sequence[Path]) -> list[Path]:
+    """Return the files of the family of formats that most of them have."""
+    families = ([path for path in files if file_format(path) in names] for names in FAMILIES)
+    return max(families, key=len)
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[str]]:
@@ -156,7 +183,6 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
     data: list[Path] = []
     others: list[str] = []
     seen: set[str] = set()
-    descriptions = _descriptions()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
@@ -169,7 +195,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
         folders[:] = sorted(set(folders) - set(hidden))
         for name in sorted(names):
             path = Path(root, name)
-            is_hidden = name.startswith(".") or name in descriptions
+            is_hidden = name.startswith(".") or _is_description(name)
             if is_hidden or not file_format(path) or not path.is_file():
                 others.append(str(below / name))
             else:
@@ -222,7 +248,9 @@ def _card_splits(folder: Path, subset: str | None) -> tuple[Path, dict[str, list
 
         try:
             header = DatasetCard.load(card).data
-            configurations = MetadataConfigs.from_dataset_card_data(header)
+            listed = MetadataConfigs.from_dataset_card_data(header)
+            # YAML reads the names 2023 and no as other types.
+            configurations = MetadataConfigs({str(name): entry for name, entry in listed.items()})
         except Exception as error:  # of YAML, of the hub's client, of `datasets`
             reason = " ".join(str(error).split())
             raise DataError(

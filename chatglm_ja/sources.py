@@ -157,6 +157,8 @@ class Source:
                 found = list_folder(path, self.split, self.subset)
             elif self._is_pattern():
                 found = match_pattern(self.path)
+            elif re.match(r"[a-z0-9+]+:/", self.path):
+                raise DataError(f"{self.path} is a URL: download the file, and give its path")
             elif not os.path.exists(path):
                 link = " (a link to a missing file)" if path.is_symlink() else ""
                 known = "" if file_format(path) else f"; the formats are {KNOWN_ENDINGS}"
@@ -253,6 +255,10 @@ def load_yaml(path: Path, failure: type[UserError]) -> Any:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise failure(
+            f"{path} is not in UTF-8: convert it, such as with `iconv -f CP932 -t UTF-8`"
+        ) from None
     except OSError as error:
         raise failure(f"{path} could not be read ({error.strerror})") from None
     except Exception as error:  # PyYAML's own, and what `!!bool x` or a date of month 13 raises

@@ -58,10 +58,35 @@ def test_a_folder_is_read_as_datasets_reads_it(tmp_path: Path, names: tuple[str,
     assert named >= {name.split("/")[0] for name in set(names) - set(files)} - set(files)
 
 
+def test_the_commonest_format_of_a_folder_is_read(tmp_path: Path) -> None:
+    """As `datasets` does: a license is no text, and a table of statistics no data."""
+    files, passed_over = read(make_folder(tmp_path / "a", "wiki.jsonl", "LICENSE.txt", "b.json"))
+    assert (files, passed_over) == (["b.json", "wiki.jsonl"], ["LICENSE.txt"])
+    assert read(make_folder(tmp_path / "b", "w.parquet", "stats.json"))[0] == ["w.parquet"]
+    assert read(make_folder(tmp_path / "c", "1.txt", "2.txt", "w.jsonl"))[0] == ["1.txt", "2.txt"]
+
+
+def test_caches_are_never_data(tmp_path: Path) -> None:
+    files, passed_over = read(make_folder(tmp_path / "a", "x.arrow", "cache-0123.arrow"))
+    assert (files, passed_over) == (["x.arrow"], ["cache-0123.arrow"])
+    cache = make_folder(tmp_path / "datasets--o--n", "snapshots/a1/x.jsonl", "blobs/b")
+    with pytest.raises(DataError, match=r"is the hub's cache of a data set: .*snapshots: a1"):
+        read(cache)
+
+
+def test_a_card_is_named_if_its_files_are_missing_or_its_names_are_no_texts(tmp_path: Path) -> None:
+    card = "configs:\n- {config_name: 2023, data_files: gone/*.jsonl}"
+    with pytest.raises(DataError, match=r"none of the files that its README.md lists, gone/"):
+        read(make_folder(tmp_path / "a", "x.jsonl", card=card))
+    two = card + "\n- {config_name: no, data_files: x.jsonl}"
+    with pytest.raises(DataError, match="several configurations, 2023, False"):
+        read(make_folder(tmp_path / "b", "x.jsonl", card=two))
+
+
 def test_splits_are_chosen_and_listed(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, "data/train_sft-00000-of-00001.jsonl",
                          "data/test_sft-00000-of-00001.jsonl")  # fmt: skip
-    with pytest.raises(DataError, match="no split 'train'; it has test_sft, train_sft: choose"):
+    with pytest.raises(DataError, match="no split 'train'; it has test_sft, train_sft, by"):
         read(folder)
     files, passed_over = read(folder, split="train_sft")
     assert files == ["data/train_sft-00000-of-00001.jsonl"]
@@ -78,7 +103,7 @@ CARD = """configs:
 
 
 def test_configurations_of_a_card(tmp_path: Path) -> None:
-    names = ("one/tr.jsonl", "one/te.jsonl", "two/a.jsonl", "two/b.parquet", "loose.jsonl")
+    names = ("one/tr.jsonl", "one/te.jsonl", "two/a.jsonl", "two/b.json", "loose.jsonl")
     folder = make_folder(tmp_path / "a", *names, card=CARD)
     with pytest.raises(DataError, match=r"several configurations, v1, v2: choose one with @NAME"):
         read(folder)
@@ -86,7 +111,7 @@ def test_configurations_of_a_card(tmp_path: Path) -> None:
         read(folder, subset="v3")
     assert read(folder, subset="v1")[0] == ["one/tr.jsonl"]
     assert read(folder, subset="v1", split="test")[0] == ["one/te.jsonl"]
-    assert read(folder, subset="v2")[0] == ["two/a.jsonl", "two/b.parquet"]
+    assert read(folder, subset="v2")[0] == ["two/a.jsonl", "two/b.json"]
     default = CARD.replace("config_name: v2", "config_name: v2\n  default: true")
     assert read(make_folder(tmp_path / "b", *names, card=default))[0][0] == "two/a.jsonl"
     one_only = "configs:\n- config_name: x\n  data_dir: two"

@@ -80,6 +80,19 @@ def test_conditions_compare_as_json(written: str, value: Any, is_equal: bool) ->
     assert Source("ja", "x", where=("k", written)).matches(value) is is_equal
 
 
+def test_a_yaml_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_bytes("- {language: ja, path: 猫.txt}".encode("cp932"))
+    with pytest.raises(ConfigError, match=r"mix\.yaml is not in UTF-8: convert it"):
+        read_argument(str(path))
+
+
+def test_a_pattern_below_a_folder_with_any_name(tmp_path: Path) -> None:
+    (tmp_path / "[x]*").mkdir()
+    (tmp_path / "[x]*" / "a.txt").touch()
+    assert len(Source("ja", f"{tmp_path}/[x]*/*.txt").files()) == 1
+
+
 def test_conditions_of_yaml(tmp_path: Path) -> None:
     path = tmp_path / "mix.yaml"
     path.write_text("".join(f"- {{language: ja, path: x, where: {{k: {v}}}}}\n"
@@ -183,7 +196,8 @@ def test_files_folders_patterns_and_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.parquet", "sub/c.txt.gz", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.name for p in Source("ja", str(tmp_path)).files()] == [
+    assert [p.name for p in Source("ja", str(tmp_path)).files()] == ["a.parquet"]
+    assert [p.name for p in Source("ja", f"{tmp_path}/**/*").files()] == [
         "a.parquet", "b.jsonl", "c.txt.gz",
     ]  # fmt: skip
     assert [p.name for p in Source("ja", f"{tmp_path}/*.jsonl").files()] == ["b.jsonl"]
@@ -200,6 +214,7 @@ def test_files_folders_patterns_and_names(tmp_path: Path) -> None:
             "of no known format: expected .jsonl, .txt, .json .also compressed",
         ),
         (f"{tmp_path}/***/a.txt", "no file matches"),
+        ("https://example.com/x.jsonl", "is a URL: download the file"),
     ):
         with pytest.raises(DataError, match=message):
             Source("ja", path).files()

@@ -34,7 +34,7 @@ from chatglm_ja.errors import DataError
 INPUT_PREFIX = ("[gMASK]", "sop")  # starts every ChatGLM3 input
 ROLES = ("system", "user", "assistant", "observation")
 # Roles of OpenAI's messages, and whose turns they are in ChatGLM3's format.
-OTHER_ROLES = {"developer": "system", "tool": "observation"}
+OTHER_ROLES = {"developer": "system", "tool": "observation", "function": "observation"}
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
 # How ChatGLM3's own chat samples. Its top_k was transformers' default then.
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.8, "top_k": 50}

@@ -162,7 +162,7 @@ CHAT_TEMPLATE = (
 {% set function = call.function or call %}
 {% set arguments = function.arguments or {} %}
 {% if arguments is not mapping %}
-{{ raise_exception('the arguments of a call are not an object') }}
+{{ raise_exception('the arguments of a call are not an object: parse their JSON first') }}
 {% endif %}
 {% set chat.code = '' %}
 {% for name, value in arguments|items %}

@@ -42,7 +42,7 @@ FOLLOWERS: dict[str | None, tuple[str, ...]] = {
 # what follows it, and the first answer.
 MESSAGES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "question", "prompt", "query", "input")
-FURTHER = ("input", "context")
+FURTHER = ("question", "query", "input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
 TEXTS = ("content", "metadata")  # the fields of a message that hold text
 
@@ -160,9 +160,11 @@ def _parse_record(record: Record, columns: str | None) -> list[Message]:
     for name in ("tools", "functions"):
         if tools := turns.parse_json(said.get(name), name, place):
             before.append(chat_format.write_tools(tools))
-    for name in ("system", "system_prompt"):
+    if messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]
+    for name in ("system", "system_prompt", "system_message", "systemPrompt"):
         text = turns.read_text(said.get(name, ""), f"column {name!r}")
-        if text.strip() and messages[0]["role"] != "system":
+        if text.strip() and not (messages and messages[0]["role"] == "system"):
             before.append(text)
     system = [{"role": "system", "content": text} for text in before]
     messages = [*system, *_parse_history(said.get("history")), *messages]

@@ -22,15 +22,24 @@ ENCODINGS = {
 }  # fmt: skip
 
 
-def check_start(path: Path) -> None:
-    """Raise DataError if the first bytes of a text file show that it is wrong as a whole."""
+# The encodings of languages, the stricter one first: bytes of the other are seldom valid in it.
+LANGUAGE_ENCODINGS = {
+    "ja": ("euc_jp", "cp932"), "zh": ("gb18030", "big5"), "ko": ("cp949",)
+}  # fmt: skip
+
+
+def check_start(path: Path, language: str) -> None:
+    """Raise DataError if the first bytes of a text file show that it is wrong as a whole.
+
+    Of a short text, several encodings are possible: then one of its language is named.
+    """
     if file_format(path) not in TEXT_FORMATS:
         return
     compression, start = file_compression(path), b""
     # Damage is found when the file is read.
     with suppress(*compression.error_types()), compression.open(path) as file:
         start = file.read(START_BYTES)
-    if encoding := _guess_encoding(start):
+    if encoding := _guess_encoding(start, language):
         raise DataError(
             f"{path} looks like {encoding}, expected UTF-8: convert it with "
             f"`iconv -f {encoding} -t UTF-8`"
@@ -50,7 +59,7 @@ def check_start(path: Path) -> None:
         )
 
 
-def _guess_encoding(start: bytes) -> str | None:
+def _guess_encoding(start: bytes, language: str) -> str | None:
     """Return iconv's name of the encoding that a file is in, from its start; None for UTF-8.
 
     A few bad lines do not make another encoding: most lines that are not ASCII must be bad.
@@ -62,18 +71,22 @@ def _guess_encoding(start: bytes) -> str | None:
         if len(start) == START_BYTES:  # the last line may be cut inside a character
             start = start[: start.rfind(b"\n") + 1] or start
         lines = [line for line in start.split(b"\n") if not line.isascii()]
-        if 2 * sum(not _is_utf8(line) for line in lines) <= len(lines):
+        if 2 * sum(not _decodes(line, "utf-8") for line in lines) <= len(lines):
             return None
     import charset_normalizer
 
     best = charset_normalizer.from_bytes(start).best()
     name = ENCODINGS.get(best.encoding) if best else None
+    if name and not is_wide and not start.isascii():
+        own = [e for e in LANGUAGE_ENCODINGS.get(language, ()) if _decodes(start, e)]
+        if own and name not in {ENCODINGS[encoding] for encoding in own}:
+            name = ENCODINGS[own[0]]
     return name if name and name.startswith("UTF") == is_wide else None
 
 
-def _is_utf8(line: bytes) -> bool:
+def _decodes(text: bytes, encoding: str) -> bool:
     try:
-        line.decode("utf-8")
+        text.decode(encoding)
     except UnicodeDecodeError:
         return False
     return True

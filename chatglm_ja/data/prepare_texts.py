@@ -65,12 +65,14 @@ def _warn_of_fragments(index: DocumentIndex) -> None:
         counts = index.counts(number)
         if counts.get(FRAGMENTS, 0) > counts.get("documents", 0) / 2:
             is_text = any(file_format(path) == "txt" for path in source.files())
-            cure = (
-                "each line of a .txt file is one: for longer texts, set format=paragraphs or "
-                "format=document"
-                if is_text and source.format == "lines"
-                else "a document should be a whole text: join the parts that belong together"
-            )
+            cure = "a document should be a whole text: join the parts that belong together"
+            if is_text and source.format == "lines":
+                cure = (
+                    "each line of a .txt file is one: for longer texts, set format=paragraphs or "
+                    "format=document"
+                )
+            elif is_text and source.format == "paragraphs":
+                cure = "each paragraph is one: for longer texts, set format=document"
             log.warning(
                 "%s: most of its %s documents have fewer than %d characters; %s",
                 source.title, f"{counts['documents']:,}", FRAGMENT_CHARACTERS, cure,

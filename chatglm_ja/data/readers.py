@@ -90,7 +90,7 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
     """
     paths = source.files()
     for path in paths:  # all of them now, not after hours
-        check_start(path)
+        check_start(path, source.language)
     for path in paths:
         match file_format(path):
             case "parquet":
@@ -221,8 +221,8 @@ def _parse_chunk(chunk: Chunk, form: str) -> Iterator[tuple[int, Record | Reject
             elif not is_json:
                 yield number, {TEXT_COLUMN: line.removesuffix("\r")}
             elif line and not line.isspace():
-                try:
-                    record = _check_object(json.loads(line))
+                try:  # files that were joined have a byte-order mark inside
+                    record = _check_object(json.loads(line.removeprefix("\ufeff")))
                 except (ValueError, RecursionError) as error:
                     record = Reject("broken JSON", str(error))
                 yield number, record

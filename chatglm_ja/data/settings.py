@@ -128,9 +128,10 @@ class PrepareDataConfig(ReadingConfig):
             languages = {source.language for source in sources}
             named = set(parse_shares(shares))
             if languages != named:
+                cure = " ".join(f"{language}=SHARE" for language in sorted(languages))
                 problems.append(
                     f"{name} names {', '.join(sorted(named)) or 'nothing'}, but the sources are "
-                    f"{', '.join(sorted(languages))}"
+                    f"{', '.join(sorted(languages))}: pass {name} {cure}"
                 )
         problems += source_contradictions(self.sources)
         problems += source_contradictions(self.sft_sources)

@@ -51,9 +51,15 @@ FLAGS = {
     **dict.fromkeys(("train", "training", "trained", "trainable", "is_trainable"), True),
     **dict.fromkeys(("masked", "is_masked", "ignore_loss"), False),
 }
+# The same, of names that mean something else unless the value is a boolean. A label that is false
+# is KTO's mark of a bad answer.
+BOOLEAN_FLAGS = {"label": True, "learn": True, "ignore": False, "skip": False}
 TRAINING_WORD = re.compile(r"(^|_)(loss|train[a-z]*|mask(s|ed|ing)?|weights?)(_|$)")
 # Fields that ChatGLM3's format cannot express: those of a record or a turn, and those of a turn.
-MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+MEDIA = frozenset(
+    {"image", "images", "image_url", "image_path", "audio", "audios", "video", "videos",
+     "attachments"}
+)  # fmt: skip
 UNWRITABLE = MEDIA | {"refusal", "reasoning", "reasoning_content", "thinking"}
 
 
@@ -221,7 +227,8 @@ def is_trained(said: Mapping[str, Any], place: str, in_turn: bool = False) -> bo
     """Return what a record's or a turn's FLAGS say.
 
     Raises BadRecordError for a value that is neither yes nor no, and for another field that is
-    about training. A record has columns named so for other reasons: only a yes or no counts there.
+    about training. A record has columns named so for other reasons: only a yes or no, or a list of
+    them, counts there.
     """
     trained = True
     for name, value in said.items():
@@ -235,7 +242,9 @@ def is_trained(said: Mapping[str, Any], place: str, in_turn: bool = False) -> bo
                     f"{place} has {name} {said[name]!r:.40}: expected true or false, or 1 or 0",
                 )
             trained = trained and bool(value) is FLAGS[word]
-        elif word == "mask" or (word and (in_turn or isinstance(value, bool))):
+        elif name.lower() in BOOLEAN_FLAGS and isinstance(value, bool):
+            trained = trained and value is BOOLEAN_FLAGS[name.lower()]
+        elif word == "mask" or (word and (in_turn or isinstance(value, list) or value in (0, 1))):
             detail = f"{place} has {name} {value!r:.40}: expected loss, weight or train"
             raise BadRecordError(f"unsupported {name}", detail)
     return trained

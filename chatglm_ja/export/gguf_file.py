@@ -8,7 +8,6 @@ llama.cpp calls the architecture chatglm. Its rotary embedding pairs neighboring
 ChatGLM3 and GlmForCausalLM do, so that no matrix has to be permuted.
 """
 
-import importlib.util
 import logging
 import math
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ log = logging.getLogger(__name__)
 MODELFILE = "Modelfile"
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 BLOCK = 32  # weights of a row that share a scale in q8_0
+MAX_Q8_0 = 127 * torch.finfo(torch.float16).max  # the scale is a float16
 ROWS = 4096  # of a matrix, converted at once
 # GlmForCausalLM's names of tensors -> llama.cpp's.
 NAMES = {
@@ -55,10 +55,12 @@ LAYER_NAMES = {
 
 def require_gguf() -> None:
     """Raise ConfigError if the package that writes the files is not installed."""
-    if importlib.util.find_spec("gguf") is None:
+    try:
+        from gguf import GGUFWriter  # noqa: F401
+    except ImportError:
         raise ConfigError(
             "--to gguf needs the package gguf: run `pip install -r requirements-extras.txt`"
-        )
+        ) from None
 
 
 def write_gguf(model: ModelFolder, dtype: str | None, folder: Path) -> dict[str, Any]:
@@ -132,22 +134,30 @@ def _plan(model: ModelFolder, dtype: str) -> list[_Tensor]:
 def _encode(weights: torch.Tensor, tensor: _Tensor, folder: Path) -> Iterator[NDArray[np.uint8]]:
     """Yield the bytes of a tensor in its dtype, some rows at a time.
 
-    Raises DataError if a value becomes infinite.
+    Raises DataError for NaN and infinity, also for those that the dtype would make.
     """
     import gguf
 
     for rows in weights.split(ROWS):
+        if not rows.isfinite().all():
+            raise DataError(
+                f"{folder}: {tensor.name} holds NaN or infinity: the model is damaged, make it "
+                "again"
+            )
         if tensor.dtype == "q8_0":
-            yield gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
-            continue
-        (dtype,) = (dtype for dtype, name in DTYPES.items() if name == tensor.dtype)
-        cast = rows.to(dtype)
-        if cast is not rows and not torch.equal(cast.isfinite(), rows.isfinite()):
+            fits = rows.abs().max() <= MAX_Q8_0
+            encoded = gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+        else:
+            (dtype,) = (dtype for dtype, name in DTYPES.items() if name == tensor.dtype)
+            cast = rows.to(dtype)
+            fits = cast.isfinite().all()
+            encoded = cast.contiguous().view(torch.uint8).numpy()
+        if not fits:
             raise DataError(
                 f"{folder}: {tensor.name} has values that {tensor.dtype} cannot hold: choose "
                 "another --dtype, such as bf16"
             )
-        yield cast.contiguous().view(torch.uint8).numpy()
+        yield encoded
 
 
 def _describe(writer: Any, model: ModelFolder, dtype: str) -> None:

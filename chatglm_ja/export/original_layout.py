@@ -80,6 +80,8 @@ def write_original_layout(
             shutil.copyfile(model.folder / name, folder / name)
     dtype = str(model.weights.dtype).removeprefix("torch.")
     config = {**base.config, **model.config, "torch_dtype": dtype}
+    if not base.code:
+        config.pop("auto_map", None)  # which names classes of the Python files
     write_json(folder / "config.json", config, indent=2)
     progress = tqdm(_original_tensors(model), desc="writing", unit=" tensors")
     weights.write_sharded(progress, folder, max_shard_bytes)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from chatglm_ja.errors import ArtifactError
@@ -18,8 +19,15 @@ def require_free(folder: Path, needed: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(existing_parent(folder)).free
+    """Return the free bytes on the disk of a folder, which need not exist yet.
+
+    Some file systems do not say how much they have: then it is sys.maxsize.
+    """
+    try:
+        total, _, free = shutil.disk_usage(existing_parent(folder))
+    except OSError:
+        total = 0
+    return free if total else sys.maxsize
 
 
 def existing_parent(folder: Path) -> Path:

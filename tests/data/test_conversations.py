@@ -247,3 +247,23 @@ def test_every_text_of_a_conversation_is_cleaned() -> None:
     assert isinstance(reject, Reject) and reject.reason == "empty answer"
     read = read_messages({"prompt": "ア", "response": "ｱ"}, None, "NFKC")
     assert isinstance(read, list) and read[1]["content"] == "ア"
+
+
+def test_what_instructs_or_forbids_is_not_lost() -> None:
+    """Several question columns are joined, other names of system texts read, booleans obeyed."""
+    joined = read_messages({"instruction": "i", "question": "q", "answer": "a"}, None)
+    assert isinstance(joined, list) and joined[0]["content"] == "i\nq"
+    for name in ("system_message", "systemPrompt"):
+        messages = read_messages({"messages": Q_AND_A, name: "s"}, None)
+        assert messages == [{"role": "system", "content": "s"}, *Q_AND_A]
+    empty = [{"role": "system", "content": ""}, *Q_AND_A]
+    assert read_messages({"messages": empty, "system": "s"}, None) == [
+        {"role": "system", "content": "s"}, *Q_AND_A,
+    ]  # fmt: skip
+    for flag in ({"label": False}, {"ignore": True}, {"learn": False}):
+        messages = read_messages({"messages": Q_AND_A, **flag}, None)
+        assert isinstance(messages, list) and messages[-1]["loss"] is False
+    for harmless in ({"label": 3}, {"label": "good"}, {"train_loss": 1.5}):
+        assert read_messages({"messages": Q_AND_A, **harmless}, None) == Q_AND_A
+    for unclear in ({"train_mask": [0, 0]}, {"weights": [0]}, {"sample_weight": 0}):
+        assert isinstance(read_messages({"messages": Q_AND_A, **unclear}, None), Reject)

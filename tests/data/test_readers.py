@@ -17,6 +17,7 @@ import pytest
 from backports import zstd
 
 from chatglm_ja.data import readers
+from chatglm_ja.data.file_start import ENCODINGS
 from chatglm_ja.data.readers import Reject
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
@@ -149,6 +150,23 @@ def test_other_encodings_are_named(
                    if ending.endswith(".gz") else content)  # fmt: skip
     with pytest.raises(DataError, match=rf"looks like {name}, expected UTF-8: .*iconv -f {name} "):
         read(source)
+
+
+def test_of_a_short_text_an_encoding_of_its_language_is_named(tmp_path: Path) -> None:
+    for language, text, encoding in (
+        ("ja", "猫。", "cp932"),
+        ("ja", "日本の猫", "euc_jp"),
+        ("zh", "今天天气很好。", "gb18030"),
+        ("ko", "고양이", "cp949"),
+    ):
+        path = write(tmp_path / "a.txt", text.encode(encoding)).path
+        with pytest.raises(DataError, match=f"looks like {ENCODINGS[encoding]}, expected UTF-8"):
+            read(Source(language, path))
+
+
+def test_files_that_were_joined_have_marks_inside(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", GOOD + "\ufeff".encode() + GOOD)
+    assert [record for _, record in read(source)] == [{"text": "x"}] * 2
 
 
 @pytest.mark.parametrize(

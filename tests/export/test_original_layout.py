@@ -49,9 +49,9 @@ def test_every_tensor_keeps_its_bits(base_dir: Path, resized_dir: Path, tmp_path
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     rows = back.tensor(tensor_names.EMBEDDING).shape[0]
     config = json.loads((folder / "config.json").read_text())
-    assert config == json.loads((base_dir / "config.json").read_text()) | {
-        "padded_vocab_size": rows
-    }
+    expected = json.loads((base_dir / "config.json").read_text()) | {"padded_vocab_size": rows}
+    del expected["auto_map"]  # the base has none of the Python files that it names
+    assert config == expected
     assert (folder / "tokenizer.model").read_bytes() == (
         resized_dir / "tokenizer.model"
     ).read_bytes()

@@ -58,3 +58,16 @@ def test_the_disk_is_that_of_a_folder_to_come(tmp_path: Path) -> None:
     assert disk.free_bytes(tmp_path / "a" / "b") == pytest.approx(
         disk.free_bytes(tmp_path), rel=0.1
     )
+
+
+@pytest.mark.parametrize("failure", [OSError(38, "Function not implemented"), None])
+def test_a_disk_that_does_not_say_its_size_is_not_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: OSError | None
+) -> None:
+    def usage(_: Path) -> tuple[int, int, int]:
+        if failure:
+            raise failure
+        return (0, 0, 0)
+
+    monkeypatch.setattr(disk.shutil, "disk_usage", usage)
+    disk.require_free(tmp_path / "a", 10**15)
