@@ -15,11 +15,12 @@ not read is returned, so that it can be named. `datasets` is imported only if a 
 """
 
 import glob
+import itertools
 import json
 import os
 import pkgutil
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -106,7 +107,8 @@ def match_pattern(pattern: str) -> FoundFiles:
     if not data:
         others = f", which match {len(files)} other files" * bool(files)
         raise DataError(f"no file matches {pattern} and ends with {KNOWN_ENDINGS}{others}")
-    return FoundFiles(data, [str(path) for path in files if path not in data])
+    read = set(data)
+    return FoundFiles(data, [str(path) for path in files if path not in read])
 
 
 def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
@@ -125,15 +127,14 @@ def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
     if saved is None:
         root, card_splits = _card_splits(folder, subset)
         names = {path.relative_to(root).as_posix(): path for path in data if root in path.parents}
-        if card_splits is None:
-            splits = {name: _pick(names, found) for name, found in _usual_splits(names).items()}
-        else:
-            splits = {
-                name: _pick(names, _matching(names, patterns))
-                for name, patterns in card_splits.items()
-            }
+        listed = (
+            _usual_splits(names)
+            if card_splits is None
+            else {split: _matching(names, patterns) for split, patterns in card_splits.items()}
+        )
+        splits = {split: [names[name] for name in found] for split, found in listed.items()}
         if data and not any(splits.values()):
-            patterns = ", ".join(name for listed in (card_splits or {}).values() for name in listed)
+            patterns = ", ".join(itertools.chain.from_iterable((card_splits or {}).values()))
             raise DataError(
                 f"folder {folder} holds none of the files that its README.md lists, {patterns}, in "
                 f"a known format: expected {KNOWN_ENDINGS}; name files with a pattern, such as "
@@ -157,7 +158,8 @@ def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
     files = _commonest_format(splits[split])
     if not files:
         raise DataError(f"folder {folder} holds no file of its split {split!r}: download it again")
-    rest = [str(path.relative_to(folder)) for path in data if path not in set(files)]
+    read = set(files)
+    rest = [str(path.relative_to(folder)) for path in data if path not in read]
     return FoundFiles(sorted(files), rest + others)
 
 
@@ -201,10 +203,6 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
             else:
                 data.append(path)
     return data, others
-
-
-def _pick(paths: Mapping[str, Path], names: Iterable[str]) -> list[Path]:
-    return [paths[name] for name in names]
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
