@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 EARLY_RECORDS = 20_000
 
 
-@dataclass
+@dataclass(eq=False)  # two counts of the same source are not the same count
 class RejectCount:
     """How many records of a source were read, bad ones included, and the reasons of these.
 

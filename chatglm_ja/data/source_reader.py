@@ -53,7 +53,7 @@ class SourceReader:
                     continue
                 count.add(chunk.file, *item)
                 if rejects.is_hopeless(count.read, count.reasons.total(), self.max_rejects):
-                    self.check()
+                    self.check(count)
         self.check(count)
 
     def check(self, *counts: RejectCount) -> None:
