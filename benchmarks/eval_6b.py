@@ -20,9 +20,9 @@ import torch
 from measuring import Ratio
 
 import constants
+from chatglm_ja.bases.loading import compute_dtype
 from chatglm_ja.chatglm3 import base_config, chat_format, tokenizer
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.chatglm3.weights import compute_dtype
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader

@@ -24,10 +24,11 @@ from measuring import Ratio, step_command
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from chatglm_ja.chatglm3 import tensor_names, tokenizer, weights
+from chatglm_ja.chatglm3 import tensor_names, tokenizer
 from chatglm_ja.chatglm3.base_config import read_config
 from chatglm_ja.cli import run
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage import weights
 
 SHARDS = 7
 

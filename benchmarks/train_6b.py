@@ -243,7 +243,8 @@ def make_model(options: argparse.Namespace) -> None:
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from chatglm_ja.chatglm3 import base_config, tokenizer_files, weights
+    from chatglm_ja.chatglm3 import base_config, tokenizer_files
+    from chatglm_ja.storage import weights
 
     config: GlmConfig = base_config.glm_config(
         {

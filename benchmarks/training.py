@@ -174,8 +174,9 @@ def write_random_base(source: Path, folder: Path) -> None:
     import torch
     from transformers import GlmForCausalLM
 
-    from chatglm_ja.chatglm3 import base_config, tensor_names, tokenizer, weights
+    from chatglm_ja.chatglm3 import base_config, tensor_names, tokenizer
     from chatglm_ja.chatglm3.base_config import read_config
+    from chatglm_ja.storage import weights
 
     config = read_config(source) | SMALL | {"torch_dtype": "float32"}
     torch.manual_seed(peer.SEED)

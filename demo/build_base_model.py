@@ -141,9 +141,10 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names, weights
+    from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names
     from chatglm_ja.chatglm3.tokenizer import EOS_ID, add_special_tokens, make_processor, read_proto
     from chatglm_ja.data import packing
+    from chatglm_ja.storage import weights
     from chatglm_ja.training.model import Collator, GlmForTraining
 
     torch.manual_seed(config.seed)

@@ -8,7 +8,7 @@ from tests.pipeline import PROJECT
 
 PACKAGE = PROJECT / "chatglm_ja"
 # From the bottom up; "" stands for the modules at the top of the package.
-ORDER = ("", "storage", "chatglm3", "data", "vocabulary", "training", "inference", "evaluation",
+ORDER = ("", "storage", "chatglm3", "bases", "data", "vocabulary", "training", "inference", "evaluation",
          "reports", "export")  # fmt: skip
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ja.chatglm3.recognition import recognize_folder
 from chatglm_ja.errors import ArtifactError, DataError
-from chatglm_ja.storage.disk import folder_bytes
 from chatglm_ja.storage.files import describe_absence, digest, read_json
 from chatglm_ja.storage.inputs import Input, open_artifact, open_files
 from chatglm_ja.storage.manifest import read_manifest
+from chatglm_ja.storage.recognition import recognize_folder
+from chatglm_ja.storage.weight_files import find_weights
 
 if TYPE_CHECKING:  # torch takes a second to import, and --help needs this module
     import torch
@@ -24,10 +24,6 @@ NO_BASE_MODEL = (
     "--base-model"
 )
 MODEL_FILE = "tokenizer.model"
-# Weights in one file, in order of preference. Sharded weights have an index: this name + INDEX.
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX = ".index.json"
-INDEX_FILE = WEIGHT_FILES[0] + INDEX  # what `write_sharded` writes
 
 # What GlmForCausalLM computes. A checkpoint with other values is another architecture.
 REQUIRED_CONFIG = {
@@ -229,12 +225,6 @@ def is_base(folder: Path) -> bool:
     return read_json(folder / "config.json")["model_type"] == REQUIRED_CONFIG["model_type"]
 
 
-def weights_bytes(folder: Path) -> int:
-    """Return the size of the weights in a model folder, of either format."""
-    sizes = (folder_bytes(folder, f"*{Path(name).suffix}") for name in WEIGHT_FILES)
-    return next(filter(None, sizes), 0)
-
-
 def open_base_tokenizer(folder: Path) -> Input:
     """Fingerprint the tokenizer of a ChatGLM3 folder, which must have a config.json as well."""
     _refuse_strange(folder)
@@ -272,7 +262,7 @@ def open_base_model(folder: Path, merged: Path | None = None) -> list[Input]:
     own = merged / MODEL_FILE if merged is not None else None
     if own and own.is_file() and digest(own) == digest(folder / MODEL_FILE):
         tokenizers = []
-    weights = _find_weights(folder)
+    weights = find_weights(folder)
     return [*tokenizers, open_files("base_model", folder / "config.json", *weights)]
 
 
@@ -281,14 +271,6 @@ def open_model(folder: Path, *scripts: str, every_byte: bool | None = None) -> I
     further by another program: then by its files.
     """
     if read_manifest(folder) is None and (folder / "config.json").is_file():
-        paths = (folder / "config.json", folder / MODEL_FILE, *_find_weights(folder))
+        paths = (folder / "config.json", folder / MODEL_FILE, *find_weights(folder))
         return open_files("model", *paths)
     return open_artifact(folder, *scripts, every_byte=every_byte)
-
-
-def _find_weights(folder: Path) -> list[Path]:
-    """Return the files with weights, and their index, in the format of WEIGHT_FILES they have."""
-    for suffix in (Path(name).suffix for name in WEIGHT_FILES):
-        if weights := [*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}{INDEX}")]:
-            return sorted(weights)
-    return []

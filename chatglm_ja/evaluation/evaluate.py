@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from chatglm_ja.chatglm3 import chat_format, tokenizer_files, weights
+from chatglm_ja.bases import loading
+from chatglm_ja.chatglm3 import chat_format, tokenizer_files
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError, DataError
@@ -74,7 +75,7 @@ class Evaluation:
         ]
         self.task_manager = harness.load_tasks(config) if config.harness_tasks else None
         self._base_ids: dict[str, list[list[int]]] = {}  # language -> the texts that are compared
-        self._base_logits: dict[str, weights.Logits] = {}
+        self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
         self._speeds: dict[int, float] = {}  # rows of the embeddings -> tokens per second
 
@@ -129,7 +130,7 @@ class Evaluation:
             self._base_rows = model.tokenizer.get_piece_size()
         rows = {}
         for language, ids in self._base_ids.items():
-            parts = zip(*weights.compute_logits(model.model, ids, self._base_rows), strict=True)
+            parts = zip(*loading.compute_logits(model.model, ids, self._base_rows), strict=True)
             # The first token of the text is predicted at the end of the prefix.
             logits, totals = (torch.cat([p[len(prefix) - 1 :] for p in part]) for part in parts)
             new = (logits, totals)

@@ -22,9 +22,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from chatglm_ja.bases.loading import Logits
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import UNK_ID
-from chatglm_ja.chatglm3.weights import Logits
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.training.model import token_losses

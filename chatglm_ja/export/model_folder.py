@@ -7,8 +7,8 @@ from typing import Any
 
 from chatglm_ja.chatglm3 import tensor_names, tokenizer
 from chatglm_ja.chatglm3.base_config import read_glm_config
-from chatglm_ja.chatglm3.weights import Weights
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage.weights import Weights
 
 
 @dataclass(frozen=True)

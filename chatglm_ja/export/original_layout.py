@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from chatglm_ja.chatglm3 import remote_code, tensor_names, tokenizer, weights
+from chatglm_ja.chatglm3 import remote_code, tensor_names, tokenizer
 from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.base_config import SIZES
 from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES
 from chatglm_ja.errors import DataError
 from chatglm_ja.export.model_folder import ModelFolder
+from chatglm_ja.storage import weights
 from chatglm_ja.storage.files import write_json
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatglm_ja.chatglm3.base_config import read_shape, weights_bytes
+from chatglm_ja.chatglm3.base_config import read_shape
 from chatglm_ja.settings import REPORTS_BYTES, Choice, StepConfig, setting
+from chatglm_ja.storage.weight_files import weights_bytes
 
 
 class Target(Choice):

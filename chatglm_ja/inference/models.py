@@ -75,8 +75,9 @@ class Stage:
         """
         import torch
 
+        from chatglm_ja.bases.loading import compute_dtype
         from chatglm_ja.chatglm3.tokenizer import make_processor
-        from chatglm_ja.chatglm3.weights import BaseWeights, compute_dtype, load_base
+        from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 
         try:
             if self.name == BASE:
@@ -151,13 +152,12 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage:
 
 def load_model(folder: Path) -> LoadedModel:
     """Load the model and the tokenizer of a folder that step 3, 5 or 6 published."""
-    from transformers import GlmForCausalLM
 
+    from chatglm_ja.bases.loading import compute_dtype, load_model
     from chatglm_ja.chatglm3.tokenizer import load_processor
-    from chatglm_ja.chatglm3.weights import compute_dtype, load_glm
 
     tokenizer = load_processor(folder)
-    model: Any = load_glm(folder, GlmForCausalLM, compute_dtype())
+    model: Any = load_model(folder, compute_dtype())
     return LoadedModel(model.to(choose_device()).eval(), tokenizer)
 
 

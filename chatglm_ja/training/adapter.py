@@ -23,13 +23,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import GlmForCausalLM
 
-from chatglm_ja.chatglm3 import chat_format, tokenizer_files, weights
+from chatglm_ja.bases import loading
+from chatglm_ja.bases.loading import compute_dtype, load_model
+from chatglm_ja.chatglm3 import chat_format, tokenizer_files
 from chatglm_ja.chatglm3.tensor_names import GLM_EMBEDDING, GLM_LM_HEAD
 from chatglm_ja.chatglm3.tokenizer import load_processor
-from chatglm_ja.chatglm3.weights import compute_dtype, load_glm
 from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.storage import weights
 from chatglm_ja.storage.files import read_json
 from chatglm_ja.training.model import GlmForTraining, join_embeddings, split_embeddings
 from chatglm_ja.training.settings import TrainingConfig
@@ -62,7 +63,7 @@ def choose_dtype(config: TrainingConfig) -> torch.dtype:
 
 
 def load_for_training(
-    config: TrainingConfig, dtype: torch.dtype, device: torch.device = weights.CPU
+    config: TrainingConfig, dtype: torch.dtype, device: torch.device = loading.CPU
 ) -> PeftModel:
     """Load the model on `device` with LoRA matrices, and with trainable embeddings if the settings
     say so.
@@ -71,7 +72,7 @@ def load_for_training(
     ones have `dtype`.
     """
     log.info("loading %s", config.model)
-    model: Any = load_glm(config.model, GlmForTraining, "auto", device)
+    model: Any = load_model(config.model, "auto", device, GlmForTraining)
     # Converted on the device: on the host every process would need memory for its own copy.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -196,7 +197,7 @@ def verify_logits(model_dir: Path, output_dir: Path) -> float:
     """
 
     def compute_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
-        model: Any = load_glm(folder, GlmForCausalLM, torch.float32)
+        model: Any = load_model(folder, torch.float32)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         ids = torch.linspace(0, model.config.vocab_size - 1, VERIFIED_IDS).long()

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatglm_ja.chatglm3.base_config import PROJECTIONS, ModelShape, read_shape, weights_bytes
+from chatglm_ja.chatglm3.base_config import PROJECTIONS, ModelShape, read_shape
 from chatglm_ja.settings import REPORTS_BYTES, StepConfig, setting
 from chatglm_ja.storage.files import read_json
+from chatglm_ja.storage.weight_files import weights_bytes
 
 WEIGHT_BYTES = 4  # trained weights are float32
 CHECKPOINT_BYTES = 3 * WEIGHT_BYTES  # a trained weight and its two moments

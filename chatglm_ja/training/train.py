@@ -27,6 +27,7 @@ from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError, StoppedError, UserError
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.storage.output import Output
+from chatglm_ja.storage.weight_files import weights_bytes
 from chatglm_ja.training import adapter, costs
 from chatglm_ja.training.checkpoints import Checkpoints, gather_tensors, step_of
 from chatglm_ja.training.progress import Progress, make_tensorboard_callback, plot_losses
@@ -70,7 +71,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         torch.cuda.empty_cache()
         log.info("merging the adapter")
         adapter.write_merged(config.model, working)
-        if config.should_compare_logits(base_config.weights_bytes(config.model)):
+        if config.should_compare_logits(weights_bytes(config.model)):
             difference = adapter.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)
         speed = {"seconds": runtime}

@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, GlmForCausalLM
+from transformers import GenerationConfig
 
-from chatglm_ja.chatglm3 import chat_format, tokenizer, weights
+from chatglm_ja.bases import loading
+from chatglm_ja.chatglm3 import chat_format, tokenizer
 from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.base_config import MODEL_FILE, glm_config
 from chatglm_ja.chatglm3.tensor_names import EMBEDDING, NAMES, OUTPUT_LAYER, to_glm
 from chatglm_ja.chatglm3.tokenizer_files import copy_tokenizer_files, limit_length
+from chatglm_ja.chatglm3.weights import load_base
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage import weights
 from chatglm_ja.vocabulary.initialization import Initialization, Subtokens
 from chatglm_ja.vocabulary.settings import ResizeModelConfig, padded_rows
 
@@ -155,11 +158,11 @@ def verify_logits(base: Base, folder: Path) -> None:
     processor = tokenizer.load_processor(folder)
     prefix = chat_format.prefix_ids(processor)
     prompts = [[*prefix, *processor.encode(text)] for text in VERIFIED_TEXTS]
-    model: Any = weights.load_base(base.weights, torch.float32)
-    before = weights.compute_logits(model, prompts, old_ids)
+    model: Any = load_base(base.weights, torch.float32)
+    before = loading.compute_logits(model, prompts, old_ids)
     del model
-    model = weights.load_glm(folder, GlmForCausalLM, torch.float32).eval()
-    after = weights.compute_logits(model, prompts, old_ids)
+    model = loading.load_model(folder, torch.float32).eval()
+    after = loading.compute_logits(model, prompts, old_ids)
     for text, (old, _), (new, _) in zip(VERIFIED_TEXTS, before, after, strict=True):
         if not torch.equal(old, new):
             largest = (old - new).abs().max().item()

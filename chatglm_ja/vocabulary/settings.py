@@ -9,7 +9,6 @@ from chatglm_ja.chatglm3.base_config import (
     MODEL_FILE,
     NO_BASE_MODEL,
     read_shape,
-    weights_bytes,
 )
 from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.errors import did_you_mean
@@ -17,6 +16,7 @@ from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.disk import folder_bytes
 from chatglm_ja.storage.manifest import Manifest, read_manifest
+from chatglm_ja.storage.weight_files import weights_bytes
 from chatglm_ja.vocabulary.initialization import Initialization
 from chatglm_ja.vocabulary.languages import ISO_639_1, is_language_code
 from chatglm_ja.vocabulary.policies import OTHER_LANGUAGE, Policy

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chatglm_ja.chatglm3 import chat_format, weights
+from chatglm_ja.bases import loading
+from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import likelihood
 from chatglm_ja.evaluation.likelihood import Scorer
@@ -162,7 +163,7 @@ def test_losses_of_a_half_precision_model_have_full_precision(
 
 def test_logits_and_divergence(model: LoadedModel) -> None:
     prompt = [*chat_format.prefix_ids(model.tokenizer), *model.tokenizer.encode("你好")]
-    ((logits, total),) = weights.compute_logits(model.model, [prompt], 100)
+    ((logits, total),) = loading.compute_logits(model.model, [prompt], 100)
     with torch.inference_mode():
         expected = model.model(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(logits, expected[:, :100])

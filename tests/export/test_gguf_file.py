@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import step8_export
-from chatglm_ja.chatglm3 import weights
 from chatglm_ja.errors import ArtifactError, ConfigError, DataError
 from chatglm_ja.export import gguf_file, gguf_tokenizer
 from chatglm_ja.export.model_folder import ModelFolder
+from chatglm_ja.storage import weights
 from tests.export.llama_cpp import LlamaTokenizer
 from tests.pipeline import Runner, error_of
 

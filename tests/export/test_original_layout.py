@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GlmForCausalLM
+from transformers import AutoModelForCausalLM
 
 import step3_resize_model
 import step8_export
-from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files, weights
+from chatglm_ja.bases import loading
+from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base import Base
+from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 from chatglm_ja.errors import DataError
 from chatglm_ja.export import original_layout
 from chatglm_ja.export.model_folder import ModelFolder
 from chatglm_ja.settings import StepConfig
+from chatglm_ja.storage import weights
 from chatglm_ja.storage.output import Output
 from chatglm_ja.vocabulary import merging
 from chatglm_ja.vocabulary.policies import Policy
@@ -40,7 +43,7 @@ def exported(model: Path, base: Path | None, folder: Path, shard: int = 1_000_00
 
 def test_every_tensor_keeps_its_bits(base_dir: Path, resized_dir: Path, tmp_path: Path) -> None:
     folder = exported(resized_dir, base_dir, tmp_path / "out")
-    back = weights.BaseWeights(folder)
+    back = BaseWeights(folder)
     stored = dict(weights.iterate_tensors(resized_dir))
     tensors = dict(back.glm_tensors())
     assert tensors.keys() == stored.keys()
@@ -62,7 +65,7 @@ def test_it_computes_what_chatglm3_computes(
 ) -> None:
     folder = exported(resized_dir, base_dir, tmp_path / "out")
     expected = load_file(base_dir / "expected.safetensors")
-    model = weights.load_base(weights.BaseWeights(folder), torch.float32)
+    model = load_base(BaseWeights(folder), torch.float32)
     for index in range(3):
         with torch.inference_mode():
             logits = model(expected[f"ids_{index}"]).logits[0, -1, :4009]
@@ -158,11 +161,11 @@ def test_the_fine_tuned_model_is_read_back(
     prompts = [[5, 3001, 7, 8, 9, 300], [11, 12]]
     rows = ModelFolder.open(sft).config["padded_vocab_size"]
     models = [
-        weights.load_glm(sft, GlmForCausalLM, torch.float32).eval(),
-        weights.load_base(weights.BaseWeights(base), torch.float32),
-        weights.load_glm(tmp_path / "model", GlmForCausalLM, torch.float32).eval(),
+        loading.load_model(sft, torch.float32).eval(),
+        load_base(BaseWeights(base), torch.float32),
+        loading.load_model(tmp_path / "model", torch.float32).eval(),
     ]
-    expected, *others = [weights.compute_logits(model, prompts, rows) for model in models]
+    expected, *others = [loading.compute_logits(model, prompts, rows) for model in models]
     for logits in others:
         for ours, theirs in zip(logits, expected, strict=True):
             assert torch.equal(ours[0], theirs[0])

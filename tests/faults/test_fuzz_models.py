@@ -12,19 +12,22 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from chatglm_ja.bases import loading
 from chatglm_ja.chatglm3 import (
     base_config,
     chat_format,
     tokenizer,
     tokenizer_files,
-    weights,
 )
 from chatglm_ja.chatglm3.base import Base
+from chatglm_ja.chatglm3.weights import BaseWeights
 from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
+from chatglm_ja.storage import weights
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.manifest import read_history, read_manifest
 from chatglm_ja.storage.output import Output
+from chatglm_ja.storage.weight_files import INDEX_FILE
 from chatglm_ja.training.checkpoints import Checkpoints
 from chatglm_ja.vocabulary import learning, merging
 from chatglm_ja.vocabulary.policies import Policy
@@ -55,7 +58,7 @@ def read_checkpoint(changes: dict[str, bytes]) -> None:
         for name, content in changes.items():
             (copy / name).write_bytes(content)
         with refusals():
-            opened = weights.BaseWeights(copy)
+            opened = BaseWeights(copy)
             opened.size()
             assert sum(tensor.numel() for _, tensor in opened.glm_tensors()) > 0
         with refusals():
@@ -118,12 +121,12 @@ def test_pickled_shards(data: st.DataObject, pickled: bytes) -> None:
         (copy / "config.json").symlink_to(BASE / "config.json")
         (copy / BIN_NAME).write_bytes(content)
         with refusals():
-            weights.BaseWeights(copy)
+            BaseWeights(copy)
         with refusals():
             weights.read_tensor(copy, "transformer.output_layer.weight")
 
 
-INDEX = json.loads((BASE / weights.INDEX_FILE).read_bytes())
+INDEX = json.loads((BASE / INDEX_FILE).read_bytes())
 
 
 @fuzz(
@@ -137,7 +140,7 @@ INDEX = json.loads((BASE / weights.INDEX_FILE).read_bytes())
     ),
 )
 def test_indices(content: bytes) -> None:
-    read_checkpoint({weights.INDEX_FILE: content})
+    read_checkpoint({INDEX_FILE: content})
 
 
 CONFIG = json.loads((BASE / "config.json").read_bytes())
@@ -163,7 +166,7 @@ def test_configurations(content: bytes) -> None:
     with folder() as copy:
         (copy / "config.json").write_bytes(content)
         with refusals():
-            weights.load_glm(copy, None, "auto") if b'"glm"' not in content else None
+            loading.load_model(copy, "auto") if b'"glm"' not in content else None
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chatglm_ja.chatglm3 import chat_format, tensor_names, weights
+from chatglm_ja.chatglm3 import chat_format, tensor_names
 from chatglm_ja.errors import ArtifactError
-from chatglm_ja.storage import files
+from chatglm_ja.storage import files, weights
 from chatglm_ja.storage.files import resolve_inside
 from chatglm_ja.training import train
 from tests.conftest import DATA

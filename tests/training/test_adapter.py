@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GlmForCausalLM
 
-from chatglm_ja.chatglm3 import tokenizer_files, weights
+from chatglm_ja.chatglm3 import tokenizer_files
 from chatglm_ja.errors import DataError
+from chatglm_ja.storage import weights
 from chatglm_ja.training.adapter import (
     ADAPTER,
     EMBEDDINGS,

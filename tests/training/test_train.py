@@ -21,9 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
 from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer, tokenizer_files
-from chatglm_ja.chatglm3 import weights as stored_weights
+from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
+from chatglm_ja.storage import weights as stored_weights
 from chatglm_ja.training import progress, train, trainer
 from chatglm_ja.training.adapter import (
     ADAPTER,
@@ -526,7 +527,7 @@ def test_data_of_a_larger_vocabulary_is_refused(
     base_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
-    model = stored_weights.load_base(stored_weights.BaseWeights(base_dir), torch.float32)
+    model = load_base(BaseWeights(base_dir), torch.float32)
     model.resize_token_embeddings(1000)
     model.save_pretrained(small)
     config = config_for(small, data_dir, tmp_path)

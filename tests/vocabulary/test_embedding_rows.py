@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import step3_resize_model
-from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files, weights
+from chatglm_ja.bases import loading
+from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.chatglm3.base_config import INDEX_FILE
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import StepConfig
+from chatglm_ja.storage import weights
 from chatglm_ja.storage.output import Output
+from chatglm_ja.storage.weight_files import INDEX_FILE
 from chatglm_ja.vocabulary import embedding_rows
 from chatglm_ja.vocabulary.initialization import CHUNK_ROWS, Initialization
 from chatglm_ja.vocabulary.settings import ResizeModelConfig
@@ -141,7 +143,7 @@ def test_verification_finds_a_changed_weight(
 
 def test_the_original_layout_is_refused_by_later_steps(base_dir: Path) -> None:
     with pytest.raises(DataError, match="in the layout of chatglm, for other tools: run step3_"):
-        weights.load_glm(base_dir, None, "auto")
+        loading.load_model(base_dir, "auto")
 
 
 def test_a_tokenizer_of_another_base_is_refused(

@@ -1,0 +1,143 @@
+"""What the pipeline asks of a base model, whatever its family.
+
+A family is three classes. The rooms above know only these interfaces; families.py finds the family
+of a folder.
+
+    Base             a base model's folder: vocabulary, weights, configuration     steps 1 to 3
+    Vocabulary       its tokenizer, as steps 1 and 2 extend it                     steps 1 and 2
+    ModelTokenizer   any model folder's tokenizer: texts, conversations as ids     steps 4 to 7
+
+A message of a conversation is a mapping:
+
+    role        system, user, assistant or observation (what a tool returned)
+    content     its text
+    tools       of a system message: the tools that the assistant may call, a JSON value
+    call        of an assistant message: {"name": ..., "arguments": {...}}, a tool that it calls
+    metadata    of a message that is in ChatGLM3's form already: its header
+    loss        false for an answer that is context only: none of its tokens is trained
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # numpy and torch take a moment to import, and --help needs this module
+    import numpy as np
+    import torch
+
+    from chatglm_ja.storage.weights import Weights
+
+Message = Mapping[str, Any]
+IGNORE_INDEX = -100  # label of a token that is not trained
+
+
+class FormatError(Exception):
+    """A conversation cannot be written in the base's format; `reason` is a few words."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is sampled. A temperature below 0.01 means greedy decoding."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+class ModelTokenizer(ABC):
+    """The tokenizer of a model folder. A text never becomes a special token.
+
+    size             number of ids
+    first_new_id     the id of the first piece that step 2 added; `size` if it added none
+    document_start   the ids that begin every text that the model reads
+    document_end     the id that ends a document
+    pad_id           an id that fills rows; it is masked wherever it stands
+    stop_ids         the ids that end an answer
+    """
+
+    size: int
+    first_new_id: int
+    document_start: list[int]
+    document_end: int
+    pad_id: int
+    stop_ids: list[int]
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Tokenize a text, without `document_start`. Raises DataError for a lone surrogate."""
+
+    @abstractmethod
+    def encode_documents(self, texts: Sequence[str]) -> "list[np.ndarray]":
+        """Tokenize many texts, int32 each: the ids of `encode` at the speed that a corpus needs."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special tokens have none."""
+
+    @abstractmethod
+    def spell(self, text: str) -> list[str]:
+        """Return the tokens of a text in a readable form, for reports."""
+
+    @abstractmethod
+    def build_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokenize a conversation that the assistant answers next. Raises FormatError."""
+
+    @abstractmethod
+    def build_example(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Return ids and labels, of equal length, of a conversation for training.
+
+        Labels are the ids of the assistant's answers and calls, from where `build_prompt` ends to
+        the token that ends the answer, and IGNORE_INDEX elsewhere. Raises FormatError.
+        """
+
+
+class Base(ABC):
+    """A base model's folder, opened and validated once per step.
+
+    first_new_id   the id of the first piece that step 2 adds: it follows all ids of the base
+    rows           rows of the embedding matrices, those after the last id included
+    window         the longest input in tokens
+    """
+
+    folder: Path
+    first_new_id: int
+    rows: int
+    window: int
+
+    @abstractmethod
+    def tokenizer(self) -> ModelTokenizer:
+        """Return the base's own tokenizer."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> "Weights":
+        """The weights, validated when they are first used. Raises DataError if they are damaged."""
+
+    @property
+    @abstractmethod
+    def embeddings(self) -> dict[str, str]:
+        """The embedding matrices, input first: stored name -> the name in the resized model.
+
+        One entry if they are tied.
+        """
+
+    @abstractmethod
+    def convert(self, name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield a stored tensor under the names, and with the shapes, of the resized model."""
+
+    @abstractmethod
+    def save_config(self, folder: Path, rows: int, ids: int) -> None:
+        """Write config.json and generation_config.json of the resized model into its folder.
+
+        The model has `rows` embedding rows, of which the first `ids` have tokens.
+        """
+
+    @abstractmethod
+    def load(self, dtype: "torch.dtype") -> Any:
+        """Load the base as transformers' model, in evaluation mode."""
