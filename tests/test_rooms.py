@@ -8,8 +8,8 @@ from tests.pipeline import PROJECT
 
 PACKAGE = PROJECT / "chatglm_ja"
 # From the bottom up; "" stands for the modules at the top of the package.
-ORDER = ("", "storage", "chatglm3", "bases", "data", "vocabulary", "training", "inference", "evaluation",
-         "reports", "export")  # fmt: skip
+ORDER = ("", "storage", "chatglm3", "bases", "data", "vocabulary", "training", "inference",
+         "evaluation", "reports", "export")  # fmt: skip
 
 
 @pytest.mark.parametrize("room", ORDER)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.inference import generation
+from chatglm_ja.inference import generation, models
 from chatglm_ja.reports.render import TEMPLATES
 
 for package in ("fastapi", "uvicorn", "openai", "rich"):
