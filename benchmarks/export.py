@@ -58,7 +58,7 @@ def expect(loaded: LoadedModel, prompt: list[int], limit: int) -> tuple[list[int
     mask = torch.ones_like(ids)
     logits = loaded.model(ids, attention_mask=mask).logits[0]
     made = loaded.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=limit)
-    return made[0, len(prompt) :].tolist(), logits[:, : loaded.tokenizer.get_piece_size()]
+    return made[0, len(prompt) :].tolist(), logits[:, : loaded.tokenizer.size]
 
 
 def answer(llama: Any, prompt: list[int], limit: int) -> tuple[list[int], torch.Tensor]:

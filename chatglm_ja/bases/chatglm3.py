@@ -37,6 +37,7 @@ class ChatGLM3Tokenizer(ModelTokenizer):
         self.document_end = tokenizer.EOS_ID
         self.pad_id = tokenizer.UNK_ID
         self.stop_ids = chat_format.stop_ids(self.processor)
+        self.special_ids = frozenset(filter(self.processor.is_control, range(self.size)))
 
     @classmethod
     def open(cls, folder: Path) -> "ChatGLM3Tokenizer":

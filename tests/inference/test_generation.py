@@ -77,7 +77,7 @@ def test_greedy_answers_are_greedy_although_the_folder_samples(
         ids = list(prompt)
         for _ in range(12):
             logits = model.model(torch.tensor([ids])).logits[0, -1]
-            ids.append(int(logits[: model.tokenizer.get_piece_size()].argmax()))
+            ids.append(int(logits[: model.tokenizer.size].argmax()))
         assert answers[index].text == model.tokenizer.decode(ids[len(prompt) :]).strip()
     monkeypatch.setattr(model.model, "generation_config", GenerationConfig())
     assert generation.generate_answers(model, prompts, 12) == answers
@@ -95,9 +95,7 @@ def test_batching_does_not_change_greedy_answers(
     ids = list(prompts[2])
     for _ in range(12):
         with torch.inference_mode():
-            logits = model.model(torch.tensor([ids])).logits[
-                0, -1, : model.tokenizer.get_piece_size()
-            ]
+            logits = model.model(torch.tensor([ids])).logits[0, -1, : model.tokenizer.size]
         ids.append(int(logits.argmax()))
     assert together[2].text == model.tokenizer.decode(ids[len(prompts[2]) :]).strip()
 
@@ -150,7 +148,7 @@ def test_tokens_are_sampled_by_their_probability() -> None:
 
 def test_padding_rows_are_never_generated(model: LoadedModel, prompts: list[list[int]]) -> None:
     rows = model.model.get_output_embeddings().weight
-    assert len(rows) > model.tokenizer.get_piece_size()
+    assert len(rows) > model.tokenizer.size
     with torch.no_grad():
         rows[-1] = 1000 * model.model.model(torch.tensor([prompts[0]])).last_hidden_state[0, -1]
     (answer,) = generation.generate_answers(model, prompts[:1], 3)
@@ -180,12 +178,12 @@ def test_a_character_in_bytes_is_shown_when_it_is_complete(model: LoadedModel) -
     shown: list[str] = []
     pieces = generation._TextStreamer(model.tokenizer, shown.append)
     pieces.put(torch.tensor([1, 2, 3]))  # the prompt
-    spelled = [model.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in "🦊".encode()]
+    spelled = [model.tokenizer.pieces.index(f"<0x{byte:02X}>") for byte in "🦊".encode()]
     tokens = [
         *model.tokenizer.encode("狐"),
         *spelled,
         *model.tokenizer.encode("だ"),
-        chat_format.stop_ids(model.tokenizer)[0],
+        model.tokenizer.stop_ids[0],
     ]
     for token in tokens:
         pieces.put(torch.tensor([token]))
@@ -199,7 +197,7 @@ def test_incomplete_bytes_are_shown_at_the_end(model: LoadedModel) -> None:
     shown: list[str] = []
     pieces = generation._TextStreamer(model.tokenizer, shown.append)
     pieces.put(torch.tensor([1]))
-    for token in (*model.tokenizer.encode("a"), model.tokenizer.piece_to_id("<0xF0>")):
+    for token in (*model.tokenizer.encode("a"), model.tokenizer.pieces.index("<0xF0>")):
         pieces.put(torch.tensor([token]))
     assert shown == ["a"]
     pieces.end()
