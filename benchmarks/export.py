@@ -99,10 +99,7 @@ def main() -> None:
     texts = [*held_out_lines(options.lines), *HOSTILE]
     asked = held_out_prompts(options.prompts)
     line_break = loaded.tokenizer.encode("\n")  # begins every answer; the template writes it
-    prompts = [
-        [*chat_format.build_prompt_ids(loaded.tokenizer, messages), *line_break]
-        for messages in asked
-    ]
+    prompts = [[*loaded.tokenizer.build_prompt(messages), *line_break] for messages in asked]
     expected = [expect(loaded, prompt, options.tokens) for prompt in prompts]
     rows = []
     for path in options.gguf:

@@ -49,7 +49,6 @@ class ModelTokenizer(ABC):
     document_start   the ids that begin every text that the model reads
     document_end     the id that ends a document
     pad_id           an id that fills rows; it is masked wherever it stands
-    stop_ids         the ids that end an answer
     special_ids      the ids of special tokens, which no text gives
     """
 
@@ -59,8 +58,12 @@ class ModelTokenizer(ABC):
     document_start: list[int]
     document_end: int
     pad_id: int
-    stop_ids: list[int]
     special_ids: frozenset[int]
+
+    @property
+    @abstractmethod
+    def stop_ids(self) -> list[int]:
+        """The ids that end an answer."""
 
     @property
     def prefix(self) -> list[int]:

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chatglm_ja.bases import loading
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import likelihood
 from chatglm_ja.evaluation.likelihood import Scorer
@@ -140,7 +139,7 @@ def test_continuations_of_a_text_are_scored_from_the_same_place(model: LoadedMod
     assert shared < border
     ((_, cost),) = Scorer(model, 64, 2).score_continuations([(text, [crossing, plain])])
     ((alone,),) = Scorer(model, 64, 2).score_continuations([(text, [plain])])
-    prefix, ids = chat_format.prefix_ids(tokenizer), tokenizer.encode(text + plain)
+    prefix, ids = tokenizer.prefix, tokenizer.encode(text + plain)
     with torch.inference_mode():
         logits = model.model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
     each = [-logits[len(prefix) + place - 1, ids[place]].item() for place in range(len(ids))]

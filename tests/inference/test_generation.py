@@ -13,7 +13,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import GREEDY, ChatOptions, Sampling
 from chatglm_ja.inference.models import LoadedModel
@@ -28,17 +27,14 @@ QUESTIONS = (
 
 @pytest.fixture
 def prompts(model: LoadedModel) -> list[list[int]]:
-    return [
-        chat_format.build_prompt_ids(model.tokenizer, [{"role": "user", "content": q}])
-        for q in QUESTIONS
-    ]
+    return [model.tokenizer.build_prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
 
 
 @pytest.fixture
 def stopping(model: LoadedModel, prompts: list[list[int]]) -> Iterator[None]:
     """Make <|user|> the likeliest token after the second prompt, and after no other."""
     rows = model.model.get_output_embeddings().weight
-    stop = chat_format.special_id(model.tokenizer, "<|user|>")
+    stop = model.tokenizer.pieces.index("<|user|>")
     original = rows[stop].clone()
     with torch.no_grad():
         ends = [model.model.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts]
@@ -225,7 +221,7 @@ def test_errors_of_the_thread_are_raised(model: LoadedModel) -> None:
 
 
 def test_tokens_per_second(model: LoadedModel) -> None:
-    prompt = chat_format.build_prompt_ids(model.tokenizer, [])
+    prompt = model.tokenizer.build_prompt([])
     start = time.perf_counter()
     speed = generation.tokens_per_second(model, prompt)
     whole = generation.TIMED_ROUNDS * generation.TIMED_TOKENS / (time.perf_counter() - start)
