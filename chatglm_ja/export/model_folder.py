@@ -35,8 +35,8 @@ class ModelFolder:
         path = folder / tokenizer.MODEL_FILE
         if (folder / "config.json").is_file() and not path.is_file():
             raise DataError(
-                f"{folder} has no {tokenizer.MODEL_FILE}: step 8 exports models made of ChatGLM3; a "
-                "model of another base has its base's own layout already, which vLLM, the converter "
+                f"{folder} has no {tokenizer.MODEL_FILE}: step 8 exports models made of ChatGLM3; "
+                "one of another base has the base's own layout already, which vLLM, the converter "
                 "of llama.cpp and others read"
             )
         config = read_glm_config(folder)
