@@ -32,6 +32,16 @@ Message = Mapping[str, Any]
 IGNORE_INDEX = -100  # label of a token that is not trained
 
 
+def is_call(message: Message) -> bool:
+    """Return whether a message is the assistant's call of a tool."""
+    return message["role"] == "assistant" and bool(message.get("call") or message.get("metadata"))
+
+
+def is_trained(message: Message) -> bool:
+    """Return whether a message is an answer, or a call, that the loss is computed on."""
+    return message["role"] == "assistant" and bool(message.get("loss", True))
+
+
 class FormatError(Exception):
     """A conversation cannot be written in the base's format; `reason` is a few words."""
 
