@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from chatglm_ja.bases.chat_template import ChatTemplate
 from chatglm_ja.bases.interface import Base, Message, ModelTokenizer
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
@@ -126,9 +127,7 @@ class TransformersTokenizer(ModelTokenizer):
         return self._auto
 
     @functools.cached_property
-    def _template(self) -> Any:
-        from chatglm_ja.bases.chat_template import ChatTemplate
-
+    def _template(self) -> ChatTemplate:
         return ChatTemplate(self._auto, self._eos_ids)
 
     @property
