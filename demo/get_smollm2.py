@@ -16,6 +16,7 @@ Run     python demo/get_smollm2.py
 """
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,7 @@ def save_tokenizer(gguf_path: Path, folder: Path) -> None:
 
 def save_model(gguf_path: Path, folder: Path) -> None:
     """Write the weights of a GGUF file in bfloat16, and their configuration."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
