@@ -163,7 +163,7 @@ def run_first(tmp_path: Path) -> RunFirst:
     return run_program
 
 
-@pytest.mark.parametrize("script", [*STEPS, "demo/build_base_model.py"])
+@pytest.mark.parametrize("script", [*STEPS, "demo/build_base_model.py", "demo/get_smollm2.py"])
 def test_a_python_without_the_packages_is_one_line(script: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-S", str(PROJECT / script)], capture_output=True, text=True, check=False,

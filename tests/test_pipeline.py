@@ -642,6 +642,7 @@ def test_a_breakpoint_in_a_step_is_hit(pipeline: Runner) -> None:
                      PrepareDataConfig, TrainingConfig, SftConfig, EvalConfig, ExportConfig),
              strict=True),
         ("demo/build_base_model.py", StepConfig),
+        ("demo/get_smollm2.py", StepConfig),
     ],
 )  # fmt: skip
 def test_help_answers_at_once_and_documents_every_setting(
