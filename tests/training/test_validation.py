@@ -124,7 +124,7 @@ def test_good_conversations_pass(
 def test_an_empty_answer_is_told_from_a_short_one_whatever_the_template_adds(
     data_dir: Path, tmp_path: Path
 ) -> None:
-    """This template writes more into the last answer than a short answer before it has."""
+    """This template adds to the last answer as many tokens as a short one before it has."""
     folder = make_base("qwen3", tmp_path / "base", ["a b c"])
     path = folder / "chat_template.jinja"
     thought = "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}"
@@ -136,7 +136,7 @@ def test_an_empty_answer_is_told_from_a_short_one_whatever_the_template_adds(
         turns = ([QUESTION, {"role": "assistant", "content": answer}] for answer in answers)
         return tokenizer.build_example(list(itertools.chain.from_iterable(turns)))
 
-    rows = rows_of([example("a", "b")], [example("b")])
+    rows = rows_of(*([example("x" * length, "b")] for length in range(1, 30)), [example("b")])
     dataset.check_conversations(rows, data_dir, "train", tokenizer)
     for answers in (("", "b"), ("a", "")):
         with pytest.raises(DataError, match="has an empty answer"):
