@@ -21,11 +21,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chatglm_ja.bases.interface import Vocabulary
 from chatglm_ja.bases.tokenizer_json import (
+    Backend,
+    BaseTokenizer,
     append_pieces_to_json,
     count_ids,
     read_added_tokens,
-    read_backend,
-    save_extended,
 )
 from chatglm_ja.errors import DataError
 
@@ -41,12 +41,10 @@ class ByteLevelVocabulary(Vocabulary):
     in_bytes = True
     reserved = 0
 
-    def __init__(
-        self, tokenizer: Any, name: str, backend: dict[str, Any] | None = None
-    ) -> None:
-        """Take a transformers tokenizer, or its settings with another tokenizer.json."""
-        self.tokenizer, self.name = tokenizer, name
-        self.backend = read_backend(tokenizer) if backend is None else backend
+    def __init__(self, base: BaseTokenizer, name: str, backend: Backend | None = None) -> None:
+        """Take the base's tokenizer, and a tokenizer.json if it is another than the base's."""
+        self.base, self.name = base, name
+        self.backend = base.read_backend() if backend is None else backend
         self.size = count_ids(self.backend)
         added = read_added_tokens(self.backend)
         self.special_tokens = list(added)
@@ -97,8 +95,8 @@ class ByteLevelVocabulary(Vocabulary):
 
     def segment(self, pieces: Sequence[str]) -> list[list[str]]:
         # With `ignore_merges`, a stretch that is a piece needs no merges, and every piece would be.
-        model = self.backend["model"] | {"ignore_merges": False}
-        merging = Tokenizer.from_str(json.dumps(self.backend | {"model": model})).model
+        model = {**self.backend["model"], "ignore_merges": False}
+        merging = Tokenizer.from_str(json.dumps({**self.backend, "model": model})).model
         return [[token.value for token in merging.tokenize(piece)] for piece in pieces]
 
     def merge_rank(self, left: str, right: str) -> float:
@@ -106,11 +104,10 @@ class ByteLevelVocabulary(Vocabulary):
 
     def extend(self, pieces: Sequence[str]) -> "ByteLevelVocabulary":
         backend = append_pieces_to_json(self.backend, self.pieces, pieces)
-        return ByteLevelVocabulary(self.tokenizer, self.name, backend)
+        return ByteLevelVocabulary(self.base, self.name, backend)
 
     def save(self, folder: Path) -> None:
-        first_new_id = count_ids(read_backend(self.tokenizer))
-        save_extended(self.tokenizer, self.backend, first_new_id, folder)
+        self.base.save(self.backend, folder)
 
     def make_line_encoder(self) -> None:
         return None

@@ -16,11 +16,10 @@ import numpy as np
 
 from chatglm_ja.bases.interface import Vocabulary
 from chatglm_ja.bases.tokenizer_json import (
+    BaseTokenizer,
     append_pieces_to_json,
     count_ids,
     read_added_tokens,
-    read_backend,
-    save_extended,
 )
 from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.chatglm3.tokenizer import (
@@ -142,15 +141,17 @@ class LlamaVocabulary(SentencePieceVocabulary):
     New pieces are chosen by the former and saved in the latter, so their ids there are others.
     """
 
-    def __init__(self, tokenizer: Any, proto: Any, name: str, new_pieces: Sequence[str] = ()):
-        """Take a transformers tokenizer, and its ModelProto with new pieces after the base's."""
-        self.tokenizer, self.new_pieces = tokenizer, new_pieces
-        self.base_backend = read_backend(tokenizer)
-        size = count_ids(self.base_backend) + len(new_pieces)
-        super().__init__(proto, name, size, list(read_added_tokens(self.base_backend)))
+    def __init__(
+        self, base: BaseTokenizer, proto: Any, name: str, new_pieces: Sequence[str] = ()
+    ) -> None:
+        """Take the base's tokenizer, and its ModelProto with new pieces after the base's."""
+        self.base, self.new_pieces = base, new_pieces
+        backend = base.read_backend()
+        size = count_ids(backend) + len(new_pieces)
+        super().__init__(proto, name, size, list(read_added_tokens(backend)))
 
     @classmethod
-    def open(cls, tokenizer: Any, folder: Path) -> "LlamaVocabulary":
+    def open(cls, base: BaseTokenizer, folder: Path) -> "LlamaVocabulary":
         """Read the tokenizer.model of a base's folder.
 
         Raises DataError if it is missing, loses text, or has other ids than the tokenizer.
@@ -169,23 +170,22 @@ class LlamaVocabulary(SentencePieceVocabulary):
                 f"{path} normalizes text or has no byte fallback, so texts do not decode to "
                 "themselves: expected a base such as Llama 2 or Mistral"
             )
-        vocab = tokenizer.get_vocab()
+        vocab = base.auto.get_vocab()
         for index, piece in enumerate(proto.pieces):
             if vocab.get(piece.piece) != index:
                 raise DataError(
                     f"{path} has the piece {piece.piece!r} with id {index}, but tokenizer.json "
                     f"with {vocab.get(piece.piece)}: expected the same ids in both"
                 )
-        return cls(tokenizer, proto, folder.name)
+        return cls(base, proto, folder.name)
 
     def extend(self, pieces: Sequence[str]) -> "LlamaVocabulary":
         proto = append_pieces(self.proto, pieces)
-        return LlamaVocabulary(self.tokenizer, proto, self.name, [*self.new_pieces, *pieces])
+        return LlamaVocabulary(self.base, proto, self.name, [*self.new_pieces, *pieces])
 
     def save(self, folder: Path) -> None:
-        first_new_id = self.size - len(self.new_pieces)
-        backend = append_pieces_to_json(self.base_backend, self.pieces, self.new_pieces)
-        save_extended(self.tokenizer, backend, first_new_id, folder)
+        backend = self.base.read_backend()
+        self.base.save(append_pieces_to_json(backend, self.pieces, self.new_pieces), folder)
 
     def make_line_encoder(self) -> None:
         return None

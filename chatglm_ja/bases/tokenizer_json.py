@@ -14,35 +14,32 @@ the same way everywhere. The merges of its other splits never happen.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json, write_json
 
-FIRST_NEW_ID = "first_new_id"  # of tokenizer_config.json: the id of the first piece of step 2
+# Ours in tokenizer_config.json: the id of the first new piece, and the ids that end a text.
+FIRST_NEW_ID, EOS_IDS = "first_new_id", "eos_token_ids"
+
+Backend = Mapping[str, Any]  # the content of a tokenizer.json
 
 
-def read_backend(tokenizer: Any) -> dict[str, Any]:
-    """Return the tokenizer.json of a transformers tokenizer, without what makes ids random."""
-    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["model"]["dropout"] = None
-    return backend | {"truncation": None, "padding": None}
-
-
-def read_added_tokens(backend: Mapping[str, Any]) -> dict[str, int]:
+def read_added_tokens(backend: Backend) -> dict[str, int]:
     """Return the ids of the added tokens, the special ones among them, by their text."""
     return {token["content"]: token["id"] for token in backend["added_tokens"]}
 
 
-def count_ids(backend: Mapping[str, Any]) -> int:
+def count_ids(backend: Backend) -> int:
     """Return the id after the last one; unused ids before it count."""
     return 1 + max([*backend["model"]["vocab"].values(), *read_added_tokens(backend).values()])
 
 
 def append_pieces_to_json(
-    backend: Mapping[str, Any], known: Sequence[str | None], pieces: Sequence[str]
-) -> dict[str, Any]:
+    backend: Backend, known: Sequence[str | None], pieces: Sequence[str]
+) -> Backend:
     """Return a tokenizer.json with new pieces, whose ids follow the last.
 
     They are made from each other and from the `known` pieces.
@@ -58,41 +55,54 @@ def append_pieces_to_json(
     return {**backend, "model": model}
 
 
-def save_extended(
-    tokenizer: Any, backend: Mapping[str, Any], first_new_id: int, folder: Path
-) -> None:
-    """Write the tokenizer.json `backend` into a folder, with all other settings of `tokenizer`.
+@dataclass(frozen=True)
+class BaseTokenizer:
+    """A base's tokenizer as AutoTokenizer loads it, and the ids with which the base ends a text."""
 
-    Raises DataError unless AutoTokenizer loads every added token from the folder as in the base.
-    """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    auto: Any
+    eos_ids: Sequence[int]
 
-    extended = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-        **tokenizer.special_tokens_map,
-        extra_special_tokens=tokenizer.extra_special_tokens,
-        chat_template=tokenizer.chat_template,
-        padding_side=tokenizer.padding_side,
-        truncation_side=tokenizer.truncation_side,
-        model_max_length=tokenizer.model_max_length,
-        model_input_names=tokenizer.model_input_names,
-        clean_up_tokenization_spaces=False,
-    )
-    extended.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", FIRST_NEW_ID: first_new_id}
-    write_json(path, read_json(path) | config, indent=2)
+    def read_backend(self) -> dict[str, Any]:
+        """Return its tokenizer.json, without what would make ids random or cut texts."""
+        backend: dict[str, Any] = json.loads(self.auto.backend_tokenizer.to_str())
+        model = {**backend["model"], "dropout": None}
+        return {**backend, "model": model, "truncation": None, "padding": None}
 
-    loaded = AutoTokenizer.from_pretrained(folder)
-    before, after = (
-        {id: repr(token) for id, token in side.added_tokens_decoder.items()}
-        for side in (tokenizer, loaded)
-    )
-    if before != after:
-        changed = sorted(dict(before.items() ^ after.items()))
-        first = changed[0]
-        raise DataError(
-            f"{len(changed)} added tokens of the base would change in the merged tokenizer, first "
-            f"id {first}: {before.get(first)} would become {after.get(first)}: nothing was written"
+    def save(self, extended: Backend, folder: Path) -> None:
+        """Write an extended tokenizer.json into a folder, with all other settings of the base.
+
+        Raises DataError unless AutoTokenizer loads every added token from there as in the base.
+        """
+        from tokenizers import Tokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(extended)),
+            **self.auto.special_tokens_map,
+            extra_special_tokens=self.auto.extra_special_tokens,
+            chat_template=self.auto.chat_template,
+            padding_side=self.auto.padding_side,
+            truncation_side=self.auto.truncation_side,
+            model_max_length=self.auto.model_max_length,
+            model_input_names=self.auto.model_input_names,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        ours = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            FIRST_NEW_ID: count_ids(self.read_backend()),
+            EOS_IDS: list(self.eos_ids),
+        }
+        write_json(path, read_json(path) | ours, indent=2)
+
+        before, after = (
+            {index: repr(token) for index, token in auto.added_tokens_decoder.items()}
+            for auto in (self.auto, AutoTokenizer.from_pretrained(folder))
         )
+        if before != after:
+            changed = [i for i in sorted({*before, *after}) if before.get(i) != after.get(i)]
+            raise DataError(
+                f"{len(changed)} added tokens would change in the merged tokenizer, first id "
+                f"{changed[0]}: {before.get(changed[0])} would become {after.get(changed[0])}: "
+                "nothing was written"
+            )

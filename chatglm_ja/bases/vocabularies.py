@@ -1,29 +1,26 @@
 """Which kind of vocabulary a transformers tokenizer has, and whether it can be extended."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja.bases.byte_level_vocabulary import ByteLevelVocabulary
 from chatglm_ja.bases.interface import Vocabulary
 from chatglm_ja.bases.sentencepiece_vocabulary import LlamaVocabulary
-from chatglm_ja.bases.tokenizer_json import read_backend
+from chatglm_ja.bases.tokenizer_json import BaseTokenizer
 from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.errors import DataError
 
 EXPECTED = "expected byte-level BPE (SmolLM2, Qwen, Llama 3) or sentencepiece BPE (Llama 2, Mistral)"
 
 
-def open_vocabulary(tokenizer: Any, folder: Path) -> Vocabulary:
-    """Open the vocabulary of a tokenizer that AutoTokenizer loaded from a base's folder.
+def open_vocabulary(auto: Any, eos_ids: Sequence[int], folder: Path) -> Vocabulary:
+    """Open the vocabulary of a fast tokenizer that AutoTokenizer loaded from a base's folder.
 
     Raises DataError for a kind that new pieces cannot be appended to.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            f"the tokenizer of {folder}, {type(tokenizer).__name__}, has no form for the library "
-            f"`tokenizers`: {EXPECTED}"
-        )
-    backend = read_backend(tokenizer)
+    base = BaseTokenizer(auto, eos_ids)
+    backend = base.read_backend()
     model = backend["model"]
     if model["type"] != "BPE":
         raise DataError(
@@ -36,7 +33,7 @@ def open_vocabulary(tokenizer: Any, folder: Path) -> Vocabulary:
             f"not parts of the text: {EXPECTED}"
         )
     if _is_byte_level(backend["pre_tokenizer"]):
-        return ByteLevelVocabulary(tokenizer, folder.name)
+        return ByteLevelVocabulary(base, folder.name)
     if not model["byte_fallback"]:
         raise DataError(
             f"the tokenizer of {folder} is BPE without bytes, which loses characters that have no "
@@ -47,7 +44,7 @@ def open_vocabulary(tokenizer: Any, folder: Path) -> Vocabulary:
             f"{folder} has no {MODEL_FILE}, which a sentencepiece BPE tokenizer is extended by: "
             "download it with the model"
         )
-    return LlamaVocabulary.open(tokenizer, folder)
+    return LlamaVocabulary.open(base, folder)
 
 
 def _is_byte_level(pre_tokenizer: Any) -> bool:
