@@ -94,12 +94,13 @@ class TransformersTokenizer(ModelTokenizer):
 
     def encode(self, text: str) -> list[int]:
         try:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
+            text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"a message holds the lone surrogate {text[error.start]!r} at character "
+                f"a text holds the lone surrogate {text[error.start]!r} at character "
                 f"{error.start}: fix or remove it"
             ) from None
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
