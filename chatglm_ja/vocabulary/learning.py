@@ -28,7 +28,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -36,7 +35,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from chatglm_ja.bases.interface import Vocabulary
-from chatglm_ja.bases.sentencepiece_vocabulary import LEARNED_FILE
+from chatglm_ja.bases.sentencepiece_vocabulary import LEARNED_FILE, save_model
 from chatglm_ja.chatglm3.tokenizer import parse_proto
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
@@ -50,10 +49,12 @@ BATCH_LINES = 20_000
 CONTINUATION = tuple(bytes([byte]) for byte in range(0x80, 0xC0))  # later bytes of a character
 
 
-def train_sentencepiece(lines: Iterable[str], config: TrainTokenizerConfig) -> Any:
-    """Train a sentencepiece BPE model (ModelProto) from characters, on lines of text.
+def train_sentencepiece(
+    lines: Iterable[str], config: TrainTokenizerConfig, folder: Path
+) -> int:
+    """Train a sentencepiece BPE model from characters, on lines of text; write it into `folder`.
 
-    The result depends on the lines and the settings only, not on the number of threads. Raises
+    Returns the number of pieces. The result depends on the lines and the settings only, not on the number of threads. Raises
     DataError, with sentencepiece's reason, if the text does not give `vocab_size` pieces.
     """
     failure: list[BaseException] = []
@@ -89,16 +90,17 @@ def train_sentencepiece(lines: Iterable[str], config: TrainTokenizerConfig) -> A
         ) from None
     proto = parse_proto(model.getvalue(), Path(LEARNED_FILE))
     proto.trainer_spec.ClearField("num_threads")
-    return proto
+    save_model(proto, folder)
+    return len(proto.pieces)
 
 
 def continue_merges(
     base: Vocabulary, lines: Iterable[str], config: TrainTokenizerConfig, folder: Path
 ) -> int:
-    """Learn pieces that continue the merges of `base`; write them into `folder`; return their number.
+    """Learn pieces that continue the merges of `base`, and write them into `folder`.
 
-    It is `vocab_size`, with the entries that the base's kind of file reserves. Raises DataError if
-    the text does not give so many.
+    Returns the number of pieces: `vocab_size`, of which sentencepiece's file reserves some. Raises
+    DataError if the text does not give so many.
     """
     count = config.vocab_size - base.reserved
     merges, characters = learn_pieces(base, Counter(lines), count, config)

@@ -170,7 +170,8 @@ class Segmentation:
     broken         covered lines whose ids changed
     lossy          lines that decoded to themselves before, and no longer do
     changed        the first lines whose ids changed
-    rust_differs   lines whose ids differ in the `tokenizers` form of the tokenizer after
+    rust_differs   lines whose ids differ in the `tokenizers` form of the tokenizer after, if it is
+                   another than the one compared
     """
 
     lines: int = 0
@@ -184,7 +185,7 @@ class Segmentation:
     broken: list[str] = field(default_factory=list)
     lossy: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    rust_differs: list[str] = field(default_factory=list)
+    rust_differs: list[str] | None = None
 
     def row(self) -> dict[str, float]:
         """Return the counts and rates for a report."""
@@ -215,7 +216,7 @@ def compare_segmentation(
     it. `rust`, if given, tokenizes lines with the `tokenizers` form of `after`.
     """
     new_id = before.size
-    result = Segmentation()
+    result = Segmentation(rust_differs=None if rust is None else [])
     for text in texts:
         lines = [line for line in text.split("\n") if line.strip()]
         encoded = [after.encode(line) for line in lines]
@@ -239,7 +240,7 @@ def compare_segmentation(
                 result.lossy.append(line)
             if len(result.changed) < EXAMPLES:
                 result.changed.append(line)
-        if rust is not None:
+        if rust is not None and result.rust_differs is not None:
             pairs = zip(lines, encoded, rust(lines), strict=True)
             result.rust_differs += [line for line, ids, other in pairs if ids != other]
     return result
