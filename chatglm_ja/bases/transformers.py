@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from chatglm_ja.bases.interface import Base, Message, ModelTokenizer, Vocabulary
+from chatglm_ja.bases.chat_template import ChatTemplate
+from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer, Vocabulary
 from chatglm_ja.bases.tokenizer_json import EOS_IDS, FIRST_NEW_ID
 from chatglm_ja.bases.vocabularies import open_vocabulary
 from chatglm_ja.errors import DataError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # The special tokens with which models of this family end a document, where that is not eos_token:
 # the eos_token of a chat model ends an answer.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # Buffers in older checkpoints, which are computed from the configuration; not weights.
 BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
 
@@ -127,9 +129,7 @@ class TransformersTokenizer(ModelTokenizer):
         return self._auto
 
     @functools.cached_property
-    def _template(self) -> Any:
-        from chatglm_ja.bases.chat_template import ChatTemplate
-
+    def _template(self) -> ChatTemplate:
         return ChatTemplate(self._auto, self._eos_ids)
 
     @property
@@ -240,16 +240,33 @@ class TransformersBase(Base):
     def convert(self, name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
         yield self._names[name], tensor
 
+    def describe(self) -> Description:
+        generation, tokenizer = self._generation(), self.tokenizer()
+        sampling = "it decodes greedily"
+        if generation.do_sample:
+            sampling = f"temperature {generation.temperature}, top p {generation.top_p}"
+        license_file = next(
+            (name for name in LICENSE_FILES if (self.folder / name).is_file()), None
+        )
+        named = read_json(self.folder / "config.json").get("_name_or_path") or self.folder.name
+        return Description(
+            name=Path(str(named)).name,
+            model_class=type(self._skeleton).__name__,
+            prefix="".join(tokenizer.pieces[index] for index in tokenizer.document_start),
+            sampling=sampling,
+            license_file=license_file,
+        )
+
+    def _generation(self) -> Any:
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
     def save_config(self, folder: Path, rows: int, ids: int) -> None:
         config = type(self.config).from_dict(self.config.to_dict())
         config.vocab_size, config.dtype = rows, self.weights.dtype
         config.save_pretrained(folder)
-        generation = (
-            GenerationConfig.from_pretrained(self.folder)
-            if (self.folder / "generation_config.json").is_file()
-            else GenerationConfig.from_model_config(config)
-        )
-        tokenizer = self.tokenizer()
+        generation, tokenizer = self._generation(), self.tokenizer()
         generation.eos_token_id = tokenizer.stop_ids
         generation.pad_token_id = tokenizer.pad_id
         generation.suppress_tokens = list(range(ids, rows)) or None

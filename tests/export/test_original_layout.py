@@ -123,14 +123,14 @@ def published(folder: Path, step: str, source: Path) -> Path:
 
 
 def test_more_pieces_can_be_added_to_an_export(
-    base_dir: Path, resized_dir: Path, merge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_dir: Path, resized_dir: Path, merged_proto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another language: steps 2 and 3 on the export keep all ids, rows and logits."""
     base = ChatGLM3Base.open(exported(resized_dir, base_dir, tmp_path / "base"))
-    learned = tokenizer.add_special_tokens(merge.proto, ["한", "국", "한국"])
+    learned = tokenizer.add_special_tokens(merged_proto, ["한", "국", "한국"])
     more = merging.merge_pieces(base.proto, learned, Policy.ALL)
     assert more.added == ["한", "국", "한국"]
-    assert more.proto.pieces[: len(merge.proto.pieces)] == merge.proto.pieces
+    assert more.proto.pieces[: len(merged_proto.pieces)] == merged_proto.pieces
     (tmp_path / "files").mkdir()
     tokenizer_files.save_tokenizer(more.proto, tmp_path / "files")
     step2 = published(tmp_path / "step2", "step2_merge_tokenizer", tmp_path / "files")
@@ -139,7 +139,7 @@ def test_more_pieces_can_be_added_to_an_export(
     step3_resize_model.main()  # verifies rows and logits
     grown: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     old: Any = AutoModelForCausalLM.from_pretrained(resized_dir)
-    ids = len(merge.proto.pieces)
+    ids = len(merged_proto.pieces)
     before, after = old.get_input_embeddings().weight, grown.get_input_embeddings().weight
     assert torch.equal(before[:ids], after[:ids])
     assert torch.allclose(after[ids + 2].float(), after[ids : ids + 2].float().mean(0), atol=1e-2)
