@@ -40,6 +40,7 @@ def main() -> None:
     # Heavy libraries are imported only now, so that --help and errors in settings are immediate.
     from tqdm.auto import tqdm
 
+    from chatglm_ja.bases.sentencepiece_vocabulary import save_model
     from chatglm_ja.data.source_reader import SourceReader
     from chatglm_ja.vocabulary import learning
 
@@ -57,11 +58,11 @@ def main() -> None:
         counted = "pieces, control and byte pieces included,"
         if base_model:
             base = open_base(base_model).vocabulary
-            pieces = learning.continue_merges(base, lines, config, folder)
+            base.save_learned(*learning.continue_merges(base, lines, config), folder)
             counted = counted if base.reserved else "merges"
         else:
-            pieces = learning.train_sentencepiece(lines, config, folder)
-        output.counts.update(pieces=pieces, rejected=reader.rejected)
+            save_model(learning.train_sentencepiece(lines, config), folder)
+        output.counts.update(pieces=config.vocab_size, rejected=reader.rejected)
     log.info(
         "learned {pieces:,} {counted} from {documents:,} documents, {lines:,} lines, "
         "{characters:,} characters".format_map({**output.counts, "counted": counted})

@@ -36,7 +36,8 @@ def main() -> None:
         open_base_tokenizer(config.base_model),
         open_sources("check_texts", config.check_sources),
     ]
-    if config.max_new_pieces != 0:
+    adds_pieces = config.max_new_pieces != 0
+    if adds_pieces:
         step1 = "step1_train_tokenizer.py"
         inputs.append(open_artifact_or_file(config.ja_tokenizer, step1, config.verify))
     policy = config.choose_policy(inputs[-1].manifest)
@@ -53,7 +54,7 @@ def main() -> None:
     from chatglm_ja.vocabulary import merging
 
     base = open_base(config.base_model)
-    learned = base.vocabulary.read_learned(config.ja_tokenizer) if config.max_new_pieces != 0 else []
+    learned = base.vocabulary.read_learned(config.ja_tokenizer) if adds_pieces else []
     reader = SourceReader(config)
     ranking_texts = corpus.take_characters(reader.texts_in_turn(ranking), config.ranking_characters)
     reader.check()
@@ -65,7 +66,7 @@ def main() -> None:
         ranking_texts=ranking_texts,
     )
     log.info("%s", merge_report.describe_merge(merged))
-    if config.max_new_pieces != 0:
+    if adds_pieces:
         merging.check_added(merged, policy, is_chosen=config.policy is not None)
 
     with output.write() as folder:
@@ -86,7 +87,7 @@ def main() -> None:
         merging.check_guarantee(languages, policy)
         merging.check_special_tokens(compare(base.vocabulary.special_tokens))
         report = merge_report.build_report(policy, merged, languages, before, after)
-        merge_report.write_report(folder, report, base.vocabulary.name)
+        merge_report.write_report(folder, report, base.describe().name)
         output.counts.update(merged.counts())
     for line in merge_report.describe_languages(report):
         log.info("%s", line)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary
-from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
+from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary, save_model
+from chatglm_ja.chatglm3 import chat_format, tokenizer
 from chatglm_ja.data import corpus, prepare_conversations, prepare_texts
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.data.source_reader import SourceReader
@@ -74,7 +74,7 @@ def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Japanese BPE model of 2,500 pieces, trained on pages of the demo."""
     folder = tmp_path_factory.mktemp("ja")
     lines = corpus.training_lines(demo_texts("ja", 300), {})
-    learning.train_sentencepiece(lines, TRAIN_CONFIG, folder)
+    save_model(learning.train_sentencepiece(lines, TRAIN_CONFIG), folder)
     return folder
 
 

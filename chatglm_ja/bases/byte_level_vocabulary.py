@@ -41,9 +41,9 @@ class ByteLevelVocabulary(Vocabulary):
     in_bytes = True
     reserved = 0
 
-    def __init__(self, base: BaseTokenizer, name: str, backend: Backend | None = None) -> None:
+    def __init__(self, base: BaseTokenizer, backend: Backend | None = None) -> None:
         """Take the base's tokenizer, and a tokenizer.json if it is another than the base's."""
-        self.base, self.name = base, name
+        self.base = base
         self.backend = base.read_backend() if backend is None else backend
         self.size = count_ids(self.backend)
         added = read_added_tokens(self.backend)
@@ -104,7 +104,7 @@ class ByteLevelVocabulary(Vocabulary):
 
     def extend(self, pieces: Sequence[str]) -> "ByteLevelVocabulary":
         backend = append_pieces_to_json(self.backend, self.pieces, pieces)
-        return ByteLevelVocabulary(self.base, self.name, backend)
+        return ByteLevelVocabulary(self.base, backend)
 
     def save(self, folder: Path) -> None:
         self.base.save(self.backend, folder)
@@ -128,7 +128,7 @@ class ByteLevelVocabulary(Vocabulary):
     def read_learned(self, path: Path) -> list[str]:
         path = path / LEARNED_FILE if path.is_dir() else path
         expected = (
-            f"expected merges of bytes, as GPT-2's merges.txt: for {self.name}, pass --method "
+            "expected merges of bytes, as GPT-2's merges.txt: for this base, pass --method "
             "continue to step1_train_tokenizer.py"
         )
         try:
@@ -151,7 +151,7 @@ class ByteLevelVocabulary(Vocabulary):
 
 
 def _without_prefix_space(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Return the pre-tokenizer as in the middle of a text: only a whole text begins with a space."""
+    """Return the pre-tokenizer without the space that it puts before a whole text."""
     if "pretokenizers" in pre_tokenizer:
         parts = [_without_prefix_space(part) for part in pre_tokenizer["pretokenizers"]]
         return {**pre_tokenizer, "pretokenizers": parts}

@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import GenerationConfig
 
-<<<<<<< HEAD
-from chatglm_ja.bases.interface import Base, Message, ModelTokenizer
-from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary
-=======
 from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer
->>>>>>> main
+from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base_config import glm_config, read_config
 from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer

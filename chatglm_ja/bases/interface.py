@@ -18,12 +18,8 @@ A message of a conversation is a mapping:
 """
 
 from abc import ABC, abstractmethod
-<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-=======
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
->>>>>>> main
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +121,6 @@ class ModelTokenizer(ABC):
         """
 
 
-<<<<<<< HEAD
 class Vocabulary(ABC):
     """A base's BPE vocabulary, as steps 1 and 2 extend it. An extended one is another object.
 
@@ -133,7 +128,6 @@ class Vocabulary(ABC):
     that the tokenizer's files have for it. Two pieces side by side merge if the vocabulary has the
     piece that they make; of several such pairs the one of the lowest rank merges first.
 
-    name              the base's, for reports
     in_bytes          whether pieces are of bytes, and may begin and end inside a character
     size              the ids so far; new pieces take the next ones
     pieces            by id, the pieces that texts are merged from and into; None for other ids
@@ -141,7 +135,6 @@ class Vocabulary(ABC):
     reserved          the number of entries of step 1's file that hold nothing learned
     """
 
-    name: str
     in_bytes: bool
     size: int
     pieces: Sequence[str | None]
@@ -213,7 +206,8 @@ class Vocabulary(ABC):
 
         Raises DataError for a damaged file, or one for another kind of vocabulary.
         """
-=======
+
+
 @dataclass(frozen=True)
 class Description:
     """What reports and the model card say of a base.
@@ -234,7 +228,6 @@ class Description:
     license_file: str | None
     license_name: str | None = None
     license_note: str = ""
->>>>>>> main
 
 
 class Base(ABC):

@@ -42,10 +42,8 @@ class SentencePieceVocabulary(Vocabulary):
 
     in_bytes = False
 
-    def __init__(
-        self, proto: Any, name: str, size: int, special_tokens: Sequence[str]
-    ) -> None:
-        self.proto, self.name, self.size = proto, name, size
+    def __init__(self, proto: Any, size: int, special_tokens: Sequence[str]) -> None:
+        self.proto, self.size = proto, size
         self.special_tokens = special_tokens
         self.pieces = [p.piece if p.type == p.NORMAL else None for p in proto.pieces]
         self.reserved = len(self._reserved_pieces())
@@ -123,7 +121,7 @@ class ChatGLM3Vocabulary(SentencePieceVocabulary):
 
     def __init__(self, proto: Any) -> None:
         proto = add_special_tokens(proto)
-        super().__init__(proto, "ChatGLM3", len(proto.pieces), SPECIAL_TOKENS)
+        super().__init__(proto, len(proto.pieces), SPECIAL_TOKENS)
 
     def extend(self, pieces: Sequence[str]) -> "ChatGLM3Vocabulary":
         return ChatGLM3Vocabulary(append_pieces(self.proto, pieces))
@@ -141,14 +139,12 @@ class LlamaVocabulary(SentencePieceVocabulary):
     New pieces are chosen by the former and saved in the latter, so their ids there are others.
     """
 
-    def __init__(
-        self, base: BaseTokenizer, proto: Any, name: str, new_pieces: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, base: BaseTokenizer, proto: Any, new_pieces: Sequence[str] = ()) -> None:
         """Take the base's tokenizer, and its ModelProto with new pieces after the base's."""
         self.base, self.new_pieces = base, new_pieces
         backend = base.read_backend()
         size = count_ids(backend) + len(new_pieces)
-        super().__init__(proto, name, size, list(read_added_tokens(backend)))
+        super().__init__(proto, size, list(read_added_tokens(backend)))
 
     @classmethod
     def open(cls, base: BaseTokenizer, folder: Path) -> "LlamaVocabulary":
@@ -177,11 +173,11 @@ class LlamaVocabulary(SentencePieceVocabulary):
                     f"{path} has the piece {piece.piece!r} with id {index}, but tokenizer.json "
                     f"with {vocab.get(piece.piece)}: expected the same ids in both"
                 )
-        return cls(base, proto, folder.name)
+        return cls(base, proto)
 
     def extend(self, pieces: Sequence[str]) -> "LlamaVocabulary":
         proto = append_pieces(self.proto, pieces)
-        return LlamaVocabulary(self.base, proto, self.name, [*self.new_pieces, *pieces])
+        return LlamaVocabulary(self.base, proto, [*self.new_pieces, *pieces])
 
     def save(self, folder: Path) -> None:
         backend = self.base.read_backend()

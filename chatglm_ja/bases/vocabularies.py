@@ -11,7 +11,9 @@ from chatglm_ja.bases.tokenizer_json import BaseTokenizer
 from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.errors import DataError
 
-EXPECTED = "expected byte-level BPE (SmolLM2, Qwen, Llama 3) or sentencepiece BPE (Llama 2, Mistral)"
+EXPECTED = (
+    "expected byte-level BPE (SmolLM2, Qwen, Llama 3) or sentencepiece BPE (Llama 2, Mistral)"
+)
 
 
 def open_vocabulary(auto: Any, eos_ids: Sequence[int], folder: Path) -> Vocabulary:
@@ -33,7 +35,7 @@ def open_vocabulary(auto: Any, eos_ids: Sequence[int], folder: Path) -> Vocabula
             f"not parts of the text: {EXPECTED}"
         )
     if _is_byte_level(backend["pre_tokenizer"]):
-        return ByteLevelVocabulary(base, folder.name)
+        return ByteLevelVocabulary(base)
     if not model["byte_fallback"]:
         raise DataError(
             f"the tokenizer of {folder} is BPE without bytes, which loses characters that have no "

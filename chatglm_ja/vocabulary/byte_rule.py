@@ -51,7 +51,7 @@ class ByteRule:
         self._pattern = pattern if holds_all else re.compile(character_class(is_member.tolist()))
 
     def holds(self, piece: bytes) -> bool:
-        """Return whether a piece, or the UTF-8 of a text, has a character or leading bytes of it."""
+        """Return whether UTF-8, of a text or a piece, has a character or leading bytes of it."""
         if self._pattern.search(piece.decode("utf-8", errors="ignore")):
             return True
         return any(piece[-length:] in self._prefixes for length in (1, 2, 3))

@@ -10,8 +10,9 @@ most frequent pair of adjacent tokens becomes the next piece, again and again:
     learned      情報 を 表示 します            しま, then します; later 表示します ...
 
 Only pairs that make a piece the policy admits are counted, so step 2 drops none of the pieces.
-Pieces may be of characters or of bytes (bases/interface.py). After n pieces the training text is segmented exactly as by the merged tokenizer with these n
-pieces, and every piece is reachable.
+After n pieces the training text is segmented exactly as by the merged tokenizer with these n
+pieces, and every piece is reachable. Pieces are of characters or, in byte-level BPE, of bytes:
+with them こ and れ begin as E3 81 | 93 and E3 82 | 8C, which merge like anything else.
 
 This is classic BPE with an index of the pairs (Sennrich et al., arXiv:1508.07909). All occurrences
 of a pair are merged at once in numpy. The text is one array of symbols, linked so that a merge
@@ -28,6 +29,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -35,7 +37,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from chatglm_ja.bases.interface import Vocabulary
-from chatglm_ja.bases.sentencepiece_vocabulary import LEARNED_FILE, save_model
+from chatglm_ja.bases.sentencepiece_vocabulary import LEARNED_FILE
 from chatglm_ja.chatglm3.tokenizer import parse_proto
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
@@ -49,12 +51,10 @@ BATCH_LINES = 20_000
 CONTINUATION = tuple(bytes([byte]) for byte in range(0x80, 0xC0))  # later bytes of a character
 
 
-def train_sentencepiece(
-    lines: Iterable[str], config: TrainTokenizerConfig, folder: Path
-) -> int:
-    """Train a sentencepiece BPE model from characters, on lines of text; write it into `folder`.
+def train_sentencepiece(lines: Iterable[str], config: TrainTokenizerConfig) -> Any:
+    """Train a sentencepiece BPE model (ModelProto) from characters, on lines of text.
 
-    Returns the number of pieces. The result depends on the lines and the settings only, not on the number of threads. Raises
+    The result depends on the lines and the settings only, not on the number of threads. Raises
     DataError, with sentencepiece's reason, if the text does not give `vocab_size` pieces.
     """
     failure: list[BaseException] = []
@@ -90,28 +90,27 @@ def train_sentencepiece(
         ) from None
     proto = parse_proto(model.getvalue(), Path(LEARNED_FILE))
     proto.trainer_spec.ClearField("num_threads")
-    save_model(proto, folder)
-    return len(proto.pieces)
+    return proto
 
 
 def continue_merges(
-    base: Vocabulary, lines: Iterable[str], config: TrainTokenizerConfig, folder: Path
-) -> int:
-    """Learn pieces that continue the merges of `base`, and write them into `folder`.
+    base: Vocabulary, lines: Iterable[str], config: TrainTokenizerConfig
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Learn pieces that continue the merges of `base`: merges and characters, as `learn_pieces`.
 
-    Returns the number of pieces: `vocab_size`, of which sentencepiece's file reserves some. Raises
+    They are `vocab_size` together with the entries that sentencepiece's file reserves. Raises
     DataError if the text does not give so many.
     """
-    count = config.vocab_size - base.reserved
-    merges, characters = learn_pieces(base, Counter(lines), count, config)
+    merges, characters = learn_pieces(
+        base, Counter(lines), config.vocab_size - base.reserved, config
+    )
     size = base.reserved + len(merges) + len(characters)
     if size < config.vocab_size:
         raise DataError(
             f"this text gives {size} pieces, expected {config.vocab_size}: lower "
             "--vocab-size or give more text"
         )
-    base.save_learned(merges, characters, folder)
-    return size
+    return merges, characters
 
 
 def learn_pieces(
@@ -222,8 +221,8 @@ def _segments(
 
     A segment is a stretch of `Vocabulary.split`, and also ends before and after a token that never
     merges (bytes of a character without a piece, digits). Segments that cannot give an admitted
-    piece, or have a single token, are dropped. Returns the symbols of all distinct segments, END after each,
-    and for every symbol the count of its segment.
+    piece, or have a single token, are dropped. Returns the symbols of all distinct segments, END
+    after each, and for every symbol the count of its segment.
     """
     counts: Counter[bytes] = Counter()
     may_give_piece = symbols.admitted | symbols.completing

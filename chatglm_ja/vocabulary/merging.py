@@ -12,7 +12,6 @@ characters keeps its ids. So do the special tokens, and their names if a text sp
 """
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

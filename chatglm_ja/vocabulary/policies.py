@@ -49,7 +49,7 @@ def japanese_kanji() -> str:
 
 
 def other_letters() -> str:
-    """Return the regex of the letters of neither English nor Chinese, and the vowel signs of other scripts.
+    """Return the regex of letters of neither English nor Chinese, and vowel signs of others.
 
     Such as 한, й, ß, ไ and its ี. Excluded are the marks that any script may use: combining
     accents, tone marks, variation selectors.

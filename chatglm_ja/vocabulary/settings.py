@@ -94,12 +94,12 @@ class TrainTokenizerConfig(ReadingConfig):
         languages = dict.fromkeys(source.language for source in self.sources)
         problems = [*filter(None, (self._language_problem(name) for name in languages))]
         base = self.base_model
-        if self.method == "sentencepiece" and base and base.is_dir():
-            if not (base / MODEL_FILE).is_file():
-                problems.append(
-                    f"--method sentencepiece is for a base with a {MODEL_FILE}, which {base} has "
-                    "not: pass --method continue"
-                )
+        has_bytes = base and base.is_dir() and not (base / MODEL_FILE).is_file()
+        if self.method == "sentencepiece" and has_bytes:
+            problems.append(
+                f"--method sentencepiece is for a base with a {MODEL_FILE}, but {base} has none: "
+                "pass --method continue"
+            )
         if self.method == "continue":
             if self.base_model is None:
                 problems.append(f"--method continue needs --base-model, and {NO_BASE_MODEL}")
@@ -189,7 +189,7 @@ class MergeTokenizerConfig(ReadingConfig):
         return self.policy or learned
 
     def disk_bytes(self) -> int:
-        """Estimate the merged tokenizer's files at ten times the size of the two that are merged."""
+        """Estimate the merged tokenizer's files at ten times the size of what is merged."""
         learned = self.ja_tokenizer
         size = learned.stat().st_size if learned.is_file() else folder_bytes(learned, "ja_*")
         base = sum(path.stat().st_size for path in tokenizer_files(self.base_model))

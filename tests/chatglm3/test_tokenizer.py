@@ -41,7 +41,9 @@ def test_the_first_new_id_of_a_base_is_that_of_its_merged_tokenizer(
     assert ChatGLM3Base.open(base_dir).first_new_id == first_new_id(encoder) == 4009
 
 
-def test_a_merged_tokenizer_is_that_of_a_base_for_more_pieces(merged_proto: Any, tmp_path: Path) -> None:
+def test_a_merged_tokenizer_is_that_of_a_base_for_more_pieces(
+    merged_proto: Any, tmp_path: Path
+) -> None:
     base = ChatGLM3Base.open(base_folder(tmp_path, merged_proto, padded_vocab_size=100_000))
     assert base.first_new_id == len(merged_proto.pieces)
     again = tokenizer.add_special_tokens(base.proto, ["한국"])

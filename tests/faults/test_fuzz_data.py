@@ -28,7 +28,6 @@ from chatglm_ja.data.token_store import ChunkTask
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, multiple_choice
 from chatglm_ja.sources import Source
-from chatglm_ja.vocabulary import merging
 from tests.conftest import prepare_config
 from tests.faults.fuzzing import (
     LONGEST_MESSAGE,
