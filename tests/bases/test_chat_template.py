@@ -305,7 +305,7 @@ def test_text_that_announces_a_call_is_never_lost(
     tokenizers: Any, templates: dict[str, ChatTemplate], kind: str
 ) -> None:
     said = {"role": "assistant", "content": "調べます。"}
-    messages = [USER, said, CALL, SEEN, LAST]
+    messages: list[Message] = [USER, said, CALL, SEEN, LAST]
     if kind == "mistral":  # this one has no room for both
         with pytest.raises(FormatError, match="roles must alternate"):
             templates[kind].build_example(messages)
