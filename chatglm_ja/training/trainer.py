@@ -22,7 +22,7 @@ from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainingArguments
 
-from chatglm_ja.chatglm3.base_config import read_shape
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
 from chatglm_ja.data import dataset
 from chatglm_ja.training import costs
@@ -75,7 +75,7 @@ class ResumableTrainer(Trainer):
         self.flops_per_token = costs.flops_per_token(
             shape,
             config.count_parameters(shape),
-            config.trained_targets,
+            config.trained_linears(shape),
             context=costs.mean_context(lengths),
             scored=dataset.scored_share(rows, SAMPLED_ROWS),
         )
