@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import constants
-from chatglm_ja.chatglm3.base_config import open_base_tokenizer
+from chatglm_ja.bases.families import open_base_tokenizer
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_sources
@@ -39,7 +39,7 @@ def main() -> None:
     # Heavy libraries are imported only now, so that --help and errors in settings are immediate.
     from tqdm.auto import tqdm
 
-    from chatglm_ja.chatglm3.base import Base
+    from chatglm_ja.bases.chatglm3 import ChatGLM3Base
     from chatglm_ja.data.source_reader import SourceReader
     from chatglm_ja.vocabulary import learning
 
@@ -55,7 +55,7 @@ def main() -> None:
             lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)
         if base_model:
-            learned = learning.continue_merges(Base.open(base_model).proto, lines, config)
+            learned = learning.continue_merges(ChatGLM3Base.open(base_model).proto, lines, config)
         else:
             learned = learning.train_sentencepiece(lines, config)
         learning.save_learned(learned, folder)

@@ -17,7 +17,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja.chatglm3.base_config import open_base_tokenizer
+from chatglm_ja.bases.families import open_base_tokenizer
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_artifact_or_file, open_sources
@@ -44,7 +44,7 @@ def main() -> None:
 
     from tqdm.auto import tqdm
 
-    from chatglm_ja.chatglm3.base import Base
+    from chatglm_ja.bases.chatglm3 import ChatGLM3Base
     from chatglm_ja.chatglm3.tokenizer import add_special_tokens, make_processor
     from chatglm_ja.chatglm3.tokenizer_files import make_line_encoder, save_tokenizer
     from chatglm_ja.data.source_reader import SourceReader
@@ -52,7 +52,7 @@ def main() -> None:
     from chatglm_ja.vocabulary import merging
     from chatglm_ja.vocabulary.learning import read_learned
 
-    base = Base.open(config.base_model)
+    base = ChatGLM3Base.open(config.base_model)
     learned = read_learned(config.ja_tokenizer)
     reader = SourceReader(config)
     ranking_texts = corpus.take_characters(reader.texts_in_turn(ranking), config.ranking_characters)

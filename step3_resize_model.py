@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 
 import constants
-from chatglm_ja.chatglm3.base_config import open_base_model
+from chatglm_ja.bases.families import open_base_model
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.output import Output

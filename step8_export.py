@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import constants
-from chatglm_ja.chatglm3.base_config import open_model
+from chatglm_ja.bases.families import open_model
 from chatglm_ja.chatglm3.remote_code import find_files
 from chatglm_ja.export.settings import ExportConfig, Target
 from chatglm_ja.settings import parse

@@ -20,6 +20,7 @@ from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.evaluation.likelihood import Scorer
+from chatglm_ja.inference import models
 
 WAYS = [
     ("random", 0.0),

@@ -20,9 +20,9 @@ import torch
 from measuring import Ratio
 
 import constants
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.bases.loading import compute_dtype
 from chatglm_ja.chatglm3 import base_config, chat_format, tokenizer
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
@@ -59,7 +59,7 @@ def main() -> None:
         "--answers", type=int, default=128, help="batch size of the answers (default: 128)"
     )
     options = parser.parse_args()
-    base = Base.open(options.base_model)
+    base = ChatGLM3Base.open(options.base_model)
     config = dict(base.config)
     config["num_layers"] = options.layers or config["num_layers"]
     processor = tokenizer.make_processor(tokenizer.add_special_tokens(base.proto))

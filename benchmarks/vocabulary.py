@@ -25,8 +25,8 @@ from typing import Any
 import measuring
 from measuring import Ratio, step_command
 
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import tokenizer
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
@@ -280,7 +280,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7, help="runs of the timing (default: 7)")
     arguments = parser.parse_args()
-    base = Base.open(arguments.base_model).proto
+    base = ChatGLM3Base.open(arguments.base_model).proto
     texts = {
         language: list(documents)
         for language, documents in SourceReader()

@@ -96,7 +96,7 @@ def encoder(merged_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from chatglm_ja.chatglm3.base import Base
+    from chatglm_ja.bases.chatglm3 import ChatGLM3Base
     from chatglm_ja.vocabulary import embedding_rows
     from chatglm_ja.vocabulary.settings import ResizeModelConfig
 
@@ -105,7 +105,7 @@ def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempP
         output_dir=folder, base_model=base_dir, tokenizer=merged_dir, output_bias=0.0,
         max_shard_gb=0.001,
     )  # fmt: skip
-    embedding_rows.resize_checkpoint(Base.open(base_dir), config, folder)
+    embedding_rows.resize_checkpoint(ChatGLM3Base.open(base_dir), config, folder)
     return folder
 
 

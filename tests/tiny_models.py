@@ -1,4 +1,4 @@
-"""Tiny models of the architectures that people use, with random weights, as saved by transformers."""
+"""Tiny models of the architectures that people use, with random weights, in transformers' layout."""
 
 from pathlib import Path
 from typing import Any

@@ -54,6 +54,7 @@ class ModelTokenizer(ABC):
     """The tokenizer of a model folder. A text never becomes a special token.
 
     size             number of ids
+    pieces           the tokens by id, as the tokenizer spells them
     first_new_id     the id of the first piece that step 2 added; `size` if it added none
     document_start   the ids that begin every text that the model reads
     document_end     the id that ends a document
@@ -62,6 +63,7 @@ class ModelTokenizer(ABC):
     """
 
     size: int
+    pieces: Sequence[str]
     first_new_id: int
     document_start: list[int]
     document_end: int
@@ -83,6 +85,14 @@ class ModelTokenizer(ABC):
     @abstractmethod
     def spell(self, text: str) -> list[str]:
         """Return the tokens of a text in a readable form, for reports."""
+
+    @abstractmethod
+    def split_new_pieces(self) -> list[list[int]]:
+        """Return for every new piece the ids of the base's tokens that spell it inside a text."""
+
+    @abstractmethod
+    def to_transformers(self) -> Any:
+        """Return the tokenizer as AutoTokenizer loads it."""
 
     @abstractmethod
     def build_prompt(self, messages: Sequence[Message]) -> list[int]:

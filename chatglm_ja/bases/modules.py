@@ -1,8 +1,8 @@
 """The parts of a transformers model, found by what they are: no name of an architecture occurs.
 
-    embeddings    what `get_input_embeddings` and `get_output_embeddings` return; one if tied
-    layers        the list of modules that is as long as config.num_hidden_layers
-    linears       the linear layers in these, nn.Linear or GPT-2's Conv1D, which LoRA adapts
+embeddings    what `get_input_embeddings` and `get_output_embeddings` return; one if tied
+layers        the list of modules that is as long as config.num_hidden_layers
+linears       the linear layers in these, nn.Linear or GPT-2's Conv1D, which LoRA adapts
 """
 
 import functools
@@ -41,6 +41,11 @@ def find_linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear | Conv1D):
             yield name, part
+
+
+def has_transposed_weights(model: Any) -> bool:
+    """Return whether the linear layers' weights are stored [inputs, outputs], as GPT-2's are."""
+    return any(isinstance(module, Conv1D) for _, module in find_linears(find_layers(model)))
 
 
 def measure(config: Any) -> ModelShape:

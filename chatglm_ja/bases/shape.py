@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from chatglm_ja.bases import families
 from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.errors import ConfigError, DataError
-from chatglm_ja.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -96,30 +96,21 @@ def read_shape(folder: Path) -> ModelShape:
 
     Raises DataError if the file is missing or damaged, or describes a model that cannot be trained.
     """
-    path = folder / "config.json"
-    try:
-        config = read_json(path)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} not found: the sizes are read from it; give the folder of a base or of "
-            "step3_resize_model.py as --model"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from None
+    is_published = families.is_chatglm3(folder)
     import torch
     from transformers import AutoConfig
 
     from chatglm_ja.bases import modules
 
-    if isinstance(config, dict) and config.get("model_type") == "chatglm":
+    if is_published:
         config = base_config.read_config(folder)
-        return modules.measure(
-            base_config.glm_config(config, config["padded_vocab_size"], torch.float16)
-        )
+        rows = config["padded_vocab_size"]
+        return modules.measure(base_config.glm_config(config, rows, torch.float16))
     try:
         return modules.measure(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except DataError:
         raise
     except Exception as error:  # whatever transformers raises for sizes that make no model
         reason = " ".join(str(error).split())
+        path = folder / "config.json"
         raise DataError(f"{path} describes no model that transformers builds: {reason}") from None

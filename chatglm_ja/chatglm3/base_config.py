@@ -7,21 +7,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ja.errors import ArtifactError, DataError
-from chatglm_ja.storage.files import describe_absence, digest, read_json
-from chatglm_ja.storage.inputs import Input, open_artifact, open_files
-from chatglm_ja.storage.manifest import read_manifest
-from chatglm_ja.storage.recognition import recognize_folder
-from chatglm_ja.storage.weight_files import find_weights
+from chatglm_ja.errors import DataError
+from chatglm_ja.storage.files import read_json
 
 if TYPE_CHECKING:  # torch takes a second to import, and --help needs this module
     import torch
 
-# The error of a step whose base model nobody has named.
-NO_BASE_MODEL = (
-    "CHATGLM3_6B_DIR is not set: set it to the folder of the downloaded ChatGLM3-6B, or pass "
-    "--base-model"
-)
 MODEL_FILE = "tokenizer.model"
 
 # What GlmForCausalLM computes. A checkpoint with other values is another architecture.
@@ -155,59 +146,3 @@ def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype")
         eos_token_id=2,
         dtype=dtype,
     )
-
-
-def is_base(folder: Path) -> bool:
-    """Return whether a folder is in ChatGLM3's layout."""
-    return read_json(folder / "config.json")["model_type"] == REQUIRED_CONFIG["model_type"]
-
-
-def open_base_tokenizer(folder: Path) -> Input:
-    """Fingerprint the tokenizer of a ChatGLM3 folder, which must have a config.json as well."""
-    _refuse_strange(folder)
-    if not (folder / "config.json").is_file():
-        found = "has no config.json" if folder.is_dir() else "not found"
-        if folder.is_file():
-            found = "is a file, expected the folder of the model"
-        raise ArtifactError(
-            f"base model {folder.absolute()} {found}: for the demo, run demo/build_base_model.py; "
-            "for the real model, set CHATGLM_JA_PROFILE=chatglm3-6b, and CHATGLM3_6B_DIR to its "
-            "folder"
-        )
-    return open_files("base_tokenizer", folder / MODEL_FILE)
-
-
-def _refuse_strange(folder: Path) -> None:
-    """Raise ArtifactError for a folder without config.json of which it is known what it is."""
-    path = folder / "config.json"
-    if path.exists():
-        return
-    if path.is_symlink():
-        raise ArtifactError(f"base model: {path} {describe_absence(path)}: restore it")
-    if found := recognize_folder(folder):
-        raise ArtifactError(f"base model {folder} has no config.json, but {found}")
-
-
-def open_base_model(folder: Path, merged: Path | None = None) -> list[Input]:
-    """Fingerprint a ChatGLM3 folder: its tokenizer, and its configuration and weights.
-
-    `merged` is step 2's output, if it is an input beside this one. A folder whose tokenizer is that
-    of `merged`, byte for byte, as step 8 writes it, brings no other: the one that `merged` was made
-    from counts.
-    """
-    tokenizers = [open_base_tokenizer(folder)]
-    own = merged / MODEL_FILE if merged is not None else None
-    if own and own.is_file() and digest(own) == digest(folder / MODEL_FILE):
-        tokenizers = []
-    weights = find_weights(folder)
-    return [*tokenizers, open_files("base_model", folder / "config.json", *weights)]
-
-
-def open_model(folder: Path, *scripts: str, every_byte: bool | None = None) -> Input:
-    """Open a model in GlmForCausalLM's layout that one of the steps published, or that was trained
-    further by another program: then by its files.
-    """
-    if read_manifest(folder) is None and (folder / "config.json").is_file():
-        paths = (folder / "config.json", folder / MODEL_FILE, *find_weights(folder))
-        return open_files("model", *paths)
-    return open_artifact(folder, *scripts, every_byte=every_byte)

@@ -21,8 +21,8 @@ import pyarrow
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.bases.shape import ModelShape
+from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import parallel
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.packing import PackingPlan
@@ -281,7 +281,7 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
     """
     titles = source_titles(data, "sft")
     # An empty answer trains only the header's line break and the token that ends the answer.
-    empty_answer = len(chat_format.encode_text(tokenizer, "\n")) + 1
+    empty_answer = len(tokenizer.encode("\n")) + 1
     before = 0
     for batch in rows.data.table.to_batches():
         ids, labels, lengths, sources = (batch[name].flatten().to_numpy() for name in SFT_COLUMNS)

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja.chatglm3 import chat_format
+from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, MODEL_FILE, load_processor, read_proto
 from chatglm_ja.data import cleaning, corpus, dataset, dedup, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.corpus import Document
-from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.source_reader import SourceReader

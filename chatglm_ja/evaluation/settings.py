@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatglm_ja.chatglm3.base_config import NO_BASE_MODEL
+from chatglm_ja.bases.families import NO_BASE_MODEL
 from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.inference.models import LATEST, STAGES, Stage
 from chatglm_ja.settings import setting

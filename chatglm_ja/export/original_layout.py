@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import remote_code, tensor_names, tokenizer
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.base_config import SIZES
 from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES
 from chatglm_ja.errors import DataError
@@ -47,7 +47,7 @@ def read_base(model: ModelFolder, folder: Path | None) -> BaseFiles:
         log.info("there is no base model%s: config.json is made from the model's, and no Python "
                  "files are copied", f" in {folder}" if folder else "")  # fmt: skip
         return BaseFiles({}, {})
-    base = Base.open(folder)
+    base = ChatGLM3Base.open(folder)
     problems = [
         f"{name} is {base.config[name]}, expected {model.config[name]}"
         for name in SIZES

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chatglm3.base_config import open_base_model
+from chatglm_ja.bases.families import open_base_model
 from chatglm_ja.errors import ArtifactError, DataError
 from chatglm_ja.storage.inputs import Input, open_artifact
 from chatglm_ja.storage.manifest import read_manifest
@@ -101,11 +101,11 @@ class Stage:
 
     def read_tokenizer_proto(self) -> Any:
         """Read the tokenizer's ModelProto, with the special tokens among its pieces."""
+        from chatglm_ja.bases.chatglm3 import ChatGLM3Base
         from chatglm_ja.chatglm3 import tokenizer
-        from chatglm_ja.chatglm3.base import Base
 
         if self.name == BASE:
-            return tokenizer.add_special_tokens(Base.open(self.folder).proto)
+            return tokenizer.add_special_tokens(ChatGLM3Base.open(self.folder).proto)
         return tokenizer.read_proto(self.folder / tokenizer.MODEL_FILE)
 
 

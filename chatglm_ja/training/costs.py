@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from chatglm_ja.bases import families
 from chatglm_ja.bases.shape import Linear, ModelShape, read_shape
-from chatglm_ja.chatglm3 import base_config
-from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, SPECIAL_TOKENS, read_proto
+from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES
 from chatglm_ja.storage.files import read_json
 from chatglm_ja.storage.manifest import read_manifest
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
@@ -22,7 +22,7 @@ GB, GIB = 1e9, 2**30
 # What a GPU holds besides PyTorch's tensors, in GiB: the CUDA context, the libraries' buffers, and
 # blocks that the allocator keeps: 1 to 2.
 OVERHEAD_GIB = 2.0
-# Ids of the published tokenizer. Its model has 65,024 rows, the rest of which are padding.
+# Ids of ChatGLM3-6B's published tokenizer. Its model has 65,024 rows, the rest of which are padding.
 PUBLISHED_IDS = 64_798
 CONTROL_AND_BYTE_PIECES = len(FIRST_PIECES) + 256
 
@@ -81,7 +81,9 @@ def activation_bytes(
     inputs = [stage[0].inputs for stage in shape.stages if {*stage} & {*targets}]
     return (
         2 * 4 * shape.hidden  # the inputs of both norms in float32
-        + width * (3 + 1) * shape.attention  # queries, keys and values repeated for all heads, output
+        + width
+        * (3 + 1)
+        * shape.attention  # queries, keys and values repeated for all heads, output
         + width * length  # a row of the mask
         + 4 * shape.heads  # logarithms of the softmax's sums
         + width * 3 * shape.ffn  # the MLP's two halves, the activation
@@ -230,16 +232,14 @@ def peak_tflops(device: str) -> float | None:
 def plan_rows(config: TrainingConfig, shape: ModelShape) -> tuple[int, int]:
     """Return the embedding rows of the model to be trained, and the id of its first new piece.
 
-    A base model gets rows for the pieces that step 2 has added, or step 1 is to learn. Without its
-    tokenizer.model, it is taken to have the published one.
+    A base model gets rows for the pieces that step 2 has added, or step 1 is to learn. Without a
+    tokenizer, it is taken to have the one that was published with ChatGLM3-6B.
     """
-    path = config.model / base_config.MODEL_FILE
-    is_resized, old = not base_config.is_base(config.model), min(PUBLISHED_IDS, shape.rows)
-    if path.is_file():
-        pieces = [piece.piece for piece in read_proto(path).pieces]
-        is_resized = SPECIAL_TOKENS[-1] in pieces  # whatever the layout
-        end = pieces.index(SPECIAL_TOKENS[0]) if is_resized else len(pieces)
-        old = end + len(SPECIAL_TOKENS)
+    is_resized, old = False, min(PUBLISHED_IDS, shape.rows)
+    if families.tokenizer_files(config.model):
+        tokenizer = families.load_tokenizer(config.model)
+        old = tokenizer.first_new_id
+        is_resized = old < tokenizer.size or read_manifest(config.model) is not None
     merged = read_manifest(config.tokenizer) if config.tokenizer is not None else None
     new = merged.counts.get("added") if merged is not None else None
     if not isinstance(new, int) and config.vocab_size is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from chatglm_ja.bases import families
 from chatglm_ja.bases.shape import Linear, ModelShape, read_shape
 from chatglm_ja.settings import REPORTS_BYTES, StepConfig, setting
 from chatglm_ja.storage.files import read_json
@@ -40,7 +41,9 @@ class TrainingConfig(StepConfig):
     block_size: int = setting(
         "tokens per row, as prepared by step 4", 1024, low=8, high=2**20, affects_result=False
     )
-    train_embeddings: bool = setting("train the embeddings in full, the output matrix too if it is another", True)
+    train_embeddings: bool = setting(
+        "train the embeddings in full, the output matrix too if it is another", True
+    )
     embedding_rows: Literal["all", "new"] = setting(
         "embedding rows to train; new: those of the added pieces only, which takes a sixth of the "
         "memory for gradients and moments at 6B size",
@@ -201,11 +204,7 @@ class TrainingConfig(StepConfig):
         rows = shape.rows if self.train_embeddings else 0
         if rows and self.embedding_rows == "new":
             if old_rows is None:
-                # Imports sentencepiece, which --help does not need.
-                from chatglm_ja.chatglm3.chat_format import first_new_id
-                from chatglm_ja.chatglm3.tokenizer import load_processor
-
-                old_rows = first_new_id(load_processor(self.model))
+                old_rows = families.load_tokenizer(self.model).first_new_id
             rows -= old_rows
         embeddings = shape.embeddings * rows * shape.hidden
         return ParameterCounts(lora, embeddings, shape.weights - embeddings)

@@ -3,30 +3,24 @@
     rows   0 .......... old-1 | old ............. vocabulary-1 | ... padded-1
            the base's, exact  | new pieces, initialized        | padding, never generated
 
-The base has padding rows of its own. They never were a target, so training has pushed their output
+ChatGLM3 has padding rows of its own. They never were a target, so training has pushed their output
 rows away from every context: adding their mean to a row makes its token less likely. Our output
 padding rows are that mean, since rows of zeros would compete with real pieces. A fraction of it,
 `output_bias`, can be added to the new pieces' output rows, so that they take less probability from
-the languages that the base knows.
+the languages that the base knows. Tied embeddings are one matrix, an output matrix without bias.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
-from chatglm_ja.bases import loading
-from chatglm_ja.chatglm3 import chat_format, tokenizer
-from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.chatglm3.base_config import MODEL_FILE, glm_config
-from chatglm_ja.chatglm3.tensor_names import EMBEDDING, NAMES, OUTPUT_LAYER, to_glm
-from chatglm_ja.chatglm3.tokenizer_files import copy_tokenizer_files, limit_length
-from chatglm_ja.chatglm3.weights import load_base
+from chatglm_ja.bases import families, loading
+from chatglm_ja.bases.interface import Base
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage import weights
+from chatglm_ja.storage.files import read_json, write_json
 from chatglm_ja.vocabulary.initialization import Initialization, Subtokens
 from chatglm_ja.vocabulary.settings import ResizeModelConfig, padded_rows
 
@@ -50,18 +44,20 @@ def resize_rows(
 
     Rows below `old_ids` are copied bit by bit. Row `old_ids + i` is a new piece, which the base
     ids `subtokens[i]` spelled before; it is computed in float32 and rounded once. `output_bias` is
-    given for the output matrix: the mean of the base's padding rows then fills the rows after the
-    last piece, and `output_bias` times that mean is added to the new rows. In the input matrix the
-    rows after the last piece are zero.
+    given for the output matrix: the rows after the last piece are then the mean of the base's
+    padding rows, or without these of all its rows, and `output_bias` times the mean of the padding
+    rows is added to the new rows. In an input matrix the rows after the last piece are zero.
     """
     resized = torch.zeros(rows, weight.shape[1], dtype=weight.dtype)
     resized[:old_ids] = weight[:old_ids]
     new = resized[old_ids : old_ids + len(subtokens)]
     shift = torch.zeros(weight.shape[1])
-    if output_bias is not None and len(weight) > old_ids:
-        padding = weight[old_ids:].float().mean(dim=0)
-        resized[old_ids + len(subtokens) :] = padding.to(weight.dtype)
-        shift = output_bias * padding
+    if output_bias is not None:
+        has_padding = len(weight) > old_ids
+        fill = weight[old_ids if has_padding else 0 :].mean(dim=0, dtype=torch.float32)
+        resized[old_ids + len(subtokens) :] = fill.to(weight.dtype)
+        if has_padding:
+            shift = output_bias * fill
     start = 0
     for values in init.new_rows(weight[:old_ids], subtokens, generator):
         new[start : start + len(values)] = values + shift
@@ -75,10 +71,9 @@ def open_base(config: ResizeModelConfig) -> Base:
     Reads the headers of the weights only. Raises DataError if the base is damaged or another
     model, or if the tokenizer was merged with another base.
     """
-    base = Base.open(config.base_model)
-    merged = tokenizer.read_proto(config.tokenizer / MODEL_FILE)
-    pieces = [piece.piece for piece in merged.pieces[: base.first_new_id]]
-    if [piece.piece for piece in tokenizer.add_special_tokens(base.proto).pieces] != pieces:
+    base = families.open_base(config.base_model)
+    merged = families.load_tokenizer(config.tokenizer)
+    if list(base.tokenizer().pieces) != list(merged.pieces[: base.first_new_id]):
         raise DataError(
             f"{config.tokenizer} was merged with another base than {base.folder}: its first "
             f"{base.first_new_id} ids are other pieces; run step2_merge_tokenizer.py with this base"
@@ -88,58 +83,50 @@ def open_base(config: ResizeModelConfig) -> Base:
 
 
 def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> dict[str, int]:
-    """Write the base as a GlmForCausalLM with rows for the merged tokenizer's ids.
+    """Write the base as a model of transformers with rows for the merged tokenizer's ids.
 
-    Also writes config.json, the tokenizer, and a generation configuration that samples as
-    ChatGLM3's own chat does, stops at its three stop ids and suppresses the padding rows. Verifies
-    the old rows in the written files. Returns the numbers of rows. `base` comes from `open_base`.
+    Also writes config.json, generation_config.json and the tokenizer. Verifies the old rows in the
+    written files. Returns the numbers of rows. `base` comes from `open_base`. Tied embeddings are
+    one matrix, which starts like an input matrix.
     """
-    proto = tokenizer.read_proto(config.tokenizer / MODEL_FILE)
-    pieces = [piece.piece for piece in proto.pieces]
-    old_ids = base.first_new_id
-    # The base part of the merged tokenizer tells how new pieces were spelled before; without the
-    # dummy prefix, because they stand inside texts.
-    del proto.pieces[old_ids:]
-    subtokens = tokenizer.make_processor(proto, dummy_prefix=False).encode(pieces[old_ids:])
-    rows = padded_rows(len(pieces), config.pad_to_multiple)
+    tokenizer = families.load_tokenizer(config.tokenizer)
+    subtokens = tokenizer.split_new_pieces()
+    rows = padded_rows(tokenizer.size, config.pad_to_multiple)
     generator = torch.Generator().manual_seed(config.seed)
+    *first, last = base.embeddings  # the same matrix if they are tied
 
     def resized() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in base.weights.tensors():
-            if name in (EMBEDDING, OUTPUT_LAYER):
-                bias = config.output_bias if name == OUTPUT_LAYER else None
-                tensor = resize_rows(tensor, old_ids, subtokens, rows, config.init, generator, bias)
-            yield from to_glm(name, tensor, base.config)
+            if name in base.embeddings:
+                bias = None
+                if name == last:
+                    bias = config.output_bias if first else 0.0
+                tensor = resize_rows(
+                    tensor, base.first_new_id, subtokens, rows, config.init, generator, bias
+                )
+            yield from base.convert(name, tensor)
 
     progress = tqdm(resized(), desc="resizing", unit=" tensors")
     weights.write_sharded(progress, folder, int(config.max_shard_gb * 1e9))
-    glm_config(base.config, rows, base.weights.dtype).save_pretrained(folder)
-    copy_tokenizer_files(config.tokenizer, folder)
-    limit_length(folder, base.config["seq_length"])
-    GenerationConfig(
-        do_sample=True,
-        **chat_format.SAMPLING,
-        bos_token_id=tokenizer.BOS_ID,
-        eos_token_id=chat_format.stop_ids(tokenizer.load_processor(folder)),
-        pad_token_id=tokenizer.UNK_ID,
-        suppress_tokens=list(range(len(pieces), rows)) or None,
-    ).save_pretrained(folder)
+    base.save_config(folder, rows, tokenizer.size)
+    families.copy_tokenizer(config.tokenizer, folder)
+    path = folder / "tokenizer_config.json"  # tells other programs the longest input
+    write_json(path, read_json(path) | {"model_max_length": base.window}, indent=2)
     _verify_rows(base, folder, rows)
     return {
-        "old_rows": base.config["padded_vocab_size"],
+        "old_rows": base.rows,
         "new_rows": rows,
-        "kept": old_ids,
+        "kept": base.first_new_id,
         "initialised": len(subtokens),
-        "padding": rows - len(pieces),
+        "padding": rows - tokenizer.size,
     }
 
 
 def _verify_rows(base: Base, folder: Path, rows: int) -> None:
     """Reopen a resized model and check the shape, the dtype, and the base's rows bit by bit."""
     old_ids = base.first_new_id
-    for old_name in (EMBEDDING, OUTPUT_LAYER):
-        old, name = base.weights.tensor(old_name), NAMES[old_name]
-        written = weights.read_tensor(folder, name)
+    for old_name, name in base.embeddings.items():
+        old, written = base.weights.tensor(old_name), weights.read_tensor(folder, name)
         if written.shape != (rows, old.shape[1]) or written.dtype != old.dtype:
             raise DataError(f"{folder}: {name} was written as {written.dtype} {written.shape}")
         # Compared as integers, so that NaN equals itself and -0 differs from 0.
@@ -155,10 +142,9 @@ def verify_logits(base: Base, folder: Path) -> None:
     DataError if the logits differ.
     """
     old_ids = base.first_new_id
-    processor = tokenizer.load_processor(folder)
-    prefix = chat_format.prefix_ids(processor)
-    prompts = [[*prefix, *processor.encode(text)] for text in VERIFIED_TEXTS]
-    model: Any = load_base(base.weights, torch.float32)
+    tokenizer = base.tokenizer()
+    prompts = [[*tokenizer.document_start, *tokenizer.encode(text)] for text in VERIFIED_TEXTS]
+    model = base.load(torch.float32)
     before = loading.compute_logits(model, prompts, old_ids)
     del model
     model = loading.load_model(folder, torch.float32).eval()

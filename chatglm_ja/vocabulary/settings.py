@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from chatglm_ja.bases.families import NO_BASE_MODEL
 from chatglm_ja.bases.shape import read_shape
-from chatglm_ja.chatglm3.base_config import MODEL_FILE, NO_BASE_MODEL
+from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.errors import did_you_mean
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import tokenizer
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.chat_format import first_new_id
 from chatglm_ja.errors import DataError
 from tests.conftest import FIXTURES, demo_texts
@@ -32,17 +32,17 @@ def base_folder(folder: Path, proto: Any, **config: Any) -> Path:
 
 
 def test_a_base_needs_only_its_tokenizer_and_config(base_proto: Any, tmp_path: Path) -> None:
-    assert Base.open(base_folder(tmp_path, base_proto)).proto == base_proto
+    assert ChatGLM3Base.open(base_folder(tmp_path, base_proto)).proto == base_proto
 
 
 def test_the_first_new_id_of_a_base_is_that_of_its_merged_tokenizer(
     base_dir: Path, encoder: Any
 ) -> None:
-    assert Base.open(base_dir).first_new_id == first_new_id(encoder) == 4009
+    assert ChatGLM3Base.open(base_dir).first_new_id == first_new_id(encoder) == 4009
 
 
 def test_a_merged_tokenizer_is_that_of_a_base_for_more_pieces(merge: Any, tmp_path: Path) -> None:
-    base = Base.open(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
+    base = ChatGLM3Base.open(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
     assert base.first_new_id == len(merge.proto.pieces)
     again = tokenizer.add_special_tokens(base.proto, ["한국"])
     assert again.pieces[:-1] == merge.proto.pieces
@@ -64,7 +64,7 @@ def test_a_base_with_only_some_special_tokens_is_refused(
     proto = copy.deepcopy(merge.proto)
     damage(proto)
     with pytest.raises(DataError, match=r"holds \[MASK\], \[gMASK\].* as pieces, expected none of"):
-        Base.open(base_folder(tmp_path, proto, padded_vocab_size=100_000))
+        ChatGLM3Base.open(base_folder(tmp_path, proto, padded_vocab_size=100_000))
 
 
 def test_a_base_without_rows_for_the_special_tokens_is_refused(
@@ -72,8 +72,8 @@ def test_a_base_without_rows_for_the_special_tokens_is_refused(
 ) -> None:
     rows = len(base_proto.pieces) + 8
     with pytest.raises(DataError, match=f"padded_vocab_size {rows}"):
-        Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
-    Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
+        ChatGLM3Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows))
+    ChatGLM3Base.open(base_folder(tmp_path, base_proto, padded_vocab_size=rows + 1))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a model", b"\x00" * 100])

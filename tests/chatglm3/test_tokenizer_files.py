@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template as compile_template
 
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.data import conversations
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
@@ -73,7 +73,7 @@ def test_any_text_gives_the_same_ids(fast: Any, encoder: Any, text: str) -> None
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """ChatGLM3-6B's tokenizer with the article's pieces, in both forms."""
     folder = tmp_path_factory.mktemp("real")
-    base = Base.open(SHARED / "chatglm3-6b").proto
+    base = ChatGLM3Base.open(SHARED / "chatglm3-6b").proto
     learned = learning.read_learned(SHARED / "reference" / "ja_bpe.model")
     tokenizer_files.save_tokenizer(
         merging.merge_pieces(base, learned, Policy.JAPANESE).proto, folder

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from chatglm_ja.bases.families import open_base_model
 from chatglm_ja.chatglm3 import tensor_names, weights
-from chatglm_ja.chatglm3.base_config import open_base_model
 from chatglm_ja.errors import ArtifactError, DataError
 from chatglm_ja.storage.weight_files import INDEX_FILE
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.bases.families import open_model
 from chatglm_ja.chatglm3 import tokenizer
-from chatglm_ja.chatglm3.base_config import open_model, read_config, read_glm_config
+from chatglm_ja.chatglm3.base_config import read_config, read_glm_config
 from chatglm_ja.errors import DataError, UserError
 from chatglm_ja.export.model_folder import ModelFolder
 

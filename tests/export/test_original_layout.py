@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import step3_resize_model
 import step8_export
 from chatglm_ja.bases import loading
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 from chatglm_ja.errors import DataError
 from chatglm_ja.export import original_layout
@@ -76,7 +76,7 @@ def test_without_a_base_the_config_is_made_from_the_models(
     resized_dir: Path, tmp_path: Path
 ) -> None:
     folder = exported(resized_dir, tmp_path / "nowhere", tmp_path / "out")
-    base = Base.open(folder)
+    base = ChatGLM3Base.open(folder)
     assert base.config["torch_dtype"] == "float16"
     assert (
         dict(base.weights.glm_tensors()).keys() == dict(weights.iterate_tensors(resized_dir)).keys()
@@ -126,7 +126,7 @@ def test_more_pieces_can_be_added_to_an_export(
     base_dir: Path, resized_dir: Path, merge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another language: steps 2 and 3 on the export keep all ids, rows and logits."""
-    base = Base.open(exported(resized_dir, base_dir, tmp_path / "base"))
+    base = ChatGLM3Base.open(exported(resized_dir, base_dir, tmp_path / "base"))
     learned = tokenizer.add_special_tokens(merge.proto, ["한", "국", "한국"])
     more = merging.merge_pieces(base.proto, learned, Policy.ALL)
     assert more.added == ["한", "국", "한국"]

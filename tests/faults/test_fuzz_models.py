@@ -13,15 +13,15 @@ import torch
 from hypothesis import strategies as st
 
 from chatglm_ja.bases import loading
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import (
     base_config,
     chat_format,
     tokenizer,
     tokenizer_files,
 )
-from chatglm_ja.chatglm3.base import Base
+from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.chatglm3.weights import BaseWeights
-from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.storage import weights
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.inputs import open_artifact
@@ -266,11 +266,11 @@ def check_model(content: bytes) -> None:
         (copy / tokenizer.MODEL_FILE).write_bytes(content)
         (copy / learning.JA_MODEL_FILE).write_bytes(content)
         with refusals():
-            base = Base.open(copy).proto
+            base = ChatGLM3Base.open(copy).proto
             check_merge(copy, base, [PIECE(piece=text) for text in LEARNED])
         with refusals():
             learned = learning.read_learned(copy)
-            check_merge(copy, Base.open(BASE).proto, learned.pieces)
+            check_merge(copy, ChatGLM3Base.open(BASE).proto, learned.pieces)
 
 
 def check_merge(target: Path, base: Any, pieces: Iterable[Any]) -> None:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import step3_resize_model
 from chatglm_ja.bases import loading
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import StepConfig
 from chatglm_ja.storage import weights
@@ -130,7 +130,7 @@ def test_verification_finds_a_changed_weight(
 ) -> None:
     folder = tmp_path / "model"
     resized(base_dir, merged_dir, folder)
-    embedding_rows.verify_logits(Base.open(base_dir), folder)
+    embedding_rows.verify_logits(ChatGLM3Base.open(base_dir), folder)
     index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
     name = tensor_names.NAMES[tensor_names.FINAL_NORM]
     shard = folder / index[name]
@@ -138,7 +138,7 @@ def test_verification_finds_a_changed_weight(
     tensors[name][0] += 0.5
     weights.save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(DataError, match="logits over the old ids differ from the base's by up to"):
-        embedding_rows.verify_logits(Base.open(base_dir), folder)
+        embedding_rows.verify_logits(ChatGLM3Base.open(base_dir), folder)
 
 
 def test_the_original_layout_is_refused_by_later_steps(base_dir: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_tokenizer_of_another_base_is_refused(
         resized(base_dir, tmp_path / "tokenizer", tmp_path / "model")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "tokenizer.model").write_bytes(base_proto.SerializeToString())
-    with pytest.raises(DataError, match="was merged with another base"):
+    with pytest.raises(DataError, match="has no special token"):
         resized(base_dir, tmp_path / "bare", tmp_path / "model2")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import tokenizer, tokenizer_files
-from chatglm_ja.chatglm3.base import Base
 from chatglm_ja.errors import DataError
 from chatglm_ja.reports import merge_report
 from chatglm_ja.vocabulary import learning, merging, policies
@@ -356,7 +356,7 @@ def test_the_headline_counts_pieces_by_reason(
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Any]:
     return (
-        Base.open(SHARED / "chatglm3-6b").proto,
+        ChatGLM3Base.open(SHARED / "chatglm3-6b").proto,
         learning.read_learned(SHARED / "reference" / "ja_bpe.model"),
     )
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja.chatglm3 import tokenizer
-from chatglm_ja.data.cleaning import code_points
 from chatglm_ja.errors import DataError
 
 CODE_POINTS = 0x110000
@@ -54,7 +53,7 @@ class CorpusTokenizer:
             for piece in proto.pieces
             if len(piece.piece) > 1 and piece.type not in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)
         ]
-        codes = code_points(longer)
+        codes = _code_points("".join(longer))
         characters = np.unique(codes)
         # Characters of longer pieces are numbered from 1; all others are 0.
         self._number = np.zeros(CODE_POINTS, dtype=np.int32)
@@ -76,7 +75,7 @@ class CorpusTokenizer:
         if len(self._starts) > MAX_CACHED:
             self._clear()
         joined = "".join([" " + text if text else "" for text in texts])
-        codes = code_points([joined])
+        codes = _code_points(joined)
         sizes = np.array([len(text) + 1 if text else 0 for text in texts])
         ends = np.cumsum(sizes)
         numbers = self._number.take(codes)
@@ -161,3 +160,7 @@ class CorpusTokenizer:
         self._starts = np.zeros(0, dtype=np.int64)
         self._lengths = np.zeros(0, dtype=np.int64)
         self._ids = np.zeros(0, dtype=np.int32)
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatglm_ja.chatglm3 import tokenizer
-from chatglm_ja.chatglm3.base import Base
-from chatglm_ja.data import corpus_tokenizer
-from chatglm_ja.data.corpus_tokenizer import CorpusTokenizer
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base
+from chatglm_ja.chatglm3 import corpus_tokenizer, tokenizer
+from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import merging
 from chatglm_ja.vocabulary.policies import Policy
@@ -89,7 +88,7 @@ def test_another_kind_of_tokenizer_is_refused(merge: merging.MergedVocabulary) -
 @needs_real_tokenizer
 @pytest.mark.parametrize("language", ["ja", "zh", "en"])
 def test_the_real_tokenizer(language: str) -> None:
-    base = Base.open(SHARED / "chatglm3-6b").proto
+    base = ChatGLM3Base.open(SHARED / "chatglm3-6b").proto
     learned = tokenizer.read_proto(SHARED / "reference" / "ja_bpe.model")
     proto = merging.merge_pieces(base, learned, Policy.JAPANESE).proto
     check(proto, demo_texts(language, 300) + ODD)
