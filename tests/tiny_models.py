@@ -1,4 +1,4 @@
-"""Tiny models of the architectures that people use, with random weights, in transformers' layout."""
+"""Tiny models of the architectures that people use: random weights, transformers' layout."""
 
 from pathlib import Path
 from typing import Any

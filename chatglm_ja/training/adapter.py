@@ -116,7 +116,7 @@ def trained_embeddings(model: Any) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def read_embeddings(folder: Path, model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def read_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the stored values of the embeddings that `model` trains, in float32, by parameter name.
 
     They are on the model's device. Those in a loaded model are rounded to the dtype of the

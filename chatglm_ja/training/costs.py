@@ -22,7 +22,7 @@ GB, GIB = 1e9, 2**30
 # What a GPU holds besides PyTorch's tensors, in GiB: the CUDA context, the libraries' buffers, and
 # blocks that the allocator keeps: 1 to 2.
 OVERHEAD_GIB = 2.0
-# Ids of ChatGLM3-6B's published tokenizer. Its model has 65,024 rows, the rest of which are padding.
+# Ids of ChatGLM3-6B's published tokenizer. Its model has 65,024 rows: the rest are padding.
 PUBLISHED_IDS = 64_798
 CONTROL_AND_BYTE_PIECES = len(FIRST_PIECES) + 256
 
@@ -74,8 +74,8 @@ def activation_bytes(
 ) -> int:
     """Return the bytes per token that a layer keeps for its backward pass.
 
-    `targets` are the linear layers with LoRA matrices of this rank. `width` is the size of a number in
-    bytes: 2 in half precision, 4 in float32.
+    `targets` are the linear layers with LoRA matrices of this rank. `width` is the size of a number
+    in bytes: 2 in half precision, 4 in float32.
     """
     # What is multiplied with a target. Queries, keys and values share their input.
     inputs = [stage[0].inputs for stage in shape.stages if {*stage} & {*targets}]
@@ -194,9 +194,10 @@ def flops_per_token(
 
     A frozen weight takes 2 in the forward pass and 2 for the gradient of its input; a trained one
     2 more for its own gradient. Recomputation by gradient checkpointing does not count (MFU as in
-    PaLM, arXiv:2204.02311, with frozen weights). `targets` are the linear layers whose LoRA matrices
-    are trained. `context` is the mean number of tokens of its document that a token attends to;
-    `scored` is the share of tokens with a loss: only they are multiplied with the output matrix.
+    PaLM, arXiv:2204.02311, with frozen weights). `targets` are the linear layers whose LoRA
+    matrices are trained. `context` is the mean number of tokens of its document that a token
+    attends to; `scored` is the share of tokens with a loss: only they are multiplied with the
+    output matrix.
     """
     output = scored * (4 * shape.rows * shape.hidden + 2 * trained.embeddings / shape.embeddings)
     attention = 4 * shape.attention * context  # forward, in a layer

@@ -7,6 +7,7 @@ import pyarrow
 import pytest
 import torch
 
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
+from chatglm_ja.bases.loading import load_model
 from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError
@@ -18,7 +19,7 @@ from chatglm_ja.training import model, train
 from chatglm_ja.training.adapter import write_merged
 from chatglm_ja.training.model import (
     Collator,
-    GlmForTraining,
+    TrainingLoss,
     join_embeddings,
     split_embeddings,
     token_losses,
@@ -29,8 +30,8 @@ Row = dict[str, list[int]]
 
 
 @pytest.fixture(name="model")
-def small_model(resized_dir: Path) -> GlmForTraining:
-    return GlmForTraining.from_pretrained(resized_dir, dtype=torch.float32)
+def small_model(resized_dir: Path) -> Any:
+    return load_model(resized_dir, torch.float32, mixin=TrainingLoss)
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
         assert torch.allclose(part.new.grad, grad[first:], atol=1e-7)
     stored = GlmForCausalLM.from_pretrained(resized_dir)
     names = (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
-    join_embeddings(model, *(stored.get_parameter(name).detach() for name in names))
+    join_embeddings(model, [stored.get_parameter(name).detach() for name in names])
     assert torch.equal(model(ids).logits, whole)
     assert sorted(model.state_dict()) == sorted(
         GlmForCausalLM.from_pretrained(resized_dir).state_dict()
