@@ -12,7 +12,7 @@ from tests.tiny_models import SIZES, make_tiny
 
 GATED = {"num_key_value_heads": 2, "intermediate_size": 96, "pad_token_id": 0}
 GOOD: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(SIZES, {}),
+    **{kind: {} for kind in SIZES},
     "glm4": GATED | {"head_dim": 12},
     "mistral": GATED | {"sliding_window": 8},
     "olmo2": GATED,

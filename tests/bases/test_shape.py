@@ -42,14 +42,14 @@ def test_a_name_that_no_layer_has_is_refused(tmp_path: Path) -> None:
     shape = read_shape(make_tiny("gpt2", tmp_path))
     assert [linear.inputs for linear in shape.find_linears(("c_proj",))] == [48, 96]
     assert shape.find_linears(()) == shape.linears
-    with pytest.raises(ConfigError, match="names q_proj: .* model have c_attn, c_proj, c_fc$"):
+    with pytest.raises(ConfigError, match=r"names q_proj: .* model have c_attn, c_proj, c_fc$"):
         shape.find_linears(("c_proj", "q_proj"))
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
     """They are stacked matrices, which are not linear layers."""
     folder = make_tiny("mixtral", tmp_path, num_key_value_heads=2, intermediate_size=96)
-    with pytest.raises(DataError, match="weights of shape .* in .*experts.*: LoRA cannot"):
+    with pytest.raises(DataError, match=r"weights of shape .* in .*experts.*: LoRA cannot"):
         read_shape(folder)
 
 
@@ -57,7 +57,6 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"num_attention_heads": "many"}, "describes no model that transformers builds"),
-        ({"hidden_size": 0}, "describes no model that transformers builds"),
         ({"model_type": "unheard-of"}, "describes no model that transformers builds"),
         ({"model_type": 3}, "names no model_type"),
     ],
