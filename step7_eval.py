@@ -17,6 +17,7 @@ import logging
 from pathlib import Path
 
 import constants
+from chatglm_ja.bases import families
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import models
 from chatglm_ja.settings import parse
@@ -52,7 +53,6 @@ def main() -> None:
             show_results(config, compared[-1].folder)
         return
 
-    from chatglm_ja.chatglm3 import tokenizer
     from chatglm_ja.evaluation import evaluate
     from chatglm_ja.reports import eval_report
     from chatglm_ja.training.train import HISTORY_FILE
@@ -61,8 +61,7 @@ def main() -> None:
 
     evaluation = evaluate.Evaluation(config)
     measured = [evaluation.evaluate_stage(stage) for stage in compared]
-    before = tokenizer.make_processor(compared[0].read_tokenizer_proto())
-    after = tokenizer.load_processor(config.tokenizer)
+    before, after = compared[0].load_tokenizer(), families.load_tokenizer(config.tokenizer)
     steps = read_history(compared[-1].folder) | {output.step: output.describe()}
     results = {
         "stages": measured,

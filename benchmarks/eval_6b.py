@@ -22,7 +22,7 @@ from measuring import Ratio
 import constants
 from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.bases.loading import compute_dtype
-from chatglm_ja.chatglm3 import base_config, chat_format, tokenizer
+from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
@@ -62,14 +62,14 @@ def main() -> None:
     base = ChatGLM3Base.open(options.base_model)
     config = dict(base.config)
     config["num_layers"] = options.layers or config["num_layers"]
-    processor = tokenizer.make_processor(tokenizer.add_special_tokens(base.proto))
+    tokenizer = base.tokenizer()
     source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
     texts = corpus.take_characters(SourceReader().texts(source), 25_000)
-    prompt = chat_format.build_prompt_ids(processor, [{"role": "user", "content": "你好"}])
+    prompt = tokenizer.build_prompt([{"role": "user", "content": "你好"}])
     on_gpu = models.choose_device() == "cuda"
     columns: dict[int, list[float]] = {}
     for rows in (config["padded_vocab_size"], NEW_ROWS):
-        model = LoadedModel(random_model(config, rows), processor)
+        model = LoadedModel(random_model(config, rows), tokenizer)
         alone = generation.tokens_per_second(model, prompt)
         start = time.perf_counter()
         answers = generation.generate_answers(

@@ -58,7 +58,7 @@ def expect(loaded: LoadedModel, prompt: list[int], limit: int) -> tuple[list[int
     mask = torch.ones_like(ids)
     logits = loaded.model(ids, attention_mask=mask).logits[0]
     made = loaded.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=limit)
-    return made[0, len(prompt) :].tolist(), logits[:, : loaded.tokenizer.get_piece_size()]
+    return made[0, len(prompt) :].tolist(), logits[:, : loaded.tokenizer.size]
 
 
 def answer(llama: Any, prompt: list[int], limit: int) -> tuple[list[int], torch.Tensor]:
@@ -99,10 +99,7 @@ def main() -> None:
     texts = [*held_out_lines(options.lines), *HOSTILE]
     asked = held_out_prompts(options.prompts)
     line_break = loaded.tokenizer.encode("\n")  # begins every answer; the template writes it
-    prompts = [
-        [*chat_format.build_prompt_ids(loaded.tokenizer, messages), *line_break]
-        for messages in asked
-    ]
+    prompts = [[*loaded.tokenizer.build_prompt(messages), *line_break] for messages in asked]
     expected = [expect(loaded, prompt, options.tokens) for prompt in prompts]
     rows = []
     for path in options.gguf:

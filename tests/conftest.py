@@ -110,13 +110,15 @@ def resized_dir(base_dir: Path, merged_dir: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def model(resized_dir: Path, encoder: Any) -> LoadedModel:
+def model(resized_dir: Path, merged_dir: Path) -> LoadedModel:
     """The resized model and the merged tokenizer, in memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from chatglm_ja.bases.chatglm3 import ChatGLM3Tokenizer
+
     loaded: Any = AutoModelForCausalLM.from_pretrained(resized_dir, dtype=torch.float32)
-    return LoadedModel(loaded.eval(), encoder)
+    return LoadedModel(loaded.eval(), ChatGLM3Tokenizer.open(merged_dir))
 
 
 def prepare_config(tokenizer_dir: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:

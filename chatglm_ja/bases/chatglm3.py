@@ -36,7 +36,7 @@ class ChatGLM3Tokenizer(ModelTokenizer):
         self.document_start = chat_format.prefix_ids(self.processor)
         self.document_end = tokenizer.EOS_ID
         self.pad_id = tokenizer.UNK_ID
-        self.stop_ids = chat_format.stop_ids(self.processor)
+        self.special_ids = frozenset(filter(self.processor.is_control, range(self.size)))
 
     @classmethod
     def open(cls, folder: Path) -> "ChatGLM3Tokenizer":
@@ -47,6 +47,10 @@ class ChatGLM3Tokenizer(ModelTokenizer):
     @functools.cached_property
     def _corpus(self) -> CorpusTokenizer:
         return CorpusTokenizer(self.proto)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return chat_format.stop_ids(self.processor)
 
     def encode(self, text: str) -> list[int]:
         return chat_format.encode_text(self.processor, text)

@@ -19,7 +19,6 @@ A message of a conversation is a mapping:
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +40,6 @@ class FormatError(Exception):
         self.reason, self.detail = reason, detail
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is sampled. A temperature below 0.01 means greedy decoding."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-
-
 class ModelTokenizer(ABC):
     """The tokenizer of a model folder. A text never becomes a special token.
 
@@ -59,7 +49,7 @@ class ModelTokenizer(ABC):
     document_start   the ids that begin every text that the model reads
     document_end     the id that ends a document
     pad_id           an id that fills rows; it is masked wherever it stands
-    stop_ids         the ids that end an answer
+    special_ids      the ids of special tokens, which no text gives
     """
 
     size: int
@@ -68,7 +58,20 @@ class ModelTokenizer(ABC):
     document_start: list[int]
     document_end: int
     pad_id: int
-    stop_ids: list[int]
+    special_ids: frozenset[int]
+
+    @property
+    @abstractmethod
+    def stop_ids(self) -> list[int]:
+        """The ids that end an answer."""
+
+    @property
+    def prefix(self) -> list[int]:
+        """The ids after which a text is scored: `document_start`, or the end of another document.
+
+        A model cannot score a token that follows nothing.
+        """
+        return self.document_start or [self.document_end]
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

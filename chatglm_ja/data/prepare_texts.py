@@ -6,8 +6,8 @@
                        --> plan of the blocks                        packing.py
     plan and chunks --(processes)--> Arrow shards                    dataset.py
 
-A document becomes [gMASK] sop, its tokens, </s>: the form in which ChatGLM3 reads every text. Text
-that says "</s>" stays text.
+A document becomes the tokens in which the base reads every text, such as [gMASK] sop, its own, and
+the one that ends it, such as </s>. Text that says "</s>" stays text.
 """
 
 import dataclasses
@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
-from chatglm_ja.chatglm3.tokenizer import EOS_ID, MODEL_FILE, load_processor, read_proto
+from chatglm_ja.bases import families
+from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data import cleaning, corpus, dataset, dedup, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.corpus import Document
@@ -47,10 +46,10 @@ def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex
     overlap_file = None
     if config.decontaminate:
         overlap_file = folders[0] / "overlap.npy"
-        tokenizer = load_processor(config.tokenizer)
+        tokenizer = families.load_tokenizer(config.tokenizer)
         reader = SourceReader(config)
         texts = (text for source in config.decontaminate for text in reader.texts(source))
-        ids = (tokenizer.encode(text, return_type="numpy") for text in texts)
+        ids = (ids for text in texts for ids in tokenizer.encode_documents([text]))
         np.save(overlap_file, dedup.overlap_hashes(ids), allow_pickle=False)
     tokenize = functools.partial(tokenize_texts, config, overlap_file)
     chunks = token_store.tokenize_sources(tokenize, config.sources, folders, config, "texts")
@@ -105,10 +104,9 @@ def tokenize_texts(
 
 
 @functools.cache
-def load_tokenizer(folder: Path) -> tuple[CorpusTokenizer, np.ndarray]:
-    """Load the tokenizer and the ids that begin a document, once per process."""
-    prefix = np.array(chat_format.prefix_ids(load_processor(folder)), dtype=np.int32)
-    return CorpusTokenizer(read_proto(folder / MODEL_FILE)), prefix
+def load_tokenizer(folder: Path) -> ModelTokenizer:
+    """Load the tokenizer once per process."""
+    return families.load_tokenizer(folder)
 
 
 @functools.cache
@@ -132,14 +130,14 @@ def _add_batch(
     fates = cleaning.apply_filters(
         texts, codes, language if config.check_language else None, config.min_characters
     )
-    tokenizer, prefix = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     candidates = [place for place, fate in enumerate(fates) if fate is Fate.KEPT]
-    encoded = tokenizer.encode([texts[place] for place in candidates])
+    encoded = tokenizer.encode_documents([texts[place] for place in candidates])
     for place, ids in zip(candidates, encoded, strict=True):
         if overlap_file and dedup.has_overlap(ids, _load_overlap(overlap_file)):
             fates[place] = Fate.CONTAMINATED
             continue
-        tokens = np.concatenate([prefix, ids, [EOS_ID]], dtype=np.int32)
+        tokens = np.array([*tokenizer.document_start, *ids, tokenizer.document_end], dtype=np.int32)
         tokenized.add(tokens, batch[place].record, texts[place], batch[place].id)
     tokenized.counts.update(fate for fate in fates if fate is not Fate.KEPT)
     if config.near_duplicates:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from chatglm_ja.chatglm3.chat_format import Message
+from chatglm_ja.bases.interface import Message
 from chatglm_ja.data import conversations, corpus, readers, rejects
 from chatglm_ja.data.readers import Chunk, Record, Reject
 from chatglm_ja.data.rejects import RejectCount

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX, Message
+from chatglm_ja.bases.interface import IGNORE_INDEX, Message
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import cleaning, dataset
 from chatglm_ja.data.readers import check_characters

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from chatglm_ja.bases import loading
-from chatglm_ja.chatglm3 import chat_format, tokenizer_files
+from chatglm_ja.bases.interface import Message
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError, DataError
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 # The starts of texts on which logits are compared; the base's logits stay in memory.
 COMPARED_TEXTS = 4
 COMPARED_TOKENS = 128
+TIMED_QUESTION = "?"  # after which an answer's speed is measured
 
 Results = dict[str, Any]
 
@@ -98,7 +99,7 @@ class Evaluation:
         model = scorer.model
         size = model.model.config.vocab_size
         if size not in self._speeds:  # models of one size are equally fast
-            prompt = chat_format.build_prompt_ids(model.tokenizer, [])
+            prompt = model.tokenizer.build_prompt([{"role": "user", "content": TIMED_QUESTION}])
             self._speeds[size] = generation.tokens_per_second(model, prompt)
         rows = {}
         for language, texts in self.texts.items():
@@ -117,7 +118,7 @@ class Evaluation:
     def _compare_with_base(self, stage: Stage, scorer: Scorer) -> Results:
         """Compare the logits with the base's on the same ids; no entries for the base itself."""
         model = scorer.model
-        prefix = chat_format.prefix_ids(model.tokenizer)
+        prefix = model.tokenizer.prefix
         is_base = not self._base_ids
         if is_base:
             self._base_ids = {
@@ -127,7 +128,7 @@ class Evaluation:
                 ]
                 for language, texts in self.texts.items()
             }
-            self._base_rows = model.tokenizer.get_piece_size()
+            self._base_rows = model.tokenizer.size
         rows = {}
         for language, ids in self._base_ids.items():
             parts = zip(*loading.compute_logits(model.model, ids, self._base_rows), strict=True)
@@ -146,7 +147,7 @@ class Evaluation:
     def _measure_answers(self, stage: Stage, scorer: Scorer) -> Results:
         """Measure the answers to all questions, generated together to fill the batches."""
         kinds = [kind for kind, _ in self.questions]
-        conversations: list[Sequence[chat_format.Message]] = [
+        conversations: list[Sequence[Message]] = [
             [{"role": "user", "content": question}] for _, question in self.questions
         ]
         held_out = self.conversations if stage.name == LAST_STAGE else {}
@@ -155,7 +156,7 @@ class Evaluation:
         tokenizer = scorer.model.tokenizer
         decodings = answers.generate_decodings(
             scorer.model,
-            [chat_format.build_prompt_ids(tokenizer, messages) for messages in conversations],
+            [tokenizer.build_prompt(messages) for messages in conversations],
             self.config.max_new_tokens,
             generation.Sampling(self.config.temperature, self.config.top_p),
             batch_size=self.config.answer_batch_size,
@@ -178,5 +179,5 @@ class Evaluation:
     def _run_harness(self, stage: Stage, scorer: Scorer) -> Results:
         if self.task_manager is None:
             return {"harness": []}
-        tokenizer = tokenizer_files.to_transformers(stage.read_tokenizer_proto())
+        tokenizer = scorer.model.tokenizer.to_transformers()
         return {"harness": harness.run_tasks(self.config, self.task_manager, scorer, tokenizer)}

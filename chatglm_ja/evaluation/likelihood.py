@@ -4,8 +4,8 @@ Bits per character compares models with different tokenizers: the sum of the cro
 a text's tokens, in bits, over the number of its characters. Bits per byte divides by the bytes in
 UTF-8 instead, in which scripts differ less. The end of a text is not predicted.
 
-A text is read after the prefix of every ChatGLM3 input, [gMASK] sop. A text longer than the window
-is read with a sliding window:
+A text is read after the prefix of every document, for ChatGLM3 [gMASK] sop. A text longer than the
+window is read with a sliding window:
 
     ids      p p a b c d e f g h      window = 6, p = prefix
     windows  p p a b c d              a to d are scored
@@ -22,9 +22,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.bases.loading import Logits
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.tokenizer import UNK_ID
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.training.model import token_losses
@@ -86,8 +85,8 @@ class Scorer:
     def score_each(self, texts: Iterable[str], title: str = "scoring") -> list[TextScore]:
         """Score every text by itself; a batch holds windows of several texts."""
         tokenizer = self.model.tokenizer
-        prefix = chat_format.prefix_ids(tokenizer)
-        encoded = [(text, chat_format.encode_text(tokenizer, text)) for text in texts]
+        prefix = tokenizer.prefix
+        encoded = [(text, tokenizer.encode(text)) for text in texts]
         windows = [
             list(cut_windows([*prefix, *ids], len(prefix), self.window)) for _, ids in encoded
         ]
@@ -108,12 +107,12 @@ class Scorer:
         long for the window, its end is read. Raises DataError if a continuation itself is too long.
         """
         tokenizer = self.model.tokenizer
-        prefix = chat_format.prefix_ids(tokenizer)
+        prefix = tokenizer.prefix
         size = self.window - len(prefix)
         windows: list[Window] = []
         for text, continuations in questions:
-            alone = chat_format.encode_text(tokenizer, text)
-            joined = [chat_format.encode_text(tokenizer, text + end) for end in continuations]
+            alone = tokenizer.encode(text)
+            joined = [tokenizer.encode(text + end) for end in continuations]
             columns = zip(alone, *joined, strict=False)
             shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
             for ids in joined:
@@ -133,24 +132,26 @@ class Scorer:
     @torch.inference_mode()
     def _score_windows(self, windows: Sequence[Window], title: str) -> list[float]:
         """Return the nats of every window's scored tokens."""
-        glm = self.model.model
+        network = self.model.model
         # Windows of similar length share a batch, which keeps the padding short. Padding comes
         # after the text, where a causal model's predictions cannot see it.
         order = sorted(range(len(windows)), key=lambda index: len(windows[index][0]))
         nats = [0.0] * len(windows)
         # A loss in bfloat16 has three digits: too few to compare choices of a token or two.
-        weight = glm.lm_head.weight.float()
+        weight = network.get_output_embeddings().weight.float()
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, desc=title, unit=" batches", leave=False, delay=1):
             batch = order[start : start + self.batch_size]
             rows = [torch.tensor(windows[index][0]) for index in batch]
-            input_ids = pad_sequence(rows, batch_first=True, padding_value=UNK_ID)
-            labels = pad_sequence(rows, batch_first=True, padding_value=chat_format.IGNORE_INDEX)
+            input_ids = pad_sequence(
+                rows, batch_first=True, padding_value=self.model.tokenizer.pad_id
+            )
+            labels = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
             for row, index in enumerate(batch):
-                labels[row, : windows[index][1]] = chat_format.IGNORE_INDEX
-            output = glm.model(input_ids=input_ids.to(glm.device), use_cache=False)
+                labels[row, : windows[index][1]] = IGNORE_INDEX
+            output = network.base_model(input_ids=input_ids.to(network.device), use_cache=False)
             states = output.last_hidden_state.float()
-            losses = token_losses(states, weight, labels.to(glm.device)).double()
+            losses = token_losses(states, weight, labels.to(network.device)).double()
             counts = [len(windows[index][0]) - windows[index][1] for index in batch]
             for index, part in zip(batch, losses.split(counts), strict=True):
                 nats[index] = part.sum().item()

@@ -1,7 +1,7 @@
 """Generate answers: many prompts in batches, or one as a stream of text.
 
-Prompts are token ids in ChatGLM3's conversation format (chat_format.py). An answer ends at one of
-the format's stop tokens or at the limit. Batches are padded on the left and masked, so a greedy
+Prompts are token ids in the base's conversation format. An answer ends at one of its stop tokens or
+at the limit. Batches are padded on the left and masked, so a greedy
 answer does not depend on the others in its batch, up to rounding.
 """
 
@@ -21,8 +21,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.tokenizer import UNK_ID
+from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data.settings import UNICODE_FORM
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
@@ -41,9 +40,9 @@ class Sampling:
     The defaults are those of ChatGLM3's own chat.
     """
 
-    temperature: float = chat_format.SAMPLING["temperature"]
-    top_p: float = chat_format.SAMPLING["top_p"]
-    top_k: int = chat_format.SAMPLING["top_k"]
+    temperature: float = 0.8
+    top_p: float = 0.8
+    top_k: int = 50
 
 
 GREEDY = Sampling(temperature=0)
@@ -175,31 +174,30 @@ def _generate(
     model: LoadedModel, prompts: Prompts, max_new_tokens: int, sampling: Sampling, **options: Any
 ) -> torch.Tensor:
     """Return the ids of the answers, [batch, length]; `options` are those of `generate`."""
-    glm, tokenizer = model.model, model.tokenizer
+    network, tokenizer = model.model, model.tokenizer
     if sampling.temperature >= MIN_TEMPERATURE:
         options["logits_processor"] = LogitsProcessorList([_Sampler(sampling)])
     rows = [torch.tensor(prompt) for prompt in prompts]
-    input_ids = pad_sequence(rows, True, UNK_ID, padding_side="left")
+    input_ids = pad_sequence(rows, True, tokenizer.pad_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
     # Embedding rows that pad the matrix have no id in the tokenizer.
-    unused = list(range(tokenizer.get_piece_size(), glm.config.vocab_size))
-    output: torch.Tensor = glm.generate(
-        input_ids.to(glm.device),
-        attention_mask=mask.to(glm.device),
+    unused = list(range(tokenizer.size, network.config.vocab_size))
+    output: torch.Tensor = network.generate(
+        input_ids.to(network.device),
+        attention_mask=mask.to(network.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,  # _Sampler leaves a single token, which is then the likeliest
-        eos_token_id=chat_format.stop_ids(tokenizer),
-        pad_token_id=UNK_ID,
+        eos_token_id=tokenizer.stop_ids,
+        pad_token_id=tokenizer.pad_id,
         suppress_tokens=unused or None,
         **options,
     )
     return output[:, input_ids.shape[1] :]
 
 
-def _decode_answer(tokenizer: Any, ids: list[int]) -> Answer:
+def _decode_answer(tokenizer: ModelTokenizer, ids: list[int]) -> Answer:
     """Decode the ids up to the first stop token; padding follows it."""
-    stops = chat_format.stop_ids(tokenizer)
-    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    end = next((place for place, token in enumerate(ids) if token in tokenizer.stop_ids), None)
     text = tokenizer.decode(ids[:end]).strip()
     return Answer(text, len(ids) if end is None else end + 1, stopped=end is not None)
 
@@ -236,10 +234,9 @@ class _TextStreamer(BaseStreamer):
     something follows it.
     """
 
-    def __init__(self, tokenizer: Any, pass_on: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: ModelTokenizer, pass_on: Callable[[str], None]) -> None:
         self.tokenizer = tokenizer
         self.pass_on = pass_on
-        self.stops = chat_format.stop_ids(tokenizer)
         self.ids: list[int] | None = None  # None until the prompt has arrived
         self.text = ""
 
@@ -247,7 +244,7 @@ class _TextStreamer(BaseStreamer):
         if self.ids is None:
             self.ids = []
             return
-        self.ids += [token for token in value.tolist() if token not in self.stops]
+        self.ids += [token for token in value.tolist() if token not in self.tokenizer.stop_ids]
         self._extend_text(self.tokenizer.decode(self.ids).strip().rstrip("\ufffd"))
 
     def end(self) -> None:

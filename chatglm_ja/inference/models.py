@@ -1,20 +1,23 @@
 """The models that step 7 compares and chats with, one for each stage of the pipeline.
 
-A stage is a folder: the base model's is in ChatGLM3's layout, the others were published by steps 3,
-5 and 6. A model is loaded with the tokenizer of its own folder. This module is imported for
-`--help`, so it imports large libraries only when it loads a model.
+A stage is a folder: the base model's own, the others were published by steps 3, 5 and 6. A model is
+loaded with the tokenizer of its own folder. This module is imported for `--help`, so it imports
+large libraries only when it loads a model.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chatglm_ja.bases.families import open_base_model
+from chatglm_ja.bases import families
 from chatglm_ja.errors import ArtifactError, DataError
 from chatglm_ja.storage.inputs import Input, open_artifact
 from chatglm_ja.storage.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from chatglm_ja.bases.interface import ModelTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +36,10 @@ LATEST = "latest"  # of --stage: the last stage whose model exists
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A GlmForCausalLM in evaluation mode and its tokenizer, a sentencepiece processor."""
+    """A causal language model of transformers in evaluation mode, and its tokenizer."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: "ModelTokenizer"
 
     @property
     def window(self) -> int:
@@ -58,7 +61,7 @@ class Stage:
         """
         script = STAGES[self.name]
         if script is None:
-            return open_base_model(self.folder, merged)
+            return families.open_base_model(self.folder, merged)
         return [open_artifact(self.folder, script, every_byte=every_byte)]
 
     def exists(self) -> bool:
@@ -76,14 +79,12 @@ class Stage:
         import torch
 
         from chatglm_ja.bases.loading import compute_dtype
-        from chatglm_ja.chatglm3.tokenizer import make_processor
-        from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 
         try:
             if self.name == BASE:
-                tokenizer = make_processor(self.read_tokenizer_proto())
-                model = load_base(BaseWeights(self.folder), compute_dtype())
-                loaded = LoadedModel(model.to(choose_device()), tokenizer)
+                base = families.open_base(self.folder)
+                model = base.load(compute_dtype())
+                loaded = LoadedModel(model.to(choose_device()), base.tokenizer())
             else:
                 loaded = load_model(self.folder)
         except torch.OutOfMemoryError:
@@ -91,7 +92,7 @@ class Stage:
                 f"{self.folder} does not fit the GPU's free memory: end the other programs that "
                 "use it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
             ) from None
-        rows, ids = loaded.model.config.vocab_size, loaded.tokenizer.get_piece_size()
+        rows, ids = loaded.model.config.vocab_size, loaded.tokenizer.size
         if rows < ids:
             raise DataError(
                 f"{self.folder}: the model has {rows:,} embedding rows, but its tokenizer has "
@@ -99,14 +100,11 @@ class Stage:
             )
         return loaded
 
-    def read_tokenizer_proto(self) -> Any:
-        """Read the tokenizer's ModelProto, with the special tokens among its pieces."""
-        from chatglm_ja.bases.chatglm3 import ChatGLM3Base
-        from chatglm_ja.chatglm3 import tokenizer
-
+    def load_tokenizer(self) -> "ModelTokenizer":
+        """Load the tokenizer alone."""
         if self.name == BASE:
-            return tokenizer.add_special_tokens(ChatGLM3Base.open(self.folder).proto)
-        return tokenizer.read_proto(self.folder / tokenizer.MODEL_FILE)
+            return families.open_base(self.folder).tokenizer()
+        return families.load_tokenizer(self.folder)
 
 
 def finished_stages(stages: Sequence[Stage]) -> list[Stage]:
@@ -152,12 +150,10 @@ def find_stage(stages: Sequence[Stage], name: str) -> Stage:
 
 def load_model(folder: Path) -> LoadedModel:
     """Load the model and the tokenizer of a folder that step 3, 5 or 6 published."""
+    from chatglm_ja.bases import loading
 
-    from chatglm_ja.bases.loading import compute_dtype, load_model
-    from chatglm_ja.chatglm3.tokenizer import load_processor
-
-    tokenizer = load_processor(folder)
-    model: Any = load_model(folder, compute_dtype())
+    tokenizer = families.load_tokenizer(folder)
+    model = loading.load_model(folder, loading.compute_dtype())
     return LoadedModel(model.to(choose_device()).eval(), tokenizer)
 
 

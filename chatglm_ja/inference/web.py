@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
-from chatglm_ja.chatglm3.chat_format import Message
+from chatglm_ja.bases.interface import Message
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.inference import chat
 from chatglm_ja.inference.generation import ChatOptions, Sampling

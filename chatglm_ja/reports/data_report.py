@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja import plots
-from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
-from chatglm_ja.chatglm3.tokenizer import load_processor
+from chatglm_ja.bases import families
+from chatglm_ja.bases.interface import IGNORE_INDEX, ModelTokenizer
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
@@ -158,7 +158,7 @@ def choose_examples(
     config: PrepareDataConfig, index: DocumentIndex, examples: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     """Yield a short conversation of every source: its origin, and the runs of `split_example`."""
-    tokenizer = load_processor(config.tokenizer)
+    tokenizer = families.load_tokenizer(config.tokenizer)
     for number, source in enumerate(index.sources):
         documents = examples[index.source[examples] == number]
         if not len(documents):
@@ -173,7 +173,7 @@ def choose_examples(
 
 
 def split_example(
-    tokenizer: Any, ids: list[int], labels: list[int]
+    tokenizer: ModelTokenizer, ids: list[int], labels: list[int]
 ) -> list[tuple[bool, list[tuple[bool, str]]]]:
     """Split a tokenized conversation into runs that are trained on or not.
 
@@ -183,9 +183,11 @@ def split_example(
     pairs = zip(ids, labels, strict=True)
     for is_trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
         parts: list[tuple[bool, str]] = []
-        for is_special, tokens in groupby((token for token, _ in run), key=tokenizer.is_control):
+        for is_special, tokens in groupby(
+            (token for token, _ in run), key=tokenizer.special_ids.__contains__
+        ):
             if is_special:
-                parts += [(True, tokenizer.id_to_piece(token)) for token in tokens]
+                parts += [(True, tokenizer.pieces[token]) for token in tokens]
             else:
                 parts.append((False, tokenizer.decode(list(tokens))))
         runs.append((is_trained, parts))

@@ -80,7 +80,7 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -
     )
     counts = write_pretraining(tmp_path, config)
     rows = dataset.load_rows(tmp_path, "pretrain", "train")
-    prefix = prepare_texts.load_tokenizer(merged_dir)[1].tolist()
+    prefix = prepare_texts.load_tokenizer(merged_dir).document_start
     begun = whole = 0
     for row in rows:
         start = 0

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import dataset
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
@@ -204,7 +203,7 @@ def test_questions_and_expected_answers_are_those_of_the_conversations(
             {"role": "user", "content": sample["question"]},
             {"role": "assistant", "content": sample["expected"]},
         ]
-        assert chat_format.build_example(model.tokenizer, messages) == (
+        assert model.tokenizer.build_example(messages) == (
             row["input_ids"],
             row["labels"],
         )
@@ -242,10 +241,10 @@ def test_the_first_answer_of_a_conversation_is_expected(model: LoadedModel) -> N
         {"role": "user", "content": "三"},
         {"role": "assistant", "content": "四"},
     ]
-    ids, labels = chat_format.build_example(model.tokenizer, messages)
+    ids, labels = model.tokenizer.build_example(messages)
     start, end = answers._find_first_answer(labels)
-    assert ids[:start] == chat_format.build_prompt_ids(model.tokenizer, messages[:1])
-    assert ids[end] == chat_format.special_id(model.tokenizer, "<|user|>")
+    assert ids[:start] == model.tokenizer.build_prompt(messages[:1])
+    assert ids[end] == model.tokenizer.pieces.index("<|user|>")
     assert model.tokenizer.decode(ids[start:end]).strip() == "二"
 
 

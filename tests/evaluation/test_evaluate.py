@@ -130,9 +130,7 @@ def test_only_the_last_stage_answers_held_out_questions(
         assert questions == ["あなたは誰ですか", "Write a Basic example."]
         assert results["answering"]["greedy"]["questions"] == 2
         model = stage.load()
-        prompt = chat_format.build_prompt_ids(
-            model.tokenizer, [{"role": "user", "content": questions[0]}]
-        )
+        prompt = model.tokenizer.build_prompt([{"role": "user", "content": questions[0]}])
         (answer,) = generation.generate_answers(model, [prompt], 5)
         assert results["answers"][0]["greedy"]["text"] == answer.text
         assert results["choices"]["zh"]["questions"] == 25

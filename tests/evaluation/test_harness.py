@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import tokenizer_files
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation import harness, multiple_choice
@@ -87,7 +86,7 @@ def test_accuracies_are_our_own(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     stage = Stage(name, base_dir if name == "base" else resized_dir)
-    tokenizer = tokenizer_files.to_transformers(stage.read_tokenizer_proto())
+    tokenizer = stage.load_tokenizer().to_transformers()
     scorer = Scorer(stage.load(), 256, 8)
     questions = multiple_choice.read_questions(
         [Source("ja", str(folder / "questions.jsonl"))], SourceReader()
@@ -117,7 +116,7 @@ def test_scores_of_whole_texts_are_our_own(
     config = make_config(tmp_path, "rolling")
     stage = Stage("resized", resized_dir)
     scorer = Scorer(stage.load(), 256, 8)
-    tokenizer = tokenizer_files.to_transformers(stage.read_tokenizer_proto())
+    tokenizer = stage.load_tokenizer().to_transformers()
     (row,) = harness.run_tasks(config, harness.load_tasks(config), scorer, tokenizer)
     score = scorer.score_texts(texts)
     assert row["value"] == pytest.approx(score.bits_per_byte, rel=1e-6)

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chatglm_ja.bases import loading
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import likelihood
 from chatglm_ja.evaluation.likelihood import Scorer
@@ -25,14 +24,14 @@ def texts() -> list[str]:
 def test_bits_per_character_follow_the_definition(model: LoadedModel, texts: list[str]) -> None:
     bits = 0.0
     for text in texts:
-        prefix, ids = chat_format.prefix_ids(model.tokenizer), model.tokenizer.encode(text)
+        prefix, ids = model.tokenizer.prefix, model.tokenizer.encode(text)
         with torch.inference_mode():
             logits = model.model(torch.tensor([prefix + ids])).logits[0].double()
         for position, token in enumerate(ids, start=len(prefix)):
             bits -= logits[position - 1].log_softmax(dim=-1)[token].item() / math.log(2)
     score = Scorer(model, window=1024, batch_size=3).score_texts(texts)
     assert score.characters == sum(map(len, texts))
-    assert score.tokens == sum(map(len, model.tokenizer.encode(texts)))
+    assert score.tokens == sum(len(model.tokenizer.encode(text)) for text in texts)
     assert score.bits_per_char == pytest.approx(bits / score.characters, rel=1e-6)
     assert score.bytes == len("".join(texts).encode())
     assert score.bits_per_byte == pytest.approx(bits / score.bytes, rel=1e-6)
@@ -47,7 +46,7 @@ def test_batch_size_changes_nothing(model: LoadedModel, texts: list[str]) -> Non
 
 
 def test_window_size_changes_nothing_for_short_texts(model: LoadedModel, texts: list[str]) -> None:
-    longest = 2 + max(map(len, model.tokenizer.encode(texts)))
+    longest = 2 + max(len(model.tokenizer.encode(text)) for text in texts)
     scores = [
         Scorer(model, window, 4).score_texts(texts).bits_per_char
         for window in (longest, longest + 100, 2048)
@@ -58,7 +57,7 @@ def test_window_size_changes_nothing_for_short_texts(model: LoadedModel, texts: 
 def test_long_texts_are_scored_with_a_sliding_window(model: LoadedModel) -> None:
     """Compare token by token: each sees its window, as in the picture in the module."""
     (text,) = demo_texts("zh", 1)
-    ids = [*chat_format.prefix_ids(model.tokenizer), *model.tokenizer.encode(text[:120])]
+    ids = [*model.tokenizer.prefix, *model.tokenizer.encode(text[:120])]
     size, nats = 16, 0.0
     starts = [0]  # where each window begins: half a window before the end of the last
     while starts[-1] + size < len(ids):
@@ -93,7 +92,7 @@ def test_continuations_cost_what_their_tokens_do(model: LoadedModel) -> None:
     questions = [(text, [continuation]) for text, continuation in pairs]
     costs = Scorer(model, 64, 2).score_continuations(questions)
     for (text, continuation), (cost,) in zip(pairs, costs, strict=True):
-        prefix, alone = chat_format.prefix_ids(model.tokenizer), model.tokenizer.encode(text)
+        prefix, alone = model.tokenizer.prefix, model.tokenizer.encode(text)
         ids = model.tokenizer.encode(text + continuation)
         shared = 0
         while shared < len(alone) and alone[shared] == ids[shared]:
@@ -112,7 +111,7 @@ def test_only_the_end_of_a_long_text_is_read(model: LoadedModel) -> None:
     text, answer = "".join(demo_texts("zh", 1))[:200], "新的图表"
     whole = [*model.tokenizer.encode(text + answer)]
     ((cost,),) = Scorer(model, 32, 1).score_continuations([(text, [answer])])
-    kept = [*chat_format.prefix_ids(model.tokenizer), *whole[-30:]]
+    kept = [*model.tokenizer.prefix, *whole[-30:]]
     scored = len(whole) - len(model.tokenizer.encode(text))
     with torch.inference_mode():
         logits = model.model(torch.tensor([kept])).logits[0].double().log_softmax(dim=-1)
@@ -125,9 +124,7 @@ def test_only_the_end_of_a_long_text_is_read(model: LoadedModel) -> None:
 def test_continuations_of_a_text_are_scored_from_the_same_place(model: LoadedModel) -> None:
     """A piece that spans the border in one of them moves the border for all."""
     tokenizer = model.tokenizer
-    pieces = (
-        tokenizer.id_to_piece(n) for n in range(chat_format.first_new_id(tokenizer), len(tokenizer))
-    )
+    pieces = tokenizer.pieces[tokenizer.first_new_id :]
     text, crossing = next(
         (text, piece[-1])
         for text, piece in ((f"図、{piece[:-1]}", piece) for piece in pieces if len(piece) > 1)
@@ -142,7 +139,7 @@ def test_continuations_of_a_text_are_scored_from_the_same_place(model: LoadedMod
     assert shared < border
     ((_, cost),) = Scorer(model, 64, 2).score_continuations([(text, [crossing, plain])])
     ((alone,),) = Scorer(model, 64, 2).score_continuations([(text, [plain])])
-    prefix, ids = chat_format.prefix_ids(tokenizer), tokenizer.encode(text + plain)
+    prefix, ids = tokenizer.prefix, tokenizer.encode(text + plain)
     with torch.inference_mode():
         logits = model.model(torch.tensor([prefix + ids])).logits[0].double().log_softmax(dim=-1)
     each = [-logits[len(prefix) + place - 1, ids[place]].item() for place in range(len(ids))]
@@ -162,7 +159,7 @@ def test_losses_of_a_half_precision_model_have_full_precision(
 
 
 def test_logits_and_divergence(model: LoadedModel) -> None:
-    prompt = [*chat_format.prefix_ids(model.tokenizer), *model.tokenizer.encode("你好")]
+    prompt = [*model.tokenizer.prefix, *model.tokenizer.encode("你好")]
     ((logits, total),) = loading.compute_logits(model.model, [prompt], 100)
     with torch.inference_mode():
         expected = model.model(torch.tensor([prompt])).logits[0]

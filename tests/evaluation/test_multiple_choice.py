@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import multiple_choice
@@ -35,7 +34,7 @@ def test_accuracies_follow_the_definition(
     model: LoadedModel, questions: dict[str, list[ChoiceQuestion]]
 ) -> None:
     def log_likelihood(text: str, choice: str) -> float:
-        prefix, alone = chat_format.prefix_ids(model.tokenizer), model.tokenizer.encode(text)
+        prefix, alone = model.tokenizer.prefix, model.tokenizer.encode(text)
         ids = model.tokenizer.encode(text + choice)
         assert ids[: len(alone)] == alone  # a line break is a piece of its own
         with torch.inference_mode():

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference import chat, generation
 from chatglm_ja.inference.generation import GREEDY, ChatOptions
@@ -21,14 +20,14 @@ def make_messages(*texts: str) -> list[chat.Message]:
 
 def test_the_oldest_exchanges_are_left_out(model: LoadedModel) -> None:
     messages = make_messages("一", "二", "三", "四", "五")
-    whole = chat_format.build_prompt_ids(model.tokenizer, messages)
+    whole = model.tokenizer.build_prompt(messages)
     assert chat.build_fitting_prompt(model.tokenizer, messages, len(whole)) == whole
-    short = chat_format.build_prompt_ids(model.tokenizer, messages[2:])
+    short = model.tokenizer.build_prompt(messages[2:])
     assert chat.build_fitting_prompt(model.tokenizer, messages, len(whole) - 1) == short
-    last = chat_format.build_prompt_ids(model.tokenizer, messages[4:])
+    last = model.tokenizer.build_prompt(messages[4:])
     assert chat.build_fitting_prompt(model.tokenizer, messages, len(last)) == last
     system: list[chat.Message] = [{"role": "system", "content": "s"}]
-    short = chat_format.build_prompt_ids(model.tokenizer, [*system, *messages[4:]])
+    short = model.tokenizer.build_prompt([*system, *messages[4:]])
     assert chat.build_fitting_prompt(model.tokenizer, [*system, *messages], len(short)) == short
     with pytest.raises(DataError, match=r"the message has .* tokens, expected at most"):
         chat.build_fitting_prompt(model.tokenizer, messages, len(last) - 1)
@@ -51,9 +50,7 @@ def test_a_question_is_cleaned_as_texts_are(model: LoadedModel) -> None:
         for text in (dirty, clean)
     ]
     assert answers[0] == answers[1]
-    assert chat_format.encode_text(model.tokenizer, dirty) != chat_format.encode_text(
-        model.tokenizer, clean
-    )
+    assert model.tokenizer.encode(dirty) != model.tokenizer.encode(clean)
 
 
 def test_the_terminal_chat_remembers_and_clears(
@@ -66,7 +63,7 @@ def test_the_terminal_chat_remembers_and_clears(
     shown = capsys.readouterr().out.split("you> ")[1:]
 
     def answer(*texts: str) -> str:
-        prompt = chat_format.build_prompt_ids(model.tokenizer, make_messages(*texts))
+        prompt = model.tokenizer.build_prompt(make_messages(*texts))
         return generation.generate_answers(model, [prompt], 6)[0].text
 
     first = answer("你好")

@@ -13,7 +13,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import GREEDY, ChatOptions, Sampling
 from chatglm_ja.inference.models import LoadedModel
@@ -28,17 +27,14 @@ QUESTIONS = (
 
 @pytest.fixture
 def prompts(model: LoadedModel) -> list[list[int]]:
-    return [
-        chat_format.build_prompt_ids(model.tokenizer, [{"role": "user", "content": q}])
-        for q in QUESTIONS
-    ]
+    return [model.tokenizer.build_prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
 
 
 @pytest.fixture
 def stopping(model: LoadedModel, prompts: list[list[int]]) -> Iterator[None]:
     """Make <|user|> the likeliest token after the second prompt, and after no other."""
     rows = model.model.get_output_embeddings().weight
-    stop = chat_format.special_id(model.tokenizer, "<|user|>")
+    stop = model.tokenizer.pieces.index("<|user|>")
     original = rows[stop].clone()
     with torch.no_grad():
         ends = [model.model.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts]
@@ -77,7 +73,7 @@ def test_greedy_answers_are_greedy_although_the_folder_samples(
         ids = list(prompt)
         for _ in range(12):
             logits = model.model(torch.tensor([ids])).logits[0, -1]
-            ids.append(int(logits[: model.tokenizer.get_piece_size()].argmax()))
+            ids.append(int(logits[: model.tokenizer.size].argmax()))
         assert answers[index].text == model.tokenizer.decode(ids[len(prompt) :]).strip()
     monkeypatch.setattr(model.model, "generation_config", GenerationConfig())
     assert generation.generate_answers(model, prompts, 12) == answers
@@ -95,9 +91,7 @@ def test_batching_does_not_change_greedy_answers(
     ids = list(prompts[2])
     for _ in range(12):
         with torch.inference_mode():
-            logits = model.model(torch.tensor([ids])).logits[
-                0, -1, : model.tokenizer.get_piece_size()
-            ]
+            logits = model.model(torch.tensor([ids])).logits[0, -1, : model.tokenizer.size]
         ids.append(int(logits.argmax()))
     assert together[2].text == model.tokenizer.decode(ids[len(prompts[2]) :]).strip()
 
@@ -150,7 +144,7 @@ def test_tokens_are_sampled_by_their_probability() -> None:
 
 def test_padding_rows_are_never_generated(model: LoadedModel, prompts: list[list[int]]) -> None:
     rows = model.model.get_output_embeddings().weight
-    assert len(rows) > model.tokenizer.get_piece_size()
+    assert len(rows) > model.tokenizer.size
     with torch.no_grad():
         rows[-1] = 1000 * model.model.model(torch.tensor([prompts[0]])).last_hidden_state[0, -1]
     (answer,) = generation.generate_answers(model, prompts[:1], 3)
@@ -180,12 +174,12 @@ def test_a_character_in_bytes_is_shown_when_it_is_complete(model: LoadedModel) -
     shown: list[str] = []
     pieces = generation._TextStreamer(model.tokenizer, shown.append)
     pieces.put(torch.tensor([1, 2, 3]))  # the prompt
-    spelled = [model.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in "🦊".encode()]
+    spelled = [model.tokenizer.pieces.index(f"<0x{byte:02X}>") for byte in "🦊".encode()]
     tokens = [
         *model.tokenizer.encode("狐"),
         *spelled,
         *model.tokenizer.encode("だ"),
-        chat_format.stop_ids(model.tokenizer)[0],
+        model.tokenizer.stop_ids[0],
     ]
     for token in tokens:
         pieces.put(torch.tensor([token]))
@@ -199,7 +193,7 @@ def test_incomplete_bytes_are_shown_at_the_end(model: LoadedModel) -> None:
     shown: list[str] = []
     pieces = generation._TextStreamer(model.tokenizer, shown.append)
     pieces.put(torch.tensor([1]))
-    for token in (*model.tokenizer.encode("a"), model.tokenizer.piece_to_id("<0xF0>")):
+    for token in (*model.tokenizer.encode("a"), model.tokenizer.pieces.index("<0xF0>")):
         pieces.put(torch.tensor([token]))
     assert shown == ["a"]
     pieces.end()
@@ -227,7 +221,7 @@ def test_errors_of_the_thread_are_raised(model: LoadedModel) -> None:
 
 
 def test_tokens_per_second(model: LoadedModel) -> None:
-    prompt = chat_format.build_prompt_ids(model.tokenizer, [])
+    prompt = model.tokenizer.build_prompt([])
     start = time.perf_counter()
     speed = generation.tokens_per_second(model, prompt)
     whole = generation.TIMED_ROUNDS * generation.TIMED_TOKENS / (time.perf_counter() - start)

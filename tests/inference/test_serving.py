@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.inference import generation, models
 from chatglm_ja.reports.render import TEMPLATES
 
@@ -62,9 +61,9 @@ def expected(resized_dir: Path) -> str:
     model = models.load_model(resized_dir)
     # The chat template breaks up text that would become a special token.
     message = {"role": "user", "content": QUESTION.replace("<|user|>", "< |user|>")}
-    prompt = chat_format.build_prompt_ids(model.tokenizer, [message])
+    prompt = model.tokenizer.build_prompt([message])
     # Which the template's prompt goes on to.
-    line_break = chat_format.encode_text(model.tokenizer, "\n")
+    line_break = model.tokenizer.encode("\n")
     model.model.float()
     return generation.generate_answers(model, [[*prompt, *line_break]], 12)[0].text
 

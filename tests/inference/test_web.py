@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.errors import ArtifactError, ConfigError, DataError
 from chatglm_ja.inference import chat, generation, web
 from chatglm_ja.inference.generation import GREEDY, ChatOptions
@@ -76,7 +75,7 @@ def test_both_sides_answer_and_remember(models: web.ModelCache, model: LoadedMod
     question = {"role": "user", "content": "日本"}
     expected = {}
     for side in web.SIDES:
-        prompt = chat_format.build_prompt_ids(model.tokenizer, [*earlier[side], question])
+        prompt = model.tokenizer.build_prompt([*earlier[side], question])
         text = generation.generate_answers(model, [prompt], 8)[0].text
         expected[side] = [*earlier[side], question, {"role": "assistant", "content": text}]
     assert answer(models, " 日本 ", ("sft", "base"), earlier) == expected
@@ -199,7 +198,7 @@ def test_an_answer_streams_and_stops(page: Any, models: web.ModelCache) -> None:
     page.click("#stop")
     stopped = wait_for_rest(page)
     model = models.get("sft")
-    prompt = chat_format.build_prompt_ids(model.tokenizer, [{"role": "user", "content": question}])
+    prompt = model.tokenizer.build_prompt([{"role": "user", "content": question}])
     assert len(stopped[1]) < len(generation.generate_answers(model, [prompt], 128)[0].text)
     # A second model joins for the next question and does not know the first one.
     page.get_by_label("Compare with").click()

@@ -1,0 +1,308 @@
+"""The family transformers: a folder that AutoModelForCausalLM and AutoTokenizer load as they are.
+
+That is without code of the model's own. The tokenizer is a BPE on bytes (SmolLM2, Qwen, Llama 3,
+GLM-4-9B-hf, GPT-2), or one of sentencepiece with byte fallback (Llama 2, Mistral). Embeddings may
+be tied. Conversations are written by the base's own chat template.
+
+Step 2's tokenizer is tokenizer.json with more pieces, which AutoTokenizer loads. `FIRST_NEW_ID` in
+its tokenizer_config.json says where they start, and `EOS_IDS` which tokens end a text. A model of
+the later steps has the base's own class and tensor names.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from chatglm_ja.bases.interface import Base, Message, ModelTokenizer
+from chatglm_ja.errors import DataError
+from chatglm_ja.storage.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from chatglm_ja.storage.weights import Weights
+
+FIRST_NEW_ID, EOS_IDS = "first_new_id", "eos_token_ids"
+# The special tokens with which models of this family end a document, where that is not eos_token:
+# the eos_token of a chat model ends an answer.
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+# Buffers in older checkpoints, which are computed from the configuration; not weights.
+BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
+
+
+class TransformersTokenizer(ModelTokenizer):
+    """A tokenizer as AutoTokenizer loads it; `eos_ids` are those of the model's generation."""
+
+    def __init__(self, auto: Any, eos_ids: Sequence[int], first_new_id: int | None = None) -> None:
+        self._auto = auto
+        # As the model reads texts: special tokens that a text spells stay text.
+        self._plain = Tokenizer.from_str(auto.backend_tokenizer.to_str())
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._plain.encode_special_tokens = True
+        by_id = {index: piece for piece, index in auto.get_vocab().items()}
+        self.size = max(by_id) + 1
+        self.pieces = [by_id.get(index, "") for index in range(self.size)]
+        self.first_new_id = self.size if first_new_id is None else first_new_id
+        self.special_ids = frozenset(
+            index for index, token in auto.added_tokens_decoder.items() if token.special
+        )
+        self.document_start = self._find_document_start()
+        self._eos_ids = list(eos_ids)
+        if not self._eos_ids:
+            raise DataError(
+                f"the tokenizer {auto.name_or_path} has no eos_token: expected one that ends a text"
+            )
+        ends = (auto.convert_tokens_to_ids(t) for t in DOCUMENT_ENDS if t in auto.get_vocab())
+        self.document_end = next((i for i in ends if i in self.special_ids), self._eos_ids[0])
+        self.pad_id = self.document_end if auto.pad_token_id is None else auto.pad_token_id
+
+    @classmethod
+    def open(cls, folder: Path) -> "TransformersTokenizer":
+        """Load the tokenizer of step 2's folder, or of a model's. Raises DataError."""
+        path = folder / "tokenizer_config.json"
+        try:
+            config = read_json(path)
+            first_new_id, eos_ids = config[FIRST_NEW_ID], config[EOS_IDS]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(
+                f"{folder} holds no tokenizer of step 2: expected tokenizer.model (ChatGLM3), or "
+                f"{FIRST_NEW_ID} and {EOS_IDS} in tokenizer_config.json"
+            ) from None
+        return cls(load_auto_tokenizer(folder), eos_ids, first_new_id)
+
+    def _find_document_start(self) -> list[int]:
+        """Return the ids that the tokenizer itself puts before a text."""
+        with_special, alone = (
+            self._plain.encode("a", add_special_tokens=added).ids for added in (True, False)
+        )
+        start = next(
+            place
+            for place in range(len(with_special))
+            if with_special[place : place + len(alone)] == alone
+        )
+        return list(with_special[:start])
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"a message holds the lone surrogate {text[error.start]!r} at character "
+                f"{error.start}: fix or remove it"
+            ) from None
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._auto.decode(list(ids), skip_special_tokens=True))
+
+    def spell(self, text: str) -> list[str]:
+        return [self._plain.decode([index]) for index in self.encode(text)]
+
+    def split_new_pieces(self) -> list[list[int]]:
+        content = json.loads(self._plain.to_str())
+        model, new = content["model"], {*self.pieces[self.first_new_id :]}
+        model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in new}
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in new]
+        base = Tokenizer.from_str(json.dumps(content)).model
+        return [
+            [token.id for token in base.tokenize(piece)]
+            for piece in self.pieces[self.first_new_id :]
+        ]
+
+    def to_transformers(self) -> Any:
+        return self._auto
+
+    @functools.cached_property
+    def _template(self) -> Any:
+        from chatglm_ja.bases.chat_template import ChatTemplate
+
+        return ChatTemplate(self._auto, self._eos_ids)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The ids that end an answer: those of the chat template, or without one of a text."""
+        return self._template.stop_ids if self._auto.chat_template else self._eos_ids
+
+    def build_prompt(self, messages: Sequence[Message]) -> list[int]:
+        return self._template.build_prompt(messages)
+
+    def build_example(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        return self._template.build_example(messages)
+
+
+class TransformersBase(Base):
+    """A base of this family: `config` is its AutoConfig, `auto` its AutoTokenizer."""
+
+    def __init__(self, folder: Path, config: Any, auto: Any) -> None:
+        self.folder, self.config, self.auto = folder, config, auto
+        self.rows = config.vocab_size
+        self.window = config.max_position_embeddings
+        self.first_new_id = self.tokenizer().size
+
+    @classmethod
+    def open(cls, folder: Path) -> "TransformersBase":
+        """Read and validate the configuration and the tokenizer; weights are read on demand.
+
+        Raises DataError for what is no causal language model of transformers with full weights, and
+        for embeddings without rows for all ids.
+        """
+        base = cls(folder, read_model_config(folder), load_auto_tokenizer(folder))
+        if base.rows < base.first_new_id:
+            raise DataError(
+                f"{folder}: the tokenizer has {base.first_new_id:,} ids, but config.json has "
+                f"vocab_size {base.rows:,}: they do not belong together"
+            )
+        return base
+
+    def tokenizer(self) -> TransformersTokenizer:
+        return TransformersTokenizer(self.auto, self._read_eos_ids())
+
+    def _read_eos_ids(self) -> list[int]:
+        """Return the ids that end a text: the tokenizer's eos_token, then those of the model."""
+        path = self.folder / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
+        listed: list[int | None] = []
+        for ids in (
+            self.auto.eos_token_id,
+            generation.get("eos_token_id"),
+            getattr(self.config, "eos_token_id", None),
+        ):
+            listed += ids if isinstance(ids, list) else [ids]
+        return list(dict.fromkeys(index for index in listed if index is not None))
+
+    @functools.cached_property
+    def _skeleton(self) -> Any:
+        """The model without its weights."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The names in the model of the tensors to be read, by their stored names.
+
+        Some checkpoints hold the names of the model inside, without the prefix of the whole. What
+        is stored under another name keeps it, so that `Weights` refuses it.
+        """
+        from chatglm_ja.storage.weights import read_weight_map
+
+        model = self._skeleton
+        names = model.state_dict().keys()
+        tied = _tied_output(model)
+        stored = {
+            name: name if name in names else f"{model.base_model_prefix}.{name}"
+            for name in read_weight_map(self.folder)
+            if not BUFFER.search(name)
+        }
+        kept = {old: new for old, new in stored.items() if new in names and new != tied}
+        missing = names - {*kept.values()} - {tied}
+        return kept | {name: name for name in missing}
+
+    @functools.cached_property
+    def weights(self) -> "Weights":
+        from chatglm_ja.storage.weights import Weights, read_weight_map
+
+        state = self._skeleton.state_dict()
+        shapes = {old: tuple(state[new].shape) for old, new in self._names.items()}
+        tied = _tied_output(self._skeleton)
+        ignored = [n for n in read_weight_map(self.folder) if n == tied or BUFFER.search(n)]
+        return Weights(self.folder, shapes, ignored)
+
+    @property
+    def embeddings(self) -> dict[str, str]:
+        model = self._skeleton
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        matrices = (model.get_input_embeddings(), model.get_output_embeddings())
+        own = dict.fromkeys(names[id(module.weight)] for module in matrices)
+        stored = {new: old for old, new in self._names.items()}
+        return {stored[name]: name for name in own}
+
+    def convert(self, name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
+        yield self._names[name], tensor
+
+    def save_config(self, folder: Path, rows: int, ids: int) -> None:
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.vocab_size, config.dtype = rows, self.weights.dtype
+        config.save_pretrained(folder)
+        generation = (
+            GenerationConfig.from_pretrained(self.folder)
+            if (self.folder / "generation_config.json").is_file()
+            else GenerationConfig.from_model_config(config)
+        )
+        tokenizer = self.tokenizer()
+        generation.eos_token_id = tokenizer.stop_ids
+        generation.pad_token_id = tokenizer.pad_id
+        generation.suppress_tokens = list(range(ids, rows)) or None
+        generation.save_pretrained(folder)
+
+    def load(self, dtype: "torch.dtype") -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).eval()
+
+
+def _tied_output(model: Any) -> str | None:
+    """Return the name of the output matrix if it is the input matrix, else None."""
+    output = model.get_output_embeddings()
+    if output.weight is not model.get_input_embeddings().weight:
+        return None
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is output)
+
+
+def read_model_config(folder: Path) -> Any:
+    """Read config.json as transformers' configuration of a causal language model.
+
+    Raises DataError for an architecture that transformers does not know without remote code, one
+    that is no decoder, and quantized weights.
+    """
+    path = folder / "config.json"
+    stored: Mapping[str, Any] = read_json(path)
+    model_type = stored["model_type"]
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if expected is None and "auto_map" in stored:
+        raise DataError(
+            f"{path}: the model asks for remote code ({model_type} is unknown to transformers), "
+            "which is never run: give a base in transformers' own layout, often published as -hf"
+        )
+    named = stored.get("architectures") or [expected]
+    if expected is None or expected not in named:
+        found = f"{model_type} with {', '.join(map(str, named))}"
+        what = f"expected {expected}" if expected else "which transformers has no decoder for"
+        raise DataError(
+            f"{path}: {found}: {what}: give a causal language model, such as Llama, Qwen3 or GLM-4"
+        )
+    if stored.get("quantization_config"):
+        raise DataError(
+            f"{path}: the checkpoint is quantized: download it with fp16, bf16 or fp32 weights"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers finds wrong with the values
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{path} is no configuration that transformers reads ({reason})") from None
+
+
+def load_auto_tokenizer(folder: Path) -> Any:
+    """Load a folder's tokenizer with AutoTokenizer. Raises DataError if there is none."""
+    try:
+        auto = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever transformers and tokenizers find wrong
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{folder} has no tokenizer that transformers loads ({reason})") from None
+    if not getattr(auto, "is_fast", False):
+        raise DataError(f"{folder} has no tokenizer.json, and transformers cannot make one")
+    return auto
