@@ -96,20 +96,20 @@ def read_shape(folder: Path) -> ModelShape:
 
     Raises DataError if the file is missing or damaged, or describes a model that cannot be trained.
     """
-    is_published = families.is_chatglm3(folder)
-    import torch
-    from transformers import AutoConfig
+    if families.is_chatglm3(folder):
+        published = base_config.read_config(folder)
+        rows = published["padded_vocab_size"]
+        config = base_config.glm_config(published, rows, None)
+    else:
+        from chatglm_ja.bases.transformers import read_model_config
 
-    from chatglm_ja.bases import modules
+        config = read_model_config(folder)
+    from chatglm_ja.bases.modules import measure
 
-    if is_published:
-        config = base_config.read_config(folder)
-        rows = config["padded_vocab_size"]
-        return modules.measure(base_config.glm_config(config, rows, torch.float16))
     try:
-        return modules.measure(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except DataError:
-        raise
+        return measure(config)
+    except DataError as error:
+        raise DataError(f"{folder}: {error}") from None
     except Exception as error:  # whatever transformers raises for sizes that make no model
         reason = " ".join(str(error).split())
         path = folder / "config.json"

@@ -130,7 +130,7 @@ def _is_size(name: str, value: Any) -> bool:
     return type(value) is int and 0 < value <= limit
 
 
-def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype") -> Any:
+def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype | None") -> Any:
     """Return the GlmConfig of a ChatGLM3 config.json, with `vocab_size` embedding rows."""
     from transformers import GlmConfig
 

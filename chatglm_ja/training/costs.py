@@ -3,7 +3,8 @@
 No weights are loaded: the model's config.json and the step's settings are enough, so that a run can
 be planned for any number of GPUs before there are data and weights. tests/training/test_costs.py
 compares the activations with what autograd saves, and docs/training.md the totals with runs on a
-GPU. Activations are those of a layer with two RMS norms and a gated MLP, as most models have.
+GPU. Activations are those of GlmForCausalLM's layer, with two RMS norms and a gated MLP; other
+layers of this kind keep nearly as much.
 """
 
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from chatglm_ja.bases import families
 from chatglm_ja.bases.shape import Linear, ModelShape, read_shape
 from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES
+from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 from chatglm_ja.storage.manifest import read_manifest
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
@@ -238,7 +240,10 @@ def plan_rows(config: TrainingConfig, shape: ModelShape) -> tuple[int, int]:
     """
     is_resized, old = False, min(PUBLISHED_IDS, shape.rows)
     if families.tokenizer_files(config.model):
-        tokenizer = families.load_tokenizer(config.model)
+        try:
+            tokenizer = families.load_tokenizer(config.model)
+        except DataError:  # it is no model of a step
+            tokenizer = families.open_base(config.model).tokenizer()
         old = tokenizer.first_new_id
         is_resized = old < tokenizer.size or read_manifest(config.model) is not None
     merged = read_manifest(config.tokenizer) if config.tokenizer is not None else None

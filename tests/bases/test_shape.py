@@ -56,8 +56,9 @@ def test_experts_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": "many"}, "describes no model that transformers builds"),
-        ({"model_type": "unheard-of"}, "describes no model that transformers builds"),
+        ({"num_attention_heads": "many"}, "is no configuration that transformers reads"),
+        ({"num_key_value_heads": 0}, "describes no model that transformers builds"),
+        ({"model_type": "bert"}, "bert with LlamaForCausalLM"),
         ({"model_type": 3}, "names no model_type"),
     ],
 )

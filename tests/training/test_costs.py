@@ -17,6 +17,7 @@ from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.training import adapter, costs
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
+from tests import tiny_models
 from tests.conftest import PROJECT, write_manifest
 from tests.training.runs import config_for
 
@@ -79,7 +80,7 @@ def test_both_layouts_give_the_same_shape(resized_dir: Path, base_dir: Path) -> 
         read_shape(resized_dir / "nowhere")
 
 
-def kept_bytes(model: Any, batch: int, length: int) -> int:
+def kept_bytes(model: Any, batch: int, length: int, rows: int = 400) -> int:
     """Return the bytes that autograd saves in a forward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -89,7 +90,7 @@ def kept_bytes(model: Any, batch: int, length: int) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = torch.randint(5, 400, (batch, length))
+    ids = torch.randint(5, rows, (batch, length))
     half = torch.arange(length // 2)
     positions = torch.cat([half, half]).expand(batch, length)  # two documents: there is a mask
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -133,6 +134,59 @@ def test_activations_are_what_autograd_keeps(
     assert kept[0] - kept[1] == batch * length * per_token
 
 
+def count_operations(config: TrainingConfig, ids: int) -> float:
+    """Return the operations that torch counts, relative to those that are expected."""
+    model = adapter.load_for_training(config, torch.float32)
+    # The products of fused attention are not counted on a CPU.
+    model.config._attn_implementation = "eager"
+    batch, length = 2, 32
+    input_ids = torch.randint(5, ids, (batch, length))
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=input_ids).logits
+        F.cross_entropy(logits.flatten(0, 1), input_ids.flatten()).backward()
+    shape = read_shape(config.model)
+    trained = config.count_parameters(shape)
+    # Attention is computed over the whole block, LoRA's products also where they do not learn.
+    expected = costs.flops_per_token(shape, trained, config.trained_linears(shape), context=length)
+    if not trained.lora:
+        expected += 4 * shape.lora_weights(config.lora_rank, shape.linears)
+    return counter.get_total_flops() / (expected * batch * length)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("glm", 0.0), ("llama", 0.07), ("qwen3", 0.06), ("gpt2", 0.35)]
+)
+def test_activations_of_other_architectures(tmp_path: Path, kind: str, tolerance: float) -> None:
+    """The formula is that of GlmForCausalLM's layer. Llama does not copy the attention's output,
+    Qwen3 normalizes queries and keys too, and GPT-2's dropout keeps the attention's weights."""
+    config = config_for(tmp_path / "2", tmp_path, tmp_path)
+    batch, length = 2, 64
+    kept = []
+    for layers in (2, 1):
+        folder = tiny_models.make_tiny(kind, tmp_path / str(layers), num_hidden_layers=layers)
+        model: Any = adapter.load_for_training(replace(config, model=folder), torch.float32)
+        kept.append(kept_bytes(model, batch, length, 320))
+    shape = read_shape(config.model)
+    per_token = costs.activation_bytes(
+        shape, config.lora_rank, config.trained_linears(shape), length, 4
+    )
+    found = (kept[0] - kept[1]) / (batch * length)
+    assert per_token == pytest.approx(found, rel=tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_embeddings": False}, {"lora_targets": ("c_fc",)}])
+@pytest.mark.parametrize("kind", tiny_models.SIZES)
+def test_operations_of_other_architectures(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """Tied embeddings are a lookup and a product, too."""
+    if "lora_targets" in changes and kind != "gpt2":
+        changes = {"lora_targets": ("o_proj",)}
+    folder = tiny_models.make_tiny(kind, tmp_path)
+    config = config_for(folder, tmp_path, tmp_path, **changes)
+    assert count_operations(config, 320) == pytest.approx(1, rel=8e-3)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -149,21 +203,7 @@ def test_operations_are_those_that_torch_counts(
     resized_dir: Path, data_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, **changes)
-    model = adapter.load_for_training(config, torch.float32)
-    # The products of fused attention are not counted on a CPU.
-    model.config._attn_implementation = "eager"
-    batch, length = 2, 32
-    ids = torch.randint(5, 400, (batch, length))
-    with FlopCounterMode(display=False) as counter:
-        logits = model(input_ids=ids).logits
-        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-    shape = read_shape(config.model)
-    trained = config.count_parameters(shape)
-    # Attention is computed over the whole block, LoRA's products also where they do not learn.
-    expected = costs.flops_per_token(shape, trained, config.trained_linears(shape), context=length)
-    if not trained.lora:
-        expected += 4 * shape.lora_weights(config.lora_rank, shape.linears)
-    assert counter.get_total_flops() == pytest.approx(expected * batch * length, rel=2e-3)
+    assert count_operations(config, 400) == pytest.approx(1, rel=2e-3)
 
 
 @pytest.mark.parametrize(
