@@ -64,6 +64,7 @@ def main() -> None:
     before, after = compared[0].load_tokenizer(), families.load_tokenizer(config.tokenizer)
     steps = read_history(compared[-1].folder) | {output.step: output.describe()}
     results = {
+        "base": dataclasses.asdict(families.open_base(config.base_model).describe()),
         "stages": measured,
         "segmentation": {
             language: merging.compare_segmentation(before, after, documents, Policy.ALL).row()

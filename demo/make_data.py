@@ -10,7 +10,8 @@ For each page, the script
     No step trains on held-out files, and lines that also occur on a training page are removed
     from them (help pages repeat each other);
   * builds single-turn conversations of four kinds: `ja`, `zh` and `en`, by the language of the
-    answer (explain a title, translate a passage), and `code` (a Basic example from the page);
+    answer (explain a title, translate a passage), and `code` (a Basic example from the page). There
+    are two mixes of them: one with Chinese, and one for a base that cannot read Chinese;
   * builds multiple-choice questions from held-out pages: which of four lines, three of them from
     other pages, comes next?
 
@@ -24,6 +25,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,6 @@ LANGUAGES = ("ja", "zh", "en")
 MIN_PAGE_CHARS = 120
 MAX_CHARS = {"ja": 1_100_000, "zh": 1_050_000, "en": 1_300_000}
 HELD_OUT_PERCENT = 5
-# The article's SFT mix, 52 : 22 : 9 : 17, with 1,800 conversations.
-CONVERSATIONS = {"ja": 936, "zh": 396, "en": 162, "code": 306}
 HELD_OUT_CONVERSATIONS = 25  # per kind, or all if there are fewer
 CHOICES = 4
 CHOICE_QUESTIONS = 25  # per language, at most two per page
@@ -62,6 +62,38 @@ WRITE_CODE = {
 }
 
 Page = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The conversations of train_<name> and heldout_<name>, and how many of a kind to train on."""
+
+    name: str
+    languages: tuple[str, ...]
+    directions: tuple[tuple[str, str], ...]
+    counts: Mapping[str, int]
+
+    def conversations(self, page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
+        yield from explanations(page_id, page, self.languages)
+        yield from translations(page_id, page, self.directions)
+        yield from code_examples(page_id, page, self.languages)
+
+
+MIXES = (
+    # The article's, 52 : 22 : 9 : 17.
+    Mix(
+        "sft",
+        LANGUAGES,
+        (("en", "ja"), ("zh", "ja"), ("en", "zh"), ("zh", "en")),
+        {"ja": 936, "zh": 396, "en": 162, "code": 306},
+    ),
+    Mix(
+        "sft_ja_en",
+        ("ja", "en"),
+        (("en", "ja"), ("ja", "en")),
+        {"ja": 1400, "en": 500, "code": 100},
+    ),
+)
 
 
 def read_parallel_pages(folder: Path) -> dict[str, dict[str, Page]]:
@@ -123,8 +155,10 @@ def answer_of(record: Mapping[str, Any]) -> str:
     return record["messages"][-1]["content"]
 
 
-def explanations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
-    for language in LANGUAGES:
+def explanations(
+    page_id: str, page: dict[str, Page], languages: Sequence[str]
+) -> Iterator[dict[str, object]]:
+    for language in languages:
         title = page[language]["title"]
         answer = explanation(page[language], language)
         if answer and (language != "ja" or CJK.search(title)):
@@ -132,12 +166,14 @@ def explanations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, obje
             yield conversation(key, language, EXPLAIN[language].format(title), answer)
 
 
-def translations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
+def translations(
+    page_id: str, page: dict[str, Page], directions: Sequence[tuple[str, str]]
+) -> Iterator[dict[str, object]]:
     """Yield at most two aligned lines per direction; pages are translated line by line."""
     lines = {language: page[language]["text"].split("\n") for language in LANGUAGES}
     if len({len(x) for x in lines.values()}) != 1:
         return
-    for source, target in (("en", "ja"), ("zh", "ja"), ("en", "zh"), ("zh", "en")):
+    for source, target in directions:
         taken = 0
         for number, (text, answer) in enumerate(zip(lines[source], lines[target], strict=True)):
             (low, high), (target_low, target_high) = PASSAGE_CHARS[source], PASSAGE_CHARS[target]
@@ -151,9 +187,11 @@ def translations(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, obje
                 yield conversation(key, target, TRANSLATE_INTO[target].format(text), answer)
 
 
-def code_examples(page_id: str, page: dict[str, Page]) -> Iterator[dict[str, object]]:
+def code_examples(
+    page_id: str, page: dict[str, Page], languages: Sequence[str]
+) -> Iterator[dict[str, object]]:
     """Yield the page's first Basic procedure in each language, with a request in that language."""
-    for language in LANGUAGES:
+    for language in languages:
         for line in page[language]["text"].split("\n"):
             match = BASIC_PROCEDURE.search(line)
             if match and len(match.group()) <= ANSWER_CHARS["code"]:
@@ -207,6 +245,35 @@ def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     print(f"{path.name:28s} {len(records):6,d} records {path.stat().st_size:9,d} bytes")
 
 
+def choose_conversations(
+    mix: Mix, pages: Sequence[tuple[str, dict[str, Page]]]
+) -> dict[bool, list[dict[str, object]]]:
+    """Return a mix's conversations: False -> to train on, True -> held out."""
+    chosen: dict[bool, list[dict[str, object]]] = {True: [], False: []}
+    trained_answers: set[str] = set()
+    for is_test in (False, True):
+        by_kind: dict[str, list[dict[str, object]]] = {kind: [] for kind in mix.counts}
+        seen: set[str] = set()
+        for page_id, page in pages:
+            if is_held_out(page_id) != is_test:
+                continue
+            for record in mix.conversations(page_id, page):
+                text = json.dumps(record["messages"])
+                known = is_test and answer_of(record) in trained_answers
+                if text not in seen and not known:
+                    seen.add(text)
+                    by_kind[str(record["kind"])].append(record)
+        for kind, records in by_kind.items():
+            wanted = HELD_OUT_CONVERSATIONS if is_test else mix.counts[kind]
+            if len(records) < wanted and not is_test:
+                raise SystemExit(f"only {len(records)} conversations of kind {kind}, not {wanted}")
+            random.Random(kind).shuffle(records)
+            chosen[is_test] += records[:wanted]
+        random.Random(0).shuffle(chosen[is_test])
+        trained_answers.update(map(answer_of, chosen[is_test]))
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -239,31 +306,10 @@ def main() -> None:
         )
     write_jsonl(OUTPUT_DIR / "heldout_choice.jsonl.gz", questions)
 
-    chosen: dict[bool, list[dict[str, object]]] = {True: [], False: []}
-    trained_answers: set[str] = set()
-    for is_test in (False, True):
-        by_kind: dict[str, list[dict[str, object]]] = {kind: [] for kind in CONVERSATIONS}
-        seen: set[str] = set()
-        for page_id, page in pages:
-            if is_held_out(page_id) != is_test:
-                continue
-            for make in (explanations, translations, code_examples):
-                for record in make(page_id, page):
-                    text = json.dumps(record["messages"])
-                    known = is_test and answer_of(record) in trained_answers
-                    if text not in seen and not known:
-                        seen.add(text)
-                        by_kind[str(record["kind"])].append(record)
-        for kind, records in by_kind.items():
-            wanted = HELD_OUT_CONVERSATIONS if is_test else CONVERSATIONS[kind]
-            if len(records) < wanted and not is_test:
-                raise SystemExit(f"only {len(records)} conversations of kind {kind}, not {wanted}")
-            random.Random(kind).shuffle(records)
-            chosen[is_test] += records[:wanted]
-        random.Random(0).shuffle(chosen[is_test])
-        trained_answers.update(map(answer_of, chosen[is_test]))
-    write_jsonl(OUTPUT_DIR / "train_sft.jsonl.gz", chosen[False])
-    write_jsonl(OUTPUT_DIR / "heldout_sft.jsonl.gz", chosen[True])
+    for mix in MIXES:
+        chosen = choose_conversations(mix, pages)
+        write_jsonl(OUTPUT_DIR / f"train_{mix.name}.jsonl.gz", chosen[False])
+        write_jsonl(OUTPUT_DIR / f"heldout_{mix.name}.jsonl.gz", chosen[True])
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def run_first(tmp_path: Path) -> RunFirst:
     return run_program
 
 
-@pytest.mark.parametrize("script", [*STEPS, "demo/build_base_model.py"])
+@pytest.mark.parametrize("script", [*STEPS, "demo/build_base_model.py", "demo/get_smollm2.py"])
 def test_a_python_without_the_packages_is_one_line(script: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-S", str(PROJECT / script)], capture_output=True, text=True, check=False,
@@ -220,7 +220,7 @@ def test_an_unknown_profile_is_one_line(
     run_first: RunFirst, script: str, profile: str, hint: str
 ) -> None:
     status, said = run_first(script, CHATGLM_JA_PROFILE=profile)
-    expected = f"error: CHATGLM_JA_PROFILE is {profile!r}, expected demo or chatglm3-6b{hint}"
+    expected = f"error: CHATGLM_JA_PROFILE is {profile!r}, expected one of demo, smollm2, chatglm3-6b{hint}"
     assert only_error(status, said) == expected
     assert len(said.splitlines()) == 1
 

@@ -642,6 +642,7 @@ def test_a_breakpoint_in_a_step_is_hit(pipeline: Runner) -> None:
                      PrepareDataConfig, TrainingConfig, SftConfig, EvalConfig, ExportConfig),
              strict=True),
         ("demo/build_base_model.py", StepConfig),
+        ("demo/get_smollm2.py", StepConfig),
     ],
 )  # fmt: skip
 def test_help_answers_at_once_and_documents_every_setting(
@@ -662,7 +663,7 @@ def test_the_6b_profile_asks_for_the_model(tmp_path: Path) -> None:
     result = Runner(tmp_path).run("step2_merge_tokenizer.py", CHATGLM_JA_PROFILE="chatglm3-6b")
     assert "CHATGLM3_6B_DIR is not set" in error_of(result)
     result = Runner(tmp_path).run("step1_train_tokenizer.py", CHATGLM_JA_PROFILE="big")
-    assert "expected demo or chatglm3-6b" in error_of(result)
+    assert "expected one of demo, smollm2, chatglm3-6b" in error_of(result)
 
 
 def test_the_demo_data_is_small_and_held_out() -> None:

@@ -1,10 +1,20 @@
-"""Tiny models of the architectures that people use: random weights, transformers' layout."""
+"""Tiny models of the architectures that people use, with random weights, and bases made of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # Of each architecture what sets it apart: tied embeddings (qwen3, gpt2), norms of queries and keys
 # (qwen3), a fused MLP and rotation of half of a head (glm), absolute positions and transposed
@@ -50,3 +60,67 @@ def make_tiny(kind: str, folder: Path, vocab_size: int = 320, **changes: Any) ->
         parameter.data += torch.randn_like(parameter) * 0.05
     model.save_pretrained(folder)
     return folder
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GLM_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}"
+    "<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# Of each kind: the special tokens, the document's start, eos_token, and the chat template.
+TOKENIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
+    "llama": (
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+         "<|eot_id|>"),
+        ("<|begin_of_text|>",), "<|eot_id|>", LLAMA_TEMPLATE,
+    ),
+    "qwen3": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), (), "<|im_end|>", CHATML),
+    "glm": (
+        ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
+         "<|observation|>"),
+        ("[gMASK]", "<sop>"), "<|endoftext|>", GLM_TEMPLATE,
+    ),
+    "gpt2": (
+        ("<|endoftext|>",), (), "<|endoftext|>", CHATML.replace("<|im_end|>", "<|endoftext|>"),
+    ),
+}  # fmt: skip
+
+
+def make_base(kind: str, folder: Path, lines: Iterable[str], **changes: Any) -> Path:
+    """Save a tiny base of a kind of TOKENIZERS to `folder`: the model, and a BPE on bytes.
+
+    The BPE is trained on `lines`. As the published ones are: Llama's takes whole words of the
+    vocabulary first and has its special tokens outside of it, Qwen's normalizes text to NFC.
+    """
+    special, start, eos, template = TOKENIZERS[kind]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if kind == "qwen3":
+        tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.add_special_tokens(list(special))
+    ids = [(token, tokenizer.token_to_id(token)) for token in special]
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join([*start, "$A"]), special_tokens=ids
+        )
+    auto = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, chat_template=template,
+        bos_token=start[0] if kind == "llama" else None,
+    )  # fmt: skip
+    auto.save_pretrained(folder)
+    eos_id = dict(ids)[eos]
+    sizes = {"vocab_size": len(auto) + 3, "bos_token_id": eos_id, "eos_token_id": eos_id}
+    return make_tiny(kind, folder, **sizes | changes)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import GenerationConfig
 
-from chatglm_ja.bases.interface import Base, Message, ModelTokenizer
+from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base_config import glm_config, read_config
 from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
@@ -128,6 +128,18 @@ class ChatGLM3Base(Base):
         from chatglm_ja.chatglm3.tensor_names import to_glm
 
         return to_glm(name, tensor, self.config)
+
+    def describe(self) -> Description:
+        return Description(
+            name="ChatGLM3",
+            model_class="GlmForCausalLM",
+            prefix=" ".join(chat_format.INPUT_PREFIX),
+            sampling="temperature {temperature}, top p {top_p}".format_map(chat_format.SAMPLING),
+            license_file="MODEL_LICENSE",
+            license_name="chatglm3-6b",
+            license_note="ChatGLM3-6B's is free for academic research, and for commercial use "
+            "after registration with its publisher.",
+        )
 
     def save_config(self, folder: Path, rows: int, ids: int) -> None:
         glm_config(self.config, rows, self.weights.dtype).save_pretrained(folder)

@@ -106,8 +106,8 @@ def open_base_tokenizer(folder: Path) -> Input:
             found = "is a file, expected the folder of the model"
         raise ArtifactError(
             f"base model {folder.absolute()} {found}: for the demo, run demo/build_base_model.py; "
-            "for the real model, set CHATGLM_JA_PROFILE=chatglm3-6b, and CHATGLM3_6B_DIR to its "
-            "folder"
+            "for the profile smollm2, demo/get_smollm2.py; for the real model, set "
+            "CHATGLM_JA_PROFILE=chatglm3-6b, and CHATGLM3_6B_DIR to its folder"
         )
     if is_chatglm3(folder):
         return open_files("base_tokenizer", folder / base_config.MODEL_FILE)

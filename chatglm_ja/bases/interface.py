@@ -19,6 +19,7 @@ A message of a conversation is a mapping:
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,16 @@ if TYPE_CHECKING:  # numpy and torch take a moment to import, and --help needs t
 
 Message = Mapping[str, Any]
 IGNORE_INDEX = -100  # label of a token that is not trained
+
+
+def is_call(message: Message) -> bool:
+    """Return whether a message is the assistant's call of a tool."""
+    return message["role"] == "assistant" and bool(message.get("call") or message.get("metadata"))
+
+
+def is_trained(message: Message) -> bool:
+    """Return whether a message is an answer, or a call, that the loss is computed on."""
+    return message["role"] == "assistant" and bool(message.get("loss", True))
 
 
 class FormatError(Exception):
@@ -110,6 +121,28 @@ class ModelTokenizer(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Description:
+    """What reports and the model card say of a base.
+
+    name           as people call it
+    model_class    transformers' class of the resized model
+    prefix         the tokens that the tokenizer puts before a text, as they are spelled
+    sampling       how generation_config.json samples
+    license_file   the file with its license, where the base was published
+    license_name   the license's name on the hub, if the base's is known
+    license_note   a sentence on the license, or ""
+    """
+
+    name: str
+    model_class: str
+    prefix: str
+    sampling: str
+    license_file: str | None
+    license_name: str | None = None
+    license_note: str = ""
+
+
 class Base(ABC):
     """A base model's folder, opened and validated once per step.
 
@@ -143,6 +176,10 @@ class Base(ABC):
     @abstractmethod
     def convert(self, name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield a stored tensor under the names, and with the shapes, of the resized model."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """Return what reports say of this base."""
 
     @abstractmethod
     def save_config(self, folder: Path, rows: int, ids: int) -> None:

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from chatglm_ja.bases.interface import Base, Message, ModelTokenizer
+from chatglm_ja.bases.chat_template import ChatTemplate
+from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 
@@ -34,6 +35,7 @@ FIRST_NEW_ID, EOS_IDS = "first_new_id", "eos_token_ids"
 # The special tokens with which models of this family end a document, where that is not eos_token:
 # the eos_token of a chat model ends an answer.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # Buffers in older checkpoints, which are computed from the configuration; not weights.
 BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias))$")
 
@@ -93,12 +95,13 @@ class TransformersTokenizer(ModelTokenizer):
 
     def encode(self, text: str) -> list[int]:
         try:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
+            text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"a message holds the lone surrogate {text[error.start]!r} at character "
+                f"a text holds the lone surrogate {text[error.start]!r} at character "
                 f"{error.start}: fix or remove it"
             ) from None
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -125,9 +128,7 @@ class TransformersTokenizer(ModelTokenizer):
         return self._auto
 
     @functools.cached_property
-    def _template(self) -> Any:
-        from chatglm_ja.bases.chat_template import ChatTemplate
-
+    def _template(self) -> ChatTemplate:
         return ChatTemplate(self._auto, self._eos_ids)
 
     @property
@@ -234,16 +235,33 @@ class TransformersBase(Base):
     def convert(self, name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
         yield self._names[name], tensor
 
+    def describe(self) -> Description:
+        generation, tokenizer = self._generation(), self.tokenizer()
+        sampling = "it decodes greedily"
+        if generation.do_sample:
+            sampling = f"temperature {generation.temperature}, top p {generation.top_p}"
+        license_file = next(
+            (name for name in LICENSE_FILES if (self.folder / name).is_file()), None
+        )
+        named = read_json(self.folder / "config.json").get("_name_or_path") or self.folder.name
+        return Description(
+            name=Path(str(named)).name,
+            model_class=type(self._skeleton).__name__,
+            prefix="".join(tokenizer.pieces[index] for index in tokenizer.document_start),
+            sampling=sampling,
+            license_file=license_file,
+        )
+
+    def _generation(self) -> Any:
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
     def save_config(self, folder: Path, rows: int, ids: int) -> None:
         config = type(self.config).from_dict(self.config.to_dict())
         config.vocab_size, config.dtype = rows, self.weights.dtype
         config.save_pretrained(folder)
-        generation = (
-            GenerationConfig.from_pretrained(self.folder)
-            if (self.folder / "generation_config.json").is_file()
-            else GenerationConfig.from_model_config(config)
-        )
-        tokenizer = self.tokenizer()
+        generation, tokenizer = self._generation(), self.tokenizer()
         generation.eos_token_id = tokenizer.stop_ids
         generation.pad_token_id = tokenizer.pad_id
         generation.suppress_tokens = list(range(ids, rows)) or None

@@ -8,15 +8,9 @@ becomes a special token: a user who types "<|assistant|>" gets ordinary pieces. 
 merged tokenizer in either form, sentencepiece's processor (tokenizer.load_processor) or the
 AutoTokenizer of step 2's folder; both give the same ids.
 
-A message is a mapping:
-
-    role        system, user, assistant or observation
-    content     its text
-    metadata    its header; an assistant's names the tool that the message calls
-    loss        false for an answer that is context only: none of its tokens is trained
-
-Tools are written as ChatGLM3's fine-tuning code writes them (format_conversation in THUDM/ChatGLM3,
-finetune_chatmodel_demo/preprocess_utils.py), one call at a time:
+bases/interface.py shows the messages. Their tools are written as ChatGLM3's fine-tuning code writes
+them (format_conversation in THUDM/ChatGLM3, finetune_chatmodel_demo/preprocess_utils.py), one call
+at a time:
 
     <|system|> \\n Answer the following ... tools:\\n[{"name": "get_weather", ...}] <|user|> ...
     <|assistant|> get_weather\\n ```python\\ntool_call(city='Osaka')\\n``` <|observation|> \\n 21
@@ -87,16 +81,6 @@ def stop_ids(tokenizer: Any) -> list[int]:
     return [special_id(tokenizer, token) for token in STOP_TOKENS]
 
 
-def is_call(message: Message) -> bool:
-    """Return whether a message is the assistant's call of a tool."""
-    return message["role"] == "assistant" and bool(message.get("metadata"))
-
-
-def is_trained(message: Message) -> bool:
-    """Return whether a message is an answer, or a call, that the loss is computed on."""
-    return message["role"] == "assistant" and bool(message.get("loss", True))
-
-
 def write_tools(tools: Any) -> str:
     """Write tools, a JSON value of any form, as the text of a system message."""
     return TOOLS_PROMPT + write_json_text(tools, indent=4)
@@ -113,20 +97,34 @@ def write_json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent, default=str)
 
 
+def write_message(message: Message) -> tuple[str, Any]:
+    """Return the header and the text of a message, with its tools or its call written out."""
+    header, text = message.get("metadata") or "", message.get("content")
+    if call := message.get("call"):
+        header, text = call["name"], write_call(call["arguments"])
+    elif tools := message.get("tools"):
+        text = f"{text}\n{write_json_text(tools, indent=4)}" if text else write_tools(tools)
+    return header, text
+
+
 def message_ids(tokenizer: Any, message: Message) -> list[int]:
-    """Tokenize a message: its role's token, its header, its content.
+    """Tokenize a message: its role's token, its header, its text.
 
     Raises DataError for an unknown role and for content that is not text.
     """
-    role, content = message["role"], message.get("content")
+    role = message["role"]
+    header, content = write_message(message)
     if role not in ROLES:
         raise DataError(f"role {role!r} does not exist: expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise DataError(
             f'a message has content of type {type(content).__name__}: expected text ("" for none)'
         )
-    header = encode_text(tokenizer, (message.get("metadata") or "") + "\n")
-    return [special_id(tokenizer, f"<|{role}|>"), *header, *encode_text(tokenizer, content)]
+    return [
+        special_id(tokenizer, f"<|{role}|>"),
+        *encode_text(tokenizer, header + "\n"),
+        *encode_text(tokenizer, content),
+    ]
 
 
 def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -136,14 +134,7 @@ def build_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Return ids and labels of a conversation for training; see `join_example`."""
-    return join_example(tokenizer, messages, [message_ids(tokenizer, m) for m in messages])
-
-
-def join_example(
-    tokenizer: Any, messages: Sequence[Message], parts: Sequence[Sequence[int]]
-) -> tuple[list[int], list[int]]:
-    """Return ids and labels, of equal length, of a conversation; `parts` are its `message_ids`.
+    """Return ids and labels, of equal length, of a conversation for training.
 
     Labels train the line break after <|assistant|>, which the model has to generate itself, the
     answer, and the token that ends it: the next role's, or after the last message </s>. A call is
@@ -151,13 +142,15 @@ def join_example(
     """
     ids = prefix_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
-    after_trained = False
-    for message, (role_token, *body) in zip(messages, parts, strict=True):
+    after_trained = ends_with_call = False
+    for message in messages:
+        role_token, *body = message_ids(tokenizer, message)
         labels.append(role_token if after_trained else IGNORE_INDEX)
-        after_trained = is_trained(message)
+        is_answer = message["role"] == "assistant"
+        after_trained = is_answer and bool(message.get("loss", True))
+        ends_with_call = is_answer and bool(write_message(message)[0])
         labels += body if after_trained else [IGNORE_INDEX] * len(body)
         ids += [role_token, *body]
-    ends_with_call = bool(messages) and is_call(messages[-1])
     end = special_id(tokenizer, "<|observation|>") if ends_with_call else EOS_ID
     ids.append(end)
     labels.append(end if after_trained else IGNORE_INDEX)

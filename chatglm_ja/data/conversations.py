@@ -1,4 +1,4 @@
-"""Parsing the common formats of conversations into ChatGLM3's messages.
+"""Parsing the common formats of conversations into messages (bases/interface.py).
 
     columns                        record
     (by the usual names)           {"instruction": q, "input": more, "output": a}         Alpaca
@@ -13,16 +13,16 @@ Alpaca's "history" of [question, answer] pairs. turns.py says which of a record'
 obeyed, refused and passed over.
 
 A conversation is rejected if its roles are out of order or a question or answer is empty. The
-assistant's turns before the first question are left out, and counted: in ChatGLM3's format a
+assistant's turns before the first question are left out, and counted: in the formats of the bases a
 question comes before every answer.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.chat_format import Message
+from chatglm_ja.bases.interface import Message, is_call
 from chatglm_ja.data import cleaning, readers, turns
 from chatglm_ja.data.readers import Chunk, Record, Reject
 from chatglm_ja.data.settings import UNICODE_FORM
@@ -44,7 +44,9 @@ MESSAGES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "question", "prompt", "query", "input")
 FURTHER = ("question", "query", "input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
-TEXTS = ("content", "metadata")  # the fields of a message that hold text
+# The fields of a message that hold text, and those that hold a JSON value.
+TEXTS = ("content", "metadata")
+VALUES = ("tools", "call")
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,54 @@ def read_messages(
         messages = _parse_record(record, columns)
     except BadRecordError as error:
         return error.reject
-    texts = (m[name] for m in messages for name in TEXTS if name in m)
+    texts = itertools.chain.from_iterable(map(_find_texts, messages))
     if problem := next(filter(None, map(readers.check_characters, texts)), None):
         return problem
-    messages = [
-        {**m, **{name: cleaning.clean(m[name], unicode_form) for name in TEXTS if name in m}}
-        for m in messages
-    ]
+    messages = [_clean_message(message, unicode_form) for message in messages]
     return check_order(messages) or messages
+
+
+def count_bytes(messages: Iterable[Message]) -> int:
+    """Count the bytes of the texts in messages, tools and calls among them."""
+    return sum(len(text.encode()) for message in messages for text in _find_texts(message))
+
+
+def _find_texts(message: Message) -> Iterator[str]:
+    """Yield the texts of a message, and those in its tools or its call."""
+    return itertools.chain.from_iterable(
+        _find_strings(message[name]) for name in (*TEXTS, *VALUES) if name in message
+    )
+
+
+def _find_strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a JSON value, the names in its objects among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        yield from _find_strings(list(value.values()))
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(_find_strings, value))
+
+
+def _clean_message(message: Message, unicode_form: str) -> Message:
+    """Return a message with cleaned texts. Blanks and empty lines in tools and calls stay."""
+    texts = {name: cleaning.clean(message[name], unicode_form) for name in TEXTS if name in message}
+    values = {name: _clean_value(message[name], unicode_form) for name in VALUES if name in message}
+    return {**message, **texts, **values}
+
+
+def _clean_value(value: Any, unicode_form: str) -> Any:
+    if isinstance(value, str):
+        return cleaning.clean_characters(value, unicode_form)
+    if isinstance(value, dict):
+        return {
+            cleaning.clean_characters(name, unicode_form): _clean_value(item, unicode_form)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_clean_value(item, unicode_form) for item in value]
+    return value
 
 
 def check_order(messages: Sequence[Message]) -> Reject | None:
@@ -101,7 +143,7 @@ def check_order(messages: Sequence[Message]) -> Reject | None:
     before: str | None = None
     asked = answered = False
     for index, message in enumerate(messages, start=1):
-        role = CALL if chat_format.is_call(message) else message["role"]
+        role = CALL if is_call(message) else message["role"]
         if role not in FOLLOWERS[before]:
             expected = " or ".join(FOLLOWERS[before])
             after = f"after {before}" if before else "at the start"
@@ -110,7 +152,8 @@ def check_order(messages: Sequence[Message]) -> Reject | None:
             )
         asked = asked or role == "user"
         answered = asked and (answered or message["role"] == "assistant")
-        if asked and message["role"] in ("user", "assistant") and not message["content"].strip():
+        says = message["content"].strip() or message.get("call")
+        if asked and message["role"] in ("user", "assistant") and not says:
             kind = "question" if role == "user" else "answer"
             return Reject(f"empty {kind}", f"message {index}")
         before = role
@@ -131,21 +174,15 @@ def count_system(messages: Sequence[Message]) -> int:
     return next((i for i, role in enumerate(roles) if role != "system"), len(roles))
 
 
-def last_exchanges(messages: Sequence[Message], lengths: Sequence[int], room: int) -> int:
-    """Return how many of the oldest messages to drop so that the rest fits into `room` tokens.
+def shorten(messages: Sequence[Message]) -> list[list[Message]]:
+    """Return a conversation whole, without its oldest exchange, and so on to its last alone.
 
-    `lengths` are the messages' tokens. The rest begins with a user's turn, so that no answer loses
-    its question; the system's messages are kept and not counted. Returns len(messages) if not even
-    the last exchange fits.
+    Every one begins with a user's turn, so that no answer loses its question, after the system's
+    messages, which are kept.
     """
-    start = count_system(messages)
-    room -= sum(lengths[:start])
-    rest = sum(lengths[start:])
-    for index in range(start, len(messages)):
-        if messages[index]["role"] == "user" and rest <= room:
-            return index - start
-        rest -= lengths[index]
-    return len(messages)
+    first = count_system(messages)
+    turns_of_user = (i for i, message in enumerate(messages) if message["role"] == "user")
+    return [[*messages[:first], *messages[turn:]] for turn in turns_of_user]
 
 
 def _parse_record(record: Record, columns: str | None) -> list[Message]:
@@ -156,17 +193,17 @@ def _parse_record(record: Record, columns: str | None) -> list[Message]:
     said = turns.said_fields({name: v for name, v in record.items() if name not in names})
     place = "the record"
     turns.refuse(said, turns.MEDIA, place)
-    before: list[str] = []
+    system: list[Message] = []
     for name in ("tools", "functions"):
         if tools := turns.parse_json(said.get(name), name, place):
-            before.append(chat_format.write_tools(tools))
-    if messages[0]["role"] == "system" and not messages[0]["content"].strip():
+            system.append({"role": "system", "content": "", "tools": tools})
+    first = messages[0]
+    if first["role"] == "system" and not first["content"].strip() and not first.get("tools"):
         messages = messages[1:]
     for name in ("system", "system_prompt", "system_message", "systemPrompt"):
         text = turns.read_text(said.get(name, ""), f"column {name!r}")
         if text.strip() and not (messages and messages[0]["role"] == "system"):
-            before.append(text)
-    system = [{"role": "system", "content": text} for text in before]
+            system.append({"role": "system", "content": text})
     messages = [*system, *_parse_history(said.get("history")), *messages]
     return messages if turns.is_trained(said, place) else turns.without_loss(messages)
 

@@ -21,8 +21,8 @@ import pyarrow
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from chatglm_ja.bases.interface import IGNORE_INDEX, FormatError, ModelTokenizer
 from chatglm_ja.bases.shape import ModelShape
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import parallel
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.packing import PackingPlan
@@ -220,7 +220,7 @@ def scored_share(rows: "Dataset", sample: int) -> float:
     if "labels" not in rows.column_names:
         return 1.0
     labels = [label for row in rows[:sample]["labels"] for label in row]
-    return sum(label != chat_format.IGNORE_INDEX for label in labels) / max(len(labels), 1)
+    return sum(label != IGNORE_INDEX for label in labels) / max(len(labels), 1)
 
 
 def source_titles(data: Path, name: str) -> list[str]:
@@ -272,7 +272,7 @@ def count_sources(rows: Any, titles: Sequence[str]) -> list[SourceCount]:
     ]
 
 
-def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> None:
+def check_conversations(rows: Any, data: Path, split: str, tokenizer: ModelTokenizer) -> None:
     """Raise DataError for the first conversation of packed rows that cannot be trained on.
 
     Such a conversation has no trained token, an empty answer, or labels that are not its ids. Step
@@ -280,8 +280,7 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
     train or validation, and its source.
     """
     titles = source_titles(data, "sft")
-    # An empty answer trains only the header's line break and the token that ends the answer.
-    empty_answer = len(tokenizer.encode("\n")) + 1
+    empty_answers = _empty_answers(tokenizer)
     before = 0
     for batch in rows.data.table.to_batches():
         ids, labels, lengths, sources = (batch[name].flatten().to_numpy() for name in SFT_COLUMNS)
@@ -289,12 +288,12 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
         if not len(lengths):
             continue
         ends = np.cumsum(lengths)
-        trained = labels != chat_format.IGNORE_INDEX
-        edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
+        trained = labels != IGNORE_INDEX
+        edges = _find_edges(trained)
         untrained = np.logical_or.reduceat(trained, ends - lengths) == 0
         problems = {
             "has no token that is trained": ends[untrained] - 1,
-            "has an empty answer": edges[np.diff(edges)[:, 0] <= empty_answer, 0],
+            "has an empty answer": _find_runs(ids, edges, empty_answers),
             "has labels that are not its tokens": np.flatnonzero(trained & (labels != ids)),
         }
         for problem, places in problems.items():
@@ -307,6 +306,32 @@ def check_conversations(rows: Any, data: Path, split: str, tokenizer: Any) -> No
                 f"{titles[sources[number]]}, {problem}: it starts {text.strip()[:60]!r}"
             )
         before += len(lengths)
+
+
+def _empty_answers(tokenizer: ModelTokenizer) -> list[np.ndarray]:
+    """Return what is trained of an empty answer, before a question and at the end."""
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]
+    try:
+        example = tokenizer.build_example([*talk, *talk])
+    except FormatError:  # then step 4 refused them
+        return []
+    ids, labels = map(np.array, example)
+    return [ids[start:end] for start, end in _find_edges(labels != IGNORE_INDEX)]
+
+
+def _find_edges(trained: np.ndarray) -> np.ndarray:
+    """Return where each run of trained tokens starts and ends, [runs, 2]."""
+    return np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
+
+
+def _find_runs(ids: np.ndarray, edges: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
+    """Return in order where the runs start whose tokens are one of the wanted."""
+    is_found = np.zeros(len(edges), dtype=bool)
+    for run in wanted:
+        candidates = np.flatnonzero(edges[:, 1] - edges[:, 0] == len(run))
+        tokens = ids[edges[candidates, :1] + np.arange(len(run))]
+        is_found[candidates] |= (tokens == run).all(axis=1)
+    return edges[is_found, 0]
 
 
 def _check_lengths(batch: Any, data: Path, split: str, num_sources: int) -> None:

@@ -1,10 +1,11 @@
 """Step 4's fine-tuning examples: whole conversations as ids and labels, packed into bins.
 
-A conversation has ChatGLM3's format (chat_format.py), and only the assistant's turns are trained,
-without those that the record says are not to be. One that is longer than a bin loses its oldest
-exchanges, never a part of an answer.
+A conversation has the format of the base, and one that this format cannot express is rejected. Only
+the assistant's turns are trained, without those that the record says are not to be. A conversation
+that is longer than a bin loses its oldest exchanges, never a part of an answer.
 """
 
+import bisect
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.tokenizer import load_processor
+from chatglm_ja.bases import families
+from chatglm_ja.bases.interface import FormatError, ModelTokenizer, is_trained
 from chatglm_ja.data import conversations, dataset, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.conversations import Conversation
 from chatglm_ja.data.document_index import DocumentIndex
+from chatglm_ja.data.readers import Reject
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
@@ -43,51 +45,55 @@ def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> Stored
         if not isinstance(conversation, Conversation):
             tokenized.rejects.append(conversation)
             continue
+        try:
+            fate = _add_conversation(tokenized, conversation, config)
+        except FormatError as error:
+            reject = Reject(error.reason, error.detail)
+            tokenized.rejects.append((conversation.record, reject))
+            continue
         tokenized.found += 1
-        contents = [message["content"] for message in conversation.messages]
-        tokenized.text_bytes += len("".join(contents).encode())
-        fate = _add_conversation(tokenized, conversation, config)
+        tokenized.text_bytes += conversations.count_bytes(conversation.messages)
         if fate is not Fate.KEPT:
             tokenized.counts[fate] += 1
     return tokenized.write(task.stem, task.number)
 
 
 @functools.cache
-def _load_tokenizer(folder: Path) -> tuple[Any, list[int]]:
-    """Load the tokenizer and the ids that begin a conversation, once per process."""
-    tokenizer = load_processor(folder)
-    return tokenizer, chat_format.prefix_ids(tokenizer)
+def _load_tokenizer(folder: Path) -> ModelTokenizer:
+    """Load the tokenizer, once per process."""
+    return families.load_tokenizer(folder)
 
 
 def _add_conversation(
     tokenized: TokenizedChunk, conversation: Conversation, config: PrepareDataConfig
 ) -> Fate:
-    """Tokenize a conversation, without its oldest exchanges if it is too long; return its fate."""
+    """Tokenize a conversation, without its oldest exchanges if it is too long; return its fate.
+
+    Raises FormatError.
+    """
     messages = conversation.messages
     if messages[-1]["role"] != "assistant":
         return Fate.NO_ANSWER
-    tokenizer, prefix = _load_tokenizer(config.tokenizer)
-    parts = [chat_format.message_ids(tokenizer, message) for message in messages]
-    lengths = [len(part) for part in parts]
-    available = config.max_length - len(prefix) - 1  # </s>
-    oldest = 0
-    if sum(lengths) > available:
-        oldest = conversations.last_exchanges(messages, lengths, available)
-        if config.long_conversations == "drop" or oldest == len(messages):
+    build = _load_tokenizer(config.tokenizer).build_example
+    example = build(messages)
+    is_shortened = len(example[0]) > config.max_length
+    if is_shortened:
+        rests = [] if config.long_conversations == "drop" else conversations.shorten(messages)[1:]
+        longest = bisect.bisect_left(
+            rests, True, key=lambda rest: len(build(rest)[0]) <= config.max_length
+        )
+        if longest == len(rests):
             return Fate.TOO_LONG
-        first = conversations.count_system(messages)
-        messages = [*messages[:first], *messages[first + oldest :]]
-        parts = [*parts[:first], *parts[first + oldest :]]
-    if not any(map(chat_format.is_trained, messages)):
+        messages = rests[longest]
+        example = build(messages)
+    if not any(map(is_trained, messages)):
         return Fate.UNTRAINED
     # Not fates: the rest of the conversation is kept.
-    if oldest:
+    if is_shortened:
         tokenized.counts["shortened"] += 1
     if conversation.opening_left_out:
         tokenized.counts["opening left out"] += 1
-    ids, labels = (
-        np.array(row, dtype="<i4") for row in chat_format.join_example(tokenizer, messages, parts)
-    )
+    ids, labels = (np.array(row, dtype="<i4") for row in example)
     # Examples are compared, not conversations: what was left out makes no difference to a model.
     content = ids.tobytes() + labels.tobytes()
     tokenized.add(ids, conversation.record, content, conversation.id)

@@ -1,4 +1,4 @@
-"""Parsing a turn of a conversation, in any of the usual forms, into ChatGLM3's messages.
+"""Parsing a turn of a conversation, in any of the usual forms, into messages (bases/interface.py).
 
     {"role": "user", "content": q}    {"from": "human", "value": q}          OpenAI, ShareGPT
     {"role": "assistant", "tool_calls": [{"function": {"name": ..., "arguments": ...}}]}
@@ -8,10 +8,10 @@
 What else a turn, or a record of turns, says of itself is in one of four groups. A null, as tables
 have for what is absent, says nothing.
 
-    read         tools and their calls; chatglm3/chat_format.py shows how they are written
+    read         tools and their calls; how they are written is the base's affair
     obeyed       FLAGS ("loss", "weight", "train" and the like), true or false, 1 or 0: an answer
                  that is not to be trained stays as context. Only answers are ever trained
-    refused      what ChatGLM3's format cannot express: images, audio, video, a refusal, reasoning,
+    refused      what a message cannot hold: images, audio, video, a refusal, reasoning,
                  several calls at once; and another field whose name speaks of loss, training, masks
                  or weights, if it is a turn's, or a yes or no
     passed over  all else: ids, names, sources, languages, scores, other forms of the same text
@@ -25,10 +25,10 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.chat_format import Message
+from chatglm_ja.bases.interface import Message
 from chatglm_ja.data.readers import MAX_DEPTH, Record, Reject
 
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
 CALL = "call"  # a turn of the assistant that is nothing but the call of a tool
 # The usual names of speakers, by their roles.
 SPEAKERS = {
@@ -55,7 +55,7 @@ FLAGS = {
 # is KTO's mark of a bad answer.
 BOOLEAN_FLAGS = {"label": True, "learn": True, "ignore": False, "skip": False}
 TRAINING_WORD = re.compile(r"(^|_)(loss|train[a-z]*|mask(s|ed|ing)?|weights?)(_|$)")
-# Fields that ChatGLM3's format cannot express: those of a record or a turn, and those of a turn.
+# Fields that a message cannot hold: those of a record or a turn, and those of a turn.
 MEDIA = frozenset(
     {"image", "images", "image_url", "image_path", "audio", "audios", "video", "videos",
      "attachments"}
@@ -107,10 +107,10 @@ def _parse_turn(said: Record, place: str) -> list[Message]:
         detail = f"{place} has no content or value among {', '.join(said)}"
         raise BadRecordError("wrong type", detail)
     text = read_text("" if content is None else content, place)
+    spoken = {"role": role, "content": text, **header}
     if tools := parse_json(said.get("tools"), "tools", place):
-        text = f"{text}\n{chat_format.write_json_text(tools, indent=4)}"
-    spoken = [] if made and not text.strip() else [{"role": role, "content": text, **header}]
-    return [*spoken, *made]
+        spoken["tools"] = tools
+    return made if made and not text.strip() else [spoken, *made]
 
 
 def _parse_role(said: Record, place: str) -> str:
@@ -135,7 +135,7 @@ def _parse_call_and_observation(said: Record, place: str) -> list[Message]:
     messages = [_parse_call(call, "parameters", place)]
     if "observation" in said:
         result = drop_nulls(said["observation"])
-        text = result if isinstance(result, str) else chat_format.write_json_text(result)
+        text = result if isinstance(result, str) else _write_json(result)
         messages.append({"role": "observation", "content": text})
     return messages
 
@@ -147,7 +147,7 @@ def _parse_call(value: Any, field: str, place: str) -> Message:
         if len(call) != 1:
             raise BadRecordError(
                 f"unsupported {field}",
-                f"{place} makes {len(call)} calls at once: ChatGLM3 makes one at a time",
+                f"{place} makes {len(call)} calls at once: expected one at a time",
             )
         call = call[0]
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
@@ -163,7 +163,13 @@ def _parse_call(value: Any, field: str, place: str) -> Message:
             f"{place} calls {name!r:.40} with {arguments!r:.80}: expected the name of a tool, and "
             "an object of named arguments",
         )
-    return {"role": "assistant", "content": chat_format.write_call(arguments), "metadata": name}
+    call = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "content": "", "call": call}
+
+
+def _write_json(value: Any) -> str:
+    """Write a value as JSON; what JSON does not have, such as a date, as a string."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def read_text(content: Any, place: str) -> str:
@@ -175,7 +181,7 @@ def read_text(content: Any, place: str) -> str:
         raise BadRecordError("wrong type", f"{place} holds {kind}, not text")
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind not in chat_format.TEXT_PARTS or not isinstance(part.get("text"), str):
+        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
             raise BadRecordError("unsupported content", f"{place} has a part of type {kind!r:.40}")
     return "".join(part["text"] for part in content)
 
@@ -219,7 +225,7 @@ def drop_nulls(value: Any, depth: int = MAX_DEPTH) -> Any:
 def refuse(said: Mapping[str, Any], fields: Set[str], place: str) -> None:
     """Raise BadRecordError if one of the fields is filled."""
     if filled := next((name for name in said if name in fields and said[name]), None):
-        detail = f"{place} has {filled}, which ChatGLM3's format cannot express"
+        detail = f"{place} has {filled}, which a message here cannot hold"
         raise BadRecordError(f"unsupported {filled}", detail)
 
 

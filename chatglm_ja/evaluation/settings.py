@@ -15,7 +15,7 @@ from chatglm_ja.sources import Source
 class EvalConfig(ReadingConfig):
     """Step 7."""
 
-    base_model: Path = setting("the base model, in ChatGLM3's layout", unset=NO_BASE_MODEL)
+    base_model: Path = setting("the base model's folder", unset=NO_BASE_MODEL)
     tokenizer: Path = setting("output folder of step 2")
     resized: Path = setting("output folder of step 3")
     pretrained: Path = setting("output folder of step 5")

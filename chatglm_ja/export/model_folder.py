@@ -32,8 +32,14 @@ class ModelFolder:
         Raises DataError if one of them is missing, damaged, or of another kind of model, and if
         the embeddings have fewer rows than the tokenizer has ids.
         """
-        config = read_glm_config(folder)
         path = folder / tokenizer.MODEL_FILE
+        if (folder / "config.json").is_file() and not path.is_file():
+            raise DataError(
+                f"{folder} has no {tokenizer.MODEL_FILE}: step 8 exports models made of ChatGLM3; "
+                "one of another base has the base's own layout already, which vLLM, the converter "
+                "of llama.cpp and others read"
+            )
+        config = read_glm_config(folder)
         proto = tokenizer.read_proto(path)
         if not (tokenizer.is_lossless(proto) and tokenizer.has_special_tokens(proto)):
             raise DataError(

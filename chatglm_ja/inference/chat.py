@@ -1,19 +1,18 @@
 """A chat with a model: prompts that fit its window, answers streamed, and the terminal chat.
 
-What the user types is text only: it never becomes one of ChatGLM3's special tokens. When a
+What the user types is text only: it never becomes a special token. When a
 conversation outgrows the model's window, its oldest exchanges are left out of the prompt.
 """
 
+import bisect
 import io
 import readline  # noqa: F401  gives input() line editing and a history
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.chat_format import Message
+from chatglm_ja.bases.interface import FormatError, Message, ModelTokenizer
 from chatglm_ja.data import cleaning, conversations
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.inference import generation
@@ -40,21 +39,25 @@ def stream_reply(
     return generation.stream_answer(model, prompt, options)
 
 
-def build_fitting_prompt(tokenizer: Any, messages: Sequence[Message], size: int) -> list[int]:
+def build_fitting_prompt(
+    tokenizer: ModelTokenizer, messages: Sequence[Message], size: int
+) -> list[int]:
     """Return the ids of a prompt of at most `size` tokens, without the oldest exchanges if needed.
 
-    Raises DataError if the last exchange alone is longer.
+    Raises DataError if the last exchange alone is longer, and for what the base's format cannot
+    express.
     """
-    lengths = [len(chat_format.message_ids(tokenizer, message)) for message in messages]
-    size -= len(chat_format.build_prompt_ids(tokenizer, []))
-    dropped = conversations.last_exchanges(messages, lengths, size)
-    if dropped == len(messages):
-        raise DataError(
-            f"the message has {lengths[-1]:,} tokens, expected at most {size:,}: shorten it"
-        )
-    first = conversations.count_system(messages)
-    kept = [*messages[:first], *messages[first + dropped :]]
-    return chat_format.build_prompt_ids(tokenizer, kept)
+    build, rests = tokenizer.build_prompt, conversations.shorten(messages)
+    try:
+        longest = bisect.bisect_left(rests, True, key=lambda rest: len(build(rest)) <= size)
+        prompt = build(rests[min(longest, len(rests) - 1)])
+    except FormatError as error:
+        raise DataError(f"{error.reason}: {error.detail}") from None
+    if longest == len(rests):
+        length = len(tokenizer.encode(messages[-1]["content"]))
+        room = max(0, size - (len(prompt) - length))
+        raise DataError(f"the message has {length:,} tokens, expected at most {room:,}: shorten it")
+    return prompt
 
 
 def chat_in_terminal(model: LoadedModel, options: ChatOptions) -> None:

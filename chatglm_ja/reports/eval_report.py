@@ -35,7 +35,6 @@ Results = Mapping[str, Any]
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "model_card.md"  # in step 7's folder; README.md in the model's
-BASE_LICENSE = "MODEL_LICENSE"  # ChatGLM3-6B's, published beside its weights
 # Beside ours. Of a license in the same folder, the hub's metadata can name no other file.
 LICENSE = "LICENSE"
 
@@ -301,6 +300,7 @@ def render_html(results: Results) -> str:
     last = list(results["steps"].values())[-1]
     return render_template(
         "report.html.jinja",
+        base=results["base"],
         pretraining=describe_pretraining(results),
         sections=_measured_sections(results),
         samples=results["samples"],
@@ -355,7 +355,8 @@ def render_card(results: Results, base_dir: Path) -> str:
         metadata=_describe_for_hub(results, base_dir),
         languages=list(results["stages"][0]["languages"]),
         stages=[stage["name"] for stage in results["stages"]],
-        license_file=LICENSE if (base_dir / BASE_LICENSE).is_file() else None,
+        base=results["base"],
+        license_file=LICENSE if _has_license(results, base_dir) else None,
         results=render_markdown(results).rstrip(),
         data=data,
         settings=settings,
@@ -372,11 +373,11 @@ def _describe_for_hub(results: Results, base_dir: Path) -> str:
     path = base_dir / "config.json"
     name = str(read_json(path).get("_name_or_path")) if path.is_file() else ""
     base_name = name if "/" in name and HUB_NAME.fullmatch(name) else None
-    license_link = None
-    if (base_dir / BASE_LICENSE).is_file():
+    base, license_link = results["base"], None
+    if _has_license(results, base_dir):
         license_link = LICENSE
-    elif base_name:
-        license_link = f"https://huggingface.co/{base_name}/blob/main/{BASE_LICENSE}"
+    elif base_name and base["license_file"]:
+        license_link = f"https://huggingface.co/{base_name}/blob/main/{base['license_file']}"
     arguments = results["steps"].get("step4_prepare_data", {}).get("arguments", {})
     sources = [*arguments.get("sources", []), *arguments.get("sft_sources", [])]
     # The paths of local files are not recorded.
@@ -388,9 +389,15 @@ def _describe_for_hub(results: Results, base_dir: Path) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         license="other",
-        license_name="chatglm3-6b" if license_link else None,
+        license_name=base["license_name"] if license_link else None,
         license_link=license_link,
     ).to_yaml()
+
+
+def _has_license(results: Results, base_dir: Path) -> bool:
+    """Return whether the base's folder holds its license."""
+    name = results["base"]["license_file"]
+    return name is not None and (base_dir / name).is_file()
 
 
 def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
@@ -401,8 +408,9 @@ def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
     """
     card = model_dir / "README.md"
     copies = {results_dir / CARD_FILE: card}
-    if (base_dir / BASE_LICENSE).is_file():
-        copies[base_dir / BASE_LICENSE] = model_dir / LICENSE
+    results = read_json(results_dir / RESULTS_FILE)
+    if _has_license(results, base_dir):
+        copies[base_dir / results["base"]["license_file"]] = model_dir / LICENSE
     try:
         for source, target in copies.items():
             with publish_file(target) as partial:

@@ -1,4 +1,4 @@
-"""Recognizing a folder that is not a ChatGLM3 checkpoint, by the names in it.
+"""Recognizing a folder that is not a whole checkpoint, by the names in it.
 
 Other tools leave folders that look like a model: adapters, wrapped or quantized weights, training
 states, half of a download. One table says what each gives away, and what to do.
@@ -23,7 +23,7 @@ MEANINGS = {
     ),
     r"\.(qweight|qzeros|scales|g_idx|weight_scale|SCB|absmax|quant_map|nested_absmax|weight_format"
     r"|quant_state)\b| (torch\.)?(u?int|[IU]|float8|F8)\w*( |$)|\.gguf|ggml": (
-        "it is quantized: download chatglm3-6b or chatglm3-6b-base in fp16"
+        "it is quantized: download the model in fp16 or bf16"
     ),
     r"(^|\.)(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
     r"|_flat_param|flat_param)\b|^base_model\.model\.": (
@@ -32,10 +32,10 @@ MEANINGS = {
         "accelerator.unwrap_model(model).save_pretrained(...)"
     ),
     r"^model\.(embed_tokens|layers|norm)\.": (
-        "it is in another layout, such as transformers' or Llama's: give the folder in ChatGLM3's"
+        "it has another layout or another number of layers than its config.json says"
     ),
     r"^(transformer\.)?(lm_head|v_head|value_head|score|classifier_head)\.": (
-        "some tools add such a head, which ChatGLM3 does not use: remove it from the weights, or "
+        "some tools add such a head, which the model does not use: remove it from the weights, or "
         "give the base that was trained"
     ),
     r" \((0,|0, 0)\)$": (
@@ -69,6 +69,6 @@ def recognize(evidence: Iterable[str]) -> tuple[str, str] | None:
 
 
 def recognize_folder(folder: Path) -> str | None:
-    """Return what a folder is that lacks a file of ChatGLM3, or None if that is not known."""
+    """Return what a folder is that lacks a file of a model, or None if that is not known."""
     found = recognize(path.name for path in folder.iterdir()) if folder.is_dir() else None
     return f"{found[0]}: {found[1]}" if found else None

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import chat_format
-from chatglm_ja.chatglm3.chat_format import Message
+from chatglm_ja.bases.interface import Message
 from chatglm_ja.data import conversations
 from chatglm_ja.data.conversations import Conversation, read_messages
 from chatglm_ja.data.readers import Reject, read_chunks
@@ -70,7 +69,7 @@ def test_system_text_and_history_come_first() -> None:
 def test_a_record_s_tools_come_before_its_system_text() -> None:
     tools = [{"name": "clock", "description": "時刻"}]
     expected = [
-        {"role": "system", "content": chat_format.write_tools(tools)},
+        {"role": "system", "content": "", "tools": tools},
         {"role": "system", "content": "s"},
         *Q_AND_A,
     ]
@@ -204,26 +203,23 @@ def test_records_keep_their_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "lengths", "room", "left_out"),
+    ("roles", "rests"),
     [
-        ("uaua", [5, 5, 5, 5], 20, 0),
-        ("uaua", [5, 5, 5, 5], 19, 2),
-        ("uaua", [5, 5, 5, 5], 10, 2),
-        ("uaua", [5, 5, 5, 5], 9, 4),
-        ("suaua", [3, 5, 5, 5, 5], 13, 2),
-        ("suaua", [3, 5, 5, 5, 5], 12, 5),
-        ("uaoaua", [5, 5, 5, 5, 5, 5], 25, 4),  # never between a call and its answer
-        ("uaaoaua", [5, 5, 5, 5, 5, 5, 5], 30, 5),
-        ("ssuaua", [3, 4, 5, 5, 5, 5], 17, 2),
-        ("ssuaua", [3, 4, 5, 5, 5, 5], 16, 6),
+        ("uaua", ["uaua", "ua"]),
+        ("suaua", ["suaua", "sua"]),
+        ("uaoaua", ["uaoaua", "ua"]),  # never between a call and its answer
+        ("ssuauaoaua", ["ssuauaoaua", "ssuaoaua", "ssua"]),
+        ("su", ["su"]),
     ],
 )
-def test_a_long_conversation_loses_its_oldest_exchanges(
-    roles: str, lengths: list[int], room: int, left_out: int
-) -> None:
+def test_a_long_conversation_loses_its_oldest_exchanges(roles: str, rests: list[str]) -> None:
     names = {"s": "system", "u": "user", "a": "assistant", "o": "observation"}
-    messages = [{"role": names[role], "content": ""} for role in roles]
-    assert conversations.last_exchanges(messages, lengths, room) == left_out
+    messages = [{"role": names[role], "content": str(n)} for n, role in enumerate(roles)]
+    shortened = conversations.shorten(messages)
+    assert ["".join(message["role"][0] for message in rest) for rest in shortened] == rests
+    system = roles.count("s")
+    for rest in shortened:
+        assert rest == [*messages[:system], *messages[len(messages) - len(rest) + system :]]
 
 
 def test_every_text_of_a_conversation_is_cleaned() -> None:
@@ -237,8 +233,7 @@ def test_every_text_of_a_conversation_is_cleaned() -> None:
     ]  # fmt: skip
     read = read_messages({"messages": messages}, None)
     assert isinstance(read, list)
-    contents = [message["content"] for message in read]
-    assert contents == [clean, clean, "```python\ntool_call(a='が')\n```", clean, clean]
+    assert [message["content"] for message in read] == [clean, clean, "", clean, clean]
     pair = {"instruction": dirty, "output": dirty, "history": [[dirty, dirty]], "system": dirty}
     read = read_messages(pair, None)
     assert isinstance(read, list) and {message["content"] for message in read} == {clean}
@@ -247,6 +242,38 @@ def test_every_text_of_a_conversation_is_cleaned() -> None:
     assert isinstance(reject, Reject) and reject.reason == "empty answer"
     read = read_messages({"prompt": "ア", "response": "ｱ"}, None, "NFKC")
     assert isinstance(read, list) and read[1]["content"] == "ア"
+
+
+def test_the_texts_in_tools_and_calls_are_cleaned_and_checked() -> None:
+    """Their characters only: blanks and empty lines may be code."""
+    dirty, clean = "か\u3099\u200b \r\n\n\n\nx \n", "が \n\n\n\nx \n"
+    user, answer = Q_AND_A
+
+    def read(tools: Any, arguments: Any) -> list[Message] | Reject:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        turns = [
+            user,
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "x"},
+        ]
+        return read_messages({"messages": [*turns, answer], "tools": tools}, None)
+
+    messages = read(
+        [{"name": dirty, dirty: 1}], {"a": [dirty, {dirty: 2}], "か\u3099": None, "n": 3}
+    )
+    assert isinstance(messages, list)
+    assert messages[0]["tools"] == [{"name": clean, clean: 1}]
+    assert messages[2]["call"] == {"name": "f", "arguments": {"a": [clean, {clean: 2}], "n": 3}}
+    for bad, reason in (("x\ud800", "lone surrogate"), ("x\0", "NUL")):
+        for reject in (read([{bad: 1}], {}), read([{"a": [bad]}], {}), read([], {"a": {bad: 1}})):
+            assert isinstance(reject, Reject) and reject.reason == reason
+
+
+def test_the_bytes_of_a_conversation_are_those_of_all_its_texts() -> None:
+    call = {"name": "f", "arguments": {"あ": ["い", 1]}}
+    messages = [*Q_AND_A, {"role": "assistant", "content": "", "call": call, "loss": False}]
+    # The names of a call's own fields are counted as well.
+    assert conversations.count_bytes(messages) == 2 + len("nameargumentsf") + 6
 
 
 def test_what_instructs_or_forbids_is_not_lost() -> None:

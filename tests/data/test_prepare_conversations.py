@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chatglm_ja.bases.chatglm3 import ChatGLM3Tokenizer
+from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
 from chatglm_ja.data import dataset, packing, prepare_conversations, resume
@@ -280,3 +282,27 @@ def test_bad_conversations_are_in_the_rejects_file(tmp_path: Path, merged_dir: P
     assert [(r["source"], r["line"], r["reason"]) for r in rejects] == [
         ("ja/a", 5, "empty answer"), ("ja/a", 8, "duplicate id"), ("ja/a", 10, "empty list"),
     ]  # fmt: skip
+
+
+def test_what_the_base_s_format_cannot_express_is_a_bad_record(
+    tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Picky(ChatGLM3Tokenizer):
+        def build_example(self, messages: Any) -> Any:
+            if messages[0]["role"] == "system":
+                raise FormatError("refused by the chat template", "no system role")
+            return super().build_example(messages)
+
+    monkeypatch.setattr(prepare_conversations, "_load_tokenizer", Picky.open)
+    rows = [conversation(f"q{i}", "a") for i in range(4)]
+    rows[2]["messages"].insert(0, {"role": "system", "content": "s"})
+    config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)])
+    index = prepare_conversations.prepare(
+        config, source_folders(tmp_path / "chunks", config.sft_sources)
+    )
+    counts = index.counts(0)
+    assert (counts["documents"], counts["rejected"], counts["kept"]) == (3, 1, 3)
+    resume.RejectsFile(tmp_path / "rejects.jsonl", tmp_path / "report", 0.5).check(index)
+    [reject] = map(json.loads, (tmp_path / "rejects.jsonl").read_text().splitlines())
+    assert (reject["line"], reject["reason"]) == (3, "refused by the chat template")
+    assert reject["detail"] == "no system role"

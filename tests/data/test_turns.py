@@ -5,18 +5,14 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3.chat_format import Message
+from chatglm_ja.bases.interface import Message
 from chatglm_ja.data.turns import BadRecordError, parse_turns
 
-CALL: Message = {
-    "role": "assistant",
-    "metadata": "get_weather",
-    "content": "```python\ntool_call(city='大阪', days=2)\n```",
-}
 WARM = '{"temp": 21}'
 SEEN: Message = {"role": "observation", "content": WARM}
 ARGUMENTS = {"city": "大阪", "days": 2}
 FUNCTION = {"name": "get_weather", "arguments": ARGUMENTS}
+CALL: Message = {"role": "assistant", "content": "", "call": FUNCTION}
 SPELLED = {"name": "get_weather", "arguments": json.dumps(ARGUMENTS)}
 
 
@@ -63,11 +59,17 @@ def test_the_usual_names_of_speakers(role: str, speakers: str) -> None:
             ]},
             {**SEEN, "tool_calls": None, "tool_call_id": "c"},
         ],
-        [CALL, SEEN],  # as ChatGLM3 writes it
     ],
 )  # fmt: skip
 def test_calls_of_tools_in_all_forms(turns: list[Any]) -> None:
     assert parse_turns(turns) == [CALL, SEEN]
+
+
+def test_a_call_that_is_in_chatglm3_s_form_stays_so() -> None:
+    code = "```python\ntool_call(city='大阪')\n```"
+    for role in ("assistant", "function_call"):
+        turn = {"role": role, "metadata": "get_weather", "content": code}
+        assert parse_turns([turn, SEEN]) == [{**turn, "role": "assistant"}, SEEN]
 
 
 def test_text_comes_before_the_call_that_it_announces() -> None:
@@ -77,10 +79,12 @@ def test_text_comes_before_the_call_that_it_announces() -> None:
     assert parse_turns([{**turn, "train": False}]) == untrained
 
 
-def test_a_system_message_s_own_tools_follow_its_text() -> None:
-    turn = {"role": "system", "content": "s", "tools": [{"name": "時計"}]}
-    text = 's\n[\n    {\n        "name": "時計"\n    }\n]'
-    assert parse_turns([turn]) == [{"role": "system", "content": text}]
+def test_a_system_message_keeps_its_own_tools() -> None:
+    tools = [{"name": "時計"}]
+    for given in (tools, json.dumps(tools)):
+        turn = {"role": "system", "content": "s", "tools": given}
+        assert parse_turns([turn]) == [{"role": "system", "content": "s", "tools": tools}]
+    assert parse_turns([{**turn, "tools": "[]"}]) == [{"role": "system", "content": "s"}]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +156,7 @@ def test_parts_that_are_text_are_joined() -> None:
         ("function_call", {"role": "function_call", "content": json.dumps([FUNCTION] * 2)}),
     ],
 )
-def test_what_chatglm3_cannot_express_is_refused_by_name(field: str, turn: dict[str, Any]) -> None:
+def test_what_a_message_cannot_hold_is_refused_by_name(field: str, turn: dict[str, Any]) -> None:
     with pytest.raises(BadRecordError) as caught:
         parse_turns([{"role": "assistant", "content": "a", **turn}])
     assert caught.value.reject.reason == f"unsupported {field}"

@@ -49,7 +49,7 @@ def bare_tokenizer(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json not found"),
-        (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer.model not found"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "has no tokenizer.model"),
         (bare_tokenizer, "is not a tokenizer that step2_merge_tokenizer.py made"),
         (lambda folder: change_config(folder, vocab_size=4096),
          r"the model has 4,096 embedding rows, but its tokenizer has 4,8\d\d ids"),

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import strategies as st
 
 from chatglm_ja import source_files, sources
+from chatglm_ja.bases.interface import is_call
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.data import (
     conversations,
@@ -296,7 +297,7 @@ def test_conversations(
     placed = ["[gMASK]", "sop", *(f"<|{message['role']}|>" for message in messages)]
     for each in both:
         ids, labels = chat_format.build_example(each, messages)
-        end = "<|observation|>" if chat_format.is_call(messages[-1]) else "</s>"
+        end = "<|observation|>" if is_call(messages[-1]) else "</s>"
         assert [marks[i] for i in ids if i in marks] == [*placed, end]
         assert all(
             label in (chat_format.IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True)

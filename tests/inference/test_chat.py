@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference import chat, generation
 from chatglm_ja.inference.generation import GREEDY, ChatOptions
@@ -35,10 +36,22 @@ def test_the_oldest_exchanges_are_left_out(model: LoadedModel) -> None:
 
 def test_a_message_too_long_for_the_model_is_an_error(model: LoadedModel) -> None:
     limit = model.window
-    with pytest.raises(DataError, match=rf"expected at most {limit - 13}: shorten it"):
+    around = len(model.tokenizer.build_prompt(make_messages("")))
+    with pytest.raises(DataError, match=rf"expected at most {limit - 10 - around}: shorten it"):
         chat.stream_reply(model, make_messages("长" * limit), ChatOptions(GREEDY, 10))
     # Half of the window stays for the conversation, however long the answer may become.
     assert list(chat.stream_reply(model, make_messages("长"), ChatOptions(GREEDY, 10 * limit)))
+
+
+def test_what_the_format_cannot_express_is_an_error(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: Any, _messages: Any) -> None:
+        raise FormatError("refused by the chat template", "roles must alternate")
+
+    monkeypatch.setattr(type(model.tokenizer), "build_prompt", refuse)
+    with pytest.raises(DataError, match="refused by the chat template: roles must alternate"):
+        chat.stream_reply(model, make_messages("一"), ChatOptions(GREEDY, 4))
 
 
 def test_a_question_is_cleaned_as_texts_are(model: LoadedModel) -> None:

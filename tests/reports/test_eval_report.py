@@ -64,7 +64,13 @@ def results() -> dict[str, Any]:
         "lineage": {"step2": "ab" * 32},
         "versions": {"torch": "2"},
     }
+    base = {
+        "name": "ChatGLM3", "model_class": "GlmForCausalLM", "prefix": "[gMASK] sop",
+        "sampling": "temperature 0.8", "license_file": "MODEL_LICENSE",
+        "license_name": "chatglm3-6b", "license_note": "Known to its publisher.",
+    }  # fmt: skip
     return {
+        "base": base,
         "stages": stages,
         "segmentation": {"ja": row},
         "samples": [
@@ -198,7 +204,7 @@ def test_the_card_has_results_settings_and_the_license(
     assert "`speed`" not in text
     assert "inherit its license" in text and "publisher. The data" in text
     (tmp_path / "MODEL_LICENSE").write_text("terms")
-    assert "(LICENSE in this folder). The data" in eval_report.render_card(results, tmp_path)
+    assert "(LICENSE in this folder). Known" in eval_report.render_card(results, tmp_path)
 
 
 def hub_metadata(results: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -256,6 +262,7 @@ def test_the_card_is_put_beside_the_weights(
     for folder in (base, step7, model):
         folder.mkdir()
     (step7 / "model_card.md").write_text("card")
+    (step7 / "results.json").write_text(json.dumps({"base": {"license_file": "MODEL_LICENSE"}}))
     (base / "MODEL_LICENSE").write_text("terms")
     (model / "README.md").write_text("old")
     eval_report.publish_card(step7, model, base)

@@ -154,7 +154,7 @@ def count_operations(config: TrainingConfig, ids: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tolerance"), [("glm", 0.0), ("llama", 0.07), ("qwen3", 0.06), ("gpt2", 0.35)]
+    ("kind", "tolerance"), [("glm", 0.0), ("llama", 0.07), ("qwen3", 0.06), ("gpt2", 0.5)]
 )
 def test_activations_of_other_architectures(tmp_path: Path, kind: str, tolerance: float) -> None:
     """The formula is that of GlmForCausalLM's layer. Llama does not copy the attention's output,

@@ -12,6 +12,8 @@ from typing import Any
 import datasets
 import pytest
 
+from chatglm_ja.bases import families
+from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import dataset
 from chatglm_ja.data.dataset import SourceCount
@@ -101,15 +103,20 @@ def test_counts_are_those_of_the_rows(data_dir: Path, example: Callable[..., Exa
     )
 
 
+@pytest.fixture(scope="module")
+def tokenizer(merged_dir: Path) -> ModelTokenizer:
+    return families.load_tokenizer(merged_dir)
+
+
 def test_good_conversations_pass(
-    data_dir: Path, encoder: Any, example: Callable[..., Example]
+    data_dir: Path, tokenizer: ModelTokenizer, example: Callable[..., Example]
 ) -> None:
     for split in ("train", "validation"):
         dataset.check_conversations(
-            dataset.load_rows(data_dir, "sft", split), data_dir, split, encoder
+            dataset.load_rows(data_dir, "sft", split), data_dir, split, tokenizer
         )
     rows = rows_of([example("はい")], [example("1", "b")])  # answers of one token
-    dataset.check_conversations(rows, data_dir, "train", encoder)
+    dataset.check_conversations(rows, data_dir, "train", tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +131,7 @@ def test_good_conversations_pass(
 def test_a_bad_conversation_is_named_with_its_source(
     tmp_path: Path,
     data_dir: Path,
-    encoder: Any,
+    tokenizer: ModelTokenizer,
     example: Callable[..., Example],
     copy_of: Callable[[Path, Path], Path],
     problem: str,
@@ -142,9 +149,9 @@ def test_a_bad_conversation_is_named_with_its_source(
     }[problem]
     rows = rows_of([example("一"), example("二")], [example("三"), bad, example("四")])
     with pytest.raises(DataError, match=f"train conversation 4, from code/bad, {message}: "):
-        dataset.check_conversations(rows, data, "train", encoder)
+        dataset.check_conversations(rows, data, "train", tokenizer)
     with pytest.raises(DataError, match="これは何ですか"):
-        dataset.check_conversations(rows, data, "train", encoder)
+        dataset.check_conversations(rows, data, "train", tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +165,7 @@ def test_a_bad_conversation_is_named_with_its_source(
     ],
 )
 def test_rows_that_contradict_themselves_are_refused(
-    data_dir: Path, encoder: Any, changes: dict[str, list[list[int]]]
+    data_dir: Path, tokenizer: ModelTokenizer, changes: dict[str, list[list[int]]]
 ) -> None:
     """The data's manifest names one source."""
     good = {
@@ -167,10 +174,10 @@ def test_rows_that_contradict_themselves_are_refused(
         "lengths": [[4], [4]],
         "sources": [[0], [0]],
     }
-    dataset.check_conversations(datasets.Dataset.from_dict(good), data_dir, "train", encoder)
+    dataset.check_conversations(datasets.Dataset.from_dict(good), data_dir, "train", tokenizer)
     with pytest.raises(DataError, match="of a validation row do not match"):
         rows = datasets.Dataset.from_dict(good | changes)
-        dataset.check_conversations(rows, data_dir, "validation", encoder)
+        dataset.check_conversations(rows, data_dir, "validation", tokenizer)
 
 
 def test_losses_stand_beside_those_before() -> None:
