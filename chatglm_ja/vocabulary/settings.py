@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from chatglm_ja.bases.families import NO_BASE_MODEL, tokenizer_files
 from chatglm_ja.bases.shape import read_shape
+from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.errors import did_you_mean
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
