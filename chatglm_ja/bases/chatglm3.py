@@ -13,6 +13,7 @@ import numpy as np
 from transformers import GenerationConfig
 
 from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer
+from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base_config import glm_config, read_config
 from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
@@ -40,8 +41,9 @@ class ChatGLM3Tokenizer(ModelTokenizer):
 
     @classmethod
     def open(cls, folder: Path) -> "ChatGLM3Tokenizer":
-        """Read the tokenizer of step 2's folder, or of a model's. Raises DataError."""
-        return cls(tokenizer.read_proto(folder / tokenizer.MODEL_FILE))
+        """Read the tokenizer of step 2's folder, of a model's or of a base. Raises DataError."""
+        proto = tokenizer.read_proto(folder / tokenizer.MODEL_FILE)
+        return cls(tokenizer.add_special_tokens(proto))
 
     @functools.cached_property
     def _corpus(self) -> CorpusTokenizer:
@@ -110,6 +112,10 @@ class ChatGLM3Base(Base):
 
     def tokenizer(self) -> ChatGLM3Tokenizer:
         return ChatGLM3Tokenizer(tokenizer.add_special_tokens(self.proto))
+
+    @functools.cached_property
+    def vocabulary(self) -> ChatGLM3Vocabulary:
+        return ChatGLM3Vocabulary(self.proto)
 
     @functools.cached_property
     def weights(self) -> "BaseWeights":
