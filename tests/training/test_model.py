@@ -327,7 +327,8 @@ def test_split_embeddings_of_any_architecture_compute_the_same(tmp_path: Path, k
     for either in (whole, split):
         either(ids, labels=ids).loss.backward()
     assert torch.equal(split(ids).logits, whole(ids).logits)
-    for name, module in find_embeddings(split).items():
+    parts: dict[str, Any] = find_embeddings(split)
+    for name, module in parts.items():
         gradient = whole.get_parameter(f"{name}.weight").grad
         assert torch.allclose(module.new.grad, gradient[300:], atol=1e-6)
     join_embeddings(split, [whole.get_parameter(name).detach() for name in names])
