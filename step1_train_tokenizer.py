@@ -1,9 +1,10 @@
-"""Step 1: learn Japanese pieces, as a sentencepiece BPE model.
+"""Step 1: learn Japanese pieces for the base's vocabulary.
 
 sentencepiece learns them from characters, or --method continue continues the base's own merges.
 
 Reads   the Japanese sources of constants.py; for --method continue <base model>/
-Writes  <artifacts>/step1_tokenizer/  ja_bpe.model, ja_bpe.vocab
+Writes  <artifacts>/step1_tokenizer/  ja_bpe.vocab, and ja_bpe.model, or for a base with byte-level
+        BPE ja_merges.txt
 Run     python step1_train_tokenizer.py
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import constants
-from chatglm_ja.bases.families import open_base_tokenizer
+from chatglm_ja.bases.families import open_base, open_base_tokenizer
 from chatglm_ja.data import corpus
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.inputs import open_sources
@@ -39,7 +40,7 @@ def main() -> None:
     # Heavy libraries are imported only now, so that --help and errors in settings are immediate.
     from tqdm.auto import tqdm
 
-    from chatglm_ja.bases.chatglm3 import ChatGLM3Base
+    from chatglm_ja.bases.sentencepiece_vocabulary import save_model
     from chatglm_ja.data.source_reader import SourceReader
     from chatglm_ja.vocabulary import learning
 
@@ -54,15 +55,17 @@ def main() -> None:
         if config.input_sentence_size:
             lines = corpus.sample_lines(lines, config.input_sentence_size, config.seed)
             output.counts["lines_sampled"] = len(lines)
+        counted = "pieces, control and byte pieces included,"
         if base_model:
-            learned = learning.continue_merges(ChatGLM3Base.open(base_model).proto, lines, config)
+            base = open_base(base_model).vocabulary
+            base.save_learned(*learning.continue_merges(base, lines, config), folder)
+            counted = counted if base.reserved else "merges"
         else:
-            learned = learning.train_sentencepiece(lines, config)
-        learning.save_learned(learned, folder)
-        output.counts.update(pieces=len(learned.pieces), rejected=reader.rejected)
+            save_model(learning.train_sentencepiece(lines, config), folder)
+        output.counts.update(pieces=config.vocab_size, rejected=reader.rejected)
     log.info(
-        "learned {pieces:,} pieces, control and byte pieces included, from {documents:,} "
-        "documents, {lines:,} lines, {characters:,} characters".format_map(output.counts)
+        "learned {pieces:,} {counted} from {documents:,} documents, {lines:,} lines, "
+        "{characters:,} characters".format_map({**output.counts, "counted": counted})
     )
     log.info("pieces: %s", config.output_dir)
 

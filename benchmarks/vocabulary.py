@@ -10,6 +10,7 @@ only segmented, never learned from, so all of them are evaluated.
 """
 
 import argparse
+import functools
 import hashlib
 import statistics
 import subprocess
@@ -25,7 +26,9 @@ from typing import Any
 import measuring
 from measuring import Ratio, step_command
 
-from chatglm_ja.bases.chatglm3 import ChatGLM3Base
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base, ChatGLM3Tokenizer
+from chatglm_ja.bases.interface import Vocabulary
+from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
 from chatglm_ja.data import corpus
@@ -58,7 +61,9 @@ def is_held_out(text: str) -> bool:
 class Ways:
     """The learning methods; each returns a merged vocabulary with `size` new pieces."""
 
-    def __init__(self, base: Any, texts: Sequence[str], policy: Policy, size: int) -> None:
+    def __init__(
+        self, base: ChatGLM3Vocabulary, texts: Sequence[str], policy: Policy, size: int
+    ) -> None:
         self.base, self.texts, self.policy, self.size = base, texts, policy, size
 
     def train(self, config: TrainTokenizerConfig, vocab_size: int) -> Any:
@@ -74,45 +79,45 @@ class Ways:
 
     def first(self, config: TrainTokenizerConfig) -> merging.MergedVocabulary:
         """Merge the first pieces in learned order, just as many as `size` new pieces require."""
-        learned = self.train(config, 4 * self.size)
-        normal = [p for p in learned.pieces if p.type == p.NORMAL]
-        characters = [p for p in normal if len(p.piece) == 1]
-        longer = [p for p in normal if len(p.piece) > 1]
+        learned = pieces_of(self.train(config, 4 * self.size))
+        characters = [piece for piece in learned if len(piece) == 1]
+        longer = [piece for piece in learned if len(piece) > 1]
+        merge = functools.partial(merging.merge_pieces, self.base, policy=self.policy)
         low, high = 0, len(longer)  # bisect the number of merges
         while low < high:
             middle = (low + high) // 2
-            if len(self.merge_of([*longer[:middle], *characters]).added) < self.size:
+            if len(merge([*longer[:middle], *characters]).added) < self.size:
                 low = middle + 1
             else:
                 high = middle
-        return self.merge_of([*longer[:low], *characters])
+        return merge([*longer[:low], *characters])
 
     def most_used(self, config: TrainTokenizerConfig) -> merging.MergedVocabulary:
         return merging.merge_pieces(
             self.base,
-            self.train(config, 5 * self.size),
+            pieces_of(self.train(config, 5 * self.size)),
             self.policy,
             max_new_pieces=self.size,
             ranking_texts=self.texts,
         )
 
     def continued(self) -> merging.MergedVocabulary:
-        kept = sum(piece.type != piece.NORMAL for piece in self.base.pieces)
         config = replace(
             DEFAULTS,
             method="continue",
             base_model=Path(),
             policy=self.policy,
-            vocab_size=kept + self.size,
+            vocab_size=self.base.reserved + self.size,
         )
         lines = corpus.training_lines(self.texts, {})
-        learned = learning.continue_merges(self.base, lines, config)
+        merges, characters = learning.continue_merges(self.base, lines, config)
+        learned = [*map("".join, merges), *characters]
         return merging.merge_pieces(self.base, learned, self.policy)
 
-    def merge_of(self, pieces: list[Any]) -> merging.MergedVocabulary:
-        proto = type(self.base)()
-        proto.pieces.extend(pieces)
-        return merging.merge_pieces(self.base, proto, self.policy)
+
+def pieces_of(proto: Any) -> list[str]:
+    """Return what was learned, without control and byte pieces."""
+    return [piece.piece for piece in proto.pieces if piece.type == piece.NORMAL]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -134,9 +139,8 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
     }
     characters = sum(map(len, held_out))
 
-    def tokens_per_char(proto: Any) -> float:
-        encoder = tokenizer.make_processor(proto)
-        return sum(map(len, encoder.encode(list(held_out), num_threads=CORES))) / characters
+    def tokens_per_char(vocabulary: Vocabulary) -> float:
+        return sum(map(len, vocabulary.encode(held_out))) / characters
 
     rows = [["base alone", "0", "", f"{tokens_per_char(ways.base):.4f}", "", ""]]
     reference = 0.0
@@ -145,7 +149,7 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
         merged = learn()
         seconds = time.perf_counter() - start
         dropped = len(merged.dropped["unreachable"]) + len(merged.dropped["unspellable"])
-        figure = tokens_per_char(merged.proto)
+        figure = tokens_per_char(merged.vocabulary)
         reference = reference or figure
         change = f"{100 * (figure / reference - 1):+.1f}%"
         row = [f"{len(merged.added):,}", f"{dropped:,}", f"{figure:.4f}", change, f"{seconds:.0f}"]
@@ -156,13 +160,16 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
 
 
 def policies_table(
-    base: Any, learned: Any, texts: dict[str, list[str]], policies: Sequence[Policy]
+    base: ChatGLM3Vocabulary,
+    learned: Sequence[str],
+    texts: dict[str, list[str]],
+    policies: Sequence[Policy],
 ) -> None:
-    before = tokenizer.make_processor(tokenizer.add_special_tokens(base))
+    before = ChatGLM3Tokenizer(base.proto)
     rows = []
     for policy in policies:
         merged = merging.merge_pieces(base, learned, policy)
-        after = tokenizer.make_processor(merged.proto)
+        after = ChatGLM3Tokenizer(proto_of(merged))
         row, broken = [f"`{policy}`", f"{len(merged.added):,}"], 0
         for language, documents in texts.items():
             result = merging.compare_segmentation(before, after, documents, policy)
@@ -175,6 +182,11 @@ def policies_table(
     head = ["tokens/char" if language == "ja" else "lines changed" for language in texts]
     names = [f"{language} {what}" for language, what in zip(texts, head, strict=True)]
     table(["policy", "new pieces", *names, "promised lines changed"], rows)
+
+
+def proto_of(merged: merging.MergedVocabulary) -> Any:
+    assert isinstance(merged.vocabulary, ChatGLM3Vocabulary)
+    return merged.vocabulary.proto
 
 
 def article_merge(base: Any, learned: Any) -> Any:
@@ -191,15 +203,17 @@ def article_merge(base: Any, learned: Any) -> Any:
     return merged
 
 
-def merges_table(base: Any, ja_tokenizer: Path, texts: dict[str, list[str]]) -> Ratio:
+def merges_table(
+    vocabulary: ChatGLM3Vocabulary, ja_tokenizer: Path, texts: dict[str, list[str]]
+) -> Ratio:
     """Count the lines segmented differently after each merge of the same Japanese model."""
-    learned = learning.read_learned(ja_tokenizer)
+    base = vocabulary.proto
     before = tokenizer.make_processor(base)
-    ours = merging.merge_pieces(base, learned, Policy.JAPANESE)
-    theirs = article_merge(base, learned)
+    ours = merging.merge_pieces(vocabulary, vocabulary.read_learned(ja_tokenizer), Policy.JAPANESE)
+    theirs = article_merge(base, tokenizer.read_proto(ja_tokenizer))
     merges = {
         "the article's": (theirs, len(theirs.pieces) - len(base.pieces)),
-        "step 2": (ours.proto, len(ours.added)),
+        "step 2": (proto_of(ours), len(ours.added)),
     }
     rows, shares = [], {}
     for name, (proto, added) in merges.items():
@@ -280,7 +294,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7, help="runs of the timing (default: 7)")
     arguments = parser.parse_args()
-    base = ChatGLM3Base.open(arguments.base_model).proto
+    base = ChatGLM3Base.open(arguments.base_model).vocabulary
     texts = {
         language: list(documents)
         for language, documents in SourceReader()
@@ -301,7 +315,7 @@ def main() -> None:
     ratios = [ways_table(ways, held_out)]
     learned = ways.train(DEFAULTS, DEFAULTS.vocab_size)
     print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
-    policies_table(base, learned, {**texts, "ja": held_out}, list(Policy))
+    policies_table(base, pieces_of(learned), {**texts, "ja": held_out}, list(Policy))
     if arguments.ja_tokenizer:
         ratios.append(merges_table(base, arguments.ja_tokenizer, {**texts, "ja": held_out}))
     ratios.append(time_table(training, DEFAULTS.vocab_size, arguments.repeats))

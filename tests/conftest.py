@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
+from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary, save_model
+from chatglm_ja.chatglm3 import chat_format, tokenizer
 from chatglm_ja.data import corpus, prepare_conversations, prepare_texts
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.data.source_reader import SourceReader
@@ -73,19 +74,31 @@ def ja_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Japanese BPE model of 2,500 pieces, trained on pages of the demo."""
     folder = tmp_path_factory.mktemp("ja")
     lines = corpus.training_lines(demo_texts("ja", 300), {})
-    learning.save_learned(learning.train_sentencepiece(lines, TRAIN_CONFIG), folder)
+    save_model(learning.train_sentencepiece(lines, TRAIN_CONFIG), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def merge(base_proto: Any, ja_dir: Path) -> merging.MergedVocabulary:
-    return merging.merge_pieces(base_proto, learning.read_learned(ja_dir), Policy.JAPANESE)
+def base_vocabulary(base_proto: Any) -> ChatGLM3Vocabulary:
+    return ChatGLM3Vocabulary(base_proto)
+
+
+@pytest.fixture(scope="session")
+def merge(base_vocabulary: ChatGLM3Vocabulary, ja_dir: Path) -> merging.MergedVocabulary:
+    learned = base_vocabulary.read_learned(ja_dir)
+    return merging.merge_pieces(base_vocabulary, learned, Policy.JAPANESE)
+
+
+@pytest.fixture(scope="session")
+def merged_proto(merge: merging.MergedVocabulary) -> Any:
+    assert isinstance(merge.vocabulary, ChatGLM3Vocabulary)
+    return merge.vocabulary.proto
 
 
 @pytest.fixture(scope="session")
 def merged_dir(merge: merging.MergedVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    tokenizer_files.save_tokenizer(merge.proto, folder)
+    merge.vocabulary.save(folder)
     return folder
 
 

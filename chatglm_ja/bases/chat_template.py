@@ -181,12 +181,9 @@ class ChatTemplate:
                 tools += self._translate_tools(message.get("tools"))
                 if not turn["content"]:
                     continue
-            elif kind == "assistant":
-                # Blanks before an answer could become one token with the line break before them.
-                turn["content"] = turn["content"].lstrip()
-                if message.get("call"):
-                    kind, call = "call", _tool_call(self._plain(message["call"]), len(chat.turns))
-                    turn["tool_calls"] = [call]
+            elif message.get("call"):
+                kind, call = "call", _tool_call(self._plain(message["call"]), len(chat.turns))
+                turn["tool_calls"] = [call]
             elif kind == "observation":
                 turn = _turn("tool", turn["content"], call)
             self._refuse_unwritten(kind)

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import GenerationConfig
 
 from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer
+from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base_config import glm_config, read_config
 from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
@@ -111,6 +112,10 @@ class ChatGLM3Base(Base):
 
     def tokenizer(self) -> ChatGLM3Tokenizer:
         return ChatGLM3Tokenizer(tokenizer.add_special_tokens(self.proto))
+
+    @functools.cached_property
+    def vocabulary(self) -> ChatGLM3Vocabulary:
+        return ChatGLM3Vocabulary(self.proto)
 
     @functools.cached_property
     def weights(self) -> "BaseWeights":

@@ -18,7 +18,7 @@ A message of a conversation is a mapping:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,93 @@ class ModelTokenizer(ABC):
         """
 
 
+class Vocabulary(ABC):
+    """A base's BPE vocabulary, as steps 1 and 2 extend it. An extended one is another object.
+
+    A piece is a string: of characters, or of bytes if `in_bytes`, each written as the character
+    that the tokenizer's files have for it. Two pieces side by side merge if the vocabulary has the
+    piece that they make; of several such pairs the one of the lowest rank merges first.
+
+    in_bytes          whether pieces are of bytes, and may begin and end inside a character
+    size              the ids so far; new pieces take the next ones
+    pieces            by id, the pieces that texts are merged from and into; None for other ids
+    special_tokens    the tokens that are not made from text, by name
+    reserved          the number of entries of step 1's file that hold nothing learned
+    """
+
+    in_bytes: bool
+    size: int
+    pieces: Sequence[str | None]
+    special_tokens: Sequence[str]
+    reserved: int
+
+    @abstractmethod
+    def __contains__(self, piece: str) -> bool:
+        """Return whether the piece, or a special token of this name, has an id."""
+
+    @abstractmethod
+    def content_of(self, piece: str) -> str | bytes:
+        """Return the characters or bytes of a piece, as policies read them."""
+
+    @abstractmethod
+    def content_of_text(self, text: str) -> str | bytes:
+        """Return the characters or bytes of a text, as pieces are made from them."""
+
+    @abstractmethod
+    def find_missing(self, characters: Iterable[str]) -> list[str]:
+        """Return the characters that no piece can spell, and that need one of their own."""
+
+    @abstractmethod
+    def split(self, lines: Sequence[str], num_threads: int) -> "tuple[np.ndarray, ...]":
+        """Tokenize lines as they stand inside a text, special tokens as text.
+
+        Returns the ids of all lines, int32 [tokens]; the number of tokens of each line [lines]; and
+        which tokens begin a stretch, bool [tokens]. New pieces form inside a stretch only.
+        """
+
+    @abstractmethod
+    def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the ids of each text, special tokens as text."""
+
+    @abstractmethod
+    def segment(self, pieces: Sequence[str]) -> list[list[str]]:
+        """Return what merging makes of each piece, on its own inside a text."""
+
+    @abstractmethod
+    def merge_rank(self, left: str, right: str) -> float:
+        """Return the rank of the merge of two symbols; infinity if they do not merge."""
+
+    @abstractmethod
+    def extend(self, pieces: Sequence[str]) -> "Vocabulary":
+        """Return the vocabulary with new pieces, whose merges rank after all others, in order."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into step 2's folder. Raises DataError if they do not load
+        as they should.
+        """
+
+    @abstractmethod
+    def make_line_encoder(self) -> Callable[[Sequence[str]], list[list[int]]] | None:
+        """Return a function that tokenizes lines as a second form of the saved tokenizer will.
+
+        None if the folder has only the form that `ModelTokenizer` reads.
+        """
+
+    @abstractmethod
+    def save_learned(
+        self, merges: Sequence[tuple[str, str]], characters: Sequence[str], folder: Path
+    ) -> None:
+        """Write step 1's files: the pairs of pieces that merge, in order, then new characters."""
+
+    @abstractmethod
+    def read_learned(self, path: Path) -> list[str]:
+        """Read the pieces that step 1 learned, in order, from its folder or its file.
+
+        Raises DataError for a damaged file, or one for another kind of vocabulary.
+        """
+
+
 @dataclass(frozen=True)
 class Description:
     """What reports and the model card say of a base.
@@ -159,6 +246,11 @@ class Base(ABC):
     @abstractmethod
     def tokenizer(self) -> ModelTokenizer:
         """Return the base's own tokenizer."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary to extend. Raises DataError for a kind that cannot be extended."""
 
     @property
     @abstractmethod

@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from chatglm_ja.bases.chat_template import ChatTemplate
-from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer
+from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer, Vocabulary
+from chatglm_ja.bases.tokenizer_json import EOS_IDS, FIRST_NEW_ID
+from chatglm_ja.bases.vocabularies import open_vocabulary
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
     from chatglm_ja.storage.weights import Weights
 
-FIRST_NEW_ID, EOS_IDS = "first_new_id", "eos_token_ids"
 # The special tokens with which models of this family end a document, where that is not eos_token:
 # the eos_token of a chat model ends an answer.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
@@ -169,6 +170,10 @@ class TransformersBase(Base):
 
     def tokenizer(self) -> TransformersTokenizer:
         return TransformersTokenizer(self.auto, self._read_eos_ids())
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        return open_vocabulary(self.auto, self._read_eos_ids(), self.folder)
 
     def _read_eos_ids(self) -> list[int]:
         """Return the ids that end a text: the tokenizer's eos_token, then those of the model."""

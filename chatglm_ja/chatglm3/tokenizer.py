@@ -107,13 +107,21 @@ def make_processor(proto: Any, dummy_prefix: bool = True) -> sentencepiece.Sente
 def add_special_tokens(base: Any, new_pieces: Sequence[str] = ()) -> Any:
     """Append the special tokens as control pieces, then new pieces, to the base's ModelProto.
 
-    Special tokens that the base has already are not appended again. Each new piece has a lower
-    score than all pieces before it. The base is not changed.
+    Special tokens that the base has already are not appended again.
     """
     proto = copy.deepcopy(base)
     if not has_special_tokens(base):
         for token in SPECIAL_TOKENS:
             proto.pieces.add(piece=token, score=0.0, type=proto.SentencePiece.CONTROL)
+    return append_pieces(proto, new_pieces)
+
+
+def append_pieces(base: Any, new_pieces: Sequence[str]) -> Any:
+    """Append new pieces to a ModelProto, each with a lower score than all pieces before it.
+
+    The base is not changed.
+    """
+    proto = copy.deepcopy(base)
     lowest = min(piece.score for piece in base.pieces)
     for rank, piece in enumerate(new_pieces, start=1):
         proto.pieces.add(piece=piece, score=lowest - rank, type=proto.SentencePiece.NORMAL)

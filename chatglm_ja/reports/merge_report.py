@@ -5,7 +5,8 @@ report = {
     "counts": MergedVocabulary.counts(), "dropped": {reason: [piece]},
     "languages": {language: {**Segmentation.row(), "used_share": share of the new pieces,
                              "changed": [{"line", "before": [piece], "after": [piece]}],
-                             "rust_differs": lines with other ids in tokenizer.json}},
+                             "rust_differs": lines with other ids in tokenizer.json, only if the
+                             pipeline itself reads another file}},
 }
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ja import plots
-from chatglm_ja.chatglm3.tokenizer import SPECIAL_TOKENS
+from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.reports.render import render_template
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.merging import MergedVocabulary, Segmentation, segmentation_table
@@ -35,38 +36,35 @@ def build_report(
     policy: Policy,
     merged: MergedVocabulary,
     languages: Mapping[str, Segmentation],
-    before: Any,
-    after: Any,
+    before: ModelTokenizer,
+    after: ModelTokenizer,
 ) -> Report:
-    """Build the report of a merge; `before` and `after` are sentencepiece processors."""
-    rows = {}
+    """Build the report of a merge; `before` and `after` are the tokenizers compared."""
+    rows: dict[str, dict[str, Any]] = {}
     for language, result in languages.items():
         rows[language] = {
             **result.row(),
             "used_share": len(result.used) / max(len(merged.added), 1),
-            "rust_differs": len(result.rust_differs),
-            "changed": [
-                {
-                    "line": line,
-                    "before": before.encode(line, out_type=str),
-                    "after": after.encode(line, out_type=str),
-                }
-                for line in result.changed
-            ],
         }
+        if result.rust_differs is not None:
+            rows[language]["rust_differs"] = len(result.rust_differs)
+        rows[language]["changed"] = [
+            {"line": line, "before": before.spell(line), "after": after.spell(line)}
+            for line in result.changed
+        ]
     return {
         "policy": policy,
-        "guarantee": policy.guarantee,
+        "guarantee": policy.describe_guarantee(in_bytes=merged.vocabulary.in_bytes),
         "counts": merged.counts(),
         "languages": rows,
         "dropped": merged.dropped,
     }
 
 
-def write_report(folder: Path, report: Report) -> None:
-    """Write merge_report.json and merge_report.html."""
+def write_report(folder: Path, report: Report, name: str) -> None:
+    """Write merge_report.json and merge_report.html; `name` is the base's."""
     write_json(folder / "merge_report.json", report, indent=2)
-    (folder / "merge_report.html").write_text(render_html(report), encoding="utf-8")
+    (folder / "merge_report.html").write_text(render_html(report, name), encoding="utf-8")
 
 
 def describe_merge(merged: MergedVocabulary) -> str:
@@ -79,26 +77,30 @@ def describe_merge(merged: MergedVocabulary) -> str:
 
 
 def _sizes(counts: Mapping[str, int]) -> str:
+    special = counts["vocabulary"] - counts["base_pieces"] - counts["added"]
     return (
         f"{counts['added']:,} new pieces added to {counts['base_pieces']:,} base pieces and "
-        f"{len(SPECIAL_TOKENS)} special tokens: {counts['vocabulary']:,} ids"
+        f"{special:,} special tokens: {counts['vocabulary']:,} ids"
     )
 
 
 def describe_languages(report: Report) -> Iterator[str]:
     """Yield a log line for every language."""
     for language, row in report["languages"].items():
-        yield (
+        line = (
             f"{language}: {row['identical_lines']:,} of {row['lines']:,} lines segmented as before "
             f"({row['covered_lines']:,} guaranteed), {row['tokens_per_char_before']:.3f} -> "
             f"{row['tokens_per_char_after']:.3f} tokens per character, {row['used_share']:.1%} of "
-            f"the new pieces used, tokenizer.json and tokenizer.model agree on "
-            f"{row['lines'] - row['rust_differs']:,} lines"
+            "the new pieces used"
         )
+        if "rust_differs" in row:
+            agreed = row["lines"] - row["rust_differs"]
+            line += f", tokenizer.json and tokenizer.model agree on {agreed:,} lines"
+        yield line
 
 
-def render_html(report: Report) -> str:
-    """Return the report as an HTML page."""
+def render_html(report: Report, name: str) -> str:
+    """Return the report as an HTML page; `name` is the base's."""
     fates = [["added", f"{report['counts']['added']:,}"]]
     examples = []
     for reason, dropped in report["dropped"].items():
@@ -107,18 +109,18 @@ def render_html(report: Report) -> str:
         fates.append([meaning, f"{len(dropped):,}"])
         if dropped:
             examples.append((meaning, dropped[:20]))
-    coverage = [
-        [
-            language,
-            f"{row['covered_lines']:,}",
-            f"{row['used_share']:.1%}",
-            f"{row['new_token_share']:.1%}",
-            f"{row['rust_differs']:,} lines",
-        ]
-        for language, row in report["languages"].items()
-    ]
+    head = ["language", "guaranteed lines", "new pieces used", "new among all tokens"]
+    coverage = []
+    for language, row in report["languages"].items():
+        shares = (f"{row[share]:.1%}" for share in ("used_share", "new_token_share"))
+        coverage.append([language, f"{row['covered_lines']:,}", *shares])
+        if "rust_differs" in row:
+            coverage[-1].append(f"{row['rust_differs']:,} lines")
+    if any("rust_differs" in row for row in report["languages"].values()):
+        head.append("tokenizer.json differs on")
     return render_template(
         "merge_report.html.jinja",
+        base=name,
         policy=report["policy"],
         guarantee=report["guarantee"],
         sizes=_sizes(report["counts"]),
@@ -126,7 +128,7 @@ def render_html(report: Report) -> str:
         examples=examples,
         segmentation=segmentation_table(report["languages"]),
         chart=_draw_tokens_per_char(report["languages"]),
-        coverage=coverage,
+        coverage=(head, coverage),
         languages=report["languages"],
     )
 

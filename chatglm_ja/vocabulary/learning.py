@@ -11,7 +11,8 @@ most frequent pair of adjacent tokens becomes the next piece, again and again:
 
 Only pairs that make a piece the policy admits are counted, so step 2 drops none of the pieces.
 After n pieces the training text is segmented exactly as by the merged tokenizer with these n
-pieces, and every piece is reachable.
+pieces, and every piece is reachable. Pieces are of characters or, in byte-level BPE, of bytes:
+with them こ and れ begin as E3 81 | 93 and E3 82 | 8C, which merge like anything else.
 
 This is classic BPE with an index of the pairs (Sennrich et al., arXiv:1508.07909). All occurrences
 of a pair are merged at once in numpy. The text is one array of symbols, linked so that a merge
@@ -21,7 +22,7 @@ removes a symbol in constant time:
     following   1   2   3   4  5  6            with its count as weight
 """
 
-import copy
+import functools
 import heapq
 import io
 import itertools
@@ -35,24 +36,19 @@ import sentencepiece
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from chatglm_ja.chatglm3.tokenizer import (
-    SPACE,
-    SPECIAL_TOKENS,
-    add_special_tokens,
-    make_processor,
-    parse_proto,
-    read_proto,
-)
+from chatglm_ja.bases.interface import Vocabulary
+from chatglm_ja.bases.sentencepiece_vocabulary import LEARNED_FILE
+from chatglm_ja.chatglm3.tokenizer import parse_proto
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary.settings import TrainTokenizerConfig
 
 Ints = NDArray[np.integer]
 
-JA_MODEL_FILE = "ja_bpe.model"
 MIN_OCCURRENCES = 2  # of a pair that becomes a piece
 END, MERGED = -1, -2  # instead of a symbol: the end of a segment, the right half of a merge
 RIGHT_BITS = 32  # a pair is one integer: left symbol << 32 | right symbol
 BATCH_LINES = 20_000
+CONTINUATION = tuple(bytes([byte]) for byte in range(0x80, 0xC0))  # later bytes of a character
 
 
 def train_sentencepiece(lines: Iterable[str], config: TrainTokenizerConfig) -> Any:
@@ -92,68 +88,47 @@ def train_sentencepiece(lines: Iterable[str], config: TrainTokenizerConfig) -> A
             f"sentencepiece could not learn {config.vocab_size} pieces from this text ({reason}): "
             "change --vocab-size or give more text"
         ) from None
-    proto = parse_proto(model.getvalue(), Path(JA_MODEL_FILE))
+    proto = parse_proto(model.getvalue(), Path(LEARNED_FILE))
     proto.trainer_spec.ClearField("num_threads")
     return proto
 
 
-def continue_merges(base: Any, lines: Iterable[str], config: TrainTokenizerConfig) -> Any:
-    """Learn pieces that continue the merges of `base` (ModelProto), as a ModelProto.
+def continue_merges(
+    base: Vocabulary, lines: Iterable[str], config: TrainTokenizerConfig
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Learn pieces that continue the merges of `base`: merges and characters, as `learn_pieces`.
 
-    It holds the control and byte pieces of `base`, then merges, then characters, `vocab_size` in
-    all. It is not a tokenizer by itself, since most of its pieces are made of the base's pieces.
-    Raises DataError if the text does not give `vocab_size` pieces.
+    They are `vocab_size` together with the entries that sentencepiece's file reserves. Raises
+    DataError if the text does not give so many.
     """
-    control_and_bytes = [
-        piece
-        for piece in base.pieces
-        if piece.type != piece.NORMAL and piece.piece not in SPECIAL_TOKENS
-    ]
-    count = config.vocab_size - len(control_and_bytes)
-    merges, characters = learn_pieces(base, Counter(lines), count, config)
-    proto = copy.deepcopy(base)
-    del proto.pieces[:]
-    proto.pieces.extend(control_and_bytes)
-    for rank, piece in enumerate([*merges, *characters]):
-        proto.pieces.add(piece=piece, score=-rank, type=proto.SentencePiece.NORMAL)
-    if len(proto.pieces) < config.vocab_size:
+    merges, characters = learn_pieces(
+        base, Counter(lines), config.vocab_size - base.reserved, config
+    )
+    size = base.reserved + len(merges) + len(characters)
+    if size < config.vocab_size:
         raise DataError(
-            f"this text gives {len(proto.pieces)} pieces, expected {config.vocab_size}: lower "
+            f"this text gives {size} pieces, expected {config.vocab_size}: lower "
             "--vocab-size or give more text"
         )
-    proto.trainer_spec.vocab_size = len(proto.pieces)
-    return proto
-
-
-def save_learned(proto: Any, folder: Path) -> None:
-    """Write ja_bpe.model, and ja_bpe.vocab for reading: a line of piece and score for each."""
-    (folder / JA_MODEL_FILE).write_bytes(proto.SerializeToString())
-    vocab = "".join(f"{piece.piece}\t{piece.score:g}\n" for piece in proto.pieces)
-    (folder / "ja_bpe.vocab").write_text(vocab, encoding="utf-8")
-
-
-def read_learned(path: Path) -> Any:
-    """Read the ModelProto of step 1's folder, or of any sentencepiece BPE model file."""
-    return read_proto(path / JA_MODEL_FILE if path.is_dir() else path)
+    return merges, characters
 
 
 def learn_pieces(
-    base: Any, lines: Counter[str], count: int, config: TrainTokenizerConfig
-) -> tuple[list[str], list[str]]:
+    base: Vocabulary, lines: Counter[str], count: int, config: TrainTokenizerConfig
+) -> tuple[list[tuple[str, str]], list[str]]:
     """Learn up to `count` pieces by continued BPE.
 
-    `lines` maps each line of text to its count. Returns the merges in the order learned, and the
-    characters without a base piece among the most frequent `character_coverage` of the text. The
-    policy admits all of them. Like the base's, pieces have at most `max_piece_length` characters,
-    no digit, and a space only at the start. There are fewer than `count` if no remaining pair
-    occurs MIN_OCCURRENCES times.
+    `lines` maps each line of text to its count. Returns the pairs of pieces that merge, in the
+    order learned, and the characters that the base has no piece for, among the most frequent
+    `character_coverage` of the text. The policy admits all of them. Like the base's, pieces have at
+    most `max_piece_length` characters, no digit, and a space only at the start. There are fewer
+    than `count` if no remaining pair occurs MIN_OCCURRENCES times.
     """
     admits = config.policy.admits
-    characters = _frequent_characters(lines, config.character_coverage)
-    known = {piece.piece for piece in base.pieces}
-    characters = [c for c in characters if c not in known and admits(c)]
+    characters = base.find_missing(_frequent_characters(lines, config.character_coverage))
+    characters = [c for c in characters if admits(c)]
     characters = [c for c in characters if not (c.isdigit() or c.isspace())][:count]
-    with_characters = add_special_tokens(base, characters)
+    with_characters = base.extend(characters)
     remaining = count - len(characters)
     symbols = _Symbols(with_characters, admits, remaining)
     text, weights = _segments(with_characters, lines, symbols, config.num_threads)
@@ -183,56 +158,87 @@ def _batches(lines: Counter[str]) -> Iterator[list[tuple[str, int]]]:
 
 
 class _Symbols:
-    """The texts of all symbols, and the properties that decide whether two of them may merge."""
+    """The pieces of all symbols, and the properties that decide whether two of them may merge.
 
-    def __init__(self, proto: Any, admits: Callable[[str], bool], spare: int) -> None:
-        """Take the pieces of a ModelProto, and reserve space for `spare` new ones."""
-        normal = [piece.type == piece.NORMAL for piece in proto.pieces]
-        self.texts = [piece.piece for piece in proto.pieces]
-        lengths = [len(text) for text in self.texts]
-        self.length = np.array([*lengths, *[0] * spare], dtype=np.int32)
-        admitted = np.array(normal) & [admits(text) for text in self.texts]
-        self.admitted = np.append(admitted, np.ones(spare, dtype=bool))
-        self.has_space = np.array([SPACE in text for text in self.texts])
-        has_digit = [any(map(str.isdigit, text)) for text in self.texts]
-        self.mergeable = np.array(normal) & ~np.array(has_digit)
+    length       the characters that a piece has a part of
+    begun        the characters that begin in it: all but one that it has only the end of
+    admitted     whether the policy admits it, and so every piece that it is a part of
+    mergeable    whether it may be a part of a new piece
+    """
 
-    def add(self, text: str) -> int:
+    def __init__(
+        self, vocabulary: Vocabulary, admits: Callable[[str | bytes], bool], spare: int
+    ) -> None:
+        """Take the pieces of a vocabulary, and reserve space for `spare` new ones."""
+        self.vocabulary, self.admits = vocabulary, admits
+        self.pieces = [piece or "" for piece in vocabulary.pieces]
+        contents = [vocabulary.content_of(piece) for piece in self.pieces]
+        lengths = np.array([*map(_count_characters, contents), *[(0, 0)] * spare], dtype=np.int32)
+        self.length, self.begun = lengths.T.copy()
+        normal = np.array([piece is not None for piece in vocabulary.pieces])
+        self.admitted = np.append(normal & [*map(admits, contents)], np.ones(spare, dtype=bool))
+        self.mergeable = normal & ~np.array([*map(_has_digit, contents)])
+
+    @property
+    def completing(self) -> NDArray[np.bool_]:
+        """Whether a piece begins inside a character, which the piece on its left then has begun.
+
+        The two may be admitted together though neither is: their character may be.
+        """
+        return self.length > self.begun
+
+    def may_join(self, left: int, right: int) -> bool:
+        """Return whether the piece of two symbols is admitted, and has no digit."""
+        content = self.vocabulary.content_of(self.pieces[left] + self.pieces[right])
+        return self.admits(content) and not _has_digit(content)
+
+    def add(self, piece: str) -> int:
         """Add a symbol for a new, admitted piece and return its number."""
-        self.length[len(self.texts)] = len(text)
-        self.texts.append(text)
-        return len(self.texts) - 1
+        number = len(self.pieces)
+        lengths = _count_characters(self.vocabulary.content_of(piece))
+        self.length[number], self.begun[number] = lengths
+        self.pieces.append(piece)
+        return number
+
+
+def _count_characters(content: str | bytes) -> tuple[int, int]:
+    """Return how many characters a piece has a part of, and how many of them begin in it."""
+    if isinstance(content, str):
+        return len(content), len(content)
+    begun = sum(byte & 0xC0 != 0x80 for byte in content)  # all but continuation bytes of UTF-8
+    return begun + (content[:1] in CONTINUATION), begun
+
+
+def _has_digit(content: str | bytes) -> bool:
+    text = content if isinstance(content, str) else content.decode(errors="ignore")
+    return any(map(str.isdigit, text))
 
 
 def _segments(
-    proto: Any, lines: Counter[str], symbols: _Symbols, num_threads: int
+    vocabulary: Vocabulary, lines: Counter[str], symbols: _Symbols, num_threads: int
 ) -> tuple[NDArray[np.int32], Ints]:
     """Tokenize the lines and split them into segments inside which new pieces can form.
 
-    A segment ends before and after a token that never merges (bytes, digits) and before a space.
-    Segments without an admitted character or with a single token are dropped. Returns the symbols
-    of all distinct segments, END after each, and for every symbol the count of its segment.
+    A segment is a stretch of `Vocabulary.split`, and also ends before and after a token that never
+    merges (bytes of a character without a piece, digits). Segments that cannot give an admitted
+    piece, or have a single token, are dropped. Returns the symbols of all distinct segments, END
+    after each, and for every symbol the count of its segment.
     """
-    # Only the start of a whole document has the dummy prefix.
-    tokenizer = make_processor(proto, dummy_prefix=False)
     counts: Counter[bytes] = Counter()
+    may_give_piece = symbols.admitted | symbols.completing
     for batch in _batches(lines):
-        encoded = tokenizer.encode([line for line, _ in batch], num_threads=num_threads)
-        sizes = np.array([len(ids) for ids in encoded])
-        flat = np.fromiter(
-            itertools.chain.from_iterable(encoded), dtype=np.int32, count=int(sizes.sum())
-        )
+        flat, sizes, begins = vocabulary.split([line for line, _ in batch], num_threads)
         if not len(flat):
             continue
         weights = np.repeat([n for _, n in batch], sizes)
         starts_line = np.zeros(len(flat) + 1, dtype=bool)
         starts_line[np.concatenate([[0], np.cumsum(sizes)])] = True
         fixed = ~symbols.mergeable[flat]
-        begins = starts_line[:-1] | fixed | symbols.has_space[flat]
+        begins = starts_line[:-1] | fixed | begins
         begins[1:] |= fixed[:-1]
         starts = np.flatnonzero(begins)
         ends = np.append(starts[1:], len(flat))
-        useful = np.logical_or.reduceat(symbols.admitted[flat], starts) & (ends - starts > 1)
+        useful = np.logical_or.reduceat(may_give_piece[flat], starts) & (ends - starts > 1)
         for start, end in zip(starts[useful].tolist(), ends[useful].tolist(), strict=True):
             counts[flat[start:end].tobytes()] += int(weights[start])
     end_mark = np.array([END], dtype=np.int32).tobytes()
@@ -257,12 +263,15 @@ class _State:
         # Positions of left halves. Other merges may have changed them, so they are checked on use.
         self.positions: dict[int, list[Ints]] = {}
         self.queue: list[tuple[int, int]] = []
+        self._may_join = functools.cache(lambda pair: symbols.may_join(*_split_pair(pair)))
         self._add_pairs(np.flatnonzero(self.text[:-1] >= 0).astype(np.int32))
 
-    def merge(self) -> Iterator[str]:
-        """Merge the most frequent pair, again and again; yield each new piece.
+    def merge(self) -> Iterator[tuple[str, str]]:
+        """Merge the most frequent pair, again and again; yield the two pieces.
 
         A piece is made by one pair only, since its text is segmented in the same way everywhere.
+        The exception is a piece that the base makes of whole stretches, without merges: then the
+        pair is passed over.
         """
         while self.queue:
             negative, pair = heapq.heappop(self.queue)
@@ -271,19 +280,22 @@ class _State:
                 if count >= MIN_OCCURRENCES:
                     heapq.heappush(self.queue, (-count, pair))
                 continue
-            left, right = pair >> RIGHT_BITS, pair & (2**RIGHT_BITS - 1)
-            text = self.symbols.texts[left] + self.symbols.texts[right]
-            self._merge_pair(pair, self.symbols.add(text))
-            yield text
+            left_piece, right_piece = (self.symbols.pieces[half] for half in _split_pair(pair))
+            if left_piece + right_piece in self.symbols.vocabulary:
+                continue
+            self._merge_pair(pair, self.symbols.add(left_piece + right_piece))
+            yield left_piece, right_piece
 
     def _add_pairs(self, left_at: Ints) -> None:
         """Count and index the pairs whose left symbols are at these positions."""
         left = self.text[left_at].astype(np.int64)
         right_at = self.following[left_at]
         right = self.text[right_at].astype(np.int64)
-        admitted, length = self.symbols.admitted, self.symbols.length
-        allowed = (right >= 0) & (admitted[left] | admitted[right])
-        allowed &= length[left] + length[right] <= self.max_piece_length
+        symbols = self.symbols
+        is_admitted = symbols.admitted[left] | symbols.admitted[right]
+        is_completed = symbols.length[right] > symbols.begun[right]
+        allowed = (right >= 0) & (is_admitted | is_completed)
+        allowed &= symbols.length[left] + symbols.begun[right] <= self.max_piece_length
         if not allowed.any():
             return
         left_at = left_at[allowed]
@@ -291,8 +303,11 @@ class _State:
         order, starts, groups, totals = _grouped(pairs, self.weights[left_at])
         sorted_at = left_at[order]
         ends = np.append(starts[1:], len(order))
+        is_completed = is_completed[allowed][order[starts]]
         for group in np.flatnonzero(totals >= MIN_OCCURRENCES).tolist():
             pair, total = int(groups[group]), int(totals[group])
+            if is_completed[group] and not self._may_join(pair):
+                continue
             self.counts[pair] = self.counts.get(pair, 0) + total
             positions = sorted_at[starts[group] : ends[group]]
             self.positions.setdefault(pair, []).append(positions)
@@ -310,7 +325,7 @@ class _State:
     def _merge_pair(self, pair: int, index: int) -> None:
         """Replace every occurrence of the pair by the symbol `index`."""
         at = np.unique(np.concatenate(self.positions.pop(pair)))
-        left, right = pair >> RIGHT_BITS, pair & (2**RIGHT_BITS - 1)
+        left, right = _split_pair(pair)
         at = at[self.text[at] == left]
         at = at[self.text[self.following[at]] == right]
         if left == right:  # of overlapping pairs the first merges, as in the tokenizer
@@ -344,6 +359,10 @@ class _State:
         outer_left = before[has_before & ~previous_merges]
         self._add_pairs(np.concatenate([outer_left, at[has_after]]))
         self.is_left[at] = False
+
+
+def _split_pair(pair: int) -> tuple[int, int]:
+    return pair >> RIGHT_BITS, pair & (2**RIGHT_BITS - 1)
 
 
 def _grouped(pairs: Ints, weights: Ints) -> tuple[Ints, Ints, Ints, Ints]:

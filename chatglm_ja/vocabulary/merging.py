@@ -8,22 +8,16 @@ learned ─┬─ in the base already
          └─ added                   every one of them is produced by some text
 
 Step 2 checks the guarantee of its policy on every run: a held-out line without the policy's
-characters keeps its ids.
+characters keeps its ids. So do the special tokens, and their names if a text spells them.
 """
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatglm_ja.chatglm3.tokenizer import (
-    SPECIAL_TOKENS,
-    add_special_tokens,
-    encode_texts,
-    make_processor,
-)
+from chatglm_ja.bases.interface import ModelTokenizer, Vocabulary
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary.policies import LEAST_SHARE, OTHER_LANGUAGE, Policy
@@ -33,46 +27,45 @@ EXAMPLES = 5  # changed lines to show in the report
 
 @dataclass
 class MergedVocabulary:
-    """A merged model (ModelProto) and what happened to every learned piece.
+    """A merged vocabulary and what happened to every learned piece.
 
     `dropped` lists pieces by reason. A policy that keeps unreachable pieces adds the unspellable
     and unreachable ones all the same.
     """
 
-    proto: Any
+    vocabulary: Vocabulary
     added: list[str]
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of pieces: of the base, added, by reason dropped, in all."""
+        old = self.vocabulary.size - len(self.added)
         return {
-            "base_pieces": len(self.proto.pieces) - len(self.added) - len(SPECIAL_TOKENS),
+            "base_pieces": old - len(self.vocabulary.special_tokens),
             "added": len(self.added),
             **{reason: len(pieces) for reason, pieces in self.dropped.items()},
-            "vocabulary": len(self.proto.pieces),
+            "vocabulary": self.vocabulary.size,
         }
 
 
 def merge_pieces(
-    base: Any,
-    learned: Any,
+    base: Vocabulary,
+    learned: Sequence[str],
     policy: Policy,
     *,
-    max_new_pieces: int = 0,
+    max_new_pieces: int | None = None,
     ranking_texts: Iterable[str] = (),
 ) -> MergedVocabulary:
-    """Append the pieces of `learned` (ModelProto) that the policy admits to `base` (ModelProto).
+    """Append the learned pieces that the policy admits to the base.
 
     Pieces that no text produces are left out, unless the policy keeps them. With `max_new_pieces`,
     those used most on `ranking_texts` are added; see `count_uses`. Raises DataError if these texts
     use no new piece.
     """
-    known = {piece.piece for piece in base.pieces}.union(SPECIAL_TOKENS)
-    candidates = [p.piece for p in learned.pieces if p.type == p.NORMAL]
-    new = [piece for piece in candidates if piece not in known]
-    chosen = [piece for piece in new if policy.admits(piece)]
+    new = [piece for piece in learned if piece not in base]
+    chosen = [piece for piece in new if policy.admits(base.content_of(piece))]
     # Every longer piece is merged from single characters.
-    single = {piece for piece in known.union(chosen) if len(piece) == 1}
+    single = {piece for piece in [*base.pieces, *chosen] if piece and len(piece) == 1}
     unspellable = [piece for piece in chosen if not single.issuperset(piece)]
     if not policy.keeps_unreachable:
         chosen = _without(chosen, unspellable)
@@ -81,12 +74,12 @@ def merge_pieces(
         # Once is enough: a piece that is never produced is not a part of another either.
         chosen = _without(chosen, unreachable)
     dropped = {
-        "already_known": [piece for piece in candidates if piece in known],
-        "outside_policy": [piece for piece in new if not policy.admits(piece)],
+        "already_known": [piece for piece in learned if piece in base],
+        "outside_policy": [piece for piece in new if not policy.admits(base.content_of(piece))],
         "unspellable": unspellable,
         "unreachable": unreachable,
     }
-    if max_new_pieces and len(chosen) > max_new_pieces:
+    if max_new_pieces is not None and len(chosen) > max_new_pieces:
         uses = count_uses(base, chosen, ranking_texts)
         if not any(uses.values()):
             raise DataError(
@@ -102,7 +95,7 @@ def merge_pieces(
         if policy.keeps_unreachable:  # the two lists name pieces that are added all the same
             for reason in ("unspellable", "unreachable"):
                 dropped[reason] = _without(dropped[reason], past)
-    return MergedVocabulary(add_special_tokens(base, chosen), chosen, dropped)
+    return MergedVocabulary(base.extend(chosen), chosen, dropped)
 
 
 def check_added(merged: MergedVocabulary, policy: Policy, *, is_chosen: bool) -> None:
@@ -127,46 +120,42 @@ def _without(pieces: list[str], excluded: Iterable[str]) -> list[str]:
     return [piece for piece in pieces if piece not in excluded]
 
 
-def _unreachable(base: Any, pieces: list[str]) -> list[str]:
+def _unreachable(base: Vocabulary, pieces: list[str]) -> list[str]:
     """Return the pieces that no text is segmented into once they are added to the base.
 
     Where a piece appears in a text, no merge crossed its borders, so the merges inside it were
-    those of the piece alone: it is reachable if and only if it encodes to itself. Without the dummy
-    prefix, because a piece can stand anywhere.
+    those of the piece alone: it is reachable if and only if it is segmented as itself.
     """
-    tokenizer = make_processor(add_special_tokens(base, pieces), dummy_prefix=False)
-    # sentencepiece reads its symbol for a space as a space.
-    encoded = tokenizer.encode(pieces, out_type=str)
-    return [piece for piece, parts in zip(pieces, encoded, strict=True) if parts != [piece]]
+    segmented = base.extend(pieces).segment(pieces)
+    return [piece for piece, parts in zip(pieces, segmented, strict=True) if parts != [piece]]
 
 
-def count_uses(base: Any, pieces: list[str], texts: Iterable[str]) -> dict[str, int]:
+def count_uses(base: Vocabulary, pieces: list[str], texts: Iterable[str]) -> dict[str, int]:
     """Count the merges into each new piece that the merged tokenizer makes on these texts.
 
     That is how often the piece is a token, or a part of a longer token. Each merge makes the texts
     one token shorter.
     """
-    proto = add_special_tokens(base, pieces)
-    tokenizer = make_processor(proto)
+    merged = base.extend(pieces)
     tokens: Counter[int] = Counter()
-    for ids in encode_texts(tokenizer, texts, num_threads=1):
+    for ids in merged.encode(texts):
         tokens.update(ids)
-    scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    uses = {piece: tokens[tokenizer.piece_to_id(piece)] for piece in pieces}
+    by_piece = {merged.pieces[index]: count for index, count in tokens.items()}
+    uses = {piece: by_piece.get(piece, 0) for piece in pieces}
     for piece in sorted(pieces, key=len, reverse=True):  # longer pieces first, then their parts
-        for part in _parts(piece, scores):
+        for part in _parts(piece, merged):
             if part in uses:
                 uses[part] += uses[piece]
     return uses
 
 
-def _parts(piece: str, scores: Mapping[str, float]) -> list[str]:
+def _parts(piece: str, vocabulary: Vocabulary) -> list[str]:
     """Return the two pieces whose merge makes a reachable piece; none for a single character."""
     symbols = list(piece)
     while len(symbols) > 2:
-        joined = [a + b for a, b in itertools.pairwise(symbols)]
-        at = max(range(len(joined)), key=lambda i: (scores.get(joined[i], -math.inf), -i))
-        symbols[at : at + 2] = [joined[at]]
+        ranks = [vocabulary.merge_rank(a, b) for a, b in itertools.pairwise(symbols)]
+        at = ranks.index(min(ranks))
+        symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
     return symbols if len(piece) > 1 else []
 
 
@@ -178,8 +167,10 @@ class Segmentation:
     covered        lines that the policy's guarantee covers
     new_tokens     tokens after that are new pieces; `used` are their ids
     broken         covered lines whose ids changed
+    lossy          lines that decoded to themselves before, and no longer do
     changed        the first lines whose ids changed
-    rust_differs   lines whose ids differ in the `tokenizers` form of the tokenizer after
+    rust_differs   lines whose ids differ in the `tokenizers` form of the tokenizer after, if it is
+                   another than the one compared
     """
 
     lines: int = 0
@@ -191,8 +182,9 @@ class Segmentation:
     new_tokens: int = 0
     used: set[int] = field(default_factory=set)
     broken: list[str] = field(default_factory=list)
+    lossy: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    rust_differs: list[str] = field(default_factory=list)
+    rust_differs: list[str] | None = None
 
     def row(self) -> dict[str, float]:
         """Return the counts and rates for a report."""
@@ -209,24 +201,27 @@ class Segmentation:
 
 
 def compare_segmentation(
-    before: Any,
-    after: Any,
+    before: ModelTokenizer,
+    after: ModelTokenizer,
     texts: Iterable[str],
     policy: Policy,
+    *,
+    content_of: Callable[[str], str | bytes] = str,
     rust: Callable[[Sequence[str]], list[list[int]]] | None = None,
 ) -> Segmentation:
-    """Tokenize every line of the texts with two sentencepiece processors and compare the ids.
+    """Tokenize every line of the texts with two tokenizers and compare the ids.
 
-    `after` has the ids of `before`, then new ones. `rust`, if given, tokenizes lines with the
-    `tokenizers` form of `after`.
+    `after` has the ids of `before`, then new ones. `content_of` returns a line as the policy reads
+    it. `rust`, if given, tokenizes lines with the `tokenizers` form of `after`.
     """
-    new_id = before.get_piece_size()
-    result = Segmentation()
+    new_id = before.size
+    result = Segmentation(rust_differs=None if rust is None else [])
     for text in texts:
         lines = [line for line in text.split("\n") if line.strip()]
-        encoded = after.encode(lines)
-        for line, old, new in zip(lines, before.encode(lines), encoded, strict=True):
-            covered = not policy.admits(line)
+        encoded = [after.encode(line) for line in lines]
+        for line, new in zip(lines, encoded, strict=True):
+            old = before.encode(line)
+            covered = not policy.admits(content_of(line))
             new_tokens = [index for index in new if index >= new_id]
             result.lines += 1
             result.covered += covered
@@ -236,24 +231,27 @@ def compare_segmentation(
             result.tokens_after += len(new)
             result.new_tokens += len(new_tokens)
             result.used.update(new_tokens)
-            if old != new and covered:
+            if old == new:
+                continue
+            if covered:
                 result.broken.append(line)
-            if old != new and len(result.changed) < EXAMPLES:
+            if after.decode(new) != line == before.decode(old):
+                result.lossy.append(line)
+            if len(result.changed) < EXAMPLES:
                 result.changed.append(line)
-        if rust is not None:
+        if rust is not None and result.rust_differs is not None:
             pairs = zip(lines, encoded, rust(lines), strict=True)
             result.rust_differs += [line for line, ids, other in pairs if ids != other]
     return result
 
 
 def sample_sentences(
-    before: Any, after: Any, texts: Mapping[str, Sequence[str]]
+    before: ModelTokenizer, after: ModelTokenizer, texts: Mapping[str, Sequence[str]]
 ) -> list[dict[str, Any]]:
     """Return a sentence of every language as both segment it.
 
     `new` marks which pieces of `after` are new ones.
     """
-    new_id = before.get_piece_size()
     samples = []
     for language, documents in texts.items():
         text = corpus.sample_sentence(documents)
@@ -261,9 +259,9 @@ def sample_sentences(
             {
                 "language": language,
                 "text": text,
-                "before": before.encode(text, out_type=str),
-                "after": after.encode(text, out_type=str),
-                "new": [index >= new_id for index in after.encode(text)],
+                "before": before.spell(text),
+                "after": after.spell(text),
+                "new": [index >= before.size for index in after.encode(text)],
             }
         )
     return samples
@@ -294,9 +292,26 @@ def check_guarantee(languages: Mapping[str, Segmentation], policy: Policy) -> No
                 f"{len(result.broken)} {language} lines that the policy {policy} must not change "
                 f"would change, first {result.broken[0]!r}: nothing was written"
             )
+        if result.lossy:
+            raise DataError(
+                f"{len(result.lossy)} {language} lines would not decode to themselves any more, "
+                f"first {result.lossy[0]!r}: nothing was written"
+            )
         if result.rust_differs and not policy.keeps_unreachable:
             raise DataError(
                 f"tokenizer.json would give other ids than tokenizer.model for "
                 f"{len(result.rust_differs)} {language} lines, first {result.rust_differs[0]!r}: "
                 "nothing was written"
             )
+
+
+def check_special_tokens(names: Segmentation) -> None:
+    """Raise DataError if a text that spells a special token has other ids than before.
+
+    `names` is the comparison of their names; those that the policy admits may change.
+    """
+    if names.broken:
+        raise DataError(
+            f"texts that spell {len(names.broken)} special tokens of the base would change, first "
+            f"{names.broken[0]!r}: nothing was written"
+        )

@@ -11,14 +11,23 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import Choice
+
+if TYPE_CHECKING:  # numpy takes a moment to import, and --help needs this module
+    from chatglm_ja.vocabulary.byte_rule import ByteRule
 
 # A policy that admits less than this share of texts, or of pieces, is for another language.
 LEAST_SHARE = 0.1
 PROBED_LINES = 10_000
 OTHER_LANGUAGE = "for a language other than Japanese, pass --policy letters"
+# What the guarantee of any policy leaves out if pieces are bytes.
+BYTES_GUARANTEE = (
+    "Pieces of this vocabulary are bytes, so a line may also change if it has a sign that begins "
+    "with the same bytes as only the policy's letters do, as ・ begins like katakana."
+)
 
 # Hiragana and katakana letters and the long-vowel mark, of any width.
 _KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
@@ -40,7 +49,7 @@ def japanese_kanji() -> str:
 
 
 def other_letters() -> str:
-    """Return the letters of neither English nor Chinese, and the vowel signs of other scripts.
+    """Return the regex of letters of neither English nor Chinese, and vowel signs of others.
 
     Such as 한, й, ß, ไ and its ี. Excluded are the marks that any script may use: combining
     accents, tone marks, variation selectors.
@@ -51,8 +60,19 @@ def other_letters() -> str:
         "\ufe20-\ufe2f\U000e0100-\U000e01ef]"
     )
     characters = map(chr, range(sys.maxunicode + 1))
-    letters = (c for c in characters if unicodedata.category(c)[0] in "LM")
-    return "".join(c for c in letters if not excluded.match(c))
+    letters = (unicodedata.category(c)[0] in "LM" and not excluded.match(c) for c in characters)
+    return character_class(letters)
+
+
+def character_class(is_member: Iterable[bool]) -> str:
+    """Write the regex of the code points that are set, as ranges: `re` searches those quickly."""
+    spans, code = [], 0
+    for is_inside, run in itertools.groupby(is_member):
+        end = code + sum(1 for _ in run)
+        if is_inside:
+            spans.append(f"\\U{code:08x}-\\U{end - 1:08x}")
+        code = end
+    return f"[{''.join(spans)}]"
 
 
 class Policy(Choice):
@@ -92,7 +112,7 @@ class Policy(Choice):
         "to z; Chinese and English are unchanged",
         "A line whose letters are all A to Z, a to z or Han characters keeps its ids: English and "
         "Chinese. (Vowel signs of other scripts count as letters.)",
-        lambda: f"[{other_letters()}]",
+        other_letters,
     )
     ALL = (
         "all",
@@ -117,12 +137,24 @@ class Policy(Choice):
         self.keeps_unreachable = keeps_unreachable
         self._pattern = functools.cache(lambda: re.compile(regex()))
 
-    def admits(self, text: str) -> bool:
+    def admits(self, piece: str | bytes) -> bool:
         """Return whether a piece may be added, or a line may change: it has one of the characters.
 
-        The empty regex of `all` matches every text.
+        Bytes count by the rule of byte_rule.py. The empty regex of `all` matches everything.
         """
-        return self._pattern().search(text) is not None
+        if isinstance(piece, bytes):
+            return self._byte_rule.holds(piece)
+        return self._pattern().search(piece) is not None
+
+    @functools.cached_property
+    def _byte_rule(self) -> "ByteRule":
+        from chatglm_ja.vocabulary.byte_rule import ByteRule
+
+        return ByteRule(self._pattern())
+
+    def describe_guarantee(self, *, in_bytes: bool) -> str:
+        """Return the guarantee, for a vocabulary of characters or of bytes."""
+        return f"{self.guarantee} {BYTES_GUARANTEE}" if in_bytes else self.guarantee
 
     def probe(self, lines: Iterable[str]) -> Iterator[str]:
         """Yield lines of text; raise DataError before the first if hardly any can give a piece.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chatglm_ja.bases.families import NO_BASE_MODEL
+from chatglm_ja.bases.families import NO_BASE_MODEL, tokenizer_files
 from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.data.settings import ReadingConfig
@@ -31,18 +31,23 @@ class TrainTokenizerConfig(ReadingConfig):
     )
     method: Literal["sentencepiece", "continue"] = setting(
         "sentencepiece: learn from characters; continue: continue the base's own merges, which "
-        "gives fewer tokens per text and no piece that step 2 has to drop",
+        "gives fewer tokens per text and no piece that step 2 has to drop, and is the only method "
+        "for a base with byte-level BPE (SmolLM2, Qwen, Llama 3)",
         "sentencepiece",
     )
     base_model: Path | None = setting(
-        "ChatGLM3 folder; --method continue reads tokenizer.model and config.json", None
+        "folder of the base model; --method continue reads its tokenizer", None
     )
     policy: Policy = setting(
         f"which pieces step 2 is to add; --method continue learns no others: {Policy.explain()}",
         Policy.JAPANESE,
     )
     vocab_size: int = setting(
-        "pieces to learn, control and byte pieces included", 20_000, low=300, high=1_000_000
+        "pieces to learn, control and byte pieces included; for a base with byte-level BPE, which "
+        "has no such pieces, the merges to learn",
+        20_000,
+        low=300,
+        high=1_000_000,
     )
     character_coverage: float = setting(
         "share of the text covered by characters with a piece; others are spelled in bytes",
@@ -89,6 +94,13 @@ class TrainTokenizerConfig(ReadingConfig):
     def contradictions(self) -> list[str]:
         languages = dict.fromkeys(source.language for source in self.sources)
         problems = [*filter(None, (self._language_problem(name) for name in languages))]
+        base = self.base_model
+        has_bytes = base and base.is_dir() and not (base / MODEL_FILE).is_file()
+        if self.method == "sentencepiece" and has_bytes:
+            problems.append(
+                f"--method sentencepiece is for a base with a {MODEL_FILE}, but {base} has none: "
+                "pass --method continue"
+            )
         if self.method == "continue":
             if self.base_model is None:
                 problems.append(f"--method continue needs --base-model, and {NO_BASE_MODEL}")
@@ -134,14 +146,20 @@ class MergeTokenizerConfig(ReadingConfig):
     """Settings of step 2."""
 
     base_model: Path = setting(
-        "ChatGLM3 folder; tokenizer.model and config.json are read", unset=NO_BASE_MODEL
+        "folder of the base model; its tokenizer and config.json are read", unset=NO_BASE_MODEL
     )
-    ja_tokenizer: Path = setting("output folder of step 1, or any sentencepiece BPE model file")
+    ja_tokenizer: Path = setting(
+        "output folder of step 1, or a file of pieces: for a base with sentencepiece any "
+        "sentencepiece BPE model, for one with byte-level BPE merges in GPT-2's format"
+    )
     policy: Policy | None = setting(
         f"which pieces to add; by default as in step 1: {Policy.explain()}", None
     )
-    max_new_pieces: int = setting(
-        "add at most this many pieces, those used most on --ranking-sources (0: no limit)", 0, low=0
+    max_new_pieces: int | None = setting(
+        "add at most this many pieces, those used most on --ranking-sources (default: no limit); "
+        "0: none, for a base whose own vocabulary is good enough, and --ja-tokenizer is not read",
+        None,
+        low=0,
     )
     ranking_sources: tuple[Source, ...] = setting(
         "texts for --max-new-pieces: LANGUAGE=PATH_OR_DATASET[#COLUMN]", ()
@@ -172,13 +190,14 @@ class MergeTokenizerConfig(ReadingConfig):
         return self.policy or learned
 
     def disk_bytes(self) -> int:
-        """Estimate the merged tokenizer's files at ten times the size of the two models merged."""
-        models = [self.base_model / MODEL_FILE, self.ja_tokenizer]
-        sizes = [m.stat().st_size if m.is_file() else folder_bytes(m, "*.model") for m in models]
-        return REPORTS_BYTES + 10 * sum(sizes)
+        """Estimate the merged tokenizer's files at ten times the size of what is merged."""
+        learned = self.ja_tokenizer
+        size = learned.stat().st_size if learned.is_file() else folder_bytes(learned, "ja_*")
+        base = sum(path.stat().st_size for path in tokenizer_files(self.base_model))
+        return REPORTS_BYTES + 10 * (base + size)
 
     def arguments(self) -> dict[str, Any]:
-        """Return the settings that shape the result; ranking texts do so only with a limit."""
+        """Return the settings that shape the result; ranking texts do so only if they rank."""
         arguments = super().arguments()
         if not self.max_new_pieces:
             arguments = {k: v for k, v in arguments.items() if not k.startswith("ranking_")}

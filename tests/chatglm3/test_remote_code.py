@@ -53,7 +53,7 @@ def with_remote_code(folder: Path, modeling: str = MODELING, tokens: str = TOKEN
 
 
 def test_two_files_are_patched_and_none_is_run(
-    base_dir: Path, merged_dir: Path, merge: Any, tmp_path: Path, copy_of: Copy
+    base_dir: Path, merged_dir: Path, merged_proto: Any, tmp_path: Path, copy_of: Copy
 ) -> None:
     base = with_remote_code(copy_of(base_dir, tmp_path / "base"))
     code = remote_code.read_code(base, 4000)
@@ -82,7 +82,7 @@ def test_two_files_are_patched_and_none_is_run(
     assert loaded.special_tokens["[MASK]"] == 4000
     assert loaded.special_tokens["<|observation|>"] == 4008
     assert loaded.index_special_tokens[4003] == "sop"
-    assert loaded.n_words == len(merge.proto.pieces)
+    assert loaded.n_words == len(merged_proto.pieces)
 
 
 def test_patched_files_are_left_as_they_are(base_dir: Path, tmp_path: Path, copy_of: Copy) -> None:

@@ -41,12 +41,14 @@ def test_the_first_new_id_of_a_base_is_that_of_its_merged_tokenizer(
     assert ChatGLM3Base.open(base_dir).first_new_id == first_new_id(encoder) == 4009
 
 
-def test_a_merged_tokenizer_is_that_of_a_base_for_more_pieces(merge: Any, tmp_path: Path) -> None:
-    base = ChatGLM3Base.open(base_folder(tmp_path, merge.proto, padded_vocab_size=100_000))
-    assert base.first_new_id == len(merge.proto.pieces)
+def test_a_merged_tokenizer_is_that_of_a_base_for_more_pieces(
+    merged_proto: Any, tmp_path: Path
+) -> None:
+    base = ChatGLM3Base.open(base_folder(tmp_path, merged_proto, padded_vocab_size=100_000))
+    assert base.first_new_id == len(merged_proto.pieces)
     again = tokenizer.add_special_tokens(base.proto, ["한국"])
-    assert again.pieces[:-1] == merge.proto.pieces
-    assert again.pieces[-1].score == merge.proto.pieces[-1].score - 1
+    assert again.pieces[:-1] == merged_proto.pieces
+    assert again.pieces[-1].score == merged_proto.pieces[-1].score - 1
 
 
 def drop_a_special_token(proto: Any) -> None:
@@ -59,9 +61,9 @@ def make_one_a_normal_piece(proto: Any) -> None:
 
 @pytest.mark.parametrize("damage", [drop_a_special_token, make_one_a_normal_piece])
 def test_a_base_with_only_some_special_tokens_is_refused(
-    damage: Callable[[Any], None], merge: Any, tmp_path: Path
+    damage: Callable[[Any], None], merged_proto: Any, tmp_path: Path
 ) -> None:
-    proto = copy.deepcopy(merge.proto)
+    proto = copy.deepcopy(merged_proto)
     damage(proto)
     with pytest.raises(DataError, match=r"holds \[MASK\], \[gMASK\].* as pieces, expected none of"):
         ChatGLM3Base.open(base_folder(tmp_path, proto, padded_vocab_size=100_000))

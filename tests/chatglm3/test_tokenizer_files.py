@@ -21,7 +21,7 @@ from chatglm_ja.data import conversations
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
-from chatglm_ja.vocabulary import learning, merging
+from chatglm_ja.vocabulary import merging
 from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import DATA, SHARED, demo_texts, needs_real_tokenizer
 
@@ -73,11 +73,9 @@ def test_any_text_gives_the_same_ids(fast: Any, encoder: Any, text: str) -> None
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """ChatGLM3-6B's tokenizer with the article's pieces, in both forms."""
     folder = tmp_path_factory.mktemp("real")
-    base = ChatGLM3Base.open(SHARED / "chatglm3-6b").proto
-    learned = learning.read_learned(SHARED / "reference" / "ja_bpe.model")
-    tokenizer_files.save_tokenizer(
-        merging.merge_pieces(base, learned, Policy.JAPANESE).proto, folder
-    )
+    base = ChatGLM3Base.open(SHARED / "chatglm3-6b").vocabulary
+    learned = base.read_learned(SHARED / "reference" / "ja_bpe.model")
+    merging.merge_pieces(base, learned, Policy.JAPANESE).vocabulary.save(folder)
     return AutoTokenizer.from_pretrained(folder), tokenizer.load_processor(folder)
 
 

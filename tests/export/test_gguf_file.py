@@ -38,7 +38,7 @@ def llama_name(name: str) -> str:
 
 @pytest.mark.parametrize("dtype", [None, "f32", "f16", "bf16", "q8_0"])
 def test_every_tensor_is_written(
-    dtype: str | None, resized_dir: Path, merge: Any, tmp_path: Path,
+    dtype: str | None, resized_dir: Path, merged_proto: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(gguf_file, "ROWS", 100)  # several parts of a tensor
@@ -49,8 +49,8 @@ def test_every_tensor_is_written(
     for tensor in reader.tensors:
         expected = stored[tensor.name]
         if tensor.name in ("token_embd.weight", "output.weight"):
-            assert len(expected) > len(merge.proto.pieces)  # rows without a token
-            expected = expected[: len(merge.proto.pieces)]
+            assert len(expected) > len(merged_proto.pieces)  # rows without a token
+            expected = expected[: len(merged_proto.pieces)]
         assert list(tensor.shape) == list(reversed(expected.shape))
         kind = tensor.tensor_type.name.lower()
         if expected.ndim == 1:
@@ -66,7 +66,7 @@ def test_every_tensor_is_written(
 
 
 def test_the_metadata_describe_model_and_tokenizer(
-    resized_dir: Path, merge: Any, encoder: Any, tmp_path: Path
+    resized_dir: Path, merged_proto: Any, encoder: Any, tmp_path: Path
 ) -> None:
     reader = written(resized_dir, None, tmp_path)
 
@@ -90,9 +90,9 @@ def test_the_metadata_describe_model_and_tokenizer(
         "eot_token_id": 4006, "eom_token_id": 4008,
     }  # fmt: skip
     assert {name: value(f"tokenizer.ggml.{name}") for name in tokenizer} == tokenizer
-    assert value("tokenizer.chat_template") == gguf_tokenizer.write_chat_template(merge.proto)
+    assert value("tokenizer.chat_template") == gguf_tokenizer.write_chat_template(merged_proto)
     llama = LlamaTokenizer.read(reader)
-    assert len(llama.names) == len(merge.proto.pieces)
+    assert len(llama.names) == len(merged_proto.pieces)
     for text in ("people and philosophy", "表計算ドキュメントを開く。"):
         assert llama.encode(text) == encoder.encode(text)
     assert (tmp_path / "Modelfile").read_text().startswith("FROM ./model-F16.gguf\n")

@@ -37,19 +37,19 @@ def as_llama(proto: Any) -> LlamaTokenizer:
 
 
 @pytest.fixture(scope="module")
-def llama(merge: Any) -> LlamaTokenizer:
-    return as_llama(merge.proto)
+def llama(merged_proto: Any) -> LlamaTokenizer:
+    return as_llama(merged_proto)
 
 
 @pytest.fixture(scope="module")
-def render(merge: Any) -> Render:
+def render(merged_proto: Any) -> Render:
     """Render the template as llama-cpp-python does; the functions are llama.cpp's, too."""
 
     def raise_exception(message: str) -> None:
         raise ValueError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(gguf_tokenizer.write_chat_template(merge.proto))
+    template = environment.from_string(gguf_tokenizer.write_chat_template(merged_proto))
 
     def render_prompt(messages: Any, **values: Any) -> str:
         values = {"add_generation_prompt": True, "raise_exception": raise_exception, **values}
@@ -79,9 +79,9 @@ def test_any_text_has_sentencepieces_ids(llama: LlamaTokenizer, encoder: Any, te
     assert llama.encode(text) == encoder.encode(text)
 
 
-def test_only_control_tokens_that_merges_can_form_are_renamed(merge: Any) -> None:
+def test_only_control_tokens_that_merges_can_form_are_renamed(merged_proto: Any) -> None:
     """The reference fails on them under their own names."""
-    proto = merge.proto
+    proto = merged_proto
     names = gguf_tokenizer.name_tokens(proto)
     changed = {
         piece.piece: name
@@ -169,8 +169,8 @@ def test_what_the_template_cannot_write_is_refused(
         render([message], **values)
 
 
-def test_the_modelfile_names_the_file_and_llama_cpps_tokens(merge: Any) -> None:
-    text = gguf_tokenizer.write_modelfile(merge.proto, "model-F16.gguf")
+def test_the_modelfile_names_the_file_and_llama_cpps_tokens(merged_proto: Any) -> None:
+    text = gguf_tokenizer.write_modelfile(merged_proto, "model-F16.gguf")
     assert text.startswith('FROM ./model-F16.gguf\nTEMPLATE """[gMASK]<sop>{{ range .Messages }}')
     assert text.endswith(
         '<|assistant|>\n"""\nPARAMETER stop "</s>"\nPARAMETER stop "<|user|>"\n'

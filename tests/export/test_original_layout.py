@@ -16,7 +16,7 @@ import step3_resize_model
 import step8_export
 from chatglm_ja.bases import loading
 from chatglm_ja.bases.chatglm3 import ChatGLM3Base
-from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
+from chatglm_ja.chatglm3 import tensor_names, tokenizer
 from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 from chatglm_ja.errors import DataError
 from chatglm_ja.export import original_layout
@@ -123,23 +123,27 @@ def published(folder: Path, step: str, source: Path) -> Path:
 
 
 def test_more_pieces_can_be_added_to_an_export(
-    base_dir: Path, resized_dir: Path, merge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_dir: Path,
+    resized_dir: Path,
+    merged_proto: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another language: steps 2 and 3 on the export keep all ids, rows and logits."""
     base = ChatGLM3Base.open(exported(resized_dir, base_dir, tmp_path / "base"))
-    learned = tokenizer.add_special_tokens(merge.proto, ["한", "국", "한국"])
-    more = merging.merge_pieces(base.proto, learned, Policy.ALL)
+    more = merging.merge_pieces(base.vocabulary, ["한", "국", "한국"], Policy.ALL)
     assert more.added == ["한", "국", "한국"]
-    assert more.proto.pieces[: len(merge.proto.pieces)] == merge.proto.pieces
     (tmp_path / "files").mkdir()
-    tokenizer_files.save_tokenizer(more.proto, tmp_path / "files")
+    more.vocabulary.save(tmp_path / "files")
+    pieces = tokenizer.read_proto(tmp_path / "files" / tokenizer.MODEL_FILE).pieces
+    assert pieces[: len(merged_proto.pieces)] == merged_proto.pieces
     step2 = published(tmp_path / "step2", "step2_merge_tokenizer", tmp_path / "files")
     flags = ["--base-model", base.folder, "--tokenizer", step2, "--output-dir", tmp_path / "model"]
     monkeypatch.setattr(sys, "argv", ["step3", *map(str, flags)])
     step3_resize_model.main()  # verifies rows and logits
     grown: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     old: Any = AutoModelForCausalLM.from_pretrained(resized_dir)
-    ids = len(merge.proto.pieces)
+    ids = len(merged_proto.pieces)
     before, after = old.get_input_embeddings().weight, grown.get_input_embeddings().weight
     assert torch.equal(before[:ids], after[:ids])
     assert torch.allclose(after[ids + 2].float(), after[ids : ids + 2].float().mean(0), atol=1e-2)

@@ -28,7 +28,6 @@ from chatglm_ja.data.token_store import ChunkTask
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, multiple_choice
 from chatglm_ja.sources import Source
-from chatglm_ja.vocabulary import merging
 from tests.conftest import prepare_config
 from tests.faults.fuzzing import (
     LONGEST_MESSAGE,
@@ -308,9 +307,9 @@ def test_conversations(
 
 
 @pytest.fixture(scope="module")
-def both(encoder: Any, merge: merging.MergedVocabulary) -> list[Any]:
+def both(encoder: Any, merged_proto: Any) -> list[Any]:
     """Return the merged tokenizer as a sentencepiece processor and as a transformers tokenizer."""
-    return [encoder, tokenizer_files.to_transformers(merge.proto)]
+    return [encoder, tokenizer_files.to_transformers(merged_proto)]
 
 
 # --- YAML ---------------------------------------------------------------------------------------

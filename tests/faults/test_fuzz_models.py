@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from chatglm_ja.bases import loading
 from chatglm_ja.bases.chatglm3 import ChatGLM3Base
+from chatglm_ja.bases.sentencepiece_vocabulary import LEARNED_FILE, ChatGLM3Vocabulary
 from chatglm_ja.chatglm3 import (
     base_config,
     chat_format,
@@ -29,7 +30,7 @@ from chatglm_ja.storage.manifest import read_history, read_manifest
 from chatglm_ja.storage.output import Output
 from chatglm_ja.storage.weight_files import INDEX_FILE
 from chatglm_ja.training.checkpoints import Checkpoints
-from chatglm_ja.vocabulary import learning, merging
+from chatglm_ja.vocabulary import merging
 from chatglm_ja.vocabulary.policies import Policy
 from tests.faults.fuzzing import (
     BASE,
@@ -264,20 +265,18 @@ def check_model(content: bytes) -> None:
     with folder() as copy:
         (copy / "config.json").symlink_to(BASE / "config.json")
         (copy / tokenizer.MODEL_FILE).write_bytes(content)
-        (copy / learning.JA_MODEL_FILE).write_bytes(content)
+        (copy / LEARNED_FILE).write_bytes(content)
         with refusals():
-            base = ChatGLM3Base.open(copy).proto
-            check_merge(copy, base, [PIECE(piece=text) for text in LEARNED])
+            check_merge(copy, ChatGLM3Base.open(copy).vocabulary, LEARNED)
         with refusals():
-            learned = learning.read_learned(copy)
-            check_merge(copy, ChatGLM3Base.open(BASE).proto, learned.pieces)
+            base = ChatGLM3Base.open(BASE).vocabulary
+            check_merge(copy, base, base.read_learned(copy))
 
 
-def check_merge(target: Path, base: Any, pieces: Iterable[Any]) -> None:
-    learned = small_model()
-    del learned.pieces[:]
-    learned.pieces.extend(pieces)
-    merged = merging.merge_pieces(base, learned, Policy.JAPANESE).proto
+def check_merge(target: Path, base: ChatGLM3Vocabulary, learned: Sequence[str]) -> None:
+    extended = merging.merge_pieces(base, learned, Policy.JAPANESE).vocabulary
+    assert isinstance(extended, ChatGLM3Vocabulary)
+    merged = extended.proto
     assert [p.piece for p in merged.pieces[:3]] == ["<unk>", "<s>", "</s>"]
     assert all(math.isfinite(piece.score) for piece in merged.pieces)
     texts = ["", "します 的 a\n", "<|user|>"]

@@ -26,7 +26,7 @@ def report() -> dict[str, Any]:
 
 
 def test_the_page_shows_counts_pieces_and_changed_lines(report: dict[str, Any]) -> None:
-    page = merge_report.render_html(report)
+    page = merge_report.render_html(report, "ChatGLM3")
     assert "2,241 new pieces added to 3,000 base pieces and 9 special tokens: 5,250 ids" in page
     rows = table_rows(page)
     assert rows[:4] == [
@@ -45,5 +45,5 @@ def test_the_page_shows_counts_pieces_and_changed_lines(report: dict[str, Any]) 
 
 
 def test_the_policy_all_adds_what_it_lists(report: dict[str, Any]) -> None:
-    page = merge_report.render_html(report | {"policy": "all"})
+    page = merge_report.render_html(report | {"policy": "all"}, "ChatGLM3")
     assert "always come first), but added under this policy" in page

@@ -37,22 +37,22 @@ def resized(base: Path, tokenizer_dir: Path, output: Path, **changes: Any) -> di
     return embedding_rows.resize_checkpoint(embedding_rows.open_base(config), config, output)
 
 
-def test_the_resized_folder_is_complete(resized_dir: Path, merge: Any) -> None:
-    rows = embedding_rows.padded_rows(len(merge.proto.pieces), 64)
+def test_the_resized_folder_is_complete(resized_dir: Path, merged_proto: Any) -> None:
+    rows = embedding_rows.padded_rows(len(merged_proto.pieces), 64)
     model = AutoModelForCausalLM.from_pretrained(resized_dir)
     assert model.dtype == torch.float16
     assert model.get_input_embeddings().weight.shape == (rows, 64)
     assert model.get_output_embeddings().weight.shape == (rows, 64)
     assert len(list(resized_dir.glob("model-*.safetensors"))) > 1
     fast = AutoTokenizer.from_pretrained(resized_dir)
-    assert len(fast) == len(merge.proto.pieces)
+    assert len(fast) == len(merged_proto.pieces)
     assert fast.model_max_length == model.config.max_position_embeddings
     stops = [2, 4000 + 6, 4000 + 8]
     settings = model.generation_config
     assert settings.eos_token_id == stops
     assert (settings.bos_token_id, settings.pad_token_id) == (1, 0)
     assert (settings.do_sample, settings.temperature, settings.top_p) == (True, 0.8, 0.8)
-    padding = list(range(len(merge.proto.pieces), rows))
+    padding = list(range(len(merged_proto.pieces), rows))
     assert (model.generation_config.suppress_tokens or []) == padding
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.bases.interface import Vocabulary
+from chatglm_ja.bases.sentencepiece_vocabulary import LEARNED_FILE, ChatGLM3Vocabulary
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
@@ -48,7 +50,7 @@ def test_training_does_not_depend_on_threads_or_the_process() -> None:
 
 
 def test_learned_pieces_fit_the_base(ja_dir: Path) -> None:
-    proto = learning.read_learned(ja_dir)
+    proto = tokenizer.read_proto(ja_dir / LEARNED_FILE)
     assert proto.normalizer_spec.name == "identity"
     assert not proto.normalizer_spec.precompiled_charsmap
     assert len(proto.pieces) == 2500
@@ -75,48 +77,55 @@ def test_too_little_text_is_refused(base_proto: Any) -> None:
     with pytest.raises(DataError, match=r"could not learn 5000 pieces .*Vocabulary size too high"):
         train(["あいうえお"], vocab_size=5000)
     with pytest.raises(DataError, match=r"gives \d+ pieces, expected 5000"):
-        continued(base_proto, ["あいうえお"], 5000)
+        continued(ChatGLM3Vocabulary(base_proto), ["あいうえお"], 5000)
 
 
 # --- Continuing the base's merges ----------------------------------------------------------------
 
 
 def continued(
-    base_proto: Any, texts: list[str], vocab_size: int, policy: Policy = Policy.JAPANESE
-) -> Any:
+    base: Vocabulary, texts: list[str], vocab_size: int, policy: Policy = Policy.JAPANESE
+) -> list[str]:
     config = replace(CONTINUE_CONFIG, policy=policy, vocab_size=vocab_size)
-    return learning.continue_merges(base_proto, corpus.training_lines(texts, {}), config)
+    lines = corpus.training_lines(texts, {})
+    merges, characters = learning.continue_merges(base, lines, config)
+    return [*map("".join, merges), *characters]
 
 
-def test_pieces_learned_on_an_export_follow_its_own(merge: merging.MergedVocabulary) -> None:
+def test_pieces_learned_on_an_export_follow_its_own(merged_proto: Any, tmp_path: Path) -> None:
     """A base that step 8 exported has special tokens among its pieces; they are not learned."""
     hangul = [chr(0xAC00 + offset) for offset in range(41)]
-    learned = continued(merge.proto, [" ".join(hangul * 5)], 300, Policy.LETTERS)
-    assert [piece.piece for piece in learned.pieces][3 + 256 :] == hangul
+    base = ChatGLM3Vocabulary(merged_proto)
+    learned = continued(base, [" ".join(hangul * 5)], 300, Policy.LETTERS)
+    assert learned == hangul
+    base.save_learned([], learned, tmp_path)
+    saved = tokenizer.read_proto(tmp_path / LEARNED_FILE)
+    assert [piece.piece for piece in saved.pieces][3 + 256 :] == hangul
+    assert saved.trainer_spec.vocab_size == len(saved.pieces) == 300
 
 
 def test_continuing_drops_no_piece_and_compresses_better(
-    base_proto: Any, merge: merging.MergedVocabulary
+    base_vocabulary: ChatGLM3Vocabulary, merge: merging.MergedVocabulary
 ) -> None:
     """With as many new pieces from the same text, held-out Japanese has fewer tokens."""
     control_and_bytes = 3 + 256
     size = control_and_bytes + len(merge.added)
-    learned = continued(base_proto, demo_texts("ja", 300), size)
-    assert len(learned.pieces) == size
-    from_base = merging.merge_pieces(base_proto, learned, Policy.JAPANESE)
+    learned = continued(base_vocabulary, demo_texts("ja", 300), size)
+    assert control_and_bytes + len(learned) == size
+    from_base = merging.merge_pieces(base_vocabulary, learned, Policy.JAPANESE)
     assert len(from_base.added) == len(merge.added)
     assert not any(from_base.dropped.values())
     texts = demo_texts("ja", 80, "heldout")
-    tokens = [
-        sum(map(len, tokenizer.make_processor(m.proto).encode(texts))) for m in (merge, from_base)
-    ]
+    tokens = [sum(map(len, m.vocabulary.encode(texts))) for m in (merge, from_base)]
     assert tokens[1] < tokens[0]
 
 
 @pytest.mark.parametrize("policy", Policy)
-def test_continuing_learns_only_what_the_policy_admits(base_proto: Any, policy: Policy) -> None:
-    learned = continued(base_proto, demo_texts("ja", 40), 259 + 300, policy)
-    merged = merging.merge_pieces(base_proto, learned, policy)
+def test_continuing_learns_only_what_the_policy_admits(
+    base_vocabulary: ChatGLM3Vocabulary, policy: Policy
+) -> None:
+    learned = continued(base_vocabulary, demo_texts("ja", 40), 259 + 300, policy)
+    merged = merging.merge_pieces(base_vocabulary, learned, policy)
     assert len(merged.added) == 300
 
 
@@ -128,7 +137,8 @@ def learn(
 ) -> tuple[list[str], list[str]]:
     settings = {"max_piece_length": 8, "character_coverage": 1.0, **changes}
     config = replace(CONTINUE_CONFIG, policy=policy, **settings)
-    return learning.learn_pieces(base_proto, lines, count, config)
+    merges, characters = learning.learn_pieces(ChatGLM3Vocabulary(base_proto), lines, count, config)
+    return ["".join(pair) for pair in merges], characters
 
 
 def pairs(base_proto: Any, pieces: list[str], lines: Counter[str], policy: Policy) -> Counter[str]:

@@ -9,22 +9,18 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.bases.chatglm3 import ChatGLM3Base
+from chatglm_ja.bases.chatglm3 import ChatGLM3Base, ChatGLM3Tokenizer
+from chatglm_ja.bases.sentencepiece_vocabulary import (
+    LEARNED_FILE,
+    ChatGLM3Vocabulary,
+    save_model,
+)
 from chatglm_ja.chatglm3 import tokenizer, tokenizer_files
 from chatglm_ja.errors import DataError
 from chatglm_ja.reports import merge_report
-from chatglm_ja.vocabulary import learning, merging, policies
+from chatglm_ja.vocabulary import merging, policies
 from chatglm_ja.vocabulary.policies import Policy
 from tests.conftest import SHARED, demo_texts, needs_real_tokenizer
-
-
-def model_of(base_proto: Any, *pieces: str) -> Any:
-    """Make a learned model with these pieces only."""
-    proto = type(base_proto)()
-    for piece in pieces:
-        proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.NORMAL)
-    return proto
-
 
 # --- Policies ------------------------------------------------------------------------------------
 
@@ -97,9 +93,11 @@ def test_texts_that_a_policy_is_for_pass_unchanged(policy: Policy, text: str) ->
         assert list(policy.probe(lines)) == lines
 
 
-def test_a_policy_that_hardly_admits_a_piece_must_be_chosen() -> None:
+def test_a_policy_that_hardly_admits_a_piece_must_be_chosen(
+    base_vocabulary: ChatGLM3Vocabulary,
+) -> None:
     dropped = {"already_known": ["a"] * 500, "outside_policy": ["날씨"] * 99, "unreachable": []}
-    merged = merging.MergedVocabulary(None, ["です"], dropped)
+    merged = merging.MergedVocabulary(base_vocabulary, ["です"], dropped)
     message = r"japanese admits only 1 of 100 new pieces: .* --policy letters"
     with pytest.raises(DataError, match=message):
         merging.check_added(merged, Policy.JAPANESE, is_chosen=False)
@@ -125,38 +123,51 @@ def bytes_of(high: Any, low: Any, codec: str) -> str:
     return "".join(cell.decode(codec, errors="ignore") for cell in cells)
 
 
+def tokenizer_of(merged: merging.MergedVocabulary) -> ChatGLM3Tokenizer:
+    assert isinstance(merged.vocabulary, ChatGLM3Vocabulary)
+    return ChatGLM3Tokenizer(merged.vocabulary.proto)
+
+
 # --- Step 2 --------------------------------------------------------------------------------------
 
 
-def test_old_ids_and_special_tokens_keep_their_places(base_proto: Any, merge: Any) -> None:
+def test_old_ids_and_special_tokens_keep_their_places(
+    base_proto: Any, merged_proto: Any, merge: merging.MergedVocabulary
+) -> None:
     old = len(base_proto.pieces)
-    pieces = [piece.piece for piece in merge.proto.pieces]
+    pieces = [piece.piece for piece in merged_proto.pieces]
     assert pieces[:old] == [piece.piece for piece in base_proto.pieces]
     assert tuple(pieces[old : old + 9]) == tokenizer.SPECIAL_TOKENS
     assert pieces[old + 9 :] == merge.added
     assert len(merge.added) > 500
 
 
-def test_new_pieces_rank_below_the_base_in_the_order_learned(base_proto: Any, merge: Any) -> None:
-    scores = [piece.score for piece in merge.proto.pieces[-len(merge.added) :]]
+def test_new_pieces_rank_below_the_base_in_the_order_learned(
+    base_proto: Any, merged_proto: Any, merge: merging.MergedVocabulary
+) -> None:
+    scores = [piece.score for piece in merged_proto.pieces[-len(merge.added) :]]
     assert scores[0] < min(piece.score for piece in base_proto.pieces)
     assert all(later < earlier for earlier, later in itertools.pairwise(scores))
 
 
-def test_every_new_piece_is_produced_by_a_text(merge: Any) -> None:
-    encoder = tokenizer.make_processor(merge.proto, dummy_prefix=False)
+def test_every_new_piece_is_produced_by_a_text(
+    merged_proto: Any, merge: merging.MergedVocabulary
+) -> None:
+    encoder = tokenizer.make_processor(merged_proto, dummy_prefix=False)
     for piece in merge.added:
         assert encoder.encode(piece.replace("▁", " "), out_type=str) == [piece]
 
 
-def test_dropped_pieces_are_listed_by_reason(base_proto: Any) -> None:
+def test_dropped_pieces_are_listed_by_reason(
+    base_proto: Any, base_vocabulary: ChatGLM3Vocabulary
+) -> None:
     base = tokenizer.make_processor(base_proto)
     known = next(p.piece for p in base_proto.pieces if p.type == p.NORMAL and len(p.piece) > 1)
     assert base.piece_to_id("閠") == tokenizer.UNK_ID  # no piece of its own
     # No piece merges かね or ますか, so ますかね is unreachable.
     pieces = [*"のますかね", "ます"]
-    japanese = model_of(base_proto, known, "qzxq", "閠の", *pieces, "ますかね")
-    merged = merging.merge_pieces(base_proto, japanese, Policy.JAPANESE)
+    japanese = [known, "qzxq", "閠の", *pieces, "ますかね"]
+    merged = merging.merge_pieces(base_vocabulary, japanese, Policy.JAPANESE)
     assert merged.added == pieces
     assert merged.dropped == {
         "already_known": [known],
@@ -165,25 +176,26 @@ def test_dropped_pieces_are_listed_by_reason(base_proto: Any) -> None:
         "unreachable": ["ますかね"],
     }
     assert merged.counts()["unreachable"] == 1
-    everything = merging.merge_pieces(base_proto, japanese, Policy.ALL)
+    everything = merging.merge_pieces(base_vocabulary, japanese, Policy.ALL)
     assert everything.added == ["qzxq", "閠の", *pieces, "ますかね"]
     assert everything.dropped["unspellable"] == ["閠の"]
     assert "ますかね" in everything.dropped["unreachable"]
 
 
-def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Path) -> None:
-    learned = learning.read_learned(ja_dir)
+def test_a_limit_keeps_the_pieces_that_are_used_most(
+    base_proto: Any, base_vocabulary: ChatGLM3Vocabulary, ja_dir: Path
+) -> None:
+    learned = base_vocabulary.read_learned(ja_dir)
     texts = demo_texts("ja", 100)
-    full = merging.merge_pieces(base_proto, learned, Policy.JAPANESE)
+    full = merging.merge_pieces(base_vocabulary, learned, Policy.JAPANESE)
     limit = len(full.added) // 2
     best = merging.merge_pieces(
-        base_proto, learned, Policy.JAPANESE, max_new_pieces=limit, ranking_texts=texts
+        base_vocabulary, learned, Policy.JAPANESE, max_new_pieces=limit, ranking_texts=texts
     )
     assert len(best.added) == limit
     assert best.added == [piece for piece in full.added if piece in set(best.added)]
     assert set(best.dropped["past_max_new_pieces"]) == set(full.added) - set(best.added)
-    encoder = tokenizer.make_processor(best.proto, dummy_prefix=False)
-    assert encoder.encode(best.added, out_type=str) == [[piece] for piece in best.added]
+    assert best.vocabulary.segment(best.added) == [[piece] for piece in best.added]
 
     def tokens(pieces: list[str]) -> int:
         proto = tokenizer.add_special_tokens(base_proto, pieces)
@@ -195,43 +207,40 @@ def test_a_limit_keeps_the_pieces_that_are_used_most(base_proto: Any, ja_dir: Pa
     assert half < tokens(full.added[:limit])
 
 
-def test_a_limit_under_the_policy_all(base_proto: Any) -> None:
+def test_a_limit_under_the_policy_all(base_vocabulary: ChatGLM3Vocabulary) -> None:
     pieces = ["ます", *"ますかね", "ますかね"]
     arguments: dict[str, Any] = {"max_new_pieces": 3, "ranking_texts": ["ますます"]}
-    merged = merging.merge_pieces(
-        base_proto, model_of(base_proto, *pieces), Policy.ALL, **arguments
-    )
+    merged = merging.merge_pieces(base_vocabulary, pieces, Policy.ALL, **arguments)
     assert merged.added == ["ます", "ま", "す"]
     assert merged.dropped["unreachable"] == []
     assert merged.dropped["past_max_new_pieces"] == ["か", "ね", "ますかね"]
     arguments["ranking_texts"] = ["english"]
     with pytest.raises(DataError, match="hold no text that any new piece occurs in"):
-        merging.merge_pieces(base_proto, model_of(base_proto, *pieces), Policy.ALL, **arguments)
+        merging.merge_pieces(base_vocabulary, pieces, Policy.ALL, **arguments)
 
 
-def test_special_tokens_are_never_pieces(base_proto: Any) -> None:
-    merged = merging.merge_pieces(
-        base_proto, model_of(base_proto, "sop", "eop", "qzxq"), Policy.ALL
-    )
+def test_special_tokens_are_never_pieces(base_vocabulary: ChatGLM3Vocabulary) -> None:
+    merged = merging.merge_pieces(base_vocabulary, ["sop", "eop", "qzxq"], Policy.ALL)
     assert merged.added == ["qzxq"]
     assert merged.dropped["already_known"] == ["sop", "eop"]
 
 
 @pytest.mark.parametrize("pieces", [["です", "です"], [""], ["で\0す"]])
 def test_a_model_that_sentencepiece_refuses_is_damaged(
-    pieces: list[str], ja_dir: Path, tmp_path: Path
+    pieces: list[str], ja_dir: Path, base_vocabulary: ChatGLM3Vocabulary, tmp_path: Path
 ) -> None:
-    proto = learning.read_learned(ja_dir)
+    proto = tokenizer.read_proto(ja_dir / LEARNED_FILE)
     for piece in pieces:
         proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.NORMAL)
-    learning.save_learned(proto, tmp_path)
+    save_model(proto, tmp_path)
     with pytest.raises(DataError, match=r"ja_bpe\.model is a damaged sentencepiece model"):
-        learning.read_learned(tmp_path / learning.JA_MODEL_FILE)
+        base_vocabulary.read_learned(tmp_path / LEARNED_FILE)
 
 
-def test_uses_count_merges(base_proto: Any) -> None:
+def test_uses_count_merges(base_vocabulary: ChatGLM3Vocabulary) -> None:
     pieces = [*"しますかで", "ます", "します", "しますか"]
-    use = merging.count_uses(base_proto, pieces, ["します", "しますか", "ます。しますか", "です"])
+    texts = ["します", "しますか", "ます。しますか", "です"]
+    use = merging.count_uses(base_vocabulary, pieces, texts)
     assert {piece: use[piece] for piece in pieces[5:]} == {"ます": 4, "します": 3, "しますか": 2}
     assert (use["し"], use["す"], use["で"]) == (3, 5, 1)
 
@@ -240,12 +249,14 @@ def test_uses_count_merges(base_proto: Any) -> None:
 
 
 @pytest.fixture
-def before(base_proto: Any) -> Any:
-    return tokenizer.make_processor(tokenizer.add_special_tokens(base_proto))
+def before(base_dir: Path) -> ChatGLM3Tokenizer:
+    return ChatGLM3Base.open(base_dir).tokenizer()
 
 
-def test_chinese_and_english_are_segmented_as_before(before: Any, merge: Any) -> None:
-    after = tokenizer.make_processor(merge.proto)
+def test_chinese_and_english_are_segmented_as_before(
+    before: ChatGLM3Tokenizer, merged_dir: Path
+) -> None:
+    after = ChatGLM3Tokenizer.open(merged_dir)
     for language in ("zh", "en"):
         result = merging.compare_segmentation(
             before, after, demo_texts(language, 300), Policy.JAPANESE
@@ -258,18 +269,18 @@ def test_chinese_and_english_are_segmented_as_before(before: Any, merge: Any) ->
     japanese = merging.compare_segmentation(before, after, texts, Policy.JAPANESE)
     assert japanese.tokens_after < 0.8 * japanese.tokens_before
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
-    ids = [index for line in after.encode(lines) for index in line]
-    new = [index for index in ids if index >= before.get_piece_size()]
+    ids = [index for line in lines for index in after.encode(line)]
+    new = [index for index in ids if index >= before.size]
     assert japanese.used == set(new)
     assert japanese.row()["new_token_share"] == len(new) / len(ids)
     merging.check_guarantee({"ja": japanese}, Policy.JAPANESE)
 
 
-def test_a_broken_guarantee_is_an_error(base_proto: Any, before: Any) -> None:
+def test_a_broken_guarantee_is_an_error(base_proto: Any, before: ChatGLM3Tokenizer) -> None:
     """A piece without kana, such as the article's merge adds, changes a Chinese line."""
-    piece = "".join(before.encode("打开文件夹。", out_type=str)[-2:])
-    assert before.piece_to_id(piece) == tokenizer.UNK_ID
-    after = tokenizer.make_processor(tokenizer.add_special_tokens(base_proto, [piece]))
+    piece = "".join(before.spell("打开文件夹。")[-2:])
+    assert piece not in before.pieces
+    after = ChatGLM3Tokenizer(tokenizer.add_special_tokens(base_proto, [piece]))
     texts = ["打开文件夹。\nin the other\nひらがな。"]
     result = merging.compare_segmentation(before, after, texts, Policy.JAPANESE)
     assert result.lines == 3 and result.covered == 2
@@ -281,17 +292,19 @@ def test_a_broken_guarantee_is_an_error(base_proto: Any, before: Any) -> None:
     merging.check_guarantee({"zh": result}, Policy.ALL)
 
 
-def test_a_tokenizer_json_that_differs_is_an_error(before: Any, merge: Any) -> None:
-    after = tokenizer.make_processor(merge.proto)
-    right = tokenizer_files.make_line_encoder(merge.proto)
-    result = merging.compare_segmentation(before, after, ["あ\nです"], Policy.JAPANESE, right)
-    assert not result.rust_differs
+def test_a_tokenizer_json_that_differs_is_an_error(
+    before: ChatGLM3Tokenizer, merged_proto: Any
+) -> None:
+    after = ChatGLM3Tokenizer(merged_proto)
+    right = tokenizer_files.make_line_encoder(merged_proto)
+    result = merging.compare_segmentation(before, after, ["あ\nです"], Policy.JAPANESE, rust=right)
+    assert result.rust_differs == []
     result = merging.compare_segmentation(
         before,
         after,
         ["あ\nです"],
         Policy.JAPANESE,
-        lambda lines: [ids[:-1] for ids in right(lines)],
+        rust=lambda lines: [ids[:-1] for ids in right(lines)],
     )
     assert result.rust_differs == ["あ", "です"]
     with pytest.raises(DataError, match=r"other ids than tokenizer\.model for 2 ja lines"):
@@ -303,9 +316,12 @@ def test_a_language_without_lines_is_an_error() -> None:
         merging.check_guarantee({"zh": merging.Segmentation()}, Policy.JAPANESE)
 
 
-def test_the_report_of_a_merge(base_proto: Any, before: Any, ja_dir: Path) -> None:
-    merged = merging.merge_pieces(base_proto, learning.read_learned(ja_dir), Policy.HAN)
-    after = tokenizer.make_processor(merged.proto)
+def test_the_report_of_a_merge(
+    base_vocabulary: ChatGLM3Vocabulary, before: ChatGLM3Tokenizer, ja_dir: Path
+) -> None:
+    learned = base_vocabulary.read_learned(ja_dir)
+    merged = merging.merge_pieces(base_vocabulary, learned, Policy.HAN)
+    after = tokenizer_of(merged)
     texts = {"ja": demo_texts("ja", 20, "heldout"), "zh": ["<b>線です</b>"]}
     languages = {
         language: merging.compare_segmentation(before, after, lines, Policy.HAN)
@@ -316,7 +332,7 @@ def test_the_report_of_a_merge(base_proto: Any, before: Any, ja_dir: Path) -> No
     assert zh["changed"][0]["line"] == "<b>線です</b>"
     assert "".join(zh["changed"][0]["after"]) == "▁<b>線です</b>"
     assert report["languages"]["ja"]["used_share"] == len(languages["ja"].used) / len(merged.added)
-    page = merge_report.render_html(report)
+    page = merge_report.render_html(report, "ChatGLM3")
     assert f"{len(merged.added):,} new pieces" in page
     assert "&lt;" in page and "<b>線" not in page
     assert not re.search("<(script|link|img|iframe)|url\\((?!#)", page)  # loads nothing
@@ -336,16 +352,17 @@ def test_the_report_of_a_merge(base_proto: Any, before: Any, ja_dir: Path) -> No
     ],
 )
 def test_the_headline_counts_pieces_by_reason(
-    base_proto: Any, policy: Policy, added: int, left_out: str
+    base_proto: Any,
+    base_vocabulary: ChatGLM3Vocabulary,
+    policy: Policy,
+    added: int,
+    left_out: str,
 ) -> None:
     known = next(p.piece for p in base_proto.pieces if p.type == p.NORMAL and len(p.piece) > 1)
-    learned = type(base_proto)()
-    for piece in (known, "ょ", "Ж", "ょЖあ"):
-        learned.pieces.add(piece=piece, score=0.0, type=learned.SentencePiece.NORMAL)
-    merged = merging.merge_pieces(base_proto, learned, policy)
+    merged = merging.merge_pieces(base_vocabulary, [known, "ょ", "Ж", "ょЖあ"], policy)
     sizes = f"{len(base_proto.pieces):,} base pieces and 9 special tokens"
     assert merge_report.describe_merge(merged) == (
-        f"{added} new pieces added to {sizes}: {len(merged.proto.pieces):,} ids; "
+        f"{added} new pieces added to {sizes}: {merged.vocabulary.size:,} ids; "
         "not added: 1 already in the base" + left_out
     )
 
@@ -354,34 +371,37 @@ def test_the_headline_counts_pieces_by_reason(
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[Any, Any]:
-    return (
-        ChatGLM3Base.open(SHARED / "chatglm3-6b").proto,
-        learning.read_learned(SHARED / "reference" / "ja_bpe.model"),
-    )
+def real() -> tuple[ChatGLM3Vocabulary, list[str]]:
+    base = ChatGLM3Base.open(SHARED / "chatglm3-6b").vocabulary
+    return base, base.read_learned(SHARED / "reference" / "ja_bpe.model")
 
 
 @needs_real_tokenizer
-def test_policy_all_adds_what_the_article_added(real: tuple[Any, Any]) -> None:
+def test_policy_all_adds_what_the_article_added(real: tuple[ChatGLM3Vocabulary, list[str]]) -> None:
     merged = merging.merge_pieces(*real, Policy.ALL)
     assert len(merged.added) == 13_756
-    assert len(merged.proto.pieces) == 78_554
+    assert merged.vocabulary.size == 78_554
     assert merged.dropped["unreachable"]
 
 
 @needs_real_tokenizer
-def test_the_articles_sample_takes_at_most_67_tokens(real: tuple[Any, Any]) -> None:
+def test_the_articles_sample_takes_at_most_67_tokens(
+    real: tuple[ChatGLM3Vocabulary, list[str]],
+) -> None:
     sample = (SHARED / "parity" / "sample_ja.txt").read_text(encoding="utf-8").rstrip("\n")
     merged = merging.merge_pieces(*real, Policy.JAPANESE)
-    assert len(tokenizer.make_processor(real[0]).encode(sample)) == 125
-    assert len(tokenizer.make_processor(merged.proto).encode(sample)) <= 67
+    (before,), (after,) = real[0].encode([sample]), merged.vocabulary.encode([sample])
+    assert len(before) == 125
+    assert len(after) <= 67
 
 
 @needs_real_tokenizer
 @pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.KANA])
-def test_chinese_and_english_stay(real: tuple[Any, Any], policy: Policy) -> None:
+def test_chinese_and_english_stay(
+    real: tuple[ChatGLM3Vocabulary, list[str]], policy: Policy
+) -> None:
     merged = merging.merge_pieces(*real, policy)
-    before, after = map(tokenizer.make_processor, (real[0], merged.proto))
+    before, after = ChatGLM3Tokenizer(real[0].proto), tokenizer_of(merged)
     for language in ("zh", "en"):
         texts = demo_texts(language, 1000)
         result = merging.compare_segmentation(before, after, texts, policy)
