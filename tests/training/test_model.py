@@ -108,7 +108,7 @@ def test_half_precision_sums_in_single(dtype: torch.dtype) -> None:
     assert loss.item() == pytest.approx(reference.item(), rel=1e-3)
     assert hidden.grad is not None and exact.grad is not None
     difference = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
-    assert difference < 1e-2
+    assert difference < (2e-2 if dtype == torch.bfloat16 else 1e-2)  # logits have eight digits
 
 
 def test_autocast_keeps_the_activations_of_float32_embeddings_in_half_precision(
