@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,7 @@ from tests.tiny_models import SIZES, make_tiny
 @pytest.mark.parametrize("kind", SIZES)
 def test_parameters_are_those_of_the_model(tmp_path: Path, kind: str) -> None:
     """Tied embeddings count once."""
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(kind, tmp_path))
+    model: Any = AutoModelForCausalLM.from_pretrained(make_tiny(kind, tmp_path))
     (tmp_path / "model.safetensors").unlink()  # config.json is enough
     shape = read_shape(tmp_path)
     embedding = model.get_input_embeddings().weight

@@ -108,7 +108,7 @@ def test_half_precision_sums_in_single(dtype: torch.dtype) -> None:
     assert loss.item() == pytest.approx(reference.item(), rel=1e-3)
     assert hidden.grad is not None and exact.grad is not None
     difference = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
-    assert difference < 1e-2
+    assert difference < (2e-2 if dtype == torch.bfloat16 else 1e-2)  # logits have eight digits
 
 
 def test_autocast_keeps_the_activations_of_float32_embeddings_in_half_precision(
@@ -327,7 +327,8 @@ def test_split_embeddings_of_any_architecture_compute_the_same(tmp_path: Path, k
     for either in (whole, split):
         either(ids, labels=ids).loss.backward()
     assert torch.equal(split(ids).logits, whole(ids).logits)
-    for name, module in find_embeddings(split).items():
+    parts: dict[str, Any] = find_embeddings(split)
+    for name, module in parts.items():
         gradient = whole.get_parameter(f"{name}.weight").grad
         assert torch.allclose(module.new.grad, gradient[300:], atol=1e-6)
     join_embeddings(split, [whole.get_parameter(name).detach() for name in names])
