@@ -220,7 +220,8 @@ def test_an_unknown_profile_is_one_line(
     run_first: RunFirst, script: str, profile: str, hint: str
 ) -> None:
     status, said = run_first(script, CHATGLM_JA_PROFILE=profile)
-    expected = f"error: CHATGLM_JA_PROFILE is {profile!r}, expected one of demo, smollm2, chatglm3-6b{hint}"
+    profiles = "demo, smollm2, chatglm3-6b"
+    expected = f"error: CHATGLM_JA_PROFILE is {profile!r}, expected one of {profiles}{hint}"
     assert only_error(status, said) == expected
     assert len(said.splitlines()) == 1
 

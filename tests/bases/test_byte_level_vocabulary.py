@@ -18,7 +18,7 @@ from chatglm_ja.data import corpus
 from chatglm_ja.errors import DataError
 from chatglm_ja.vocabulary import learning, merging
 from chatglm_ja.vocabulary.policies import Policy
-from tests.bases.tiny_tokenizers import make_byte_level
+from tests.bases.tiny_tokenizers import SPECIAL, Change, make_byte_level
 from tests.conftest import TRAIN_CONFIG, demo_texts
 
 CONFIG = replace(
@@ -78,11 +78,13 @@ def test_every_piece_is_the_most_frequent_pair(
     vocabulary: ByteLevelVocabulary, policy: Policy
 ) -> None:
     lines = Counter(corpus.training_lines(demo_texts("ja", 3), {}))
-    lines.update(["あああああああ", "ーーーーー", "１２ は は3は", "します。", "します。"])
+    lines.update(["あああああああ", "ーーーーー", *99 * ["１２１は は3は"], "します。", "します。"])
     config = replace(CONFIG, policy=policy)
     merges, characters = learning.learn_pieces(vocabulary, lines, 80, config)
     pieces = ["".join(pair) for pair in merges]
     assert len(pieces) == 80 and characters == []
+    texts = [vocabulary.content_of(piece).decode(errors="ignore") for piece in pieces]
+    assert not any(character.isdigit() for text in texts for character in text)
     for position in range(0, len(pieces), 9):
         counts = count_pairs(vocabulary, pieces[:position], lines, policy)
         assert counts[pieces[position]] == max(counts.values())
@@ -137,7 +139,15 @@ def test_step_2_drops_no_piece_and_cutting_leaves_reachable_ones(
     assert tokens(best.added) <= tokens(pieces[:200])
 
 
-def test_pieces_that_are_never_produced_are_dropped(vocabulary: ByteLevelVocabulary) -> None:
+def open_changed(folder: Path, change: Change) -> ByteLevelVocabulary:
+    return ByteLevelVocabulary(BaseTokenizer(make_byte_level(folder, change), [0]))
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_pieces_that_are_never_produced_are_dropped(ignore_merges: bool, tmp_path: Path) -> None:
+    vocabulary = open_changed(
+        tmp_path, lambda content: content["model"].update(ignore_merges=ignore_merges)
+    )
     known = next(piece for piece in vocabulary.pieces if piece and len(piece) > 2)
     spelled = {text: spell(vocabulary, text) for text in ("ます", "ま", "す", "ますか", "中国")}
     parts = [spelled["ま"][:2], spelled["ま"], spelled["す"][:2], spelled["す"]]
@@ -150,6 +160,25 @@ def test_pieces_that_are_never_produced_are_dropped(vocabulary: ByteLevelVocabul
         "unspellable": [],
         "unreachable": [spelled["ますか"]],
     }
+
+
+def test_a_text_is_read_as_pieces_are_made_from_it(tmp_path: Path) -> None:
+    """Normalized, no added token, and no space that only a whole text begins with."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["normalizer"] = {"type": "NFC"}
+        content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+    vocabulary = open_changed(tmp_path, change)
+    assert vocabulary.content_of_text("e\u0301") == "\u00e9".encode()
+    text = f"a{SPECIAL[1]}e\u0301"
+    ids, sizes, begins = vocabulary.split([text, "", " a"], 1)
+    pieces = [vocabulary.pieces[index] for index in ids.tolist()]
+    assert None not in pieces
+    spelled = b"".join(vocabulary.content_of(piece or "") for piece in pieces)
+    assert spelled == vocabulary.content_of_text(text) + b" a"
+    assert sizes.tolist() == [len(ids) - 1, 0, 1]
+    assert begins[0] and begins[-1] and not begins.all()
 
 
 def spell(vocabulary: ByteLevelVocabulary, text: str) -> str:

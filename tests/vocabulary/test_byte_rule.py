@@ -23,7 +23,7 @@ def test_leading_bytes_count_if_all_letters_that_begin_so_are_admitted(policy: P
     leading = {start for start, which in letters.items() if which and all(which)}
 
     def starts(encoded: bytes) -> bool:
-        """Whether the bytes of a character, or its first bytes, hold leading bytes of the policy."""
+        """Whether a character's bytes, or its first ones, hold leading bytes of the policy."""
         return any(encoded[:length] in leading for length in range(1, len(encoded) + 1))
 
     for character in CHARACTERS:
