@@ -180,7 +180,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if gib is not None and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * GIB / whole)
-    from chatglm_ja.chatglm3 import base_config
+    from chatglm_ja.bases.shape import read_shape
     from chatglm_ja.data import dataset
     from chatglm_ja.training import costs, train
     from chatglm_ja.training.settings import TrainingConfig
@@ -205,7 +205,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         tracker="none",
         **settings,
     )
-    shape = base_config.read_shape(config.model)
+    shape = read_shape(config.model)
     items = costs.estimate_memory(shape, config.count_parameters(shape), config, ranks)
     started = time.monotonic()
     result = train.train(config, data_set, None)

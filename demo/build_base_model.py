@@ -139,13 +139,13 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     import numpy as np
     import torch
     from tqdm.auto import tqdm
-    from transformers import get_cosine_schedule_with_warmup
+    from transformers import GlmForCausalLM, get_cosine_schedule_with_warmup
 
     from chatglm_ja.chatglm3 import base_config, chat_format, tensor_names
     from chatglm_ja.chatglm3.tokenizer import EOS_ID, add_special_tokens, make_processor, read_proto
     from chatglm_ja.data import packing
     from chatglm_ja.storage import weights
-    from chatglm_ja.training.model import Collator, GlmForTraining
+    from chatglm_ja.training.model import Collator, TrainingLoss
 
     torch.manual_seed(config.seed)
     tokenizer = make_processor(add_special_tokens(read_proto(folder / "tokenizer.model")))
@@ -164,7 +164,9 @@ def train_model(texts: list[str], config: BaseModelConfig, folder: Path) -> floa
     ]
     raw_config = chatglm_config(config)
     rows = raw_config["padded_vocab_size"]
-    model = GlmForTraining(base_config.glm_config(raw_config, rows, torch.float32))
+    model: Any = type("Model", (TrainingLoss, GlmForCausalLM), {})(
+        base_config.glm_config(raw_config, rows, torch.float32)
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
     )

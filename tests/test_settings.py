@@ -258,12 +258,8 @@ def test_paths_and_progress_settings_do_not_shape_the_result() -> None:
 
 def test_lora_targets_are_the_same_in_any_order() -> None:
     named = parse_training("--lora-targets", "down_proj", "v_proj", "q_proj", "v_proj")
-    assert named.lora_targets == ("q_proj", "v_proj", "down_proj")
-    assert len(parse_training().lora_targets) == 6
-    with pytest.raises(ConfigError, match=r"--lora-targets names query: expected some of q_proj,"):
-        parse_training("--lora-targets", "q_proj", "query")
-    with pytest.raises(ConfigError, match="--lora-targets names nothing: expected some of q_proj"):
-        parse(TrainingConfig, "", {**DEFAULTS, "lora_targets": ()}, [])
+    assert named.lora_targets == ("down_proj", "q_proj", "v_proj")
+    assert parse_training().lora_targets == ()  # all that the model has
 
 
 @pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])

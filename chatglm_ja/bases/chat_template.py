@@ -87,32 +87,33 @@ class ChatTemplate:
         """
         chat = self._translate(messages)
         ids, starts = self._split(chat)
+        last = len(chat.turns) - 1
+        if last in starts and not any(index in self.stop_ids for index in ids[starts[last] :]):
+            ids.append(self._call_end if "tool_calls" in chat.turns[last] else self._end)
         labels = [IGNORE_INDEX] * len(ids)
-        last = len(ids)
+        end = len(ids)
         for turn in itertools.compress(range(len(chat.turns)), chat.trained):
-            last = self._find_end(chat, turn, ids, starts)
-            if last > len(labels):
-                labels.append(IGNORE_INDEX)
-            labels[starts[turn] : last] = ids[starts[turn] : last]
-        return ids[:last], labels[:last]
+            start, end = self._find_answer(turn, ids, starts)
+            labels[start:end] = ids[start:end]
+        return ids[:end], labels[:end]
 
-    def _find_end(self, chat: _Chat, turn: int, ids: list[int], starts: Mapping[int, int]) -> int:
-        """Return the place after the token that ends an answer; write one if the last has none.
+    def _find_answer(
+        self, turn: int, ids: Sequence[int], starts: Mapping[int, int]
+    ) -> tuple[int, int]:
+        """Return where the answer of a turn starts and ends, its stop token included.
 
-        Raises FormatError if the answer cannot be told from what is around it.
+        Raises FormatError if it cannot be told from what is around it.
         """
         if turn not in starts:
             raise _cannot_split(f"it does not begin with the prompt of turn {turn + 1}")
-        bound = min((start for start in starts.values() if start > starts[turn]), default=len(ids))
-        for place in range(starts[turn], bound):
+        start = starts[turn]
+        bound = min((place for place in starts.values() if place > start), default=len(ids))
+        for place in range(start, bound):
             if ids[place] in self.stop_ids:
-                return place + 1
-        if turn + 1 in starts:  # a call, whose header ends the text that announces it
-            return bound
-        if turn < len(chat.turns) - 1:
+                return start, place + 1
+        if turn + 1 not in starts:
             raise _cannot_split(f"no token ends the answer that is turn {turn + 1}")
-        ids.append(self._call_end if "tool_calls" in chat.turns[turn] else self._end)
-        return len(ids)
+        return start, bound  # the header of the call that follows ends the text that announces it
 
     def _split(self, chat: _Chat, is_prompt: bool = False) -> tuple[list[int], dict[int, int]]:
         """Return the ids of a conversation, and the first token of every answer, by its turn.
@@ -181,12 +182,9 @@ class ChatTemplate:
                 tools += self._translate_tools(message.get("tools"))
                 if not turn["content"]:
                     continue
-            elif kind == "assistant":
-                # Blanks before an answer could become one token with the line break before them.
-                turn["content"] = turn["content"].lstrip()
-                if message.get("call"):
-                    kind, call = "call", _tool_call(self._plain(message["call"]), len(chat.turns))
-                    turn["tool_calls"] = [call]
+            elif message.get("call"):
+                kind, call = "call", _tool_call(self._plain(message["call"]), len(chat.turns))
+                turn["tool_calls"] = [call]
             elif kind == "observation":
                 turn = _turn("tool", turn["content"], call)
             self._refuse_unwritten(kind)
@@ -262,7 +260,7 @@ class ChatTemplate:
         try:
             ids, starts = self._split(chat)
             self._learn_end(talk)
-            self._find_end(chat, 1, ids, starts)
+            self._find_answer(1, ids, starts)
         except FormatError as error:
             raise DataError(
                 f"{name} has a chat template that cannot be split into parts ({error.detail}): "

@@ -41,8 +41,9 @@ class ChatGLM3Tokenizer(ModelTokenizer):
 
     @classmethod
     def open(cls, folder: Path) -> "ChatGLM3Tokenizer":
-        """Read the tokenizer of step 2's folder, or of a model's. Raises DataError."""
-        return cls(tokenizer.read_proto(folder / tokenizer.MODEL_FILE))
+        """Read the tokenizer of step 2's folder, of a model's or of a base. Raises DataError."""
+        proto = tokenizer.read_proto(folder / tokenizer.MODEL_FILE)
+        return cls(tokenizer.add_special_tokens(proto))
 
     @functools.cached_property
     def _corpus(self) -> CorpusTokenizer:

@@ -49,7 +49,7 @@ def open_base(folder: Path) -> "Base":
 
 
 def load_tokenizer(folder: Path) -> "ModelTokenizer":
-    """Load the tokenizer of step 2's folder, or of a model of step 3, 5 or 6. Raises DataError."""
+    """Load the tokenizer of step 2's folder, of a model, or of a base. Raises DataError."""
     if has_chatglm3_tokenizer(folder):
         from chatglm_ja.bases.chatglm3 import ChatGLM3Tokenizer
 

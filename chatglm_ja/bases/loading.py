@@ -1,10 +1,17 @@
-"""Model folders of steps 3, 5 and 6 as transformers' models, of whatever architecture."""
+"""Model folders of steps 3, 5 and 6 as transformers' models, of whatever architecture.
 
+Two things are asked of an architecture, and checked on the loaded model: its logits are the product
+of the output matrix and the last hidden states, and position ids that restart keep attention inside
+documents.
+"""
+
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
@@ -44,6 +51,43 @@ def load_model(
     if mixin is not None:
         model_class = type(model_class.__name__, (mixin, model_class), {})
     return model_class.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
+
+
+@torch.inference_mode()
+def check_training(model: Any, folder: Path) -> None:
+    """Raise DataError if a model of `folder` computes otherwise than training takes it to.
+
+    A few tokens show it: its own logits differ, bit by bit or by rounding, from the product that
+    the loss is computed from (Gemma 2 caps them, Cohere and Granite scale them, Phi-2 adds a bias);
+    or a document changes with the one before it (ALiBi's biases and recurrent states know no
+    position ids).
+    """
+    problem = ""
+    head = model.get_output_embeddings()
+    ids = torch.arange(2 * 8, device=model.device).view(2, 8)
+    ids[:, 4:] = ids[0, 4:]  # two rows with the same second document
+    positions = torch.arange(4, device=model.device).repeat(2, 2)
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        problem = "takes no position ids, so attention would cross the documents of a packed row"
+    else:
+        hidden = model.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        if not _agree(logits, F.linear(hidden, head.weight)):
+            problem = "computes logits that are not its output matrix times the last hidden state"
+        elif not _agree(hidden[0, 4:], hidden[1, 4:]):
+            problem = "ignores position ids: attention would cross the documents of a packed row"
+    if problem:
+        raise DataError(
+            f"{folder} cannot be trained: {type(model).__name__} {problem}; give another base"
+        )
+
+
+def _agree(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors are equal but for rounding, relative to the largest number."""
+    difference = (first - second).abs().max() / first.abs().max()
+    return bool(difference <= 2 * torch.finfo(first.dtype).eps)
 
 
 def compute_dtype() -> torch.dtype:

@@ -3,8 +3,7 @@
 Nothing here imports torch, so that a step can look at its inputs before it loads anything.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ REQUIRED_CONFIG = {
     "rmsnorm": True,
     "tie_word_embeddings": False,
 }
-# The sizes in config.json: ChatGLM3's name -> GlmConfig's, in the order of ModelShape's fields.
+# The sizes in config.json: ChatGLM3's name -> GlmConfig's, in the order of the constructor.
 SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -49,8 +48,6 @@ REQUIRED_GLM_CONFIG = {
     "rope_parameters": ROTARY,
     "tie_word_embeddings": False,
 }
-# The matrices of a layer in GlmForCausalLM, in the order in which they are multiplied.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 MAX_LAYERS = 10_000  # a corrupt number must not make us list the tensors of 10^9 layers
 
 
@@ -133,7 +130,7 @@ def _is_size(name: str, value: Any) -> bool:
     return type(value) is int and 0 < value <= limit
 
 
-def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype") -> Any:
+def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype | None") -> Any:
     """Return the GlmConfig of a ChatGLM3 config.json, with `vocab_size` embedding rows."""
     from transformers import GlmConfig
 
@@ -149,68 +146,3 @@ def glm_config(config: Mapping[str, Any], vocab_size: int, dtype: "torch.dtype")
         eos_token_id=2,
         dtype=dtype,
     )
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model; `rows` are those of each of the two embedding matrices."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rows: int
-    positions: int  # the longest context, in tokens
-
-    @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(input, output) sizes of a layer's matrices, by the names in PROJECTIONS."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        sizes = (
-            (self.hidden, queries),
-            (self.hidden, keys),
-            (self.hidden, keys),
-            (queries, self.hidden),
-            (self.hidden, 2 * self.ffn),
-            (self.ffn, self.hidden),
-        )
-        return dict(zip(PROJECTIONS, sizes, strict=True))
-
-    @property
-    def layer_weights(self) -> int:
-        """Parameters of all layers and the final norm: matrices, biases of q, k, v, and norms."""
-        matrices = sum(i * o for i, o in self.projections.values())
-        biases = sum(self.projections[name][1] for name in ("q_proj", "k_proj", "v_proj"))
-        return self.layers * (matrices + biases + 2 * self.hidden) + self.hidden
-
-    @property
-    def embedding_weights(self) -> int:
-        """Parameters of both embedding matrices."""
-        return 2 * self.rows * self.hidden
-
-    def lora_weights(self, rank: int, targets: Iterable[str]) -> int:
-        """Return the parameters of LoRA matrices of this rank on the `targets` in every layer."""
-        return self.layers * rank * sum(sum(self.projections[name]) for name in targets)
-
-
-def read_shape(folder: Path) -> ModelShape:
-    """Read the sizes from a folder's config.json, in GlmForCausalLM's layout or in ChatGLM3's.
-
-    Raises DataError if the file is missing or damaged.
-    """
-    path = folder / "config.json"
-    folders = "the folder of ChatGLM3-6B or of step3_resize_model.py"
-    config = _read(path, f"the sizes are read from it; give {folders} as --model")
-    if isinstance(config, dict) and config.get("model_type") == "glm":
-        *names, _ = SIZES.values()  # all but layernorm_epsilon
-    else:
-        config = _check_config(path, config)
-        *names, _ = SIZES
-    return ModelShape(*(int(config[name]) for name in names))
-
-
-def is_base(folder: Path) -> bool:
-    """Return whether a folder that `read_shape` accepts is in ChatGLM3's layout."""
-    return read_json(folder / "config.json")["model_type"] == REQUIRED_CONFIG["model_type"]

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from chatglm_ja.bases.interface import IGNORE_INDEX, FormatError, ModelTokenizer
-from chatglm_ja.chatglm3.base_config import ModelShape
+from chatglm_ja.bases.shape import ModelShape
 from chatglm_ja.data import parallel
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.packing import PackingPlan

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatglm_ja.chatglm3.base_config import read_shape
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.settings import REPORTS_BYTES, Choice, StepConfig, setting
 from chatglm_ja.storage.weight_files import weights_bytes
 
@@ -47,6 +47,4 @@ class ExportConfig(StepConfig):
         """Estimate the size of the weights in the dtype that they are written in."""
         if self.dtype is None:
             return REPORTS_BYTES + weights_bytes(self.model)
-        shape = read_shape(self.model)
-        count = shape.layer_weights + shape.embedding_weights
-        return REPORTS_BYTES + int(GGUF_BYTES[self.dtype] * count)
+        return REPORTS_BYTES + int(GGUF_BYTES[self.dtype] * read_shape(self.model).weights)

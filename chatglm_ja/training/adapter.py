@@ -10,7 +10,7 @@
 two embedding matrices are trained in place: PEFT's `modules_to_save` would keep a frozen second
 copy of both. `write_merged` holds the adapter and one shard of the result in memory, whatever the
 size of the model. The result has the model's names, shapes and dtypes, which is checked on the
-written files.
+written files. Tied embeddings are one matrix, trained, stored and merged once.
 """
 
 import logging
@@ -24,25 +24,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from chatglm_ja.bases import loading
+from chatglm_ja.bases import families, loading
 from chatglm_ja.bases.loading import compute_dtype, load_model
-from chatglm_ja.chatglm3 import chat_format, tokenizer_files
-from chatglm_ja.chatglm3.tensor_names import GLM_EMBEDDING, GLM_LM_HEAD
-from chatglm_ja.chatglm3.tokenizer import load_processor
+from chatglm_ja.bases.modules import find_embeddings, find_layers, has_transposed_weights
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.storage import weights
 from chatglm_ja.storage.files import read_json
-from chatglm_ja.training.model import GlmForTraining, join_embeddings, split_embeddings
+from chatglm_ja.training.model import TrainingLoss, join_embeddings, split_embeddings
 from chatglm_ja.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
 
-# Endings of the embeddings' parameter names: of whole matrices, and of their new rows only.
-EMBEDDINGS = tuple(
-    name.removesuffix("weight") + part
-    for name in (GLM_EMBEDDING, GLM_LM_HEAD)
-    for part in ("weight", "new")
-)
 ADAPTER = "adapter"
 MAX_SHARD_BYTES = 2 * 10**9
 # An adapter's tensors have the names of the model's with this prefix.
@@ -72,27 +65,31 @@ def load_for_training(
     ones have `dtype`.
     """
     log.info("loading %s", config.model)
-    model: Any = load_model(config.model, "auto", device, GlmForTraining)
+    model: Any = load_model(config.model, "auto", device, TrainingLoss)
     # Converted on the device: on the host every process would need memory for its own copy.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    if device.type != "meta":  # where there are no numbers to compare
+        loading.check_training(model, config.model)
     if config.embedding_rows == "new":
-        split_embeddings(model, chat_format.first_new_id(load_processor(config.model)))
+        split_embeddings(model, families.load_tokenizer(config.model).first_new_id)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    targets = read_shape(config.model).find_linears(config.lora_targets)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
+        target_modules=list(dict.fromkeys(linear.name for linear in targets)),
+        fan_in_fan_out=has_transposed_weights(model),
     )
-    model = get_peft_model(model, lora)
-    for name, parameter in model.named_parameters():
-        if name.endswith(EMBEDDINGS):
-            parameter.requires_grad_(config.train_embeddings)
-        elif config.learning_rate == 0:
-            parameter.requires_grad_(False)
+    embeddings = trained_embeddings(model)
+    model = get_peft_model(model, lora)  # freezes everything but LoRA's matrices
+    if config.learning_rate == 0:
+        model.requires_grad_(False)
+    for parameter in embeddings.values():
+        parameter.requires_grad_(config.train_embeddings)
     for name, rows in read_embeddings(config.model, model):
         model.get_parameter(name).data = rows
     for module in model.modules():
@@ -101,9 +98,22 @@ def load_for_training(
             module.cast_input_dtype_enabled = False
     if config.compile:
         # Layer by layer: all layers are alike, so they share one compilation.
-        for layer in model.get_base_model().model.layers:
+        for layer in find_layers(model.get_base_model()):
             layer.compile()
     return model
+
+
+def trained_embeddings(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the trained parameters of a model's embeddings, by their names in the model.
+
+    They are whole matrices, or their new rows; one of tied matrices, otherwise two, input first.
+    """
+    return {
+        f"{name}.{part}": parameter
+        for name, module in find_embeddings(model).items()
+        for part, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def read_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -112,11 +122,9 @@ def read_embeddings(folder: Path, model: Any) -> Iterator[tuple[str, torch.Tenso
     They are on the model's device. Those in a loaded model are rounded to the dtype of the
     computation.
     """
-    for name, parameter in model.named_parameters():
-        if name.endswith(EMBEDDINGS) and parameter.requires_grad:
-            stored = name.removeprefix(PEFT_PREFIX).removesuffix(".new").removesuffix(".weight")
-            rows = weights.read_tensor(folder, f"{stored}.weight")[-len(parameter) :]
-            yield name, rows.to(parameter.device).float()
+    for name, parameter in trained_embeddings(model.get_base_model()).items():
+        stored = weights.read_tensor(folder, name.rpartition(".")[0] + ".weight")
+        yield PEFT_PREFIX + name, stored[-len(parameter) :].to(parameter.device).float()
 
 
 def save_adapter(
@@ -129,11 +137,14 @@ def save_adapter(
     for name, value in trained.items():
         model.get_parameter(name).data = value
     if config.embedding_rows == "new":
-        stored = (weights.read_tensor(config.model, name) for name in (GLM_EMBEDDING, GLM_LM_HEAD))
-        join_embeddings(model.get_base_model(), *stored)
+        base = model.get_base_model()
+        names = [f"{name}.weight" for name in find_embeddings(base)]
+        join_embeddings(base, [weights.read_tensor(config.model, name) for name in names])
     # Only the folder's name: its path on this machine means nothing elsewhere.
     model.peft_config["default"].base_model_name_or_path = config.model.resolve().name
-    model.save_pretrained(folder, save_embedding_layers=config.train_embeddings)
+    # Each parameter once: tied embeddings have two names.
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=config.train_embeddings)
     (folder / "README.md").unlink()  # PEFT's template of a model card, not filled in
 
 
@@ -167,6 +178,8 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
                 if down is None or up is None:
                     raise DataError(f"{folder} holds one of the two LoRA matrices of {name}")
                 update = scale * (up.float() @ down.float())
+                if settings["fan_in_fan_out"]:  # weights are stored [inputs, outputs]
+                    update = update.T
                 tensor = (tensor.float() + update).to(tensor.dtype)
             yield name, tensor
 
@@ -177,7 +190,7 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         if (model_dir / name).is_file():
             shutil.copyfile(model_dir / name, output_dir / name)
-    tokenizer_files.copy_tokenizer_files(model_dir, output_dir)
+    families.copy_tokenizer(model_dir, output_dir)
     # Other programs have saved fully trained embeddings as empty tensors.
     before, after = (weights.describe_tensors(folder) for folder in (model_dir, output_dir))
     for name in sorted(before.keys() | after.keys()):
@@ -200,7 +213,8 @@ def verify_logits(model_dir: Path, output_dir: Path) -> float:
         model: Any = load_model(folder, torch.float32)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
-        ids = torch.linspace(0, model.config.vocab_size - 1, VERIFIED_IDS).long()
+        rows = len(model.get_input_embeddings().weight)
+        ids = torch.linspace(0, rows - 1, VERIFIED_IDS).long()
         return model.eval()(ids[None]).logits
 
     expected = compute_logits(model_dir, output_dir / ADAPTER)

@@ -1,18 +1,20 @@
 """Estimate what training costs from shapes alone: memory per GPU, and floating-point operations.
 
-Nothing is loaded: the model's config.json and the step's settings are enough, so that a run can be
-planned for any number of GPUs before there are data and weights. tests/training/test_costs.py
+No weights are loaded: the model's config.json and the step's settings are enough, so that a run can
+be planned for any number of GPUs before there are data and weights. tests/training/test_costs.py
 compares the activations with what autograd saves, and docs/training.md the totals with runs on a
-GPU.
+GPU. Activations are those of GlmForCausalLM's layer, with two RMS norms and a gated MLP; other
+layers of this kind keep nearly as much.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from chatglm_ja.chatglm3 import base_config
-from chatglm_ja.chatglm3.base_config import ModelShape, read_shape
-from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, SPECIAL_TOKENS, read_proto
+from chatglm_ja.bases import families
+from chatglm_ja.bases.shape import Linear, ModelShape, read_shape
+from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES
+from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 from chatglm_ja.storage.manifest import read_manifest
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
@@ -22,7 +24,7 @@ GB, GIB = 1e9, 2**30
 # What a GPU holds besides PyTorch's tensors, in GiB: the CUDA context, the libraries' buffers, and
 # blocks that the allocator keeps: 1 to 2.
 OVERHEAD_GIB = 2.0
-# Ids of the published tokenizer. Its model has 65,024 rows, the rest of which are padding.
+# Ids of ChatGLM3-6B's published tokenizer. Its model has 65,024 rows: the rest are padding.
 PUBLISHED_IDS = 64_798
 CONTROL_AND_BYTE_PIECES = len(FIRST_PIECES) + 256
 
@@ -65,33 +67,32 @@ CARDS = (
 )
 # MFU of runs on an H100 (docs/training.md) by (gradient checkpointing, compiled layers).
 MEASURED_MFU = {(True, True): 0.30, (True, False): 0.20, (False, True): 0.38, (False, False): 0.28}
-# A layer's matrices in the order of the forward pass; those of a stage have the same input.
-STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",))
 # Rows of logits that a GPU holds at once while it computes the loss.
 LOSS_ROWS = 1024
 
 
 def activation_bytes(
-    shape: ModelShape, rank: int, targets: Sequence[str], length: int, width: int = 2
+    shape: ModelShape, rank: int, targets: Collection[Linear], length: int, width: int = 2
 ) -> int:
     """Return the bytes per token that a layer keeps for its backward pass.
 
-    `targets` are the matrices with LoRA matrices of this rank. `width` is the size of a number in
-    bytes: 2 in half precision, 4 in float32.
+    `targets` are the linear layers with LoRA matrices of this rank. `width` is the size of a number
+    in bytes: 2 in half precision, 4 in float32.
     """
-    attention = shape.heads * shape.head_dim
     # What is multiplied with a target. Queries, keys and values share their input.
-    inputs = [shape.projections[stage[0]][0] for stage in STAGES if {*stage} & {*targets}]
+    inputs = [stage[0].inputs for stage in shape.stages if {*stage} & {*targets}]
     return (
         2 * 4 * shape.hidden  # the inputs of both norms in float32
-        + width * (3 + 1) * attention  # queries, keys and values repeated for all heads, output
+        + width
+        * (3 + 1)
+        * shape.attention  # queries, keys and values repeated for all heads, output
         + width * length  # a row of the mask
         + 4 * shape.heads  # logarithms of the softmax's sums
         + width * 3 * shape.ffn  # the MLP's two halves, the activation
         + width * sum(inputs)
         + width * len(targets) * rank  # the inner products of LoRA
         + 2 * 4  # a scale of each norm
-        + width * shape.head_dim  # rotary cosine and sine
+        + width * shape.attention // shape.heads  # rotary cosine and sine
     )
 
 
@@ -142,7 +143,7 @@ def estimate_memory(
         always += [("trained weights", 4 * trained.all), ("Adam's moments", 8 * trained.all)]
 
     layer = tokens * activation_bytes(
-        shape, config.lora_rank, config.trained_targets, config.block_size, width
+        shape, config.lora_rank, config.trained_linears(shape), config.block_size, width
     )
     # The gradients of the MLP's activations are the largest of a layer.
     working = tokens * width * 4 * shape.ffn
@@ -187,7 +188,7 @@ def bucket_elements(shape: ModelShape, config: TrainingConfig) -> int:
 def flops_per_token(
     shape: ModelShape,
     trained: ParameterCounts,
-    targets: Sequence[str],
+    targets: Collection[Linear],
     context: float,
     scored: float = 1.0,
 ) -> float:
@@ -195,23 +196,24 @@ def flops_per_token(
 
     A frozen weight takes 2 in the forward pass and 2 for the gradient of its input; a trained one
     2 more for its own gradient. Recomputation by gradient checkpointing does not count (MFU as in
-    PaLM, arXiv:2204.02311, with frozen weights). `targets` are the matrices whose LoRA matrices are
-    trained. `context` is the mean number of tokens of its document that a token attends to;
-    `scored` is the share of tokens with a loss: only they are multiplied with the output matrix.
+    PaLM, arXiv:2204.02311, with frozen weights). `targets` are the linear layers whose LoRA
+    matrices are trained. `context` is the mean number of tokens of its document that a token
+    attends to; `scored` is the share of tokens with a loss: only they are multiplied with the
+    output matrix.
     """
-    weights = {name: inputs * outputs for name, (inputs, outputs) in shape.projections.items()}
-    output = scored * (4 * shape.rows * shape.hidden + trained.embeddings)
-    attention = 4 * shape.heads * shape.head_dim * context  # forward, in a layer
+    output = scored * (4 * shape.rows * shape.hidden + 2 * trained.embeddings / shape.embeddings)
+    attention = 4 * shape.attention * context  # forward, in a layer
     # The input embedding is a lookup. If it is frozen, the first layer needs no gradient of what
     # comes before its first target.
     unneeded = 0.0
-    for stage in STAGES if not trained.embeddings else ():
-        unneeded += 2 * sum(weights[name] for name in stage)
-        if stage == ("o_proj",):
+    for index, stage in enumerate(shape.stages if not trained.embeddings else ()):
+        unneeded += 2 * sum(linear.weights for linear in stage)
+        if index == 1:  # its input is the attention's output
             unneeded += 2 * attention
         if {*stage} & {*targets}:
             break
-    layers = shape.layers * (4 * sum(weights.values()) + 3 * attention)
+    weights = sum(linear.weights for linear in shape.linears)
+    layers = shape.layers * (4 * weights + 3 * attention)
     return layers + output + 6 * trained.lora - unneeded
 
 
@@ -233,16 +235,17 @@ def peak_tflops(device: str) -> float | None:
 def plan_rows(config: TrainingConfig, shape: ModelShape) -> tuple[int, int]:
     """Return the embedding rows of the model to be trained, and the id of its first new piece.
 
-    A base model gets rows for the pieces that step 2 has added, or step 1 is to learn. Without its
-    tokenizer.model, it is taken to have the published one.
+    A base model gets rows for the pieces that step 2 has added, or step 1 is to learn. Without a
+    tokenizer, it is taken to have the one that was published with ChatGLM3-6B.
     """
-    path = config.model / base_config.MODEL_FILE
-    is_resized, old = not base_config.is_base(config.model), min(PUBLISHED_IDS, shape.rows)
-    if path.is_file():
-        pieces = [piece.piece for piece in read_proto(path).pieces]
-        is_resized = SPECIAL_TOKENS[-1] in pieces  # whatever the layout
-        end = pieces.index(SPECIAL_TOKENS[0]) if is_resized else len(pieces)
-        old = end + len(SPECIAL_TOKENS)
+    is_resized, old = False, min(PUBLISHED_IDS, shape.rows)
+    if families.tokenizer_files(config.model):
+        try:
+            tokenizer = families.load_tokenizer(config.model)
+        except DataError:  # it is no model of a step
+            tokenizer = families.open_base(config.model).tokenizer()
+        old = tokenizer.first_new_id
+        is_resized = old < tokenizer.size or read_manifest(config.model) is not None
     merged = read_manifest(config.tokenizer) if config.tokenizer is not None else None
     new = merged.counts.get("added") if merged is not None else None
     if not isinstance(new, int) and config.vocab_size is not None:
@@ -292,7 +295,7 @@ def _describe_cards(
     mfu = MEASURED_MFU[config.gradient_checkpointing, config.compile]
     # Documents as long as a block: the most that attention can take.
     operations = 1e9 * flops_per_token(
-        shape, trained, config.trained_targets, context=config.block_size / 2
+        shape, trained, config.trained_linears(shape), context=config.block_size / 2
     )
     is_half = bytes_per_number(config) == 2
     yield f"{'card':<20}{'GiB':>8}{'fits':>8}" + f"{'h for 1 B tokens':>20}" * is_half

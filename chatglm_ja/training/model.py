@@ -1,26 +1,26 @@
 """The model for training and scoring.
 
-`Collator` makes batches of step 4's rows. `GlmForTraining` computes next-token losses without the
-logits of a whole batch. `split_embeddings` leaves only the embeddings' new rows trainable, and
-`join_embeddings` restores plain matrices after training, in float32.
+`Collator` makes batches of step 4's rows. `TrainingLoss` makes any of transformers' causal language
+models compute next-token losses without the logits of a whole batch. `split_embeddings` leaves only
+the embeddings' new rows trainable, and `join_embeddings` restores plain matrices after training, in
+float32.
 """
 
 import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
-from chatglm_ja.chatglm3.tokenizer import UNK_ID
+from chatglm_ja.bases.interface import IGNORE_INDEX
+from chatglm_ja.bases.modules import find_embeddings
 from chatglm_ja.training import costs
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Collator:
     With `document_mask`, positions restart at every document, and its first token, which nothing
     before it predicts, is not trained. transformers keeps attention inside documents if positions
     restart and neither an attention mask nor a cache is given. Without it a row is one document.
-    Padding is a document of its own and is never trained.
+    Padding is a document of its own and is never trained, so any id serves: it is 0.
     """
 
     document_mask: bool
@@ -51,7 +51,7 @@ class Collator:
         longest = max(self.length, *(len(row["input_ids"]) for row in rows))
         shape = (len(rows), longest)
         batch = {
-            "input_ids": torch.full(shape, UNK_ID),
+            "input_ids": torch.zeros(shape, dtype=torch.int64),
             "labels": torch.full(shape, IGNORE_INDEX),
             "position_ids": torch.zeros(shape, dtype=torch.int64),
         }
@@ -138,11 +138,12 @@ def _log_fallback() -> None:
     )
 
 
-class GlmForTraining(GlmForCausalLM):
-    """GlmForCausalLM that returns the loss and no logits if it is given labels.
+class TrainingLoss:
+    """Mixin of a causal language model: given labels, it returns the loss and no logits.
 
     With `position_ids` that restart, attention stays inside each document: transformers builds
-    that mask only if there is neither an attention mask nor a cache.
+    that mask only if there is neither an attention mask nor a cache. `loading.check_training` tells
+    the architectures of which this, or the loss, is not true.
     """
 
     accepts_loss_kwargs = True
@@ -162,18 +163,21 @@ class GlmForTraining(GlmForCausalLM):
         their number in this batch. With the reduction "none" it is that of `token_losses`.
         """
         if labels is None:
-            return super().forward(input_ids, position_ids=position_ids, **kwargs)
+            plain: Any = super()
+            return plain.forward(input_ids, position_ids=position_ids, **kwargs)
+        model: Any = self
         # Autocast leaves the output of float32 embeddings, and all that is added to it, in float32,
         # which would double the activations.
-        embedded = self.model.embed_tokens(input_ids)
+        embedded = model.get_input_embeddings()(input_ids)
         if torch.is_autocast_enabled(embedded.device.type):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
-        hidden = self.model(
+        hidden = model.base_model(
             inputs_embeds=embedded, position_ids=position_ids, use_cache=False
         ).last_hidden_state
+        weight = model.get_output_embeddings().weight
         if reduction == "none":
-            return CausalLMOutputWithPast(loss=token_losses(hidden, self.lm_head.weight, labels))
-        total = token_losses(hidden, self.lm_head.weight, labels, "sum")
+            return CausalLMOutputWithPast(loss=token_losses(hidden, weight, labels))
+        total = token_losses(hidden, weight, labels, "sum")
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
         return CausalLMOutputWithPast(loss=total / num_items_in_batch)
@@ -182,26 +186,32 @@ class GlmForTraining(GlmForCausalLM):
 class _Rows(nn.Module):
     """A matrix whose last rows are trained: old [first, width], new [rows - first, width].
 
-        embed_tokens  [ old: frozen | new: trained ]     base ids and special tokens | new pieces
-        lm_head       [ old: frozen | new: trained ]
+        input embedding  [ old: frozen | new: trained ]     the base's ids | new pieces
+        output matrix    [ old: frozen | new: trained ]
 
     Gradients, float32 masters and moments exist for the new rows only: with 13,741 new pieces of
-    ChatGLM3-6B, 0.11 B parameters instead of 0.64 B.
+    ChatGLM3-6B, 0.11 B parameters instead of 0.64 B. Tied matrices share both parts.
     """
 
-    def __init__(self, weight: torch.Tensor, first: int) -> None:
+    def __init__(self, old: nn.Parameter, new: nn.Parameter) -> None:
         super().__init__()
-        self.old = nn.Parameter(weight[:first].clone(), requires_grad=False)
-        self.new = nn.Parameter(weight[first:].float())
+        self.old, self.new = old, new
+
+    @classmethod
+    def split(cls, weight: torch.Tensor, first: int) -> Self:
+        """Split a matrix before row `first`; the trained part is float32."""
+        old = nn.Parameter(weight[:first].clone(), requires_grad=False)
+        return cls(old, nn.Parameter(weight[first:].float()))
 
     @property
     def weight(self) -> torch.Tensor:
         """The whole matrix, concatenated."""
         return torch.cat([self.old, self.new.to(self.old.dtype)])
 
-    def replace_last_rows(self, stored: torch.Tensor) -> torch.Tensor:
+    def replace_last_rows(self, stored: torch.Tensor) -> nn.Parameter:
         """Return a stored matrix with the trained rows in place of its last ones, float32, CPU."""
-        return torch.cat([stored[: len(self.old)].float(), self.new.detach().float().cpu()])
+        rows = torch.cat([stored[: len(self.old)].float(), self.new.detach().float().cpu()])
+        return nn.Parameter(rows, requires_grad=False)
 
 
 class NewRowsEmbedding(_Rows):
@@ -219,20 +229,28 @@ class NewRowsHead(_Rows):
 
 
 def split_embeddings(model: Any, first: int) -> None:
-    """Make only the rows from id `first` on trainable, in both embedding matrices."""
-    model.set_input_embeddings(NewRowsEmbedding(model.get_input_embeddings().weight.data, first))
-    model.set_output_embeddings(NewRowsHead(model.get_output_embeddings().weight.data, first))
+    """Make only the rows from id `first` on trainable, in the embedding matrices."""
+    is_tied = len(find_embeddings(model)) == 1
+    embedding = NewRowsEmbedding.split(model.get_input_embeddings().weight.data, first)
+    if is_tied:
+        head = NewRowsHead(embedding.old, embedding.new)
+    else:
+        head = NewRowsHead.split(model.get_output_embeddings().weight.data, first)
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)
 
 
-def join_embeddings(model: Any, stored_input: torch.Tensor, stored_output: torch.Tensor) -> None:
+def join_embeddings(model: Any, stored: Sequence[torch.Tensor]) -> None:
     """Undo `split_embeddings`: plain float32 matrices with the trained rows in place.
 
-    The old rows are taken from the stored matrices, as training may have rounded them.
+    The old rows are taken from the stored matrices, input first, one if they are tied: training may
+    have rounded them.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weight = embedding.replace_last_rows(stored_input)
-    model.set_input_embeddings(nn.Embedding.from_pretrained(weight))
-    weight = head.replace_last_rows(stored_output)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    model.set_output_embeddings(plain)
+    parts: list[Any] = list(find_embeddings(model).values())
+    weights = [part.replace_last_rows(rows) for part, rows in zip(parts, stored, strict=True)]
+    rows, width = weights[0].shape
+    embedding = nn.Embedding(rows, width, device="meta")
+    head = nn.Linear(width, rows, bias=False, device="meta")
+    embedding.weight, head.weight = weights[0], weights[-1]
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatglm_ja.chatglm3.base_config import PROJECTIONS, ModelShape, read_shape
+from chatglm_ja.bases import families
+from chatglm_ja.bases.shape import Linear, ModelShape, read_shape
 from chatglm_ja.settings import REPORTS_BYTES, StepConfig, setting
 from chatglm_ja.storage.files import read_json
 from chatglm_ja.storage.weight_files import weights_bytes
@@ -40,7 +41,9 @@ class TrainingConfig(StepConfig):
     block_size: int = setting(
         "tokens per row, as prepared by step 4", 1024, low=8, high=2**20, affects_result=False
     )
-    train_embeddings: bool = setting("train the input and output embeddings in full", True)
+    train_embeddings: bool = setting(
+        "train the embeddings in full, the output matrix too if it is another", True
+    )
     embedding_rows: Literal["all", "new"] = setting(
         "embedding rows to train; new: those of the added pieces only, which takes a sixth of the "
         "memory for gradients and moments at 6B size",
@@ -49,7 +52,9 @@ class TrainingConfig(StepConfig):
     lora_rank: int = setting("rank of the LoRA matrices", 8, low=1)
     lora_alpha: int = setting("LoRA scale: updates are multiplied by alpha / rank", 16, low=0)
     lora_targets: tuple[str, ...] = setting(
-        f"the matrices of a layer that get LoRA matrices, of {', '.join(PROJECTIONS)}", PROJECTIONS
+        "the linear layers that get LoRA matrices, by the last part of their names (q_proj, for "
+        "example); by default all linear layers of the transformer",
+        (),
     )
     lora_dropout: float = setting("dropout before the LoRA matrices", 0.0, low=0, high=0.9)
     learning_rate: float = setting(
@@ -158,19 +163,12 @@ class TrainingConfig(StepConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         # In one order and once: how they are listed does not change the result.
-        targets = tuple(name for name in PROJECTIONS if name in self.lora_targets)
-        object.__setattr__(self, "lora_targets", targets)
+        object.__setattr__(self, "lora_targets", tuple(sorted({*self.lora_targets})))
 
     def contradictions(self) -> list[str]:
         problems = _find_deepspeed_problems(self.deepspeed) if self.deepspeed is not None else []
         if self.compile and self.estimate is None:
             problems += _find_compiler_problems()
-        unknown = [name for name in self.lora_targets if name not in PROJECTIONS]
-        if unknown or not self.lora_targets:
-            problems.append(
-                f"--lora-targets names {unknown[0] if unknown else 'nothing'}: expected some of "
-                f"{', '.join(PROJECTIONS)}"
-            )
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             problems.append("--tracker wandb needs its package: run `pip install wandb`")
         if self.embedding_rows == "new" and not self.train_embeddings:
@@ -189,29 +187,27 @@ class TrainingConfig(StepConfig):
             problems.append("--max-steps and --epochs leave nothing to train")
         return problems
 
-    @property
-    def trained_targets(self) -> tuple[str, ...]:
-        """The matrices of a layer whose LoRA matrices are trained."""
-        return self.lora_targets if self.learning_rate else ()
+    def trained_linears(self, shape: ModelShape) -> tuple[Linear, ...]:
+        """Return the linear layers of a layer whose LoRA matrices are trained.
+
+        Raises ConfigError if --lora-targets names one that the model does not have.
+        """
+        targets = shape.find_linears(self.lora_targets)
+        return targets if self.learning_rate else ()
 
     def count_parameters(self, shape: ModelShape, old_rows: int | None = None) -> ParameterCounts:
         """Count the parameters of a model of this shape.
 
         New rows are those after `old_rows`; by default the tokenizer of `model` says which.
         """
-        lora = shape.lora_weights(self.lora_rank, self.trained_targets)
+        lora = shape.lora_weights(self.lora_rank, self.trained_linears(shape))
         rows = shape.rows if self.train_embeddings else 0
         if rows and self.embedding_rows == "new":
             if old_rows is None:
-                # Imports sentencepiece, which --help does not need.
-                from chatglm_ja.chatglm3.chat_format import first_new_id
-                from chatglm_ja.chatglm3.tokenizer import load_processor
-
-                old_rows = first_new_id(load_processor(self.model))
+                old_rows = families.load_tokenizer(self.model).first_new_id
             rows -= old_rows
-        embeddings = 2 * rows * shape.hidden
-        total = shape.layer_weights + shape.embedding_weights
-        return ParameterCounts(lora, embeddings, total - embeddings)
+        embeddings = shape.embeddings * rows * shape.hidden
+        return ParameterCounts(lora, embeddings, shape.weights - embeddings)
 
     def disk_bytes(self) -> int:
         """Estimate the size of checkpoints (one more than are kept), adapter and merged model."""

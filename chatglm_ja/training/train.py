@@ -21,8 +21,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from chatglm_ja.bases import families
-from chatglm_ja.chatglm3 import base_config
-from chatglm_ja.chatglm3.tokenizer import load_processor
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError, StoppedError, UserError
@@ -101,7 +100,7 @@ def train(
         rows, validation_rows = _read_data(config, name)
         validation, sources = None, []
         if config.evaluations:
-            tokenizer = load_processor(config.model)
+            tokenizer = families.load_tokenizer(config.model)
             validation = Validation.prepare(validation_rows, config.data, name, tokenizer)
             if name == "sft":
                 sources = dataset.count_sources(rows, validation.titles)
@@ -191,7 +190,7 @@ def _prepare_for_cpu(config: TrainingConfig) -> None:
 
 def _read_data(config: TrainingConfig, name: str) -> tuple[Any, Any]:
     """Open the training and validation rows; raise DataError if they do not fit the model."""
-    shape = base_config.read_shape(config.model)
+    shape = read_shape(config.model)
     splits = [dataset.load_rows(config.data, name, split) for split in ("train", "validation")]
     tokenizer = families.load_tokenizer(config.model) if name == "sft" else None
     for split, rows in zip(("train", "validation"), splits, strict=True):

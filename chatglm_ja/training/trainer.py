@@ -22,11 +22,11 @@ from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainingArguments
 
-from chatglm_ja.chatglm3.base_config import read_shape
-from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX
+from chatglm_ja.bases.interface import IGNORE_INDEX
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.data import dataset
 from chatglm_ja.training import costs
-from chatglm_ja.training.adapter import EMBEDDINGS, read_embeddings
+from chatglm_ja.training.adapter import read_embeddings, trained_embeddings
 from chatglm_ja.training.checkpoints import (
     Checkpoints,
     load_random_states,
@@ -75,7 +75,7 @@ class ResumableTrainer(Trainer):
         self.flops_per_token = costs.flops_per_token(
             shape,
             config.count_parameters(shape),
-            config.trained_targets,
+            config.trained_linears(shape),
             context=costs.mean_context(lengths),
             scored=dataset.scored_share(rows, SAMPLED_ROWS),
         )
@@ -188,9 +188,10 @@ class ResumableTrainer(Trainer):
         """Create AdamW with two parameter groups: LoRA matrices, and embeddings."""
         if self.optimizer is None:
             model, config = model or self.model, self.config
-            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            lora = [p for name, p in trained if not name.endswith(EMBEDDINGS)]
-            embeddings = [p for name, p in trained if name.endswith(EMBEDDINGS)]
+            embeddings = list(trained_embeddings(model.get_base_model()).values())
+            known = {id(parameter) for parameter in embeddings}
+            trained = [p for p in model.parameters() if p.requires_grad]
+            lora = [parameter for parameter in trained if id(parameter) not in known]
             groups: list[dict[str, Any]] = [
                 {"params": lora, "lr": config.learning_rate, "weight_decay": config.weight_decay},
                 # No decay: it would shrink the rows of tokens that do not occur in a batch.

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatglm_ja.bases.families import NO_BASE_MODEL, tokenizer_files
-from chatglm_ja.chatglm3.base_config import MODEL_FILE, read_shape
+from chatglm_ja.bases.shape import read_shape
+from chatglm_ja.chatglm3.base_config import MODEL_FILE
 from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.errors import did_you_mean
 from chatglm_ja.settings import CORES, REPORTS_BYTES, StepConfig, flag, setting
@@ -231,9 +232,9 @@ class ResizeModelConfig(StepConfig):
         shape = read_shape(self.base_model)
         manifest = read_manifest(self.tokenizer)
         ids = manifest.counts.get("vocabulary", 0) if manifest else 0
-        before = shape.layer_weights + shape.embedding_weights
-        after = before + 2 * max(ids - shape.rows, 0) * shape.hidden
-        return REPORTS_BYTES + weights_bytes(self.base_model) * after // before
+        added = shape.embeddings * max(ids - shape.rows, 0) * shape.hidden
+        after = shape.weights + added
+        return REPORTS_BYTES + weights_bytes(self.base_model) * after // shape.weights
 
 
 def padded_rows(vocabulary: int, multiple: int) -> int:

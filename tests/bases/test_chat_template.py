@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from chatglm_ja.bases.chat_template import ChatTemplate
@@ -220,6 +228,13 @@ def trained_texts(tokenizer: Any, example: tuple[list[int], list[int]]) -> list[
     return [tokenizer.decode(run) for run in runs if run]
 
 
+def context(template: ChatTemplate, messages: Sequence[Message], place: int) -> list[int]:
+    """Return the ids before the trained part of the answer at a place in a conversation."""
+    only = [{**message, "loss": i == place} for i, message in enumerate(messages)]
+    ids, labels = template.build_example(only)
+    return ids[: next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)]
+
+
 ENDS = {  # of an answer before a question, and of the last one
     "chatml": ("<|im_end|>", "<|im_end|>"), "qwen3": ("<|im_end|>", "<|im_end|>"),
     "llama3": ("<|eot_id|>", "<|eot_id|>"), "glm4": ("<|user|>", "<|endoftext|>"),
@@ -265,10 +280,34 @@ def test_an_answer_is_trained_where_its_prompt_ends(
         pytest.skip("has no system role")
     messages = [*system, *TALK, AGAIN, {"role": "assistant", "content": "  は\n\nい"}]
     for place in range(len(system) + 1, len(messages), 2):
-        only = [{**m, "loss": i == place} for i, m in enumerate(messages)]
-        ids, labels = templates[kind].build_example(only)
-        first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-        assert ids[:first] == templates[kind].build_prompt(messages[:place])
+        prompt = templates[kind].build_prompt(messages[:place])
+        assert context(templates[kind], messages, place) == prompt
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space_tokenizes_the_conversation_whole() -> None:
+    """As Llama 2's: the parts on their own would each begin with one."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no "a▁b"
+    lines = ["日本の首都は？ 東京です。 ありがとう いいえ。", "[Q] a [/Q] b"] * 5
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(lines, trainer)
+    backend.pre_tokenizer = None
+    template_text = MISTRAL.replace("[INST]", "[Q]").replace("[/INST]", "[/Q]")  # not special
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template_text
+    )
+    template = ChatTemplate(tokenizer, [tokenizer.eos_token_id])
+    ids, labels = template.build_example(TALK)
+    turns = [{"role": m["role"], "content": m["content"]} for m in TALK]
+    assert ids == tokenizer.apply_chat_template(turns, return_dict=False)
+    trained = [label for label in labels if label != IGNORE_INDEX]
+    assert "".join(tokenizer.convert_ids_to_tokens(trained)) == "▁東京です。</s>▁いいえ。</s>"
+    for place in (1, 3):
+        assert context(template, TALK, place) == template.build_prompt(TALK[:place])
 
 
 CALLS = {

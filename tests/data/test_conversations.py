@@ -78,6 +78,8 @@ def test_a_record_s_tools_come_before_its_system_text() -> None:
         assert read_messages(record, None) == expected
     record = {"messages": [{"role": "system", "content": "s"}, *Q_AND_A], "tools": tools}
     assert read_messages(record, None) == expected
+    own = [{"role": "system", "content": "", "tools": tools}, *Q_AND_A]
+    assert read_messages({"messages": own}, None) == own
     nothing: Any
     for nothing in (None, "", [], "[]"):
         assert read_messages({"messages": Q_AND_A, "tools": nothing}, None) == Q_AND_A

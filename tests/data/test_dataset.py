@@ -7,7 +7,8 @@ import pyarrow
 import pytest
 import torch
 
-from chatglm_ja.chatglm3 import base_config, chat_format
+from chatglm_ja.bases.shape import read_shape
+from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError
 from chatglm_ja.training.model import Collator
@@ -60,7 +61,7 @@ def test_rows_are_padded_to_a_length(data_dir: Path) -> None:
 def test_rows_that_do_not_fit_are_refused(data_dir: Path, resized_dir: Path) -> None:
     rows = dataset.load_rows(data_dir, "pretrain", "train")
     largest = max(max(ids) for ids in rows["input_ids"])
-    shape = replace(base_config.read_shape(resized_dir), rows=largest + 1, positions=64)
+    shape = replace(read_shape(resized_dir), rows=largest + 1, positions=64)
     dataset.check_rows(rows, 64, shape, data_dir, "pretrain")
     with pytest.raises(DataError, match=f"token id {largest}, but the model has {largest} embed"):
         dataset.check_rows(rows, 64, replace(shape, rows=largest), data_dir, "pretrain")

@@ -157,6 +157,30 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
         write_sft(other, prepare_config(merged_dir, UNUSED, **settings))
 
 
+def test_a_long_conversation_loses_as_little_as_possible(
+    tmp_path: Path, merged_dir: Path, encoder: Any
+) -> None:
+    turns = [f"{kind}{n}" + "長" * (n * 7 % 5) for n in range(6) for kind in ("問", "答")]
+    row = conversation(*turns)
+    row["messages"].insert(0, {"role": "system", "content": "指示"})
+    system, *messages = row["messages"]
+    fitting = [
+        chat_format.build_example(encoder, [system, *messages[first:]])
+        for first in range(0, len(messages), 2)
+    ]
+    source = write(tmp_path, [row])
+    lengths = [len(ids) for ids, _ in fitting]
+    for max_length in {*lengths, *(length - 1 for length in lengths[:-1])}:
+        folder = tmp_path / str(max_length)
+        folder.mkdir()
+        settings = {"sft_sources": [source], "max_length": max_length}
+        write_sft(folder, prepare_config(merged_dir, UNUSED, **settings))
+        assert examples(folder) == [next(e for e in fitting if len(e[0]) <= max_length)]
+    settings["max_length"] = lengths[-1] - 1
+    with pytest.raises(DataError, match="too long 1"):
+        write_sft(tmp_path, prepare_config(merged_dir, UNUSED, **settings))
+
+
 def test_answers_that_are_not_to_be_trained_stay_as_context(
     tmp_path: Path, merged_dir: Path, encoder: Any
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ja.chatglm3 import base_config
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.storage import disk
 from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.training import train
@@ -84,7 +84,7 @@ def test_a_checkpoint_takes_the_estimated_disk_space(
     interrupted: tuple[TrainingConfig, Path, bytes],
 ) -> None:
     config, folder, _ = interrupted
-    trained = config.count_parameters(base_config.read_shape(config.model)).all
+    trained = config.count_parameters(read_shape(config.model)).all
     size = disk.folder_bytes(folder / "checkpoints" / "step-000004")
     assert 0.98 * size < CHECKPOINT_BYTES * trained < size
 

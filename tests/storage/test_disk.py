@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import constants
-from chatglm_ja.chatglm3 import base_config
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.settings import REPORTS_BYTES, Config, parse
 from chatglm_ja.storage import disk
@@ -29,7 +29,7 @@ def test_every_step_estimates_what_it_writes_and_not_much_more(pipeline: Runner)
 
     base, tokenizer = made / "base_model", made / "step2_tokenizer"
     training = settings(5, TrainingConfig, model=made / "step3_model")
-    counts = training.count_parameters(base_config.read_shape(training.model))
+    counts = training.count_parameters(read_shape(training.model))
     checkpoints = CHECKPOINT_BYTES * counts.all * (training.keep_checkpoints + 1)
     step1 = made / "step1_tokenizer"
     merging = settings(2, MergeTokenizerConfig, base_model=base, ja_tokenizer=step1)

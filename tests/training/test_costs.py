@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from chatglm_ja.bases import modules
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.training import adapter, costs
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
+from tests import tiny_models
 from tests.conftest import PROJECT, write_manifest
 from tests.training.runs import config_for
 
-CHATGLM3_6B = base_config.ModelShape(
-    layers=28,
-    hidden=4096,
-    ffn=13_696,
-    heads=32,
-    kv_heads=2,
-    head_dim=128,
-    rows=65_024,
-    positions=8192,
-)
+SIZES_6B = {
+    "num_layers": 28,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13_696,
+    "num_attention_heads": 32,
+    "multi_query_group_num": 2,
+    "kv_channels": 128,
+    "padded_vocab_size": 65_024,
+    "seq_length": 8192,
+    "layernorm_epsilon": 1e-5,
+}
+CHATGLM3_6B = modules.measure(base_config.glm_config(SIZES_6B, 65_024, torch.float16))
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def config_6b(**changes: Any) -> TrainingConfig:
 
 def test_the_parameters_of_chatglm3_6b() -> None:
     """As published."""
-    assert CHATGLM3_6B.layer_weights + CHATGLM3_6B.embedding_weights == 6_243_584_000
+    assert CHATGLM3_6B.weights == 6_243_584_000
 
 
 @pytest.mark.parametrize(
@@ -60,21 +66,21 @@ def test_parameters_are_those_of_the_model(
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, **changes)
     model = adapter.load_for_training(config, torch.float32)
-    trained = config.count_parameters(base_config.read_shape(resized_dir))
+    trained = config.count_parameters(read_shape(resized_dir))
     assert trained.all == sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = [p for n, p in model.named_parameters() if not p.requires_grad and "lora_" not in n]
     assert trained.frozen == sum(p.numel() for p in frozen)
 
 
 def test_both_layouts_give_the_same_shape(resized_dir: Path, base_dir: Path) -> None:
-    resized, base = base_config.read_shape(resized_dir), base_config.read_shape(base_dir)
+    resized, base = read_shape(resized_dir), read_shape(base_dir)
     assert resized.rows > base.rows
-    assert resized == base_config.ModelShape(**{**vars(base), "rows": resized.rows})
-    with pytest.raises(DataError, match="not found: the sizes are read from it"):
-        base_config.read_shape(resized_dir / "nowhere")
+    assert resized == replace(base, rows=resized.rows)
+    with pytest.raises(DataError, match="not found: expected the folder of a base model"):
+        read_shape(resized_dir / "nowhere")
 
 
-def kept_bytes(model: Any, batch: int, length: int) -> int:
+def kept_bytes(model: Any, batch: int, length: int, rows: int = 400) -> int:
     """Return the bytes that autograd saves in a forward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -84,7 +90,7 @@ def kept_bytes(model: Any, batch: int, length: int) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = torch.randint(5, 400, (batch, length))
+    ids = torch.randint(5, rows, (batch, length))
     half = torch.arange(length // 2)
     positions = torch.cat([half, half]).expand(batch, length)  # two documents: there is a mask
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -121,11 +127,64 @@ def test_activations_are_what_autograd_keeps(
             del layers[-1]
         model.config.num_hidden_layers = len(layers)
         kept.append(kept_bytes(model, batch, length))
-    shape = base_config.read_shape(config.model)
+    shape = read_shape(config.model)
     per_token = costs.activation_bytes(
-        shape, config.lora_rank, config.trained_targets, length, dtype.itemsize
+        shape, config.lora_rank, config.trained_linears(shape), length, dtype.itemsize
     )
     assert kept[0] - kept[1] == batch * length * per_token
+
+
+def count_operations(config: TrainingConfig, ids: int) -> float:
+    """Return the operations that torch counts, relative to those that are expected."""
+    model = adapter.load_for_training(config, torch.float32)
+    # The products of fused attention are not counted on a CPU.
+    model.config._attn_implementation = "eager"
+    batch, length = 2, 32
+    input_ids = torch.randint(5, ids, (batch, length))
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=input_ids).logits
+        F.cross_entropy(logits.flatten(0, 1), input_ids.flatten()).backward()
+    shape = read_shape(config.model)
+    trained = config.count_parameters(shape)
+    # Attention is computed over the whole block, LoRA's products also where they do not learn.
+    expected = costs.flops_per_token(shape, trained, config.trained_linears(shape), context=length)
+    if not trained.lora:
+        expected += 4 * shape.lora_weights(config.lora_rank, shape.linears)
+    return counter.get_total_flops() / (expected * batch * length)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("glm", 0.0), ("llama", 0.07), ("qwen3", 0.06), ("gpt2", 0.5)]
+)
+def test_activations_of_other_architectures(tmp_path: Path, kind: str, tolerance: float) -> None:
+    """The formula is that of GlmForCausalLM's layer. Llama does not copy the attention's output,
+    Qwen3 normalizes queries and keys too, and GPT-2's dropout keeps the attention's weights."""
+    config = config_for(tmp_path / "2", tmp_path, tmp_path)
+    batch, length = 2, 64
+    kept = []
+    for layers in (2, 1):
+        folder = tiny_models.make_tiny(kind, tmp_path / str(layers), num_hidden_layers=layers)
+        model: Any = adapter.load_for_training(replace(config, model=folder), torch.float32)
+        kept.append(kept_bytes(model, batch, length, 320))
+    shape = read_shape(config.model)
+    per_token = costs.activation_bytes(
+        shape, config.lora_rank, config.trained_linears(shape), length, 4
+    )
+    found = (kept[0] - kept[1]) / (batch * length)
+    assert per_token == pytest.approx(found, rel=tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_embeddings": False}, {"lora_targets": ("c_fc",)}])
+@pytest.mark.parametrize("kind", tiny_models.SIZES)
+def test_operations_of_other_architectures(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """Tied embeddings are a lookup and a product, too."""
+    if "lora_targets" in changes and kind != "gpt2":
+        changes = {"lora_targets": ("o_proj",)}
+    folder = tiny_models.make_tiny(kind, tmp_path)
+    config = config_for(folder, tmp_path, tmp_path, **changes)
+    assert count_operations(config, 320) == pytest.approx(1, rel=8e-3)
 
 
 @pytest.mark.parametrize(
@@ -144,21 +203,7 @@ def test_operations_are_those_that_torch_counts(
     resized_dir: Path, data_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     config = config_for(resized_dir, data_dir, tmp_path, **changes)
-    model = adapter.load_for_training(config, torch.float32)
-    # The products of fused attention are not counted on a CPU.
-    model.config._attn_implementation = "eager"
-    batch, length = 2, 32
-    ids = torch.randint(5, 400, (batch, length))
-    with FlopCounterMode(display=False) as counter:
-        logits = model(input_ids=ids).logits
-        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-    shape = base_config.read_shape(config.model)
-    trained = config.count_parameters(shape)
-    # Attention is computed over the whole block, LoRA's products also where they do not learn.
-    expected = costs.flops_per_token(shape, trained, config.trained_targets, context=length)
-    if not trained.lora:
-        expected += 4 * shape.lora_weights(config.lora_rank, config.lora_targets)
-    assert counter.get_total_flops() == pytest.approx(expected * batch * length, rel=2e-3)
+    assert count_operations(config, 400) == pytest.approx(1, rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +220,12 @@ def test_memory_is_what_a_gpu_measured(
 ) -> None:
     """Peaks on an H100, of new rows on an H200, with 78,592 rows (benchmarks/train_6b.py: "4090 x
     4", "share of 4", "one GPU", "4090 x 4, compiled, new rows")."""
-    shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
+    shape = replace(CHATGLM3_6B, rows=78_592)
     config = config_6b(**changes)
     new = 2 * 13_794 * shape.hidden
-    total = shape.layer_weights + shape.embedding_weights
     trained = config_6b().count_parameters(shape)
     if config.embedding_rows == "new":
-        trained = ParameterCounts(trained.lora, new, total - new)
+        trained = ParameterCounts(trained.lora, new, shape.weights - new)
     items = costs.estimate_memory(shape, trained, config, processes)
     assert sum(size for _, size in items) == pytest.approx(measured_gb, rel=0.02)
 
@@ -261,9 +305,7 @@ def test_peaks_are_found_by_name(name: str, peak: float | None) -> None:
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """The folder of ChatGLM3-6B with nothing but its config.json."""
-    names = [name for name in base_config.SIZES if name != "layernorm_epsilon"]
-    sizes = dict(zip(names, vars(CHATGLM3_6B).values(), strict=True))
-    config = {**base_config.REQUIRED_CONFIG, **sizes, "layernorm_epsilon": 1e-5}
+    config = base_config.REQUIRED_CONFIG | SIZES_6B
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -271,7 +313,7 @@ def published(tmp_path: Path) -> Path:
 def new_rows(model: Path, **changes: Any) -> tuple[int, int]:
     """The rows that --estimate counts, and how many of them are new."""
     config = config_6b(model=model, **changes)
-    rows, old = costs.plan_rows(config, base_config.read_shape(model))
+    rows, old = costs.plan_rows(config, read_shape(model))
     return rows, rows - old
 
 
@@ -288,7 +330,7 @@ def test_the_estimate_of_a_base_counts_the_rows_that_step_3_adds(
     assert new_rows(published, vocab_size=14_000, tokenizer=step2) == (75_584, 10_786)
     # The base of the tests has 4,000 pieces and 9 special tokens.
     assert new_rows(base_dir, vocab_size=1000) == (4800, 4800 - 4009)
-    resized = base_config.read_shape(resized_dir).rows
+    resized = read_shape(resized_dir).rows
     assert new_rows(resized_dir, vocab_size=14_000) == (resized, resized - 4009)
     copied = tmp_path / "copied"  # the result of step 8 with --to chatglm
     copied.mkdir()
@@ -359,12 +401,12 @@ def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> Non
         "micro-batch 4 x accumulation 1 x 4 GPUs = 16 blocks of 1,024 tokens = 16,384 tokens"
         in text
     )
-    shape = base_config.read_shape(base_dir)
+    shape = read_shape(base_dir)
     items = costs.estimate_memory(shape, config.count_parameters(shape), config, 4)
     gib = sum(size for _, size in items) * 1e9 / 2**30
     assert f"{gib + costs.OVERHEAD_GIB:.2f}" in text
     settings = json.loads((PROJECT / "ds_zero2.json").read_text())
-    shape = base_config.read_shape(base_dir)
+    shape = read_shape(base_dir)
     expected = settings["zero_optimization"]["reduce_bucket_size"]
     assert costs.bucket_elements(shape, config) == expected
     settings["zero_optimization"]["reduce_bucket_size"] = "auto"
@@ -376,7 +418,7 @@ def test_the_estimate_says_what_a_step_is(base_dir: Path, tmp_path: Path) -> Non
 def test_the_hours_are_those_of_the_measured_speed() -> None:
     """An H100 with a quarter of the work trained 11,547 tokens/s (docs/training.md), with LoRA of
     rank 8; documents as long as blocks take a little more."""
-    shape = base_config.ModelShape(**{**vars(CHATGLM3_6B), "rows": 78_592})
+    shape = replace(CHATGLM3_6B, rows=78_592)
     config = config_6b(gradient_checkpointing=True, compile=True)
     trained = config.count_parameters(shape)
     lines = "\n".join(costs._describe_cards(shape, trained, config, costs.BatchPlan(4, 1, 4), 20))

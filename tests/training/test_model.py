@@ -3,6 +3,7 @@
 With --embedding-rows new only the added rows are trained; the base's rows stay bit-identical.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,29 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
+from chatglm_ja.bases.loading import load_model
+from chatglm_ja.bases.modules import find_embeddings
 from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.training import model, train
-from chatglm_ja.training.adapter import write_merged
+from chatglm_ja.training.adapter import load_for_training, write_merged
 from chatglm_ja.training.model import (
     Collator,
-    GlmForTraining,
+    TrainingLoss,
     join_embeddings,
     split_embeddings,
     token_losses,
 )
+from tests import tiny_models
 from tests.training.runs import checkpoints_in, config_for
 
 Row = dict[str, list[int]]
 
 
 @pytest.fixture(name="model")
-def small_model(resized_dir: Path) -> GlmForTraining:
-    return GlmForTraining.from_pretrained(resized_dir, dtype=torch.float32)
+def small_model(resized_dir: Path) -> Any:
+    return load_model(resized_dir, torch.float32, mixin=TrainingLoss)
 
 
 @pytest.fixture
@@ -244,8 +248,91 @@ def test_without_the_document_mask_attention_crosses_documents(
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
+def pack_with_padding(documents: list[list[int]], width: int) -> dict[str, torch.Tensor]:
+    row: Row = {
+        "input_ids": [*itertools.chain(*documents)],
+        "lengths": [len(ids) for ids in documents],
+    }
+    return Collator(document_mask=True, length=width)([row])
+
+
+@pytest.mark.parametrize("kind", tiny_models.SIZES)
+def test_packed_documents_are_computed_as_separate_ones(tmp_path: Path, kind: str) -> None:
+    """On any architecture: hidden states, loss and gradients of transformers' own class."""
+    folder = tiny_models.make_tiny(kind, tmp_path)
+    model = load_model(folder, torch.float32, mixin=TrainingLoss)  # in evaluation mode
+    plain = load_model(folder, torch.float32)
+    torch.manual_seed(1)
+    documents = [torch.randint(3, 320, (size,)).tolist() for size in (9, 2, 30, 17)]
+    batch = pack_with_padding(documents, 64)
+    hidden = model.base_model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state
+    packed = model.get_output_embeddings()(hidden)[0]
+    trained = sum(len(ids) - 1 for ids in documents)
+    total, start = torch.zeros(()), 0
+    for ids in documents:
+        logits = plain(torch.tensor([ids])).logits[0]
+        found = packed[start : start + len(ids)]
+        assert (found - logits).abs().max() < 1e-5 * logits.abs().max()
+        total = total + F.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum")
+        start += len(ids)
+    (total / trained).backward()
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(total.item() / trained, rel=1e-5)
+    for name, parameter in plain.named_parameters():
+        gradient = model.get_parameter(name).grad
+        assert (gradient - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+    model(**batch, reduction="none").loss.sum().backward()  # the single losses, too
+    crossing = model(
+        **Collator(document_mask=False)([{"input_ids": [*itertools.chain(*documents)]}])
+    )
+    assert abs(crossing.loss.item() - loss.item()) > 1e-3  # the mask matters
+
+
+@pytest.mark.parametrize("kind", tiny_models.SIZES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_trains_in_bfloat16(tmp_path: Path, kind: str, checkpointing: bool) -> None:
+    """Frozen weights are bfloat16, trained ones float32 masters, and the loss is nearly equal."""
+    folder = tiny_models.make_tiny(kind, tmp_path / "model")
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        config = config_for(folder, folder, tmp_path, gradient_checkpointing=checkpointing)
+        adapted: Any = load_for_training(config, dtype)
+        batch = pack_with_padding([list(range(3, 30)), list(range(40, 70))], 60)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = adapted.train(kind != "gpt2")(**batch).loss  # GPT-2 has dropout
+        loss.backward()
+        losses.append(loss.item())
+        for name, parameter in adapted.named_parameters():
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else dtype)
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 def first_new(folder: Path) -> int:
     return tokenizer.load_processor(folder).piece_to_id("<|observation|>") + 1
+
+
+@pytest.mark.parametrize("kind", tiny_models.SIZES)
+def test_split_embeddings_of_any_architecture_compute_the_same(tmp_path: Path, kind: str) -> None:
+    """Tied ones stay tied: their new rows get the gradients of both uses."""
+    folder = tiny_models.make_tiny(kind, tmp_path)
+    whole, split = (load_model(folder, torch.float32, mixin=TrainingLoss) for _ in range(2))
+    split_embeddings(split, 300)
+    ids = torch.tensor([[5, 299, 300, 301, 319, 0]])
+    names = [f"{name}.weight" for name in find_embeddings(whole)]
+    assert len(names) == len(find_embeddings(split))
+    for either in (whole, split):
+        either(ids, labels=ids).loss.backward()
+    assert torch.equal(split(ids).logits, whole(ids).logits)
+    for name, module in find_embeddings(split).items():
+        gradient = whole.get_parameter(f"{name}.weight").grad
+        assert torch.allclose(module.new.grad, gradient[300:], atol=1e-6)
+    join_embeddings(split, [whole.get_parameter(name).detach() for name in names])
+    assert [f"{name}.weight" for name in find_embeddings(split)] == names
+    assert torch.equal(split(ids).logits, whole(ids).logits)
 
 
 def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
@@ -271,7 +358,7 @@ def test_a_split_model_computes_the_same(resized_dir: Path) -> None:
         assert torch.allclose(part.new.grad, grad[first:], atol=1e-7)
     stored = GlmForCausalLM.from_pretrained(resized_dir)
     names = (tensor_names.GLM_EMBEDDING, tensor_names.GLM_LM_HEAD)
-    join_embeddings(model, *(stored.get_parameter(name).detach() for name in names))
+    join_embeddings(model, [stored.get_parameter(name).detach() for name in names])
     assert torch.equal(model(ids).logits, whole)
     assert sorted(model.state_dict()) == sorted(
         GlmForCausalLM.from_pretrained(resized_dir).state_dict()

@@ -28,9 +28,10 @@ from chatglm_ja.storage import weights as stored_weights
 from chatglm_ja.training import progress, train, trainer
 from chatglm_ja.training.adapter import (
     ADAPTER,
-    EMBEDDINGS,
+    PEFT_PREFIX,
     choose_dtype,
     load_for_training,
+    trained_embeddings,
     verify_logits,
     write_merged,
 )
@@ -71,7 +72,7 @@ def test_lora_and_both_embeddings_learn_and_nothing_else(
     config = config_for(resized_dir, data_dir, tmp_path)
     model = load_for_training(config, torch.bfloat16)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    embeddings = {name for name in trained if name.endswith(EMBEDDINGS)}
+    embeddings = {PEFT_PREFIX + name for name in trained_embeddings(model.get_base_model())}
     assert len(embeddings) == 2
     assert all("lora_" in name for name in trained - embeddings)
     # Six projections in each of three layers, two matrices each.

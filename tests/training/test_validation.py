@@ -3,6 +3,7 @@
 test_train.py compares the losses with the plain model.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from chatglm_ja.data.dataset import SourceCount
 from chatglm_ja.errors import DataError
 from chatglm_ja.training import validation
 from chatglm_ja.training.validation import Validation
+from tests.tiny_models import make_base
 
 Example = tuple[list[int], list[int]]
 QUESTION = {"role": "user", "content": "これは何ですか"}
@@ -117,6 +119,28 @@ def test_good_conversations_pass(
         )
     rows = rows_of([example("はい")], [example("1", "b")])  # answers of one token
     dataset.check_conversations(rows, data_dir, "train", tokenizer)
+
+
+def test_an_empty_answer_is_told_from_a_short_one_whatever_the_template_adds(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    """This template adds to the last answer as many tokens as a short one before it has."""
+    folder = make_base("qwen3", tmp_path / "base", ["a b c"])
+    path = folder / "chat_template.jinja"
+    thought = "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}"
+    content = "{{ message.content }}"
+    path.write_text(path.read_text().replace(content, thought + content))
+    tokenizer = families.open_base(folder).tokenizer()
+
+    def example(*answers: str) -> Example:
+        turns = ([QUESTION, {"role": "assistant", "content": answer}] for answer in answers)
+        return tokenizer.build_example(list(itertools.chain.from_iterable(turns)))
+
+    rows = rows_of(*([example("x" * length, "b")] for length in range(1, 30)), [example("b")])
+    dataset.check_conversations(rows, data_dir, "train", tokenizer)
+    for answers in (("", "b"), ("a", "")):
+        with pytest.raises(DataError, match="has an empty answer"):
+            dataset.check_conversations(rows_of([example(*answers)]), data_dir, "train", tokenizer)
 
 
 @pytest.mark.parametrize(
