@@ -245,14 +245,14 @@ def plan_rows(config: TrainingConfig, shape: ModelShape) -> tuple[int, int]:
         except DataError:  # it is no model of a step
             tokenizer = families.open_base(config.model).tokenizer()
         old = tokenizer.first_new_id
-        is_resized = old < tokenizer.size or read_manifest(config.model) is not None
+        is_resized = old < tokenizer.size
     merged = read_manifest(config.tokenizer) if config.tokenizer is not None else None
     new = merged.counts.get("added") if merged is not None else None
     if not isinstance(new, int) and config.vocab_size is not None:
         new = config.vocab_size - CONTROL_AND_BYTE_PIECES
     if is_resized or not isinstance(new, int):
         return shape.rows, old
-    return padded_rows(old + new, ResizeModelConfig.pad_to_multiple), old
+    return max(shape.rows, padded_rows(old + new, ResizeModelConfig.pad_to_multiple)), old
 
 
 def describe_costs(config: TrainingConfig, gpus: int) -> str:
