@@ -140,9 +140,9 @@ elif PROFILE == "smollm2":
         "total_tokens": 480_000,
         "validation_tokens": 15_000,
         "block_size": 256,
-        "sft_examples": 1900,
+        "sft_examples": 1800,
         "sft_validation_examples": 80,
-        "max_length": 256,
+        "max_length": 288,
     }
     TRAINING = {
         "precision": "bf16",  # on a CPU twice as fast as float32
@@ -156,8 +156,9 @@ elif PROFILE == "smollm2":
     PRETRAINING = {
         **TRAINING,
         "block_size": DATA["block_size"],
-        "learning_rate": 1e-3,
-        "embedding_learning_rate": 1e-3,
+        "learning_rate": 2e-3,
+        "embedding_learning_rate": 3e-4,
+        "warmup_ratio": 0.05,
     }
     SFT = {
         **TRAINING,

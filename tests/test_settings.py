@@ -161,6 +161,18 @@ def test_continuing_the_base_needs_one_and_has_its_own_rules() -> None:
         parse(TrainTokenizerConfig, "", defaults, argv)
 
 
+def test_sentencepiece_learns_for_a_base_with_a_sentencepiece_model_only(tmp_path: Path) -> None:
+    defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),)}
+    argv = ["--method", "sentencepiece", "--base-model"]
+    parse(TrainTokenizerConfig, "", defaults, [*argv, "not-built-yet"])
+    (tmp_path / "tokenizer.json").touch()
+    message = f"for a base with a tokenizer.model, but {tmp_path} has none: pass --method continue"
+    with pytest.raises(ConfigError, match=message):
+        parse(TrainTokenizerConfig, "", defaults, [*argv, str(tmp_path)])
+    (tmp_path / "tokenizer.model").touch()
+    parse(TrainTokenizerConfig, "", defaults, [*argv, str(tmp_path)])
+
+
 def test_what_shapes_nothing_is_refused_or_not_compared() -> None:
     defaults = {"output_dir": Path("o"), "sources": (Source("ja", "x.txt"),)}
     assert parse(TrainTokenizerConfig, "", defaults, ["--policy", "kana"]).policy is Policy.KANA
@@ -228,6 +240,10 @@ def test_step_2_takes_the_policy_of_step_1(caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_limit_of_pieces_needs_texts_to_rank_by() -> None:
     argv = ["--base-model", "b", "--ja-tokenizer", "j", "--check-sources", "zh=x.txt"]
+    none = parse(
+        MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, "--max-new-pieces", "0"]
+    )
+    assert none.max_new_pieces == 0
     with pytest.raises(ConfigError, match="--max-new-pieces needs --ranking-sources"):
         parse(MergeTokenizerConfig, "", {"output_dir": Path("o")}, [*argv, "--max-new-pieces", "9"])
 

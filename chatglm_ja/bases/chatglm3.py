@@ -76,6 +76,10 @@ class ChatGLM3Tokenizer(ModelTokenizer):
     def to_transformers(self) -> Any:
         return tokenizer_files.to_transformers(self.proto)
 
+    @property
+    def has_chat_format(self) -> bool:
+        return True
+
     def build_prompt(self, messages: Sequence[Message]) -> list[int]:
         return chat_format.build_prompt_ids(self.processor, messages)
 

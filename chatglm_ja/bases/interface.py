@@ -108,6 +108,11 @@ class ModelTokenizer(ABC):
     def to_transformers(self) -> Any:
         """Return the tokenizer as AutoTokenizer loads it."""
 
+    @property
+    @abstractmethod
+    def has_chat_format(self) -> bool:
+        """Whether conversations can be written; without it building one raises DataError."""
+
     @abstractmethod
     def build_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokenize a conversation that the assistant answers next. Raises FormatError."""

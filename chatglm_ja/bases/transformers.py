@@ -135,7 +135,11 @@ class TransformersTokenizer(ModelTokenizer):
     @property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: those of the chat template, or without one of a text."""
-        return self._template.stop_ids if self._auto.chat_template else self._eos_ids
+        return self._template.stop_ids if self.has_chat_format else self._eos_ids
+
+    @property
+    def has_chat_format(self) -> bool:
+        return bool(self._auto.chat_template)
 
     def build_prompt(self, messages: Sequence[Message]) -> list[int]:
         return self._template.build_prompt(messages)

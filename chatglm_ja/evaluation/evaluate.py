@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from chatglm_ja.bases import loading
-from chatglm_ja.bases.interface import Message
+from chatglm_ja.bases.interface import FormatError, Message
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # The starts of texts on which logits are compared; the base's logits stay in memory.
 COMPARED_TEXTS = 4
 COMPARED_TOKENS = 128
-TIMED_QUESTION = "?"  # after which an answer's speed is measured
+TIMED_TEXT = "?"  # after which the speed of generation is measured
 
 Results = dict[str, Any]
 
@@ -99,7 +99,7 @@ class Evaluation:
         model = scorer.model
         size = model.model.config.vocab_size
         if size not in self._speeds:  # models of one size are equally fast
-            prompt = model.tokenizer.build_prompt([{"role": "user", "content": TIMED_QUESTION}])
+            prompt = [*model.tokenizer.prefix, *model.tokenizer.encode(TIMED_TEXT)]
             self._speeds[size] = generation.tokens_per_second(model, prompt)
         rows = {}
         for language, texts in self.texts.items():
@@ -145,7 +145,14 @@ class Evaluation:
         return {"kept": rows}
 
     def _measure_answers(self, stage: Stage, scorer: Scorer) -> Results:
-        """Measure the answers to all questions, generated together to fill the batches."""
+        """Measure the answers to all questions, generated together to fill the batches.
+
+        Raises DataError for a held-out conversation that the base's format cannot express.
+        """
+        tokenizer = scorer.model.tokenizer
+        if not tokenizer.has_chat_format:
+            log.info("%s: no answers, the base has no chat template", stage.name)
+            return {"answers": [], "answering": {}, "held_out": []}
         kinds = [kind for kind, _ in self.questions]
         conversations: list[Sequence[Message]] = [
             [{"role": "user", "content": question}] for _, question in self.questions
@@ -153,10 +160,16 @@ class Evaluation:
         held_out = self.conversations if stage.name == LAST_STAGE else {}
         held_out_kinds = [kind for kind, group in held_out.items() for _ in group]
         conversations += [messages[:-1] for group in held_out.values() for messages in group]
-        tokenizer = scorer.model.tokenizer
+        try:
+            prompts = [tokenizer.build_prompt(messages) for messages in conversations]
+        except FormatError as error:
+            raise DataError(
+                f"a held-out conversation has {error.reason} ({error.detail}): leave it out of "
+                "--conversations"
+            ) from None
         decodings = answers.generate_decodings(
             scorer.model,
-            [tokenizer.build_prompt(messages) for messages in conversations],
+            prompts,
             self.config.max_new_tokens,
             generation.Sampling(self.config.temperature, self.config.top_p),
             batch_size=self.config.answer_batch_size,

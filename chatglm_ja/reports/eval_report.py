@@ -259,7 +259,7 @@ def summarize(results: Results, report: Path) -> str:
     cost = f"{', '.join(costs)} bits/char" if costs else "no language has more bits/char"
     # Sampled answers to the held-out questions, or if there are none, to those of --prompts.
     rows = [row for row in last["held_out"] if row["way"] == "sampled"]
-    rows = rows or [last["answering"]["sampled"]]
+    rows = rows or [row for name, row in last["answering"].items() if name == "sampled"]
     shares = []
     for key, phrase in (
         ("in_language", "in the question's language"),
@@ -272,7 +272,7 @@ def summarize(results: Results, report: Path) -> str:
     return (
         f"{markdown_table(*stage_table(results))}\n\n"
         f"gained: {'; '.join(gains) or 'no language has fewer bits/char'}\n"
-        f"cost: {cost}; sampled answers: {', '.join(shares)}\n"
+        f"cost: {cost}; sampled answers: {', '.join(shares) or 'none'}\n"
         f"report: {report}"
     )
 

@@ -101,9 +101,13 @@ def continue_merges(
     They are `vocab_size` together with the entries that sentencepiece's file reserves. Raises
     DataError if the text does not give so many.
     """
-    merges, characters = learn_pieces(
-        base, Counter(lines), config.vocab_size - base.reserved, config
-    )
+    count = config.vocab_size - base.reserved
+    if count < 1:
+        raise DataError(
+            f"--vocab-size {config.vocab_size} leaves no piece to learn: {base.reserved} are "
+            "control and byte pieces"
+        )
+    merges, characters = learn_pieces(base, Counter(lines), count, config)
     size = base.reserved + len(merges) + len(characters)
     if size < config.vocab_size:
         raise DataError(

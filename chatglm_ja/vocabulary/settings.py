@@ -46,7 +46,7 @@ class TrainTokenizerConfig(ReadingConfig):
         "pieces to learn, control and byte pieces included; for a base with byte-level BPE, which "
         "has no such pieces, the merges to learn",
         20_000,
-        low=300,
+        low=1,
         high=1_000_000,
     )
     character_coverage: float = setting(

@@ -42,7 +42,7 @@ def test_a_base_walks_all_steps(kind: str, tmp_path: Path, monkeypatch: pytest.M
     step(
         "step4_prepare_data",
         f"--tokenizer {folders[2]} --total-tokens 20000 --validation-tokens 2000 --block-size 512 "
-        "--sft-examples 20 --sft-validation-examples 4 --max-length 512 --processes 1 "
+        "--sft-examples 20 --sft-validation-examples 4 --max-length 512 --num-processes 1 "
         "--shares ja=80 en=20 --sft-shares ja=80 en=20",
         "--sources", *TEXTS, "--sft-sources", *CHATS,
     )  # fmt: skip

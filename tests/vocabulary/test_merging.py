@@ -311,6 +311,33 @@ def test_a_tokenizer_json_that_differs_is_an_error(
         merging.check_guarantee({"ja": result}, Policy.JAPANESE)
 
 
+def test_a_line_that_no_longer_decodes_to_itself_is_an_error(
+    before: ChatGLM3Tokenizer, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = ChatGLM3Tokenizer.open(merged_dir)
+    monkeypatch.setattr(after, "decode", lambda ids: "です ")
+    result = merging.compare_segmentation(before, after, ["です\nabc"], Policy.JAPANESE)
+    assert result.lossy == ["です"]
+    with pytest.raises(DataError, match="1 ja lines would not decode to themselves any more"):
+        merging.check_guarantee({"ja": result}, Policy.JAPANESE)
+
+
+def test_no_new_pieces_is_a_limit_as_well(
+    base_vocabulary: ChatGLM3Vocabulary, ja_dir: Path, before: ChatGLM3Tokenizer, tmp_path: Path
+) -> None:
+    learned = base_vocabulary.read_learned(ja_dir)
+    for pieces in ([], learned):
+        merged = merging.merge_pieces(
+            base_vocabulary, pieces, Policy.JAPANESE, max_new_pieces=0, ranking_texts=["です"]
+        )
+        assert merged.added == []
+    merged.vocabulary.save(tmp_path)
+    after = ChatGLM3Tokenizer.open(tmp_path)
+    assert after.size == after.first_new_id == before.size
+    result = merging.compare_segmentation(before, after, demo_texts("ja", 20), Policy.JAPANESE)
+    assert result.identical == result.lines > 100
+
+
 def test_a_language_without_lines_is_an_error() -> None:
     with pytest.raises(DataError, match="hold no zh text"):
         merging.check_guarantee({"zh": merging.Segmentation()}, Policy.JAPANESE)
