@@ -238,21 +238,22 @@ def plan_rows(config: TrainingConfig, shape: ModelShape) -> tuple[int, int]:
     A base model gets rows for the pieces that step 2 has added, or step 1 is to learn. Without a
     tokenizer, it is taken to have the one that was published with ChatGLM3-6B.
     """
-    is_resized, old = False, min(PUBLISHED_IDS, shape.rows)
+    is_resized, old, reserved = False, min(PUBLISHED_IDS, shape.rows), CONTROL_AND_BYTE_PIECES
     if families.tokenizer_files(config.model):
         try:
             tokenizer = families.load_tokenizer(config.model)
         except DataError:  # it is no model of a step
-            tokenizer = families.open_base(config.model).tokenizer()
+            base = families.open_base(config.model)
+            tokenizer, reserved = base.tokenizer(), base.vocabulary.reserved
         old = tokenizer.first_new_id
-        is_resized = old < tokenizer.size or read_manifest(config.model) is not None
+        is_resized = old < tokenizer.size
     merged = read_manifest(config.tokenizer) if config.tokenizer is not None else None
     new = merged.counts.get("added") if merged is not None else None
     if not isinstance(new, int) and config.vocab_size is not None:
-        new = config.vocab_size - CONTROL_AND_BYTE_PIECES
+        new = config.vocab_size - reserved
     if is_resized or not isinstance(new, int):
         return shape.rows, old
-    return padded_rows(old + new, ResizeModelConfig.pad_to_multiple), old
+    return max(shape.rows, padded_rows(old + new, ResizeModelConfig.pad_to_multiple)), old
 
 
 def describe_costs(config: TrainingConfig, gpus: int) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GlmForCausalLM
 
 from chatglm_ja.chatglm3 import tokenizer_files
-from chatglm_ja.errors import DataError
+from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.storage import weights
 from chatglm_ja.training import adapter
 from chatglm_ja.training.adapter import (
@@ -284,3 +284,25 @@ def test_frozen_embeddings_are_neither_trained_nor_saved(tmp_path: Path, kind: s
     save_adapter(config, model, {}, tmp_path / ADAPTER)
     stored = load_file(tmp_path / ADAPTER / "adapter_model.safetensors")
     assert all("lora_" in name for name in stored)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layer_of_any_architecture_is_compiled(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatglm_ja.training.settings._find_compiler_problems", list)
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(type(m).__name__))
+    folder = tiny_models.make_tiny(kind, tmp_path / "model")
+    load_for_training(config_for(folder, folder, tmp_path, compile=True), torch.float32)
+    layer = {"llama": "LlamaDecoderLayer", "qwen3": "Qwen3DecoderLayer", "glm": "GlmDecoderLayer"}
+    assert compiled == [layer.get(kind, "GPT2Block")] * 2
+
+
+@pytest.mark.parametrize("changes", [{"lora_targets": ("query",)}, {"lora_targets": ("lm_head",)}])
+def test_targets_that_the_layers_do_not_have_are_refused(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = tiny_models.make_tiny("llama", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"names \w+: the layers of this model have q_proj, "):
+        load_for_training(config_for(folder, folder, tmp_path, **changes), torch.float32)

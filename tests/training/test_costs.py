@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from chatglm_ja.bases import modules
+from chatglm_ja.bases import families, modules
 from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.chatglm3 import base_config
 from chatglm_ja.errors import ConfigError, DataError
@@ -338,6 +338,19 @@ def test_the_estimate_of_a_base_counts_the_rows_that_step_3_adds(
     (copied / "config.json").write_text(json.dumps(config))
     (copied / "tokenizer.model").write_bytes((resized_dir / "tokenizer.model").read_bytes())
     assert new_rows(copied, vocab_size=14_000) == (resized, resized - 4009)
+
+
+@pytest.mark.parametrize("kind", tiny_models.SIZES)
+def test_the_estimate_of_a_base_of_any_architecture(tmp_path: Path, kind: str) -> None:
+    """Step 1 learns as many merges of bytes as --vocab-size says."""
+    base = tiny_models.make_base(kind, tmp_path, ["the quick brown fox", "and the lazy dog"])
+    rows = read_shape(base).rows
+    ids = families.open_base(base).first_new_id
+    expected = -(-(ids + 1000) // 64) * 64
+    assert new_rows(base, vocab_size=1000) == (expected, expected - ids)
+    assert new_rows(base) == (rows, rows - ids)
+    text = costs.describe_costs(config_6b(model=base, vocab_size=1000), 1)
+    assert f"({rows:,} before step 3)" in text
 
 
 def test_the_estimate_of_one_card_with_new_rows_reads_no_tokenizer(published: Path) -> None:
