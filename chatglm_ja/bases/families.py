@@ -24,6 +24,7 @@ NO_BASE_MODEL = (
     "CHATGLM3_6B_DIR is not set: set it to the folder of the downloaded ChatGLM3-6B, or pass "
     "--base-model"
 )
+SPECIAL_TOKEN = b"[gMASK]"  # one of ChatGLM3's, in a tokenizer.model that step 2 wrote
 # What tokenizers are made of, in either family.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -89,8 +90,17 @@ def is_chatglm3(folder: Path) -> bool:
 
 
 def has_chatglm3_tokenizer(folder: Path) -> bool:
-    """Return whether a folder of steps 2 to 6 has a tokenizer of the family chatglm3."""
-    return (folder / base_config.MODEL_FILE).is_file()
+    """Return whether the tokenizer of a model's folder, or of step 2's, is of the family chatglm3.
+
+    That of Llama 2 has a tokenizer.model, too, which lacks ChatGLM3's special tokens. The published
+    one of ChatGLM3 lacks them as well, but not the config.json.
+    """
+    path = folder / base_config.MODEL_FILE
+    if not path.is_file():
+        return False
+    return SPECIAL_TOKEN in path.read_bytes() or (
+        (folder / "config.json").is_file() and is_chatglm3(folder)
+    )
 
 
 def open_base_tokenizer(folder: Path) -> Input:

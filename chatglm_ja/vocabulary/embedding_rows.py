@@ -139,7 +139,7 @@ def verify_logits(base: Base, folder: Path) -> None:
     """Check that base and resized model give the same logits over the old ids, bit by bit.
 
     Both read a Chinese and an English text in float32; one model is in memory at a time. Raises
-    DataError if the logits differ.
+    DataError if the logits differ, and for a model that steps 5 and 6 cannot train.
     """
     old_ids = base.first_new_id
     tokenizer = base.tokenizer()
@@ -148,6 +148,7 @@ def verify_logits(base: Base, folder: Path) -> None:
     before = loading.compute_logits(model, prompts, old_ids)
     del model
     model = loading.load_model(folder, torch.float32).eval()
+    loading.check_training(model, folder)
     after = loading.compute_logits(model, prompts, old_ids)
     for text, (old, _), (new, _) in zip(VERIFIED_TEXTS, before, after, strict=True):
         if not torch.equal(old, new):
