@@ -35,6 +35,16 @@ HEADER = "#version: 0.2"  # of GPT-2's merges.txt
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
+def is_bytes(piece: str) -> bool:
+    """Return whether a piece is written in the characters that stand for bytes."""
+    return _BYTES.keys() >= set(piece)
+
+
+def read_bytes(piece: str) -> bytes:
+    """Return the bytes that a piece is written for."""
+    return bytes(_BYTES[character] for character in piece)
+
+
 class ByteLevelVocabulary(Vocabulary):
     """The pieces of a byte-level BPE tokenizer; `backend` is its tokenizer.json."""
 
@@ -55,7 +65,7 @@ class ByteLevelVocabulary(Vocabulary):
         not_made = added.keys() - {left + right for left, right in self._ranks}
         self.pieces: list[str | None] = [None] * self.size
         for piece, index in model["vocab"].items():
-            if _BYTES.keys() >= set(piece) and piece not in not_made:
+            if is_bytes(piece) and piece not in not_made:
                 self.pieces[index] = piece
         # What the pieces alone make of a text: no added tokens, no space before the text.
         plain = {
@@ -70,7 +80,7 @@ class ByteLevelVocabulary(Vocabulary):
         return piece in self._names
 
     def content_of(self, piece: str) -> bytes:
-        return bytes(_BYTES[character] for character in piece)
+        return read_bytes(piece)
 
     def content_of_text(self, text: str) -> bytes:
         normalizer = self._plain.normalizer
@@ -141,7 +151,7 @@ class ByteLevelVocabulary(Vocabulary):
             raise DataError(f"{path} begins with {header[:20]!r}, not {HEADER!r}: {expected}")
         pairs = [line.split(" ") for line in lines]
         for number, pair in enumerate(pairs, start=2):
-            if len(pair) != 2 or not all(pair) or not _BYTES.keys() >= set("".join(pair)):
+            if len(pair) != 2 or not all(pair) or not is_bytes("".join(pair)):
                 raise DataError(f"{path} line {number} is {' '.join(pair)[:40]!r}: {expected}")
         pieces = list(map("".join, pairs))
         if len(set(pieces)) < len(pieces):

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from chatglm_ja.bases.byte_level_vocabulary import is_bytes, read_bytes
 from chatglm_ja.bases.chat_template import ChatTemplate
 from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer, Vocabulary
 from chatglm_ja.bases.tokenizer_json import EOS_IDS, FIRST_NEW_ID
@@ -112,7 +113,14 @@ class TransformersTokenizer(ModelTokenizer):
         return str(self._auto.decode(list(ids), skip_special_tokens=True))
 
     def spell(self, text: str) -> list[str]:
-        return [self._plain.decode([index]) for index in self.encode(text)]
+        return list(map(self._spell, self.encode(text)))
+
+    def _spell(self, index: int) -> str:
+        """Return the text of a token; if it holds a part of a character, its bytes."""
+        text, piece = str(self._plain.decode([index])), self.pieces[index]
+        if "\ufffd" not in text:
+            return text
+        return read_bytes(piece).hex(" ").upper() if is_bytes(piece) else piece
 
     def split_new_pieces(self) -> list[list[int]]:
         content = json.loads(self._plain.to_str())
@@ -203,43 +211,42 @@ class TransformersBase(Base):
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        """The names in the model of the tensors to be read, by their stored names.
+        """The names in the model of all stored tensors but BUFFERs, by their stored names.
 
-        Some checkpoints hold the names of the model inside, without the prefix of the whole. What
-        is stored under another name keeps it, so that `Weights` refuses it.
+        Some checkpoints hold the names of the model inside, without the prefix of the whole.
         """
         from chatglm_ja.storage.weights import read_weight_map
 
         model = self._skeleton
         names = model.state_dict().keys()
-        tied = _tied_output(model)
-        stored = {
+        return {
             name: name if name in names else f"{model.base_model_prefix}.{name}"
             for name in read_weight_map(self.folder)
             if not BUFFER.search(name)
         }
-        kept = {old: new for old, new in stored.items() if new in names and new != tied}
-        missing = names - {*kept.values()} - {tied}
-        return kept | {name: name for name in missing}
 
     @functools.cached_property
     def weights(self) -> "Weights":
         from chatglm_ja.storage.weights import Weights, read_weight_map
 
-        state = self._skeleton.state_dict()
-        shapes = {old: tuple(state[new].shape) for old, new in self._names.items()}
-        tied = _tied_output(self._skeleton)
-        ignored = [n for n in read_weight_map(self.folder) if n == tied or BUFFER.search(n)]
-        return Weights(self.folder, shapes, ignored)
+        # Tied matrices are one parameter; some checkpoints store the copy, too.
+        needed = {name: tuple(p.shape) for name, p in self._skeleton.named_parameters()}
+        known = self._skeleton.state_dict().keys()
+        shapes = {old: needed.pop(new) for old, new in self._names.items() if new in needed}
+        ignored = [
+            name
+            for name in read_weight_map(self.folder)
+            if name not in self._names or (name not in shapes and self._names[name] in known)
+        ]
+        return Weights(self.folder, shapes | needed, ignored)
 
     @property
     def embeddings(self) -> dict[str, str]:
-        model = self._skeleton
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        matrices = (model.get_input_embeddings(), model.get_output_embeddings())
-        own = dict.fromkeys(names[id(module.weight)] for module in matrices)
+        from chatglm_ja.bases.modules import find_embeddings
+
         stored = {new: old for old, new in self._names.items()}
-        return {stored[name]: name for name in own}
+        names = [f"{name}.weight" for name in find_embeddings(self._skeleton)]
+        return {stored[name]: name for name in names}
 
     def convert(self, name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
         yield self._names[name], tensor
@@ -280,14 +287,6 @@ class TransformersBase(Base):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).eval()
-
-
-def _tied_output(model: Any) -> str | None:
-    """Return the name of the output matrix if it is the input matrix, else None."""
-    output = model.get_output_embeddings()
-    if output.weight is not model.get_input_embeddings().weight:
-        return None
-    return next(f"{name}.weight" for name, module in model.named_modules() if module is output)
 
 
 def read_model_config(folder: Path) -> Any:

@@ -18,7 +18,8 @@ TEXTS = [f"{language}={DATA}/train_{language}.jsonl.gz" for language in ("ja", "
 CHATS = [f"{kind}={DATA}/train_sft.jsonl.gz?kind={kind}" for kind in ("ja", "en")]
 HELD_OUT = [f"{language}={DATA}/heldout_{language}.jsonl.gz" for language in ("ja", "zh", "en")]
 TRAINING = (
-    "--max-steps 2 --evaluations 1 --block-size 512 --lora-rank 4 --lora-alpha 8 --tracker none"
+    "--max-steps 2 --evaluations 1 --block-size 512 --lora-rank 4 --lora-alpha 8 --tracker none "
+    "--global-batch-size 4"
 )
 
 
@@ -80,5 +81,5 @@ def test_a_base_walks_all_steps(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
 def prompts(folder: Path) -> Path:
     path = folder / "prompts.yaml"
-    path.write_text("ja: [日本の首都はどこですか。]\nen: [What is a file?]\n", encoding="utf-8")
+    path.write_text('ja: [日本の首都はどこですか。]\nen: ["What is a file?"]\n', encoding="utf-8")
     return path
