@@ -167,8 +167,8 @@ class Vocabulary(ABC):
     def split(self, lines: Sequence[str], num_threads: int) -> "tuple[np.ndarray, ...]":
         """Tokenize lines as they stand inside a text, special tokens as text.
 
-        Returns the tokens of all lines, int32 [tokens]; the number of tokens of each line [lines]; and
-        which tokens begin a stretch, bool [tokens]. New pieces form inside a stretch only.
+        Returns the tokens of all lines, int32 [tokens]; the number of tokens of each line [lines];
+        and which tokens begin a stretch, bool [tokens]. New pieces form inside a stretch only.
         """
 
     @abstractmethod
