@@ -135,7 +135,8 @@ class Vocabulary(ABC):
 
     in_bytes          whether pieces are of bytes, and may begin and end inside a character
     size              the ids so far; new pieces take the next ones
-    pieces            by id, the pieces that texts are merged from and into; None for other ids
+    pieces            the pieces that texts are merged from and into, in the order in which `split`
+                      and `encode` number them; None for numbers of anything else
     special_tokens    the tokens that are not made from text, by name
     reserved          the number of entries of step 1's file that hold nothing learned
     """
@@ -166,13 +167,13 @@ class Vocabulary(ABC):
     def split(self, lines: Sequence[str], num_threads: int) -> "tuple[np.ndarray, ...]":
         """Tokenize lines as they stand inside a text, special tokens as text.
 
-        Returns the ids of all lines, int32 [tokens]; the number of tokens of each line [lines]; and
-        which tokens begin a stretch, bool [tokens]. New pieces form inside a stretch only.
+        Returns the tokens of all lines, int32 [tokens]; the number of tokens of each line [lines];
+        and which tokens begin a stretch, bool [tokens]. New pieces form inside a stretch only.
         """
 
     @abstractmethod
     def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """Yield the ids of each text, special tokens as text."""
+        """Yield the tokens of each text, special tokens as text."""
 
     @abstractmethod
     def segment(self, pieces: Sequence[str]) -> list[list[str]]:
