@@ -65,13 +65,13 @@ class ChatGLM3Tokenizer(ModelTokenizer):
     def spell(self, text: str) -> list[str]:
         return list(self.processor.encode(text, out_type=str))
 
-    def split_new_pieces(self) -> list[list[int]]:
+    def split_pieces(self, first: int) -> list[list[int]]:
         base = type(self.proto)()
         base.CopyFrom(self.proto)
-        del base.pieces[self.first_new_id :]
+        del base.pieces[first:]
         # Without the dummy prefix, because the pieces stand inside texts.
         processor = tokenizer.make_processor(base, dummy_prefix=False)
-        return list(processor.encode(self.pieces[self.first_new_id :]))
+        return list(processor.encode(self.pieces[first:]))
 
     def to_transformers(self) -> Any:
         return tokenizer_files.to_transformers(self.proto)

@@ -101,8 +101,8 @@ class ModelTokenizer(ABC):
         """Return the tokens of a text in a readable form, for reports."""
 
     @abstractmethod
-    def split_new_pieces(self) -> list[list[int]]:
-        """Return for every new piece the ids of the base's tokens that spell it inside a text."""
+    def split_pieces(self, first: int) -> list[list[int]]:
+        """Return for every piece from id `first` on the ids below it that spell it in a text."""
 
     @abstractmethod
     def to_transformers(self) -> Any:

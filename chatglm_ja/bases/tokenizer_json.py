@@ -27,6 +27,13 @@ FIRST_NEW_ID, EOS_IDS = "first_new_id", "eos_token_ids"
 Backend = Mapping[str, Any]  # the content of a tokenizer.json
 
 
+def read_backend(auto: Any) -> dict[str, Any]:
+    """Return a tokenizer's tokenizer.json, without what would make ids random or cut texts."""
+    backend: dict[str, Any] = json.loads(auto.backend_tokenizer.to_str())
+    model = {**backend["model"], "dropout": None}
+    return {**backend, "model": model, "truncation": None, "padding": None}
+
+
 def read_added_tokens(backend: Backend) -> dict[str, int]:
     """Return the ids of the added tokens, the special ones among them, by their text."""
     return {token["content"]: token["id"] for token in backend["added_tokens"]}
@@ -63,10 +70,8 @@ class BaseTokenizer:
     eos_ids: Sequence[int]
 
     def read_backend(self) -> dict[str, Any]:
-        """Return its tokenizer.json, without what would make ids random or cut texts."""
-        backend: dict[str, Any] = json.loads(self.auto.backend_tokenizer.to_str())
-        model = {**backend["model"], "dropout": None}
-        return {**backend, "model": model, "truncation": None, "padding": None}
+        """Return its tokenizer.json, as `read_backend` does."""
+        return read_backend(self.auto)
 
     def save(self, extended: Backend, folder: Path) -> None:
         """Write an extended tokenizer.json into a folder, with all other settings of the base.

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from chatglm_ja.bases.byte_level_vocabulary import is_bytes, read_bytes
 from chatglm_ja.bases.chat_template import ChatTemplate
 from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer, Vocabulary
-from chatglm_ja.bases.tokenizer_json import EOS_IDS, FIRST_NEW_ID
+from chatglm_ja.bases.tokenizer_json import EOS_IDS, FIRST_NEW_ID, read_backend
 from chatglm_ja.bases.vocabularies import open_vocabulary
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
@@ -48,9 +48,7 @@ class TransformersTokenizer(ModelTokenizer):
     def __init__(self, auto: Any, eos_ids: Sequence[int], first_new_id: int | None = None) -> None:
         self._auto = auto
         # As the model reads texts: special tokens that a text spells stay text.
-        self._plain = Tokenizer.from_str(auto.backend_tokenizer.to_str())
-        self._plain.no_padding()
-        self._plain.no_truncation()
+        self._plain = Tokenizer.from_str(json.dumps(read_backend(auto)))
         self._plain.encode_special_tokens = True
         by_id = {index: piece for piece, index in auto.get_vocab().items()}
         self.size = max(by_id) + 1
@@ -122,16 +120,13 @@ class TransformersTokenizer(ModelTokenizer):
             return text
         return read_bytes(piece).hex(" ").upper() if is_bytes(piece) else piece
 
-    def split_new_pieces(self) -> list[list[int]]:
+    def split_pieces(self, first: int) -> list[list[int]]:
         content = json.loads(self._plain.to_str())
-        model, new = content["model"], {*self.pieces[self.first_new_id :]}
+        model, new = content["model"], {*self.pieces[first:]}
         model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in new}
         model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in new]
         base = Tokenizer.from_str(json.dumps(content)).model
-        return [
-            [token.id for token in base.tokenize(piece)]
-            for piece in self.pieces[self.first_new_id :]
-        ]
+        return [[token.id for token in base.tokenize(piece)] for piece in self.pieces[first:]]
 
     def to_transformers(self) -> Any:
         return self._auto

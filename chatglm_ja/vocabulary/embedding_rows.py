@@ -90,7 +90,7 @@ def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> di
     one matrix, which starts like an input matrix.
     """
     tokenizer = families.load_tokenizer(config.tokenizer)
-    subtokens = tokenizer.split_new_pieces()
+    subtokens = tokenizer.split_pieces(base.first_new_id)
     rows = padded_rows(tokenizer.size, config.pad_to_multiple)
     generator = torch.Generator().manual_seed(config.seed)
     *first, last = base.embeddings  # the same matrix if they are tied

@@ -11,9 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm_ja.bases import families
+from tests.bases.tiny_tokenizers import make_llama
 from tests.conftest import DATA, demo_texts
-from tests.tiny_models import TOKENIZERS, make_base
+from tests.tiny_models import TOKENIZERS, make_base, make_tiny
 
+LLAMA_2_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}<s>[INST] {{ message.content }} "
+    "[/INST]{% else %} {{ message.content }} </s>{% endif %}{% endfor %}"
+)
 TEXTS = [f"{language}={DATA}/train_{language}.jsonl.gz" for language in ("ja", "en")]
 CHATS = [f"{kind}={DATA}/train_sft.jsonl.gz?kind={kind}" for kind in ("ja", "en")]
 HELD_OUT = [f"{language}={DATA}/heldout_{language}.jsonl.gz" for language in ("ja", "zh", "en")]
@@ -23,10 +28,21 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+def make_llama_2(folder: Path) -> Path:
+    """Save a tiny base with a sentencepiece tokenizer, and a chat template of Llama 2's form."""
+    tokenizer = make_llama(folder)
+    (folder / "chat_template.jinja").write_text(LLAMA_2_TEMPLATE, encoding="utf-8")
+    return make_tiny("llama", folder, len(tokenizer) + 3, max_position_embeddings=2048)
+
+
+@pytest.mark.parametrize("kind", [*TOKENIZERS, "llama 2"])
 def test_a_base_walks_all_steps(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = itertools.chain.from_iterable(text.split("\n") for text in demo_texts("en", 20))
-    base = make_base(kind, tmp_path / "base", lines, max_position_embeddings=2048)
+    base = tmp_path / "base"
+    if kind == "llama 2":
+        make_llama_2(base)
+    else:
+        make_base(kind, base, lines, max_position_embeddings=2048)
     folders = {number: tmp_path / f"step{number}" for number in range(1, 8)}
 
     def step(name: str, flags: str, *more: str) -> None:
@@ -35,7 +51,7 @@ def test_a_base_walks_all_steps(kind: str, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(sys, "argv", arguments)
         importlib.import_module(name).main()
 
-    step("step1_train_tokenizer", f"--base-model {base} --method continue --vocab-size 200",
+    step("step1_train_tokenizer", f"--base-model {base} --method continue --vocab-size 600",
          "--sources", TEXTS[0])  # fmt: skip
     step("step2_merge_tokenizer", f"--base-model {base} --ja-tokenizer {folders[1]}",
          "--check-sources", *HELD_OUT)  # fmt: skip

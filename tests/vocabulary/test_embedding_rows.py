@@ -160,7 +160,7 @@ def test_a_tokenizer_of_another_base_is_refused(
         resized(base_dir, tmp_path / "tokenizer", tmp_path / "model")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "tokenizer.model").write_bytes(base_proto.SerializeToString())
-    with pytest.raises(DataError, match="has no special token"):
+    with pytest.raises(DataError, match="holds no tokenizer of step 2"):
         resized(base_dir, tmp_path / "bare", tmp_path / "model2")
 
 
