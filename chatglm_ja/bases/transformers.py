@@ -301,10 +301,10 @@ def read_model_config(folder: Path) -> Any:
         )
     named = stored.get("architectures") or [expected]
     if expected is None or expected not in named:
-        found = f"{model_type} with {', '.join(map(str, named))}"
-        what = f"expected {expected}" if expected else "which transformers has no decoder for"
+        found = ", ".join(str(name) for name in named if name) or model_type
         raise DataError(
-            f"{path}: {found}: {what}: give a causal language model, such as Llama, Qwen3 or GLM-4"
+            f"{path}: {found} is no decoder that predicts the next token: give a causal language "
+            "model, such as Llama, Qwen3 or GLM-4"
         )
     if stored.get("quantization_config"):
         raise DataError(

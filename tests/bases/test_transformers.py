@@ -116,11 +116,11 @@ def remove_eos(folder: Path) -> None:
         ),
         (
             change_config(model_type="bert", architectures=["BertForMaskedLM"]),
-            "bert with BertForMaskedLM: expected BertLMHeadModel: give a causal language model",
+            "BertForMaskedLM is no decoder that predicts the next token: give a causal language",
         ),
         (
             change_config(model_type="t5", architectures=["T5ForConditionalGeneration"]),
-            "t5 with T5ForConditionalGeneration: which transformers has no decoder for",
+            "T5ForConditionalGeneration is no decoder that predicts",
         ),
         (
             change_config(quantization_config={"bits": 4, "quant_method": "gptq"}),
