@@ -209,7 +209,7 @@ class ResizeModelConfig(StepConfig):
     """Settings of step 3."""
 
     base_model: Path = setting(
-        "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards",
+        "folder of the base model: config.json, its tokenizer, safetensors or .bin shards",
         unset=NO_BASE_MODEL,
     )
     tokenizer: Path = setting("output folder of step 2")
