@@ -121,7 +121,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, nargs="+", default=[32, 64, 128, -1])
+    parser.add_argument("--steps", type=int, nargs="+", default=[32, 128, -1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     options = parser.parse_args()
     texts = {
