@@ -100,7 +100,7 @@ def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
     figure, axes = plots.make_figure(9, 3.4, ncols=2)
     new = constants.LANGUAGES[0]
     for label, points in curves.items():
-        for axis, key, unit in zip(axes, ("flops", "characters"), (1e15, 1e3), strict=True):
+        for axis, key, unit in zip(axes, ("flops", "characters"), (1e12, 1e3), strict=True):
             x = [getattr(seeds[0], key) / unit for seeds in points]
             values = [[point.bits[new] for point in seeds] for seeds in points]
             means = list(map(statistics.fmean, values))
@@ -109,7 +109,7 @@ def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
                 [max(v) - m for m, v in zip(means, values, strict=True)],
             ]
             axis.errorbar(x, means, yerr=spread, marker="o", capsize=3, label=label)
-    for axis, name in zip(axes, ("PFLOP", "thousand Japanese characters read"), strict=True):
+    for axis, name in zip(axes, ("TFLOP", "thousand Japanese characters read"), strict=True):
         axis.set(xlabel=name, xscale="log", ylabel="bits per Japanese character")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
@@ -130,7 +130,7 @@ def main() -> None:
         .texts_by_language(constants.EVALUATED_SOURCES)
         .items()
     }
-    head = ["", "steps", "PFLOP", "characters read", *(f"{name} bits/char" for name in texts)]
+    head = ["", "steps", "TFLOP", "characters read", *(f"{name} bits/char" for name in texts)]
     curves: dict[str, list[list[Point]]] = {}
     rows = []
     for arm, flags in ARMS.items():
@@ -151,7 +151,7 @@ def main() -> None:
                     f"{statistics.fmean(values):.3f}" + (f" ± {error:.3f}" if error else "")
                 )
             first = points[0]
-            sizes = (str(first.steps), f"{first.flops / 1e15:.1f}", f"{first.characters:,.0f}")
+            sizes = (str(first.steps), f"{first.flops / 1e12:.0f}", f"{first.characters:,.0f}")
             rows.append([arm, *sizes, *cells])
     print(table(head, rows))
     draw(curves, options.work_dir / "new_pieces.png")
