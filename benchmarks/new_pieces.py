@@ -98,6 +98,8 @@ def train(root: Path, steps: int, seed: int, texts: Mapping[str, list[str]]) -> 
 def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
     """Draw bits per character of the first language by compute and by text; bars: all seeds."""
     figure, axes = plots.make_figure(9, 3.4, ncols=2)
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     new = constants.LANGUAGES[0]
     for label, points in curves.items():
         for axis, key, unit in zip(axes, ("flops", "characters"), (1e12, 1e3), strict=True):
@@ -111,6 +113,9 @@ def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
             axis.errorbar(x, means, yerr=spread, marker="o", capsize=3, label=label)
     for axis, name in zip(axes, ("TFLOP", "thousand Japanese characters read"), strict=True):
         axis.set(xlabel=name, xscale="log", ylabel="bits per Japanese character")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     plots.save_png(figure, path)
