@@ -96,6 +96,11 @@ def read_shape(folder: Path) -> ModelShape:
 
     Raises DataError if the file is missing or damaged, or describes a model that cannot be trained.
     """
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder / 'config.json'} not found: the sizes are read from it; give the folder of a "
+            "base model, or of step3_resize_model.py, as --model"
+        )
     if families.is_chatglm3(folder):
         published = base_config.read_config(folder)
         rows = published["padded_vocab_size"]

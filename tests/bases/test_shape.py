@@ -59,7 +59,7 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     [
         ({"num_attention_heads": "many"}, "is no configuration that transformers reads"),
         ({"num_key_value_heads": 0}, "describes no model that transformers builds"),
-        ({"model_type": "bert"}, "bert with LlamaForCausalLM"),
+        ({"model_type": "bert"}, "LlamaForCausalLM is no decoder"),
         ({"model_type": 3}, "names no model_type"),
     ],
 )

@@ -90,7 +90,7 @@ CASES = [
          lambda f: f.write("ja.txt", LINE)),
     Case("a source without a language", 1, "--sources ja.jsonl", "is not of the form"),
     Case("an unknown flag", 1, "--vocab_size 9", "unrecognized arguments"),
-    Case("a number out of range", 1, "--vocab-size 5", "--vocab-size is 5, expected 300 to"),
+    Case("a number out of range", 1, "--vocab-size 0", "--vocab-size is 0, expected 1 to"),
     Case("a word instead of a number", 1, "--vocab-size many", "invalid int value: 'many'"),
     Case("contradictory settings", 1, "--normalization nfkc",
          "--normalization is for --method sentencepiece only"),
