@@ -183,7 +183,7 @@ CASES = [
     Case("a stage that has not been made", 7, "--chat --stage sft --sft {tmp}/step6_sft",
          "no model of the stage sft yet"),
     Case("no model to chat with", 7, "--chat --base-model {tmp} --resized {tmp} --pretrained {tmp} "
-         "--sft {tmp}", "no model to chat with"),
+         "--sft {tmp}", "no model found"),
 ]  # fmt: skip
 
 
