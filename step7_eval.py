@@ -124,7 +124,7 @@ def run_benchmarks(config: EvalConfig) -> None:
             eval_report.write_benchmarks(working, [{"name": stage.name, **results}])
             judged.write_answers(working, answered)
     if not config.check:
-        print(f"{eval_report.read_benchmarks(folder)}\nresults: {folder}")
+        print(eval_report.summarize_benchmarks(folder))
 
 
 def show_results(config: EvalConfig, model_dir: Path) -> None:

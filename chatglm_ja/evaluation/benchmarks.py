@@ -40,6 +40,7 @@ class Benchmarks:
     def run(self, stage: Stage, scorer: Scorer) -> dict[str, Any]:
         """Return the results of a stage, empty for what the settings do not name."""
         config, model = self.config, scorer.model
+        tasks = llm_jp_eval.run_tasks(config, self.tasks, model, stage.name)
         answered: judged.Answered = {}
         if self.questions and model.tokenizer.has_chat_format:
             answered = judged.answer_questions(config, self.questions, model, stage.name)
@@ -49,8 +50,4 @@ class Benchmarks:
         if self.task_manager is not None:
             tokenizer = model.tokenizer.to_transformers()
             rows = harness.run_tasks(config, self.task_manager, scorer, tokenizer)
-        return {
-            "tasks": llm_jp_eval.run_tasks(config, self.tasks, model, stage.name),
-            "judged": answered,
-            "harness": rows,
-        }
+        return {"tasks": tasks, "judged": answered, "harness": rows}

@@ -198,12 +198,16 @@ def run_tasks(
     single question). Raises ConfigError if the model has no chat format but is to use it, and
     DataError for a question that is too long.
     """
+    prompts = [
+        [_build_prompt(config, task, sample, model.tokenizer) for sample in task.samples]
+        for task in tasks
+    ]
+    for task, own in zip(tasks, prompts, strict=True):
+        generation.check_lengths(model, own, task.output_length, f"--tasks {task.name}")
     rows = []
-    for task in tasks:
-        prompts = [_build_prompt(config, task, sample, model.tokenizer) for sample in task.samples]
-        generation.check_lengths(model, prompts, task.output_length, f"--tasks {task.name}")
+    for task, own in zip(tasks, prompts, strict=True):
         answers = generation.generate_answers(
-            model, prompts, task.output_length,
+            model, own, task.output_length,
             batch_size=config.answer_batch_size, title=f"{stage}: {task.name}",
         )  # fmt: skip
         pairs = [

@@ -70,9 +70,10 @@ def write_benchmarks(folder: Path, stages: Sequence[Results]) -> None:
     (folder / MARKDOWN_FILE).write_text("\n".join(tables), encoding="utf-8")
 
 
-def read_benchmarks(folder: Path) -> str:
-    """Return the tables that `write_benchmarks` wrote."""
-    return (folder / MARKDOWN_FILE).read_text(encoding="utf-8")
+def summarize_benchmarks(folder: Path) -> str:
+    """Return the last screen of benchmarks that were run alone: their tables, and the folder."""
+    tables = (folder / MARKDOWN_FILE).read_text(encoding="utf-8")
+    return "\n".join([*filter(None, [tables]), f"results: {folder}"])
 
 
 def stage_table(results: Results) -> Table:

@@ -183,7 +183,7 @@ def test_bad_files_are_one_line(tmp_path: Path, changes: dict[str, Any], message
 def test_other_files_are_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match="t.json is no data set of llm-jp-eval"):
+    with pytest.raises(DataError, match=r"t\.json is no data set of llm-jp-eval"):
         llm_jp_eval.read_tasks(make_config(path))
     with pytest.raises(ArtifactError, match=r"nowhere\.json not found"):
         open_files("tasks", *make_config(tmp_path / "nowhere.json").task_files())

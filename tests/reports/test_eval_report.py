@@ -136,11 +136,15 @@ def test_benchmarks_alone_have_tables(results: dict[str, Any], tmp_path: Path) -
     scored = {"task": "jnli", "metric": "exact_match", "questions": 9, "shots": 4}
     stage = {"name": "sft", "harness": [], "tasks": [scored | {"value": 0.25, "stderr": None}]}
     eval_report.write_benchmarks(tmp_path, [stage])
-    text = eval_report.read_benchmarks(tmp_path)
+    text = eval_report.summarize_benchmarks(tmp_path)
     assert text.startswith("### llm-jp-eval\n\n| task |")
     assert ["jnli", "exact_match", "9", "4", "0.250"] in cells(text)
     assert "harness" not in text
+    assert text.endswith(f"\n\nresults: {tmp_path}")
     assert json.loads((tmp_path / "results.json").read_text()) == {"stages": [stage]}
+    # The answers for a judge are files of their own.
+    eval_report.write_benchmarks(tmp_path, [stage | {"tasks": []}])
+    assert eval_report.summarize_benchmarks(tmp_path) == f"results: {tmp_path}"
 
 
 def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> None:
