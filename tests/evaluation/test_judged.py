@@ -53,7 +53,7 @@ def test_a_later_turn_follows_the_models_own_answer(tmp_path: Path, model: Loade
     answered = judged.answer_questions(config, questions, model, "sft")
     long, short = answered["question"]
     messages = [{"role": "user", "content": "書いてください。"}]
-    for turn, follow_up in enumerate(["もう一つ。", None]):
+    for turn, follow_up in enumerate(["もう一つ。", "終わり"]):
         prompt = model.tokenizer.build_prompt(messages)
         (answer,) = generation.generate_answers(model, [prompt], 5)
         assert long["choices"][0]["turns"][turn] == answer.text
