@@ -279,9 +279,9 @@ class TransformersBase(Base):
         generation.save_pretrained(folder)
 
     def load(self, dtype: "torch.dtype") -> Any:
-        from transformers import AutoModelForCausalLM
+        from chatglm_ja.bases.loading import load_model
 
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).eval()
+        return load_model(self.folder, dtype).eval()
 
 
 def read_model_config(folder: Path) -> Any:

@@ -14,7 +14,6 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,9 +23,6 @@ from chatglm_ja.bases.modules import find_embeddings
 from chatglm_ja.training import costs
 
 log = logging.getLogger(__name__)
-
-# The progress bars over a checkpoint's shards; the log names the model that is loaded.
-transformers.utils.logging.disable_progress_bar()
 
 # Rows of hidden states whose logits are in memory at once; a GPU needs larger products.
 CPU_LOSS_ROWS = 256
