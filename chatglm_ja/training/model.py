@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.bases.modules import find_embeddings
+from chatglm_ja.errors import ConfigError
 from chatglm_ja.training import costs
 
 log = logging.getLogger(__name__)
@@ -226,9 +227,18 @@ class NewRowsHead(_Rows):
 
 
 def split_embeddings(model: Any, first: int) -> None:
-    """Make only the rows from id `first` on trainable, in the embedding matrices."""
+    """Make only the rows from id `first` on trainable, in the embedding matrices.
+
+    Raises ConfigError for an embedding that does more than look rows up, as Gemma's, which scales.
+    """
+    whole = model.get_input_embeddings()
+    if type(whole) is not nn.Embedding:
+        raise ConfigError(
+            f"--embedding-rows new is for plain embeddings, but this model has "
+            f"{type(whole).__name__}: pass --embedding-rows all"
+        )
     is_tied = len(find_embeddings(model)) == 1
-    embedding = NewRowsEmbedding.split(model.get_input_embeddings().weight.data, first)
+    embedding = NewRowsEmbedding.split(whole.weight.data, first)
     if is_tied:
         head = NewRowsHead(embedding.old, embedding.new)
     else:
