@@ -7,6 +7,8 @@ Writes  <artifacts>/step7_eval/  results.json, results.md, report.html, model_ca
 Run     python step7_eval.py
         python step7_eval.py --chat      chat with the latest model in the terminal
         python step7_eval.py --web       ... on a web page, or with two models side by side
+        python step7_eval.py --benchmarks-only --harness-tasks xwinograd_jp
+                                         published benchmarks alone, on the latest model
 """
 
 from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
@@ -22,7 +24,7 @@ from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import models
 from chatglm_ja.settings import parse
 from chatglm_ja.storage.files import read_json
-from chatglm_ja.storage.inputs import open_artifact, open_files, open_sources
+from chatglm_ja.storage.inputs import Input, open_artifact, open_files, open_sources
 from chatglm_ja.storage.manifest import read_history
 from chatglm_ja.storage.output import Output
 
@@ -34,11 +36,15 @@ def main() -> None:
     if config.chat or config.web:
         chat_with_model(config)
         return
+    if config.benchmarks_only:
+        run_benchmarks(config)
+        return
     compared = models.compared_stages(config.stages())
     inputs = [
         open_sources("held_out", config.sources),
         open_sources("held_out_conversations", config.conversations),
         open_sources("choices", config.choices),
+        *open_benchmarks(config),
         open_files("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
         *(opened for stage in compared for opened in stage.open(config.verify, config.tokenizer)),
@@ -53,7 +59,7 @@ def main() -> None:
             show_results(config, compared[-1].folder)
         return
 
-    from chatglm_ja.evaluation import evaluate
+    from chatglm_ja.evaluation import evaluate, judged
     from chatglm_ja.reports import eval_report
     from chatglm_ja.training.train import HISTORY_FILE
     from chatglm_ja.vocabulary import merging
@@ -61,6 +67,7 @@ def main() -> None:
 
     evaluation = evaluate.Evaluation(config)
     measured = [evaluation.evaluate_stage(stage) for stage in compared]
+    answered = {stage["name"]: stage.pop("judged") for stage in measured}
     before, after = compared[0].load_tokenizer(), families.load_tokenizer(config.tokenizer)
     steps = read_history(compared[-1].folder) | {output.step: output.describe()}
     results = {
@@ -80,7 +87,44 @@ def main() -> None:
     }
     with output.write() as folder:
         eval_report.write_report(folder, results, config.base_model)
+        judged.write_answers(folder, answered)
     show_results(config, compared[-1].folder)
+
+
+def open_benchmarks(config: EvalConfig) -> list[Input]:
+    """Open the files of --tasks and --judge-questions."""
+    return [
+        open_files("tasks", *config.task_files()),
+        open_files("judge_questions", *config.judge_questions),
+    ]
+
+
+def run_benchmarks(config: EvalConfig) -> None:
+    """Run the benchmarks alone, on one stage; print their results.
+
+    They are published as a folder of their own beside step 7's, which has the stage in its name.
+    """
+    from chatglm_ja.reports import eval_report
+
+    stage = models.find_stage(models.finished_stages(config.stages()), config.stage)
+    folder = config.output_dir.with_name(f"{config.output_dir.name}_{stage.name}")
+    config = dataclasses.replace(config, output_dir=folder)
+    inputs = [*open_benchmarks(config), *stage.open(config.verify)]
+    output = Output(config, Path(__file__).stem, inputs)
+    if config.check:
+        from chatglm_ja.evaluation import benchmarks
+
+        benchmarks.Benchmarks(config)
+    if output.prepare():
+        from chatglm_ja.evaluation import benchmarks, judged
+
+        results = benchmarks.Benchmarks(config).run(stage, benchmarks.load_scorer(stage, config))
+        answered = {stage.name: results.pop("judged")}
+        with output.write() as working:
+            eval_report.write_benchmarks(working, [{"name": stage.name, **results}])
+            judged.write_answers(working, answered)
+    if not config.check:
+        print(eval_report.summarize_benchmarks(folder))
 
 
 def show_results(config: EvalConfig, model_dir: Path) -> None:

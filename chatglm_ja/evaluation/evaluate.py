@@ -9,7 +9,7 @@ answers        the answers to the questions of the prompts file, in each decodin
 answering      the measures of these answers
 held_out       the measures of the answers to held-out questions by kind; the last stage's only
 choices        multiple choice by language
-harness        tasks of lm-evaluation-harness
+tasks, judged, harness    see benchmarks.py
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from chatglm_ja.bases import loading
 from chatglm_ja.bases.interface import FormatError, Message
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
-from chatglm_ja.errors import ConfigError, DataError
-from chatglm_ja.evaluation import answers, harness, likelihood, multiple_choice
+from chatglm_ja.errors import DataError
+from chatglm_ja.evaluation import answers, benchmarks, likelihood, multiple_choice
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
@@ -66,15 +66,15 @@ class Evaluation:
         prompts = answers.read_prompts(config.prompts, list(self.texts), config.unicode_form)
         self.questions = [(kind, question) for kind in prompts for question in prompts[kind]]
         self.conversations = answers.read_held_out(config.conversations, reader)
-        self.choices = multiple_choice.read_questions(config.choices, reader)
+        self.choices = multiple_choice.read_questions(config.choices, reader, config.choices_shots)
+        self.benchmarks = benchmarks.Benchmarks(config)
         self.measures = [
             self._score_texts,
             self._compare_with_base,
             self._measure_answers,
             self._score_choices,
-            self._run_harness,
+            self.benchmarks.run,
         ]
-        self.task_manager = harness.load_tasks(config) if config.harness_tasks else None
         self._base_ids: dict[str, list[list[int]]] = {}  # language -> the texts that are compared
         self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
@@ -82,14 +82,7 @@ class Evaluation:
 
     def evaluate_stage(self, stage: Stage) -> Results:
         """Return all measures of a stage. Raises ConfigError if its window is too short."""
-        log.info("%s: loading %s", stage.name, stage.folder)
-        model = stage.load()
-        if self.config.window > model.window:
-            raise ConfigError(
-                f"--window {self.config.window} is more than the {model.window} positions of "
-                f"{stage.folder}"
-            )
-        scorer = Scorer(model, self.config.window, self.config.batch_size)
+        scorer = benchmarks.load_scorer(stage, self.config)
         results: Results = {"name": stage.name}
         for measure in self.measures:
             results |= measure(stage, scorer)
@@ -188,9 +181,3 @@ class Evaluation:
     def _score_choices(self, stage: Stage, scorer: Scorer) -> Results:
         title = f"{stage.name}: choices"
         return {"choices": multiple_choice.score_questions(scorer, self.choices, title)}
-
-    def _run_harness(self, stage: Stage, scorer: Scorer) -> Results:
-        if self.task_manager is None:
-            return {"harness": []}
-        tokenizer = scorer.model.tokenizer.to_transformers()
-        return {"harness": harness.run_tasks(self.config, self.task_manager, scorer, tokenizer)}

@@ -16,7 +16,9 @@ first two are lm-evaluation-harness's too:
                 (Brown et al. 2020, arXiv 2005.14165, section 2.4, use a context "Answer: ")
 """
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,17 +60,46 @@ class ChoiceQuestion:
 
 
 def read_questions(
-    sources: Iterable[Source], reader: SourceReader
+    sources: Iterable[Source], reader: SourceReader, shots: int = 0
 ) -> dict[str, list[ChoiceQuestion]]:
-    """Read the questions by language. Raises DataError for a source with none."""
+    """Read the questions by language, each after `shots` examples from its own source.
+
+    Raises DataError for a source with none, and for one with too few for the examples.
+    """
     questions: dict[str, list[ChoiceQuestion]] = {}
     parse = functools.partial(_parse_question, unicode_form=reader.unicode_form)
     for source in sources:
         own = list(reader.records(source, parse))
         if not own:
             raise DataError(f"source {source.title} holds no question: expected multiple choice")
+        try:
+            own = add_examples(own, shots)
+        except ValueError:
+            raise DataError(
+                f"source {source.title} has {len(own)} questions, too few for --choices-shots "
+                f"{shots}: expected that many others beside each question"
+            ) from None
         questions.setdefault(source.language, []).extend(own)
     return questions
+
+
+def add_examples(questions: Sequence[ChoiceQuestion], shots: int) -> list[ChoiceQuestion]:
+    """Return the questions, each after `shots` others with their right choices.
+
+    The examples are the questions that follow it, and after the last one the first; an empty line
+    ends each. A question that asks the same is passed over. Raises ValueError if there are too few.
+    """
+    extended = []
+    for place, question in enumerate(questions):
+        others = itertools.chain(
+            itertools.islice(questions, place + 1, None), itertools.islice(questions, place)
+        )
+        examples = list(itertools.islice((q for q in others if q.text != question.text), shots))
+        if len(examples) < shots:
+            raise ValueError(f"{len(examples)} examples, expected {shots}")
+        before = "".join(f"{q.text}{q.choices[q.answer]}\n\n" for q in examples)
+        extended.append(dataclasses.replace(question, text=before + question.text))
+    return extended
 
 
 def _parse_question(record: Record, unicode_form: str) -> ChoiceQuestion | Reject:

@@ -1,5 +1,6 @@
 """Settings of step 7."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,8 +8,25 @@ from typing import Literal
 from chatglm_ja.bases.families import NO_BASE_MODEL
 from chatglm_ja.data.settings import ReadingConfig
 from chatglm_ja.inference.models import LATEST, STAGES, Stage
-from chatglm_ja.settings import setting
+from chatglm_ja.settings import Choice, setting
 from chatglm_ja.sources import Source
+
+
+class TaskFormat(Choice):
+    """How a question of --tasks is written."""
+
+    TEXT = "text", "llm-jp-eval's own prompt, as a text that the model continues"
+    CHAT = "chat", "the base's chat format, the examples as earlier turns"
+
+
+def examples_file(path: Path) -> Path | None:
+    """Return llm-jp-eval's file of examples for one of its data sets: train/NAME beside its folder.
+
+    None if there is no such file.
+    """
+    folder = path.resolve().parent
+    examples = folder.parent / "train" / path.name
+    return examples if folder.name != "train" and examples.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +52,22 @@ class EvalConfig(ReadingConfig):
         "(a list) and answer (the index of the right one, from 0)",
         (),
     )
+    choices_shots: int = setting(
+        "examples before each multiple-choice question, from the same source", 0, low=0
+    )
+    tasks: tuple[Path, ...] = setting(
+        "JSON files of llm-jp-eval; their char_f1 needs requirements-extras.txt", ()
+    )
+    task_format: TaskFormat = setting(
+        f"how a question of --tasks is written ({TaskFormat.explain()})", TaskFormat.TEXT
+    )
+    task_shots: int = setting("examples before each question of --tasks", 4, low=0)
+    task_limit: int = setting("questions of each file of --tasks (0: all)", 0, low=0)
+    judge_questions: tuple[Path, ...] = setting(
+        "files of open questions whose answers are written to answers/ for a judge: lines of JSON "
+        "or .csv, with the columns of MT-Bench (question_id, turns) or of ELYZA-tasks-100 (input)",
+        (),
+    )
     max_new_tokens: int = setting("longest answer in tokens", 256, low=1)
     temperature: float = setting(
         "sampling temperature of sampled answers (0: greedy decoding)", 0.8, low=0, high=5
@@ -53,6 +87,11 @@ class EvalConfig(ReadingConfig):
         None,
     )
     harness_limit: int = setting("documents per task (0: all)", 0, low=0)
+    benchmarks_only: bool = setting(
+        "run --tasks, --judge-questions and --harness-tasks and nothing else, on the model of "
+        "--stage; the result is a folder of its own",
+        False,
+    )
     batch_size: int = setting("windows per batch when scoring", 16, low=1, affects_result=False)
     answer_batch_size: int = setting("answers per batch; sampled answers depend on it", 32, low=1)
     chat: bool = setting("chat with a model in the terminal", False, affects_result=False)
@@ -60,7 +99,7 @@ class EvalConfig(ReadingConfig):
         "chat with models on a web page; needs requirements-extras.txt", False, affects_result=False
     )
     stage: Literal[LATEST, *STAGES] = setting(  # type: ignore[valid-type]
-        "the model of --chat and --web", LATEST, affects_result=False
+        "the model of --chat, --web and --benchmarks-only", LATEST, affects_result=False
     )
     port: int = setting(
         "port of --web, open to this machine only", 7860, low=1, high=65535, affects_result=False
@@ -74,10 +113,28 @@ class EvalConfig(ReadingConfig):
         folders = (self.base_model, self.resized, self.pretrained, self.sft)
         return [Stage(name, folder) for name, folder in zip(STAGES, folders, strict=True)]
 
+    def task_files(self) -> list[Path]:
+        """Return the files of --tasks, each followed by the one with its examples, if any."""
+        pairs = ((path, examples_file(path)) for path in self.tasks)
+        return [file for pair in pairs for file in pair if file is not None]
+
     def contradictions(self) -> list[str]:
         problems = []
         if self.chat and self.web:
             problems.append("--chat and --web exclude each other: choose one")
         if self.harness_folder is not None and not self.harness_tasks:
             problems.append("--harness-folder needs --harness-tasks: name the tasks to run")
+        benchmarks = (self.tasks, self.judge_questions, self.harness_tasks)
+        if self.benchmarks_only and not any(benchmarks):
+            problems.append(
+                "--benchmarks-only needs --tasks, --judge-questions or --harness-tasks: name what "
+                "to run"
+            )
+        for name, paths in (("--tasks", self.tasks), ("--judge-questions", self.judge_questions)):
+            counts = Counter(path.stem for path in paths)
+            if twice := [stem for stem, count in counts.items() if count > 1]:
+                problems.append(
+                    f"{name} has two files named {twice[0]}, which results could not tell apart: "
+                    "rename one"
+                )
         return problems

@@ -108,6 +108,17 @@ def generate_answers(
     return [answers[index] for index in range(len(prompts))]
 
 
+def check_lengths(model: LoadedModel, prompts: Prompts, max_new_tokens: int, title: str) -> None:
+    """Raise DataError if a prompt and its longest answer exceed the model's window."""
+    longest = max(map(len, prompts), default=0)
+    if longest + max_new_tokens > model.window:
+        raise DataError(
+            f"{title}: the longest prompt has {longest:,} tokens, and an answer up to "
+            f"{max_new_tokens:,}: expected {model.window:,} together, the positions of the model; "
+            "ask for shorter answers or fewer examples, or leave the question out"
+        )
+
+
 def stream_answer(
     model: LoadedModel, prompt: Sequence[int], options: ChatOptions
 ) -> Generator[str]:

@@ -112,8 +112,7 @@ def finished_stages(stages: Sequence[Stage]) -> list[Stage]:
     finished = [stage for stage in stages if stage.exists()]
     if not finished:
         raise ArtifactError(
-            f"no model to chat with, neither {stages[0].folder} nor a later stage: run the steps "
-            "first"
+            f"no model found, neither {stages[0].folder} nor a later stage: run the steps first"
         )
     return finished
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Results = Mapping[str, Any]
 
 RESULTS_FILE = "results.json"
+MARKDOWN_FILE = "results.md"
 REPORT_FILE = "report.html"
 CARD_FILE = "model_card.md"  # in step 7's folder; README.md in the model's
 # Beside ours. Of a license in the same folder, the hub's metadata can name no other file.
@@ -49,9 +50,30 @@ LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 def write_report(folder: Path, results: Results, base_dir: Path) -> None:
     """Write results.json, results.md, report.html and model_card.md."""
     write_json(folder / RESULTS_FILE, results)
-    (folder / "results.md").write_text(render_markdown(results), encoding="utf-8")
+    (folder / MARKDOWN_FILE).write_text(render_markdown(results), encoding="utf-8")
     (folder / REPORT_FILE).write_text(render_html(results), encoding="utf-8")
     (folder / CARD_FILE).write_text(render_card(results, base_dir), encoding="utf-8")
+
+
+def write_benchmarks(folder: Path, stages: Sequence[Results]) -> None:
+    """Write results.json and results.md of benchmarks that were run alone."""
+    results = {"stages": list(stages)}
+    write_json(folder / RESULTS_FILE, results)
+    tables = [
+        f"### {title}\n\n{markdown_table(head, rows)}\n"
+        for title, (head, rows) in (
+            ("llm-jp-eval", task_table(results)),
+            ("lm-evaluation-harness", harness_table(results)),
+        )
+        if rows
+    ]
+    (folder / MARKDOWN_FILE).write_text("\n".join(tables), encoding="utf-8")
+
+
+def summarize_benchmarks(folder: Path) -> str:
+    """Return the last screen of benchmarks that were run alone: their tables, and the folder."""
+    tables = (folder / MARKDOWN_FILE).read_text(encoding="utf-8")
+    return "\n".join([*filter(None, [tables]), f"results: {folder}"])
 
 
 def stage_table(results: Results) -> Table:
@@ -144,17 +166,25 @@ def choice_table(results: Results) -> Table:
     return ["stage", "language", "questions", "chance", *titles], rows
 
 
+def task_table(results: Results) -> Table:
+    """Return a row for every data set of llm-jp-eval and metric, with standard errors."""
+    return _benchmark_table(results["stages"], "tasks", ["task", "metric", "questions", "shots"])
+
+
 def harness_table(results: Results) -> Table:
     """Return a row for every task and metric of lm-evaluation-harness, with standard errors."""
-    stages = results["stages"]
+    return _benchmark_table(results["stages"], "harness", ["task", "metric"])
+
+
+def _benchmark_table(stages: Sequence[Results], key: str, columns: Sequence[str]) -> Table:
     rows = []
-    for measured in zip(*(stage["harness"] for stage in stages), strict=True):
-        row = [measured[0]["task"], measured[0]["metric"]]
+    for measured in zip(*(stage[key] for stage in stages), strict=True):
+        row = [str(measured[0][column]) for column in columns]
         for entry in measured:
             error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.3f}"
             row.append(f"{entry['value']:.3f}{error}")
         rows.append(row)
-    return ["task", "metric", *(stage["name"] for stage in stages)], rows
+    return [*columns, *(stage["name"] for stage in stages)], rows
 
 
 # Title, explanation and table of everything that step 7 measures. A table without rows is left out;
@@ -210,6 +240,12 @@ SECTIONS: list[tuple[str, str, Callable[[Results], Table]]] = [
         "Share of the questions whose correct choice is the likeliest, the likeliest per "
         "character, or the one whose likelihood gains most from the question; ± standard error.",
         choice_table,
+    ),
+    (
+        "llm-jp-eval",
+        "Answers to the data sets of --tasks: mean over the questions ± standard error. Shots: the "
+        "examples before each question.",
+        task_table,
     ),
     ("lm-evaluation-harness", "Values ± standard error.", harness_table),
 ]

@@ -181,7 +181,7 @@ def test_the_latest_stage_is_the_last_that_exists(
     assert find_stage(finished, "latest") == find_stage(finished, "base") == finished[0]
     with pytest.raises(ArtifactError, match="no model of the stage sft yet: expected one of base"):
         find_stage(finished, "sft")
-    with pytest.raises(ArtifactError, match="no model to chat with"):
+    with pytest.raises(ArtifactError, match="no model found"):
         finished_stages(change_config(config, base_model=tmp_path).stages())
 
 

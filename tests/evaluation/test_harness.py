@@ -1,6 +1,7 @@
 """lm-evaluation-harness gives the values of the project's own code on local tasks."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference.models import Stage
 from chatglm_ja.sources import Source
-from tests.conftest import demo_texts
+from tests.conftest import PROJECT, demo_texts
 
 pytest.importorskip("lm_eval", reason="needs requirements-extras.txt")
 task_manager = pytest.importorskip("lm_eval.tasks.manager")
@@ -143,6 +144,25 @@ def test_unknown_tasks_and_folders_are_one_line(
         harness.load_tasks(make_config(folder, "next_line", "own", "jglue_of_nobody"))
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         harness.load_tasks(make_config(folder / "nowhere", "next_line"))
+
+
+def test_the_tasks_that_documents_name_exist() -> None:
+    """Those of the commands in our documents, in the files of the pinned version."""
+    tasks = Path(task_manager.__file__).parent
+    known = {
+        name
+        for path in tasks.rglob("*.yaml")
+        for name in re.findall(rb"^(?:task|group): *(\S+)", path.read_bytes(), re.MULTILINE)
+    }
+    assert len(known) > 1000
+    named = set()
+    for path in [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *PROJECT.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        commands = re.findall(r"--harness-tasks((?: \w[\w-]*)+)", text)
+        named |= {*" ".join(commands).split(), *re.findall(r"`(ja_leaderboard_\w+)`", text)}
+    assert len(named) > 5
+    # my_task stands for one of the reader's own.
+    assert {name for name in named if name.encode() not in known} == {"my_task"}
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,25 @@ def test_the_demos_questions() -> None:
         assert not trained & {question.choices[question.answer] for question in group}
 
 
+def test_examples_come_from_the_same_source_and_are_other_questions(tmp_path: Path) -> None:
+    """The examples are the questions that follow, with their right choices, around the end."""
+    rows = [{"question": q, "choices": [f"{q}0", f"{q}1"], "answer": 1} for q in "abca"]
+    sources = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append(Source("ja", str(path)))
+    rows[1]["question"] = rows[2]["question"] = "x"
+    Path(sources[1].path).write_text("".join(json.dumps(row) + "\n" for row in rows[1:3]))
+    questions = multiple_choice.read_questions(sources[:1], SourceReader(), 2)["ja"]
+    assert [question.text for question in questions] == [
+        "bb1\n\ncc1\n\na", "cc1\n\naa1\n\nb", "aa1\n\naa1\n\nc", "bb1\n\ncc1\n\na"
+    ]  # fmt: skip
+    assert {question.choices for question in questions} == {(f"{q}0", f"{q}1") for q in "abc"}
+    with pytest.raises(DataError, match=r"ja/two has 2 questions, too few for --choices-shots 1"):
+        multiple_choice.read_questions(sources, SourceReader(), 1)
+
+
 def test_characters_of_questions_are_cleaned_and_blanks_stay(tmp_path: Path) -> None:
     row = {"question": "\ufeffは\u3099な\r\n", "choices": [" か\u3099", "か\u200b"], "answer": 0}
     path = tmp_path / "q.jsonl"

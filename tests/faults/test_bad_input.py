@@ -71,6 +71,7 @@ def link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
+TASK = '{"instruction": "?", "output_length": 5, "metrics": ["exact_match"], "few_shots": []}'
 CHOICE = '{"question": "?", "choices": ["a", "b"], "answer": 2}\n'
 ELSEWHERE = {"../../x": {"bytes": 1, "sha256": ""}}
 JA = "--sources ja={tmp}/ja.jsonl"
@@ -180,10 +181,18 @@ CASES = [
          lambda f: f.write("q.yaml", "- what?\n")),
     Case("an answer outside the choices", 7, "--choices ja={tmp}/c.jsonl", "c.jsonl",
          lambda f: f.write("c.jsonl", CHOICE)),
+    Case("a data set of llm-jp-eval without samples", 7, "--tasks {tmp}/jnli.json",
+         "jnli.json is no data set of llm-jp-eval (samples: field required)",
+         lambda f: f.write("jnli.json", TASK)),
+    Case("questions for a judge with a wrong field", 7, "--judge-questions {tmp}/q.jsonl",
+         "q.jsonl question 1: no turns (found the columns prompt; expected turns",
+         lambda f: f.write("q.jsonl", '{"prompt": "?"}\n')),
+    Case("no benchmark to run", 7, "--benchmarks-only",
+         "needs --tasks, --judge-questions or --harness-tasks"),
     Case("a stage that has not been made", 7, "--chat --stage sft --sft {tmp}/step6_sft",
          "no model of the stage sft yet"),
     Case("no model to chat with", 7, "--chat --base-model {tmp} --resized {tmp} --pretrained {tmp} "
-         "--sft {tmp}", "no model to chat with"),
+         "--sft {tmp}", "no model found"),
 ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ def results() -> dict[str, Any]:
             "answering": {"greedy": measured(1.0), "sampled": measured(None)},
             "held_out": [],
             "choices": {},
+            "tasks": [],
             "harness": [],
         }  # fmt: skip
 
@@ -112,6 +113,7 @@ def test_what_was_scored_is_named(results: dict[str, Any]) -> None:
 def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
     assert "Multiple choice" not in eval_report.render_markdown(results)
     assert "lm-evaluation-harness" not in eval_report.render_markdown(results)
+    assert "llm-jp-eval" not in eval_report.render_markdown(results)
     choice = {"questions": 4, "chance": 0.25, "acc": 0.5, "acc_norm": 0.75, "acc_gain": 1.0}
     for stage in results["stages"]:
         stage["choices"] = {"ja": choice}
@@ -119,12 +121,30 @@ def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
             {"task": "t", "metric": "acc", "value": 0.5, "stderr": 0.01},
             {"task": "t", "metric": "bleu", "value": 12.0, "stderr": None},
         ]
+        scored = {"task": "jnli", "metric": "exact_match", "questions": 9, "shots": 4}
+        stage["tasks"] = [scored | {"value": 0.25, "stderr": 0.125}]
     lines = cells(eval_report.render_markdown(results))
+    assert ["jnli", "exact_match", "9", "4", *["0.250 ± 0.125"] * 3] in lines
     assert ["base", "ja", "4", "25%", "50% ± 25", "75% ± 22", "100% ± 0"] in lines
     assert ["t", "acc", *["0.500 ± 0.010"] * 3] in lines
     assert ["t", "bleu", *["12.000"] * 3] in lines
     results["stages"][-1]["held_out"] = []
     assert "held-out questions" not in eval_report.render_html(results)
+
+
+def test_benchmarks_alone_have_tables(results: dict[str, Any], tmp_path: Path) -> None:
+    scored = {"task": "jnli", "metric": "exact_match", "questions": 9, "shots": 4}
+    stage = {"name": "sft", "harness": [], "tasks": [scored | {"value": 0.25, "stderr": None}]}
+    eval_report.write_benchmarks(tmp_path, [stage])
+    text = eval_report.summarize_benchmarks(tmp_path)
+    assert text.startswith("### llm-jp-eval\n\n| task |")
+    assert ["jnli", "exact_match", "9", "4", "0.250"] in cells(text)
+    assert "harness" not in text
+    assert text.endswith(f"\n\nresults: {tmp_path}")
+    assert json.loads((tmp_path / "results.json").read_text()) == {"stages": [stage]}
+    # The answers for a judge are files of their own.
+    eval_report.write_benchmarks(tmp_path, [stage | {"tasks": []}])
+    assert eval_report.summarize_benchmarks(tmp_path) == f"results: {tmp_path}"
 
 
 def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> None:
