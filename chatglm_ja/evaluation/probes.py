@@ -1,0 +1,198 @@
+"""In-context learning: what a model does with a text that it has just read.
+
+Continued pretraining can leave bits per character as they are and still cost this ability (arXiv
+2506.00288). A probe's answer is in its text and nowhere else, so it needs no knowledge. The text is
+made of words, or starts of lines, of held-out pages, in an order that no page has:
+
+    copy        グラフ 表示形 -> グラフ 表示形      labels      表計算ドキュメントでセルを選 -> B
+    reverse     グラフ 表示形 -> 表示形 グラフ                  打开要编辑的电子表格。 -> Y
+    recall 256  セルの: 範囲を                     2            「形式」-> B
+                印刷: グラフ
+                印刷: グラフ
+
+copy, reverse   a list of words, and the same list in the same or the opposite order; the wrong
+                answers have the same words in other orders
+recall N        a context of N tokens of the base with pairs of words, and the first word of one;
+                the wrong answers are the second words of others (after "Lost in the Middle",
+                arXiv 2307.03172, whose keys are random too)
+labels          lines of two languages, each with the letter of its language; the letters are drawn
+                (arbitrary labels: arXiv 2303.03846)
+
+The answer is the choice that gains most by its text (acc_gain in multiple_choice.py). A context is
+asked several questions, so the model reads it once.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from chatglm_ja.bases.interface import ModelTokenizer
+from chatglm_ja.data import cleaning
+from chatglm_ja.evaluation.answers import SINGLE_CHARACTERS
+from chatglm_ja.evaluation.likelihood import Scorer
+from chatglm_ja.evaluation.multiple_choice import ChoiceQuestion, chance, judge_questions
+from chatglm_ja.evaluation.paired import Baseline
+
+RECALL_TOKENS = (256, 512, 1024, 2048)
+CONTEXTS = 4  # of a probe in a language
+QUESTIONS = 8  # about each context
+CHOICES = 4
+LIST_WORDS = 3
+EXAMPLES = 4  # of copy and reverse, and of each label
+LINE_CHARACTERS = 24
+LABELS = "ABCDEFGHJKMNPRSTUVWXYZ"
+MIN_WORDS = 40
+
+# Words; of scripts without spaces, stretches that a list can hold.
+_WORD = re.compile(
+    rf"(?<![{SINGLE_CHARACTERS}])[{SINGLE_CHARACTERS}]{{2,4}}|[^\W\d_{SINGLE_CHARACTERS}]{{4,9}}"
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The questions of one kind in one language."""
+
+    language: str
+    name: str
+    questions: list[ChoiceQuestion]
+    metric: str = "acc_gain"  # choices of the same words need no comparison without the text
+
+
+def build_probes(
+    texts: Mapping[str, Sequence[str]], tokenizer: ModelTokenizer, window: int
+) -> list[Probe]:
+    """Make the probes of every language from its held-out texts; the same for the same texts.
+
+    `tokenizer` is the base's, which measures contexts; none is longer than `window`. A language
+    whose texts have fewer than MIN_WORDS words has no probes.
+    """
+    lines = {language: _find_lines(group, language) for language, group in texts.items()}
+    languages = list(texts)
+    probes = []
+    for place, language in enumerate(languages):
+        words = _find_words(texts[language], language)
+        if len(words) < MIN_WORDS:
+            continue
+        draw = random.Random(language)
+        for name, order in (("copy", 1), ("reverse", -1)):
+            questions = [q for _ in range(CONTEXTS) for q in _ask_lists(words, order, draw)]
+            probes.append(Probe(language, name, questions, "acc"))
+        other = languages[place - 1]  # of two languages, each once as the first
+        if other != language and min(len(lines[language]), len(lines[other])) > EXAMPLES:
+            pair = (lines[language], lines[other])
+            questions = [q for _ in range(CONTEXTS) for q in _ask_labels(pair, draw)]
+            probes.append(Probe(language, "labels", questions))
+        for tokens in RECALL_TOKENS:
+            if tokens > window:
+                break
+            questions = [
+                q for _ in range(CONTEXTS) for q in _ask_pairs(words, tokenizer, tokens, draw)
+            ]
+            if questions:
+                probes.append(Probe(language, f"recall {tokens}", questions))
+    return probes
+
+
+def score_probes(
+    scorer: Scorer, probes: Sequence[Probe], baseline: Baseline, title: str = "probes"
+) -> list[dict[str, object]]:
+    """Return a row for every probe: the share of right answers, compared with the base's."""
+    rows = []
+    for probe in probes:
+        label = f"{title} {probe.language} {probe.name}"
+        right = judge_questions(scorer, probe.questions, [probe.metric], label)[probe.metric]
+        rows.append(
+            {
+                "language": probe.language,
+                "probe": probe.name,
+                "chance": chance(probe.questions),
+                **baseline.compare(("probes", probe.language, probe.name), right),
+            }
+        )
+    return rows
+
+
+def _find_words(texts: Sequence[str], language: str) -> list[str]:
+    """Return the distinct words of the texts that are in the language's script, in order."""
+    words = list(dict.fromkeys(word for text in texts for word in _WORD.findall(text)))
+    fits = cleaning.in_language(words, language)
+    return words if fits is None else [w for w, is_own in zip(words, fits, strict=True) if is_own]
+
+
+def _find_lines(texts: Sequence[str], language: str) -> list[str]:
+    """Return the starts of the distinct long lines that are in the language's script."""
+    lines = dict.fromkeys(line[:LINE_CHARACTERS] for text in texts for line in text.split("\n"))
+    long = [line for line in lines if len(line) == LINE_CHARACTERS]
+    fits = cleaning.in_language(long, language)
+    return long if fits is None else [x for x, is_own in zip(long, fits, strict=True) if is_own]
+
+
+def _ask_lists(words: Sequence[str], order: int, draw: random.Random) -> Iterator[ChoiceQuestion]:
+    """Yield questions after examples of lists that are copied (`order` 1) or reversed (-1)."""
+    lists = [draw.sample(words, LIST_WORDS) for _ in range(EXAMPLES + QUESTIONS)]
+    context = "".join(
+        f"{' '.join(own)} -> {' '.join(own[::order])}\n" for own in lists[:EXAMPLES]
+    )
+    for own in lists[EXAMPLES:]:
+        right, opposite = own[::order], own[::-order]
+        choices = [right, opposite]
+        while len(choices) < CHOICES:
+            if (other := draw.sample(own, LIST_WORDS)) not in choices:
+                choices.append(other)
+        texts = [f" {' '.join(choice)}" for choice in choices]
+        yield _make_question(f"{context}{' '.join(own)} ->", texts, draw)
+
+
+def _ask_labels(
+    pair: tuple[Sequence[str], Sequence[str]], draw: random.Random
+) -> Iterator[ChoiceQuestion]:
+    """Yield questions after lines of two languages with their labels."""
+    labels = draw.sample(LABELS, 2)
+    examples = [
+        (line, label)
+        for lines, label in zip(pair, labels, strict=True)
+        for line in draw.sample(list(lines), EXAMPLES)
+    ]
+    draw.shuffle(examples)
+    context = "".join(f"{line} -> {label}\n" for line, label in examples)
+    known = {line for line, _ in examples}
+    for _ in range(QUESTIONS):
+        side = draw.randrange(2)
+        line = draw.choice([line for line in pair[side] if line not in known])
+        choices = [f" {labels[side]}", f" {labels[1 - side]}"]
+        yield _make_question(f"{context}{line} ->", choices, draw)
+
+
+def _ask_pairs(
+    words: Sequence[str], tokenizer: ModelTokenizer, tokens: int, draw: random.Random
+) -> Iterator[ChoiceQuestion]:
+    """Yield questions about pairs of words that fill `tokens` tokens; none if words run out."""
+    drawn = draw.sample(words, len(words))
+    pairs = list(zip(drawn[::2], drawn[1::2], strict=False))
+    # A question repeats a pair. The rest is a margin for words that another vocabulary splits more.
+    costs = [len(tokenizer.encode(f"{key}: {value}\n")) for key, value in pairs]
+    room = tokens - len(tokenizer.prefix) - 2 * max(costs)
+    count, used = 0, 0
+    while count < len(pairs) and used + costs[count] <= room:
+        used += costs[count]
+        count += 1
+    if count == len(pairs) or count < CHOICES:
+        return
+    pairs = pairs[:count]
+    context = "".join(f"{key}: {value}\n" for key, value in pairs)
+    for key, value in draw.sample(pairs, min(QUESTIONS, count)):
+        others = draw.sample([other for _, other in pairs if other != value], CHOICES - 1)
+        choices = [f" {choice}" for choice in (value, *others)]
+        yield _make_question(f"{context}{key}:", choices, draw)
+
+
+def _make_question(text: str, choices: list[str], draw: random.Random) -> ChoiceQuestion:
+    """Return a question whose right answer, the first choice, is put in any place.
+
+    Of choices that are equally likely the first counts as the answer.
+    """
+    right = choices[0]
+    draw.shuffle(choices)
+    return ChoiceQuestion(text, tuple(choices), choices.index(right))
