@@ -45,7 +45,9 @@ log = logging.getLogger(__name__)
 
 MIN_REPEATS = 3  # of a loop
 
-SINGLE_CHARACTERS = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+SINGLE_CHARACTERS = (
+    r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 _UNITS = re.compile(rf"[{SINGLE_CHARACTERS}]|[^\W{SINGLE_CHARACTERS}]+|[^\w\s]")
 
 

@@ -32,9 +32,8 @@ from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.training.model import token_losses
 
-
 # Windows share the reading of their beginning if that saves as many tokens.
-MIN_SAVED_TOKENS = 256
+MIN_SAVED_TOKENS = 128
 KEPT_SHARE = 0.8
 # Rows times their common tokens: the cache of keys and values holds a copy for every row.
 MAX_CACHED_TOKENS = 8192
@@ -101,7 +100,7 @@ class Scorer:
         windows = [
             list(cut_windows([*prefix, *ids], len(prefix), self.window)) for _, ids in encoded
         ]
-        nats = iter(self._score_windows(list(chain(*windows)), title))
+        nats = iter(self.score_windows(list(chain(*windows)), title))
         return [
             TextScore(len(text), len(text.encode()), len(ids), sum(islice(nats, len(own))))
             for (text, ids), own in zip(encoded, windows, strict=True)
@@ -136,13 +135,13 @@ class Scorer:
                 windows.append(((*prefix, *ids[dropped:]), len(prefix) + shared - dropped))
         # A continuation may follow the same text more than once.
         distinct = list(dict.fromkeys(windows))
-        nats = dict(zip(distinct, self._score_windows(distinct, title), strict=True))
+        nats = dict(zip(distinct, self.score_windows(distinct, title), strict=True))
         scores = iter(nats[cut] for cut in windows)
         return [[next(scores) for _ in continuations] for _, continuations in questions]
 
     @torch.inference_mode()
-    def _score_windows(self, windows: Sequence[Window], title: str) -> list[float]:
-        """Return the nats of every window's scored tokens."""
+    def score_windows(self, windows: Sequence[Window], title: str) -> list[float]:
+        """Return the nats of every window's scored tokens; none is longer than `window`."""
         nats = [0.0] * len(windows)
         alone: list[int] = []
         # A loss in bfloat16 has three digits: too few to compare choices of a token or two.

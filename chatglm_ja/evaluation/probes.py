@@ -22,6 +22,7 @@ The answer is the choice that gains most by its text (acc_gain in multiple_choic
 asked several questions, so the model reads it once.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,15 +133,11 @@ def _find_lines(texts: Sequence[str], language: str) -> list[str]:
 def _ask_lists(words: Sequence[str], order: int, draw: random.Random) -> Iterator[ChoiceQuestion]:
     """Yield questions after examples of lists that are copied (`order` 1) or reversed (-1)."""
     lists = [draw.sample(words, LIST_WORDS) for _ in range(EXAMPLES + QUESTIONS)]
-    context = "".join(
-        f"{' '.join(own)} -> {' '.join(own[::order])}\n" for own in lists[:EXAMPLES]
-    )
+    context = "".join(f"{' '.join(own)} -> {' '.join(own[::order])}\n" for own in lists[:EXAMPLES])
     for own in lists[EXAMPLES:]:
-        right, opposite = own[::order], own[::-order]
-        choices = [right, opposite]
-        while len(choices) < CHOICES:
-            if (other := draw.sample(own, LIST_WORDS)) not in choices:
-                choices.append(other)
+        # Not the opposite order: a model that can only copy would always choose it.
+        others = [list(p) for p in itertools.permutations(own) if list(p) not in (own, own[::-1])]
+        choices = [own[::order], *draw.sample(others, CHOICES - 1)]
         texts = [f" {' '.join(choice)}" for choice in choices]
         yield _make_question(f"{context}{' '.join(own)} ->", texts, draw)
 

@@ -133,7 +133,7 @@ def test_only_the_last_stage_answers_held_out_questions(
         prompt = model.tokenizer.build_prompt([{"role": "user", "content": questions[0]}])
         (answer,) = generation.generate_answers(model, [prompt], 5)
         assert results["answers"][0]["greedy"]["text"] == answer.text
-        assert results["choices"]["zh"]["questions"] == 25
+        assert results["choices"]["zh"]["questions"] == 50
         assert results["harness"] == []
 
 
