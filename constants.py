@@ -131,6 +131,7 @@ if PROFILE == "demo":
     EVALUATION: Settings = {
         "window": 256,
         "max_chars": 20_000,
+        "translations": 8,
         "max_new_tokens": 128,
         "answer_batch_size": 128,
     }

@@ -101,7 +101,7 @@ class Evaluation:
         self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
         self._baseline = Baseline()
-        self._base_answers: list[Answer] = []  # greedy, to all questions
+        self._base_answers: list[Answer] = []  # sampled, to all questions
         self._probes: list[probes.Probe] = []
         self._speeds: dict[int, float] = {}  # rows of the embeddings -> tokens per second
 
@@ -172,9 +172,9 @@ class Evaluation:
     def _measure_answers(self, stage: Stage, scorer: Scorer) -> Results:
         """Measure the answers to all questions, generated together to fill the batches.
 
-        Every stage answers all questions greedily; held-out ones are sampled from the last stage
-        only. Raises DataError for a held-out conversation that the base's format cannot
-        express.
+        Answers to all questions are sampled from every stage. Only the last one answers the
+        held-out questions greedily too. Raises DataError for a held-out conversation that the
+        base's format cannot express.
         """
         tokenizer = scorer.model.tokenizer
         if not tokenizer.has_chat_format:
@@ -197,19 +197,14 @@ class Evaluation:
                 f"a held-out conversation has {error.reason} ({error.detail}): leave it out of "
                 "--conversations"
             ) from None
-        decoded = len(prompts) if stage.name == LAST_STAGE else count
-        options: dict[str, Any] = {
-            "batch_size": self.config.answer_batch_size, "title": f"{stage.name}: answers",
-        }  # fmt: skip
+        is_last = stage.name == LAST_STAGE
         decodings = answers.generate_decodings(
             scorer.model,
-            prompts[:decoded],
+            {"greedy": prompts if is_last else prompts[:count], "sampled": prompts},
             self.config.max_new_tokens,
             generation.Sampling(self.config.temperature, self.config.top_p),
-            **options,
-        )
-        greedy = decodings["greedy"] + generation.generate_answers(
-            scorer.model, prompts[decoded:], self.config.max_new_tokens, **options
+            batch_size=self.config.answer_batch_size,
+            title=f"{stage.name}: answers",
         )
         own = {name: group[:count] for name, group in decodings.items()}
         rest = {name: group[count:] for name, group in decodings.items()}
@@ -218,22 +213,22 @@ class Evaluation:
             "answering": {
                 name: answers.measure_answers(group, kinds[:count]) for name, group in own.items()
             },
-            "held_out": answers.measure_kinds(kinds[count:decoded], rest),
-            **self._compare_answers(kinds, conversations, greedy, scorer),
+            "held_out": answers.measure_kinds(kinds[count:], rest) if is_last else [],
+            **self._compare_answers(kinds, conversations, decodings["sampled"], scorer),
         }
 
     def _compare_answers(
         self,
         kinds: Sequence[str],
         conversations: Sequence[Sequence[Message]],
-        greedy: list[Answer],
+        sampled: list[Answer],
         scorer: Scorer,
     ) -> Results:
-        """Compare the greedy answers with the base's, language by language.
+        """Compare the sampled answers with the base's, language by language.
 
         The languages that the base knew are all but the first.
         """
-        self._base_answers = self._base_answers or greedy
+        self._base_answers = self._base_answers or sampled
         kept: Results = {}
         confused: Results = {}
         for number, language in enumerate(self.texts):
@@ -241,7 +236,7 @@ class Evaluation:
             if not places:
                 continue
             asked = [conversations[place] for place in places]
-            own = [greedy[place] for place in places]
+            own = [sampled[place] for place in places]
             if number:
                 base = [self._base_answers[place] for place in places]
                 kept[language] = retention.measure_retention(

@@ -93,6 +93,8 @@ def measure_translations(
         for line, _ in direction.pairs[max(SHOTS) :]
     ]
     room = model.window - MAX_NEW_TOKENS
+    # A line may also end with a token that holds more than the line break; first_line cuts there.
+    line_break = model.tokenizer.encode("a\n")[-1]
     answers = iter(
         generation.generate_answers(
             model,
@@ -100,6 +102,7 @@ def measure_translations(
             MAX_NEW_TOKENS,
             batch_size=batch_size,
             title=title,
+            stop_ids=[*model.tokenizer.stop_ids, line_break],
         )
     )
     rows = []
