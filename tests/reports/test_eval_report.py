@@ -146,7 +146,9 @@ def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
 
 
 def test_measures_on_items_stand_beside_the_base(results: dict[str, Any]) -> None:
-    for stage, change, p in zip(results["stages"], (None, 0.1, 0.25), (None, 0.2, 0.001), strict=True):
+    for stage, change, p in zip(
+        results["stages"], (None, 0.1, 0.25), (None, 0.2, 0.001), strict=True
+    ):
         row = compared(0.5 + (change or 0), change=change, p=p)
         empty = {**compared(0, None), "items": 0, "mean": None}
         stage["probes"] = [{"language": "ja", "probe": "copy", "chance": 0.25, **row}]
