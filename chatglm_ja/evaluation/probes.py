@@ -4,22 +4,23 @@ Continued pretraining can leave bits per character as they are and still cost th
 2506.00288). A probe's answer is in its text and nowhere else, so it needs no knowledge. The text is
 made of words, or starts of lines, of held-out pages, in an order that no page has:
 
-    copy        グラフ 表示形 -> グラフ 表示形      labels      表計算ドキュメントでセルを選 -> B
-    reverse     グラフ 表示形 -> 表示形 グラフ                  打开要编辑的电子表格。 -> Y
-    recall 256  セルの: 範囲を                     2            「形式」-> B
-                印刷: グラフ
-                印刷: グラフ
+    copy        セル 行 列 -> セル 行 列        recall 256  範囲を: グラフ
+                印刷 式 値 -> ?                             印刷す: セルの
+    reverse     セル 行 列 -> 列 行 セル                    範囲を: ?
+                印刷 式 値 -> ?             labels      「形式」を選択します -> B
+                                                        选择单元格并打开菜单 -> Y
+                                                        グラフの種類を変える -> ?
 
-copy, reverse   a list of words, and the same list in the same or the opposite order; the wrong
-                answers have the same words in other orders
-recall N        a context of N tokens of the base with pairs of words, and the first word of one;
-                the wrong answers are the second words of others (after "Lost in the Middle",
-                arXiv 2307.03172, whose keys are random too)
-labels          lines of two languages, each with the letter of its language; the letters are drawn
-                (arbitrary labels: arXiv 2303.03846)
+copy, reverse   lists of words, each with itself in the same or the opposite order; the wrong
+                answers are the words of the last list in other orders
+recall N        pairs of words that fill N tokens of the base, and the first word of one; the wrong
+                answers are the second words of others (arXiv 2307.03172 has random keys, too)
+labels          lines of two languages, each with the letter of its language; the letters are
+                arbitrary (arXiv 2303.03846)
 
-The answer is the choice that gains most by its text (acc_gain in multiple_choice.py). A context is
-asked several questions, so the model reads it once.
+Several questions share a context, so the model reads it once. The model's answer is the choice that
+gains most by the text (acc_gain in multiple_choice.py); of the same words in several orders, the
+likeliest.
 """
 
 import itertools
@@ -58,7 +59,7 @@ class Probe:
     language: str
     name: str
     questions: list[ChoiceQuestion]
-    metric: str = "acc_gain"  # choices of the same words need no comparison without the text
+    metric: str = "acc_gain"
 
 
 def build_probes(
