@@ -1,10 +1,11 @@
 # make demo     everything from an empty folder: environment, base model, steps 1 to 7
+# make smollm2  the same with SmolLM2, a real base model that it downloads
 # make test     the tests, in parallel (builds the environment first)
 # make check    ruff, mypy, and the tests
 # make faults   kills, full disks, damaged files, lost processes; rewrites docs/reliability.md
 # make audit    known vulnerabilities of the pinned packages; needs the network
 # make extras   the optional packages too: chat page, lm-evaluation-harness, serving
-# make clean    remove the results of the demo, keep the environment
+# make clean    remove the results of the demo and of SmolLM2, keep the environment
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -16,7 +17,7 @@ PYTHON3 ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: demo test check faults audit extras clean
+.PHONY: demo smollm2 test check faults audit extras clean
 
 # Install a requirements file; print the downloads and, on failure, the last lines of the log.
 define install
@@ -26,8 +27,7 @@ define install
 	@touch $@
 endef
 
-demo: $(VENV)/ready
-	$(PYTHON) demo/build_base_model.py
+define seven_steps
 	$(PYTHON) step1_train_tokenizer.py
 	$(PYTHON) step2_merge_tokenizer.py
 	$(PYTHON) step3_resize_model.py
@@ -35,6 +35,16 @@ demo: $(VENV)/ready
 	$(PYTHON) step5_train_pt.py
 	$(PYTHON) step6_train_sft.py
 	$(PYTHON) step7_eval.py
+endef
+
+demo: $(VENV)/ready
+	$(PYTHON) demo/build_base_model.py
+	$(seven_steps)
+
+smollm2: export CHATGLM_JA_PROFILE := smollm2
+smollm2: $(VENV)/extras
+	$(PYTHON) demo/get_smollm2.py
+	$(seven_steps)
 
 # One thread per process: several processes with several threads each would slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4
@@ -59,7 +69,7 @@ audit: $(VENV)/ready
 extras: $(VENV)/extras
 
 clean:
-	rm -rf artifacts/demo
+	rm -rf artifacts/demo artifacts/smollm2
 
 $(VENV)/ready: requirements.txt
 	@test -n "$(PYTHON3)" || { echo "error: Python 3.11 or 3.12 not found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }

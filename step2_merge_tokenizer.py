@@ -40,7 +40,7 @@ def main() -> None:
     if adds_pieces:
         step1 = "step1_train_tokenizer.py"
         inputs.append(open_artifact_or_file(config.ja_tokenizer, step1, config.verify))
-    policy = config.choose_policy(inputs[-1].manifest)
+    policy = config.choose_policy(inputs[-1].manifest if adds_pieces else None)
     if ranking:
         inputs.append(open_sources("ranking_texts", ranking))
     output = Output(dataclasses.replace(config, policy=policy), Path(__file__).stem, inputs)

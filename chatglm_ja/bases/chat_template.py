@@ -19,6 +19,7 @@ because transformers reads the special tokens of a rendered conversation whereve
 """
 
 import contextlib
+import datetime
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from jinja2 import TemplateError
 from chatglm_ja.bases.interface import IGNORE_INDEX, FormatError, Message, is_trained
 from chatglm_ja.errors import DataError
 
+# What a template is told that asks for the date, so that results do not depend on the day.
+TODAY = datetime.datetime(2024, 7, 26)
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The words of the conversations that a template is tried on; no template changes them.
 _QUESTION, _ANSWER, _NEXT, _LAST = "oneprobe", "twoprobe", "threeprobe", "fourprobe"
@@ -159,7 +162,9 @@ class ChatTemplate:
     def _apply(self, turns: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> Any:
         """Apply the template. Raises FormatError with its words for what it refuses."""
         try:
-            return self.tokenizer.apply_chat_template(turns, tools=tools, **options)
+            return self.tokenizer.apply_chat_template(
+                turns, tools=tools, strftime_now=TODAY.strftime, **options
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise FormatError("refused by the chat template", str(error)) from None
 
@@ -225,6 +230,10 @@ class ChatTemplate:
         What JSON does not have, such as a date, becomes a string.
         """
         if isinstance(value, str):
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise FormatError(
+                    "invalid character", "a message holds a lone surrogate: remove it"
+                )
             return self._break_specials(value)
         if isinstance(value, Mapping):
             return {self._plain(name): self._plain(item) for name, item in value.items()}

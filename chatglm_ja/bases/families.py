@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "added_tokens.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"  # a folder, if a base has several
 
 
 def open_base(folder: Path) -> "Base":
@@ -63,12 +64,15 @@ def load_tokenizer(folder: Path) -> "ModelTokenizer":
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer of step 2's folder, or of a model's, into a model's folder."""
     for path in tokenizer_files(source):
-        shutil.copyfile(path, target / path.name)
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files in a folder that belong to its tokenizer."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [*files, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
 
 
 def is_chatglm3(folder: Path) -> bool:
@@ -133,7 +137,8 @@ def open_base_model(folder: Path, merged: Path | None = None) -> list[Input]:
     """
     tokenizers = [open_base_tokenizer(folder)]
     own = merged / base_config.MODEL_FILE if merged is not None else None
-    if own and own.is_file() and digest(own) == digest(folder / base_config.MODEL_FILE):
+    base_file = folder / base_config.MODEL_FILE
+    if own and own.is_file() and base_file.is_file() and digest(own) == digest(base_file):
         tokenizers = []
     return [*tokenizers, open_files("base_model", folder / "config.json", *find_weights(folder))]
 

@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
+
+# The progress bars over a checkpoint's shards; the log names the model that is loaded.
+transformers.utils.logging.disable_progress_bar()
 
 CPU = torch.device("cpu")
 Logits = tuple[torch.Tensor, torch.Tensor]

@@ -9,6 +9,7 @@ its tokenizer_config.json says where they start, and `EOS_IDS` which tokens end 
 the later steps has the base's own class and tensor names.
 """
 
+import copy
 import functools
 import json
 import re
@@ -129,7 +130,7 @@ class TransformersTokenizer(ModelTokenizer):
         return [[token.id for token in base.tokenize(piece)] for piece in self.pieces[first:]]
 
     def to_transformers(self) -> Any:
-        return self._auto
+        return copy.deepcopy(self._auto)
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
@@ -140,9 +141,12 @@ class TransformersTokenizer(ModelTokenizer):
         """The ids that end an answer: those of the chat template, or without one of a text."""
         return self._template.stop_ids if self.has_chat_format else self._eos_ids
 
-    @property
+    @functools.cached_property
     def has_chat_format(self) -> bool:
-        return bool(self._auto.chat_template)
+        try:
+            return bool(self._template.stop_ids)
+        except DataError:  # none, or none that can be used; who needs one gets the error itself
+            return False
 
     def build_prompt(self, messages: Sequence[Message]) -> list[int]:
         return self._template.build_prompt(messages)
@@ -171,7 +175,7 @@ class TransformersBase(Base):
         if base.rows < base.first_new_id:
             raise DataError(
                 f"{folder}: the tokenizer has {base.first_new_id:,} ids, but config.json has "
-                f"vocab_size {base.rows:,}: they do not belong together"
+                f"vocab_size {base.rows:,}: expected a row for every id, those of added tokens too"
             )
         return base
 
@@ -225,6 +229,11 @@ class TransformersBase(Base):
         from chatglm_ja.storage.weights import Weights, read_weight_map
 
         # Tied matrices are one parameter; some checkpoints store the copy, too.
+        if getattr(self._skeleton.get_output_embeddings(), "bias", None) is not None:
+            raise DataError(
+                f"{self.folder}: {type(self._skeleton).__name__} adds a bias to its logits, which "
+                "new pieces would need, too: give another base"
+            )
         needed = {name: tuple(p.shape) for name, p in self._skeleton.named_parameters()}
         known = self._skeleton.state_dict().keys()
         shapes = {old: needed.pop(new) for old, new in self._names.items() if new in needed}
@@ -250,7 +259,9 @@ class TransformersBase(Base):
         generation, tokenizer = self._generation(), self.tokenizer()
         sampling = "it decodes greedily"
         if generation.do_sample:
-            sampling = f"temperature {generation.temperature}, top p {generation.top_p}"
+            names = {"temperature": "temperature", "top p": "top_p", "top k": "top_k"}
+            values = {title: getattr(generation, name) for title, name in names.items()}
+            sampling = ", ".join(f"{title} {value}" for title, value in values.items() if value)
         license_file = next(
             (name for name in LICENSE_FILES if (self.folder / name).is_file()), None
         )
@@ -264,13 +275,18 @@ class TransformersBase(Base):
         )
 
     def _generation(self) -> Any:
-        if (self.folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.folder)
-        return GenerationConfig.from_model_config(self.config)
+        """Return how the base generates; one that sets what only sampling uses samples."""
+        if not (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_model_config(self.config)
+        generation = GenerationConfig.from_pretrained(self.folder)
+        if any(getattr(generation, name) for name in ("temperature", "top_p", "top_k")):
+            generation.do_sample = True
+        return generation
 
     def save_config(self, folder: Path, rows: int, ids: int) -> None:
         config = type(self.config).from_dict(self.config.to_dict())
         config.vocab_size, config.dtype = rows, self.weights.dtype
+        config.__dict__.pop("auto_map", None)  # names code that is not in the new folder
         config.save_pretrained(folder)
         generation, tokenizer = self._generation(), self.tokenizer()
         generation.eos_token_id = tokenizer.stop_ids
@@ -279,9 +295,9 @@ class TransformersBase(Base):
         generation.save_pretrained(folder)
 
     def load(self, dtype: "torch.dtype") -> Any:
-        from transformers import AutoModelForCausalLM
+        from chatglm_ja.bases.loading import load_model
 
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).eval()
+        return load_model(self.folder, dtype).eval()
 
 
 def read_model_config(folder: Path) -> Any:
@@ -301,20 +317,31 @@ def read_model_config(folder: Path) -> Any:
         )
     named = stored.get("architectures") or [expected]
     if expected is None or expected not in named:
-        found = f"{model_type} with {', '.join(map(str, named))}"
-        what = f"expected {expected}" if expected else "which transformers has no decoder for"
+        found = ", ".join(str(name) for name in named if name) or model_type
         raise DataError(
-            f"{path}: {found}: {what}: give a causal language model, such as Llama, Qwen3 or GLM-4"
+            f"{path}: {found} is no decoder that predicts the next token: give a causal language "
+            "model, such as Llama, Qwen3 or GLM-4"
         )
     if stored.get("quantization_config"):
         raise DataError(
             f"{path}: the checkpoint is quantized: download it with fp16, bf16 or fp32 weights"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever transformers finds wrong with the values
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{path} is no configuration that transformers reads ({reason})") from None
+    if config.get_text_config() is not config:
+        raise DataError(
+            f"{path}: {named[0]} reads more than text: give a base that reads texts alone"
+        )
+    for size in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(getattr(config, size, None), int):
+            raise DataError(
+                f"{path}: {named[0]} has no {size}, so its longest input or its ids are unknown: "
+                "give another base"
+            )
+    return config
 
 
 def load_auto_tokenizer(folder: Path) -> Any:

@@ -73,8 +73,9 @@ def _check_config(path: Path, config: Any) -> dict[str, Any]:
     _check_architecture(path, config, REQUIRED_CONFIG, "this is not a ChatGLM3-6B model")
     if "rope_ratio" in config and config["rope_ratio"] != 1:
         raise DataError(
-            f"{path}: rope_ratio is {config['rope_ratio']!r}: the long-context variants and GLM-4 "
-            "are not supported; expected chatglm3-6b or chatglm3-6b-base"
+            f"{path}: rope_ratio is {config['rope_ratio']!r}: the long-context variants are not "
+            "supported, and GLM-4 only in transformers' layout (-hf); expected chatglm3-6b or "
+            "chatglm3-6b-base"
         )
     # ChatGLM2's config.json is otherwise the same, but its prompt format differs.
     if "chatglm2" in str(config.get("_name_or_path", "")).lower():

@@ -156,7 +156,8 @@ def _parse_call(value: Any, field: str, place: str) -> Message:
     if isinstance(call, dict):
         name = call.get("name")
         arguments = parse_json(call.get("arguments", call.get("parameters")), field, place) or {}
-    is_name = isinstance(name, str) and name.strip() and "\n" not in name
+    name = name.strip() if isinstance(name, str) else name
+    is_name = isinstance(name, str) and name and "\n" not in name
     if not is_name or not isinstance(arguments, dict) or not all(map(str.isidentifier, arguments)):
         raise BadRecordError(
             f"unsupported {field}",

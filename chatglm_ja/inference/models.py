@@ -84,7 +84,7 @@ class Stage:
             if self.name == BASE:
                 base = families.open_base(self.folder)
                 model = base.load(compute_dtype())
-                loaded = LoadedModel(model.to(choose_device()), base.tokenizer())
+                loaded = _make(model, base.tokenizer())
             else:
                 loaded = load_model(self.folder)
         except torch.OutOfMemoryError:
@@ -154,6 +154,14 @@ def load_model(folder: Path) -> LoadedModel:
 
     tokenizer = families.load_tokenizer(folder)
     model = loading.load_model(folder, loading.compute_dtype())
+    return _make(model, tokenizer)
+
+
+def _make(model: Any, tokenizer: "ModelTokenizer") -> LoadedModel:
+    """Put a model on the device, without settings that would change how answers are generated."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
     return LoadedModel(model.to(choose_device()).eval(), tokenizer)
 
 

@@ -564,7 +564,7 @@ def _describe_for_hub(results: Results, base_dir: Path) -> str:
 
 def _has_license(results: Results, base_dir: Path) -> bool:
     """Return whether the base's folder holds its license."""
-    name = results["base"]["license_file"]
+    name = results.get("base", {}).get("license_file")
     return name is not None and (base_dir / name).is_file()
 
 

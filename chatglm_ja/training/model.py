@@ -14,19 +14,16 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.bases.modules import find_embeddings
+from chatglm_ja.errors import ConfigError
 from chatglm_ja.training import costs
 
 log = logging.getLogger(__name__)
-
-# The progress bars over a checkpoint's shards; the log names the model that is loaded.
-transformers.utils.logging.disable_progress_bar()
 
 # Rows of hidden states whose logits are in memory at once; a GPU needs larger products.
 CPU_LOSS_ROWS = 256
@@ -230,9 +227,18 @@ class NewRowsHead(_Rows):
 
 
 def split_embeddings(model: Any, first: int) -> None:
-    """Make only the rows from id `first` on trainable, in the embedding matrices."""
+    """Make only the rows from id `first` on trainable, in the embedding matrices.
+
+    Raises ConfigError for an embedding that does more than look rows up, as Gemma's, which scales.
+    """
+    whole = model.get_input_embeddings()
+    if type(whole) is not nn.Embedding:
+        raise ConfigError(
+            f"--embedding-rows new is for plain embeddings, but this model has "
+            f"{type(whole).__name__}: pass --embedding-rows all"
+        )
     is_tied = len(find_embeddings(model)) == 1
-    embedding = NewRowsEmbedding.split(model.get_input_embeddings().weight.data, first)
+    embedding = NewRowsEmbedding.split(whole.weight.data, first)
     if is_tied:
         head = NewRowsHead(embedding.old, embedding.new)
     else:

@@ -106,9 +106,9 @@ def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> di
                 )
             yield from base.convert(name, tensor)
 
+    base.save_config(folder, rows, tokenizer.size)
     progress = tqdm(resized(), desc="resizing", unit=" tensors")
     weights.write_sharded(progress, folder, int(config.max_shard_gb * 1e9))
-    base.save_config(folder, rows, tokenizer.size)
     families.copy_tokenizer(config.tokenizer, folder)
     path = folder / "tokenizer_config.json"  # tells other programs the longest input
     write_json(path, read_json(path) | {"model_max_length": base.window}, indent=2)

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from chatglm_ja.bases import families
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json, write_json
+from chatglm_ja.storage.weight_files import find_weights
 from tests.conftest import demo_texts
-from tests.tiny_models import TOKENIZERS, make_base
+from tests.tiny_models import TOKENIZERS, make_base, make_tiny
 
 HOSTILE = (
     "日本語 <|im_end|> 한국어",
@@ -116,11 +117,11 @@ def remove_eos(folder: Path) -> None:
         ),
         (
             change_config(model_type="bert", architectures=["BertForMaskedLM"]),
-            "bert with BertForMaskedLM: expected BertLMHeadModel: give a causal language model",
+            "BertForMaskedLM is no decoder that predicts the next token: give a causal language",
         ),
         (
             change_config(model_type="t5", architectures=["T5ForConditionalGeneration"]),
-            "t5 with T5ForConditionalGeneration: which transformers has no decoder for",
+            "T5ForConditionalGeneration is no decoder that predicts",
         ),
         (
             change_config(quantization_config={"bits": 4, "quant_method": "gptq"}),
@@ -159,3 +160,75 @@ def test_a_folder_without_step_2s_marks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no tokenizer of step 2"):
         families.load_tokenizer(folder)
     assert json.loads((folder / "tokenizer_config.json").read_text())
+
+
+def test_a_template_that_cannot_be_used_stops_conversations_only(tmp_path: Path) -> None:
+    folder = make_base("qwen3", tmp_path, demo_texts("en", 3))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    )
+    tokenizer = families.open_base(folder).tokenizer()
+    assert not tokenizer.has_chat_format
+    assert len(tokenizer.stop_ids) == 1
+    with pytest.raises(DataError, match="cannot be split into parts"):
+        tokenizer.build_prompt([{"role": "user", "content": "a"}])
+
+
+def test_the_files_of_another_layout_are_no_weights(tmp_path: Path) -> None:
+    """As in the folder of Mistral 7B v0.3, whose shards are consolidated in a further file."""
+    folder = make_base("llama", tmp_path / "base", demo_texts("en", 3))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    shards = find_weights(tmp_path / "sharded")
+    assert len(shards) > 2
+    (tmp_path / "sharded" / "consolidated.safetensors").write_bytes(b"x" * 1000)
+    assert find_weights(tmp_path / "sharded") == shards
+
+
+def test_several_templates_are_kept(tmp_path: Path) -> None:
+    folder = make_base("qwen3", tmp_path / "base", demo_texts("en", 3))
+    auto = AutoTokenizer.from_pretrained(folder)
+    auto.chat_template = {"default": auto.chat_template, "tool_use": "{{ tools }}"}
+    auto.save_pretrained(folder)
+    (tmp_path / "copy").mkdir()
+    families.copy_tokenizer(folder, tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == auto.chat_template
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling"),
+    [
+        ({}, "it decodes greedily"),
+        ({"temperature": 0.9, "top_p": 0.6}, "temperature 0.9, top p 0.6"),
+        ({"do_sample": True, "top_k": 64}, "top k 64"),
+    ],
+)
+def test_the_base_is_described_as_it_samples(
+    settings: dict[str, Any], sampling: str, tmp_path: Path
+) -> None:
+    """A published configuration may set a temperature and not say that it samples."""
+    folder = make_base("qwen3", tmp_path / "base", demo_texts("en", 3))
+    path = folder / "generation_config.json"
+    write_json(path, {"eos_token_id": read_json(folder / "config.json")["eos_token_id"]} | settings)
+    base = families.open_base(folder)
+    assert base.describe().sampling == sampling
+    (tmp_path / "resized").mkdir()
+    base.save_config(tmp_path / "resized", base.rows, base.rows)
+    written = read_json(tmp_path / "resized" / "generation_config.json")
+    assert written.items() >= settings.items()
+    assert written["eos_token_id"] == base.tokenizer().stop_ids
+
+
+def test_a_base_whose_logits_have_a_bias_is_refused(tmp_path: Path) -> None:
+    folder = make_base("qwen3", tmp_path, demo_texts("en", 3))
+    make_tiny("phi", folder, 420, intermediate_size=96, eos_token_id=402)
+    with pytest.raises(DataError, match="PhiForCausalLM adds a bias to its logits"):
+        _ = families.open_base(folder).weights
+
+
+def test_a_base_that_reads_more_than_text_is_refused(tmp_path: Path) -> None:
+    folder = make_base("qwen3", tmp_path, demo_texts("en", 3))
+    Gemma3Config().save_pretrained(folder)
+    change_config(architectures=["Gemma3ForConditionalGeneration"])(folder)
+    with pytest.raises(DataError, match="reads more than text"):
+        families.open_base(folder)
