@@ -34,7 +34,10 @@ from chatglm_ja.training.model import token_losses
 
 # Windows share the reading of their beginning if that saves as many tokens.
 MIN_SAVED_TOKENS = 128
-KEPT_SHARE = 0.8
+# A window joins others if they share at least so many tokens, and most of what precedes the first
+# scored token of each.
+MIN_SHARED_TOKENS = 16
+SHARED_PART = 0.8
 # Rows times their common tokens: the cache of keys and values holds a copy for every row.
 MAX_CACHED_TOKENS = 8192
 
@@ -197,8 +200,7 @@ class Scorer:
 def group_windows(windows: Sequence[Window]) -> list[tuple[int, list[int]]]:
     """Group windows that begin alike: how many tokens they share, none scored, and their indices.
 
-    The token before the first scored one is not shared, because it predicts that one. A window
-    joins a group that keeps most of what it shares.
+    The token before the first scored one is not shared, because it predicts that one.
     """
     groups: list[tuple[int, list[int]]] = []
     for index in sorted(range(len(windows)), key=lambda index: windows[index]):
@@ -207,7 +209,7 @@ def group_windows(windows: Sequence[Window]) -> list[tuple[int, list[int]]]:
             shared, group = groups[-1]
             pairs = zip(windows[group[0]][0][:shared], ids[: context - 1], strict=False)
             common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if common >= max(1, KEPT_SHARE * shared):
+            if common >= max(MIN_SHARED_TOKENS, SHARED_PART * max(shared, context - 1)):
                 groups[-1] = (common, [*group, index])
                 continue
         groups.append((context - 1, [index]))

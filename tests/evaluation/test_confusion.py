@@ -93,8 +93,8 @@ def test_a_model_that_answers_japanese_questions_in_chinese_is_caught() -> None:
     assert bad["lines"]["mean"] < 0.1
     assert is_measurable(bad["lines"])
     assert good["other_han"]["mean"] == 0
-    assert bad["other_han"]["mean"] > 0.8
-    assert len(bad["han_examples"]) > 20
+    assert bad["other_han"]["mean"] > 0.6
+    assert len(bad["han_examples"]) > 15
     assert is_measurable(bad["other_han"])
 
 

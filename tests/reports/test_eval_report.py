@@ -172,7 +172,7 @@ def test_measures_on_items_stand_beside_the_base(results: dict[str, Any]) -> Non
     bits = ["0.50 ± 0.25", "0.60 ± 0.25 (≈)", "0.75 ± 0.25 (+0.25)"]
     assert ["zh", "bits/char of the base's answers", "4", *bits] in lines
     assert ["zh", "ended by itself", "4", *shares] in lines
-    assert [line[1] for line in lines if line[0] == "ko"] == [
+    assert [line[1] for line in lines if line[:1] == ["ko"]] == [
         "bits/char of the base's answers", "ended by itself", "characters",
     ]  # fmt: skip
     assert ["ja", "no foreign word", "0", "", "", ""] in lines
