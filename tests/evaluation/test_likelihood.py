@@ -132,7 +132,7 @@ def test_a_beginning_that_windows_share_is_read_once(
         costs = Scorer(model, 512, batch_size).score_continuations(questions)
         for own, expected in zip(costs, alone, strict=True):
             assert own == pytest.approx(expected, rel=1e-4)
-        assert sum(read) < 2 * len(model.tokenizer.encode(text))
+        assert sum(read) < 2.5 * len(model.tokenizer.encode(text))
 
 
 def test_groups_of_windows() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.paired import Baseline, is_measurable
 from chatglm_ja.evaluation.retention import measure_retention, score_answers
@@ -34,13 +35,15 @@ def test_bits_per_character_of_answers_follow_the_definition(
     assert math.isnan(scores[1])
     for index in (0, 2):
         answer = ANSWERS[index]
-        prompt = model.tokenizer.build_prompt(conversations[index])
-        ids = [*prompt, *model.tokenizer.encode(answer.text)]
-        if answer.stopped:
-            ids.append(model.tokenizer.document_end)
+        ids, labels = model.tokenizer.build_example(
+            [*conversations[index], {"role": "assistant", "content": answer.text}]
+        )
+        assert ids[-1] == model.tokenizer.document_end
+        if not answer.stopped:  # that it ends there was not the base's
+            ids.pop()
         with torch.inference_mode():
             logits = model.model(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
-        scored = range(len(prompt), len(ids))
+        scored = [place for place in range(len(ids)) if labels[place] != IGNORE_INDEX]
         nats = -sum(logits[place - 1, ids[place]].item() for place in scored)
         expected = nats / math.log(2) / len(answer.text)
         assert scores[index] == pytest.approx(expected, rel=1e-5)
