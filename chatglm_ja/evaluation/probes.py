@@ -23,11 +23,13 @@ gains most by the text (acc_gain in multiple_choice.py); of the same words in se
 likeliest.
 """
 
+import bisect
 import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data import cleaning
@@ -99,7 +101,7 @@ def build_probes(
 
 def score_probes(
     scorer: Scorer, probes: Sequence[Probe], baseline: Baseline, title: str = "probes"
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Return a row for every probe: the share of right answers, compared with the base's."""
     rows = []
     for probe in probes:
@@ -169,17 +171,14 @@ def _ask_pairs(
     """Yield questions about pairs of words that fill `tokens` tokens; none if words run out."""
     drawn = draw.sample(words, len(words))
     pairs = list(zip(drawn[::2], drawn[1::2], strict=False))
-    # A question repeats a pair. The rest is a margin for words that another vocabulary splits more.
-    costs = [len(tokenizer.encode(f"{key}: {value}\n")) for key, value in pairs]
-    room = tokens - len(tokenizer.prefix) - 2 * max(costs)
-    count, used = 0, 0
-    while count < len(pairs) and used + costs[count] <= room:
-        used += costs[count]
-        count += 1
+    lines = [f"{key}: {value}\n" for key, value in pairs]
+    # A question repeats a pair; what its tokens are depends on those before it.
+    room = tokens - len(tokenizer.prefix) - max(len(tokenizer.encode(line)) for line in lines) - 4
+    counts = range(len(lines) + 1)
+    count = bisect.bisect(counts, room, key=lambda n: len(tokenizer.encode("".join(lines[:n])))) - 1
     if count == len(pairs) or count < CHOICES:
         return
-    pairs = pairs[:count]
-    context = "".join(f"{key}: {value}\n" for key, value in pairs)
+    pairs, context = pairs[:count], "".join(lines[:count])
     for key, value in draw.sample(pairs, min(QUESTIONS, count)):
         others = draw.sample([other for _, other in pairs if other != value], CHOICES - 1)
         choices = [f" {choice}" for choice in (value, *others)]
