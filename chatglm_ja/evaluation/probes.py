@@ -169,13 +169,19 @@ def _ask_pairs(
     words: Sequence[str], tokenizer: ModelTokenizer, tokens: int, draw: random.Random
 ) -> Iterator[ChoiceQuestion]:
     """Yield questions about pairs of words that fill `tokens` tokens; none if words run out."""
+
+    def size(text: str) -> int:
+        return len(tokenizer.encode(text))
+
     drawn = draw.sample(words, len(words))
-    pairs = list(zip(drawn[::2], drawn[1::2], strict=False))
+    keys, values = drawn[::2], drawn[1::2]
+    pairs = list(zip(keys, values, strict=False))
     lines = [f"{key}: {value}\n" for key, value in pairs]
-    # A question repeats a pair; what its tokens are depends on those before it.
-    room = tokens - len(tokenizer.prefix) - max(len(tokenizer.encode(line)) for line in lines) - 4
+    # A question adds a key and any value; what their tokens are depends on what precedes them.
+    question = f"{max(keys, key=size)}: {max(values, key=size)}"
+    room = tokens - len(tokenizer.prefix) - size(question) - 4
     counts = range(len(lines) + 1)
-    count = bisect.bisect(counts, room, key=lambda n: len(tokenizer.encode("".join(lines[:n])))) - 1
+    count = bisect.bisect(counts, room, key=lambda n: size("".join(lines[:n]))) - 1
     if count == len(pairs) or count < CHOICES:
         return
     pairs, context = pairs[:count], "".join(lines[:count])
