@@ -1,8 +1,9 @@
-"""Step 3: give the checkpoint embedding rows for the new pieces, as transformers' GlmForCausalLM.
+"""Step 3: give the checkpoint embedding rows for the new pieces, as a model of transformers.
 
-The base's rows do not change by a bit, which every run verifies.
+ChatGLM3 becomes a GlmForCausalLM; other bases keep their class. The base's rows do not change by a
+bit, which every run verifies.
 
-Reads   <base model>/ in ChatGLM3's own layout, <artifacts>/step2_tokenizer/
+Reads   <base model>/, <artifacts>/step2_tokenizer/
 Writes  <artifacts>/step3_model/  weights, config.json, generation_config.json, tokenizer
 Run     python step3_resize_model.py
 """

@@ -77,7 +77,8 @@ def train(root: Path, steps: int, seed: int, texts: Mapping[str, list[str]]) -> 
     flags = (f"--max-steps={steps}", f"--seed={seed}", f"--output-dir={folder}", "--evaluations=0")
     run_step(root, "step5_train_pt", *flags)
     data = root / constants.PROFILE / "step4_data"
-    config = TrainingConfig(output_dir=folder, **constants.STEP5 | {"model": folder, "data": data})
+    paths = {"model": folder, "data": data, "output_dir": folder}
+    config = TrainingConfig(**constants.STEP5 | paths)
     shape = read_shape(folder)
     lengths = dataset.load_rows(data, "pretrain", "train")[:500]["lengths"]
     flops = costs.flops_per_token(

@@ -132,7 +132,7 @@ def save_tokenizer(gguf_path: Path, folder: Path) -> None:
     """Write the tokenizer and the chat template of a GGUF file as transformers reads them.
 
     Digits are split as llama.cpp splits them for this file (`tokenizer.ggml.pre` is smollm), and as
-    its merges show, none of which holds a digit. The end of a conversation's turn also ends texts.
+    its merges show, none of which holds a digit.
     """
     from gguf import GGUFReader, TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -1,7 +1,4 @@
-"""A model folder as seen without torch: config.json, sizes, layout, weight files, fingerprints.
-
-Nothing here imports torch, so that a step can look at its inputs before it loads anything.
-"""
+"""ChatGLM3's config.json, and the GlmConfig of the same model; nothing here imports torch."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -8,7 +8,7 @@
 What else a turn, or a record of turns, says of itself is in one of four groups. A null, as tables
 have for what is absent, says nothing.
 
-    read         tools and their calls; how they are written is the base's affair
+    read         tools and their calls; the base's format says how they are written
     obeyed       FLAGS ("loss", "weight", "train" and the like), true or false, 1 or 0: an answer
                  that is not to be trained stays as context. Only answers are ever trained
     refused      what a message cannot hold: images, audio, video, a refusal, reasoning,

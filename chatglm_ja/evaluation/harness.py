@@ -2,7 +2,7 @@
 
 The harness (EleutherAI, package lm_eval) is optional: requirements-extras.txt. It has tasks of its
 own and reads more from a folder of YAML files; most download their data, the first time. Every text
-is read after [gMASK] sop, as in ChatGLM3's training.
+is read after what the tokenizer puts before texts, as in training.
 """
 
 import importlib.util

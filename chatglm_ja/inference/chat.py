@@ -1,7 +1,7 @@
 """A chat with a model: prompts that fit its window, answers streamed, and the terminal chat.
 
-What the user types is text only: it never becomes a special token. When a
-conversation outgrows the model's window, its oldest exchanges are left out of the prompt.
+What the user types is text only: it never becomes a special token. When a conversation outgrows the
+model's window, its oldest exchanges are left out of the prompt.
 """
 
 import bisect

@@ -1,8 +1,8 @@
 """Generate answers: many prompts in batches, or one as a stream of text.
 
 Prompts are token ids in the base's conversation format. An answer ends at one of its stop tokens or
-at the limit. Batches are padded on the left and masked, so a greedy
-answer does not depend on the others in its batch, up to rounding.
+at the limit. Batches are padded on the left and masked, so a greedy answer does not depend on the
+others in its batch, up to rounding.
 """
 
 import itertools

@@ -190,11 +190,16 @@ class MergeTokenizerConfig(ReadingConfig):
         return self.policy or learned
 
     def disk_bytes(self) -> int:
-        """Estimate the merged tokenizer's files at ten times the size of what is merged."""
-        learned = self.ja_tokenizer
-        size = learned.stat().st_size if learned.is_file() else folder_bytes(learned, "ja_*")
-        base = sum(path.stat().st_size for path in tokenizer_files(self.base_model))
-        return REPORTS_BYTES + 10 * (base + size)
+        """Estimate the merged tokenizer's files: ten times the models merged, or twice a base's
+        tokenizer.json.
+        """
+        learned, files = self.ja_tokenizer, tokenizer_files(self.base_model)
+        models = [path.stat().st_size for path in files if path.suffix == ".model"]
+        others = [path.stat().st_size for path in files if path.suffix != ".model"]
+        size = sum(folder_bytes(learned, pattern) for pattern in ("*.model", "*.txt"))
+        size = learned.stat().st_size if learned.is_file() else size
+        base = 10 * sum(models) if models else 2 * sum(others)
+        return REPORTS_BYTES + base + 10 * size
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings that shape the result; ranking texts do so only if they rank."""
@@ -209,7 +214,7 @@ class ResizeModelConfig(StepConfig):
     """Settings of step 3."""
 
     base_model: Path = setting(
-        "ChatGLM3 folder: config.json, tokenizer.model, safetensors or .bin shards",
+        "folder of the base model: config.json, its tokenizer, safetensors or .bin shards",
         unset=NO_BASE_MODEL,
     )
     tokenizer: Path = setting("output folder of step 2")
