@@ -138,7 +138,7 @@ def test_a_model_that_forgets_is_caught_at_the_length_it_forgets(built: list[Pro
     for row in probes.score_probes(good, built, baseline):
         assert row["mean"] == 1 or (row["probe"] == "labels" and row["mean"] >= 0.7)
         assert row["change"] is None
-    bad: Any = ReadingScorer(200)
+    bad: Any = ReadingScorer(120)
     rows = {(r["language"], r["probe"]): r for r in probes.score_probes(bad, built, baseline)}
     for language in ("ja", "zh", "en"):
         forgotten = rows[language, "recall 512"]
