@@ -200,8 +200,11 @@ def _generate(
     return output[:, input_ids.shape[1] :]
 
 
-def _decode_answer(tokenizer: ModelTokenizer, ids: list[int], stop_ids: list[int]) -> Answer:
+def _decode_answer(
+    tokenizer: ModelTokenizer, ids: list[int], stop_ids: list[int] | None = None
+) -> Answer:
     """Decode the ids up to the first stop token; padding follows it."""
+    stop_ids = tokenizer.stop_ids if stop_ids is None else stop_ids
     end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
     text = tokenizer.decode(ids[:end]).strip()
     return Answer(text, len(ids) if end is None else end + 1, stopped=end is not None)

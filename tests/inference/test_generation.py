@@ -164,10 +164,7 @@ def test_a_streamed_answer_is_the_whole_answer(
             pieces = list(generation.stream_answer(model, prompt, ChatOptions(sampling, 40)))
             torch.manual_seed(3)
             ids = generation._generate(model, [prompt], 40, sampling)[0].tolist()
-            assert (
-                "".join(pieces)
-                == generation._decode_answer(model.tokenizer, ids, model.tokenizer.stop_ids).text
-            )
+            assert "".join(pieces) == generation._decode_answer(model.tokenizer, ids).text
             assert len(pieces) > 5
             whole_characters += sum(not piece.startswith("\ufffd") for piece in pieces)
     assert whole_characters > 100
