@@ -9,6 +9,7 @@ STEP1 to STEP8 are the defaults of the steps' command lines. Settings not listed
 defaults in chatglm_ja/<room>/settings.py. For a Source see chatglm_ja/sources.py.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ HELD_OUT_CHOICES = tuple(
     Source(language, f"{DEMO_DATA_DIR}/heldout_choice.jsonl.gz", where=("language", language))
     for language in LANGUAGES
 )
+# The language of the translations, and the columns of lines and translations.
+HELD_OUT_PARALLEL = tuple(
+    Source(
+        language,
+        f"{DEMO_DATA_DIR}/heldout_parallel.jsonl.gz",
+        columns=f"{before}>{after}",
+        name=f"{before}>{after}",
+    )
+    for language, before, after in (
+        ("ja", "English", "Japanese"),
+        ("ja", "Chinese", "Japanese"),
+        ("zh", "English", "Chinese"),
+        ("en", "Chinese", "English"),
+    )
+)
 
 Settings = dict[str, Any]
 
@@ -115,6 +131,7 @@ if PROFILE == "demo":
     EVALUATION: Settings = {
         "window": 256,
         "max_chars": 20_000,
+        "translations": 8,
         "max_new_tokens": 128,
         "answer_batch_size": 128,
     }
@@ -123,6 +140,10 @@ elif PROFILE == "smollm2":
     BASE_MODEL_DIR = ARTIFACTS_DIR / "base_model"
     EVALUATED_SOURCES = tuple(s for s in HELD_OUT_SOURCES if s.language != "zh")
     HELD_OUT_CHOICES = tuple(s for s in HELD_OUT_CHOICES if s.language != "zh")
+    HELD_OUT_PARALLEL = tuple(
+        dataclasses.replace(HELD_OUT_PARALLEL[0], columns=columns, name=columns, language=language)
+        for language, columns in (("ja", "English>Japanese"), ("en", "Japanese>English"))
+    )
     SHARES = ("ja=85", "en=15")
     SFT_SHARES = ("ja=70", "en=25", "code=5")
     PRETRAIN_SOURCES = tuple(
@@ -299,6 +320,7 @@ STEP7: Settings = {
     "sources": EVALUATED_SOURCES,
     "conversations": HELD_OUT_CONVERSATIONS,
     "choices": HELD_OUT_CHOICES,
+    "parallel": HELD_OUT_PARALLEL,
     "prompts": PROJECT_DIR / "prompts" / f"{PROFILE}.yaml",
     "output_dir": STEP7_DIR,
     **EVALUATION,

@@ -45,6 +45,7 @@ def main() -> None:
         open_sources("held_out_conversations", config.conversations),
         open_sources("choices", config.choices),
         *open_benchmarks(config),
+        open_sources("parallel", config.parallel),
         open_files("prompts", config.prompts),
         open_artifact(config.tokenizer, "step2_merge_tokenizer.py", every_byte=config.verify),
         *(opened for stage in compared for opened in stage.open(config.verify, config.tokenizer)),

@@ -14,6 +14,7 @@ For each page, the script
     are two mixes of them: one with Chinese, and one for a base that cannot read Chinese;
   * builds multiple-choice questions from held-out pages: which of four lines, three of them from
     other pages, comes next?
+  * collects lines of held-out pages in all three languages, for translation.
 
     python demo/make_data.py --help-corpus DIR
 """
@@ -31,12 +32,15 @@ from typing import Any
 
 OUTPUT_DIR = Path(__file__).parent / "data"
 LANGUAGES = ("ja", "zh", "en")
+LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 MIN_PAGE_CHARS = 120
 MAX_CHARS = {"ja": 1_100_000, "zh": 1_050_000, "en": 1_300_000}
 HELD_OUT_PERCENT = 5
 HELD_OUT_CONVERSATIONS = 25  # per kind, or all if there are fewer
 CHOICES = 4
-CHOICE_QUESTIONS = 25  # per language, at most two per page
+CHOICE_QUESTIONS = 50  # per language, at most four per page
+CHOICES_PER_PAGE = 4
+PARALLEL_LINES = 40  # at most two per page
 CONTEXT_CHARS = {"ja": 100, "zh": 100, "en": 250}
 PASSAGE_CHARS = {"ja": (12, 90), "zh": (10, 70), "en": (25, 200)}
 ANSWER_CHARS = {"ja": 160, "zh": 120, "en": 300, "code": 400}
@@ -215,7 +219,7 @@ def next_lines(pages: Sequence[Page], language: str) -> list[dict[str, object]]:
             and line[-1] in "。.：:"
             and line not in lines[:number]
         ]
-        for number in ends[:: max(1, len(ends) // 2)][:2]:
+        for number in ends[:: max(1, len(ends) // CHOICES_PER_PAGE)][:CHOICES_PER_PAGE]:
             context = "\n".join(lines[:number])[-CONTEXT_CHARS[language] :] + "\n"
             found.append((page["id"], context, lines[number]))
     random.Random(language).shuffle(found)
@@ -235,6 +239,35 @@ def next_lines(pages: Sequence[Page], language: str) -> list[dict[str, object]]:
             }
         )
     return questions
+
+
+def parallel_lines(
+    pages: Sequence[tuple[str, dict[str, Page]]], trained: Mapping[str, set[str]]
+) -> list[dict[str, str]]:
+    """Return lines of held-out pages in all languages, none of which is on a training page."""
+    found: dict[str, dict[str, str]] = {}  # by the English line: pages repeat each other
+    for page_id, page in pages:
+        lines = [page[language]["text"].split("\n") for language in LANGUAGES]
+        if not is_held_out(page_id) or len({len(own) for own in lines}) != 1:
+            continue
+        taken = 0
+        for texts in zip(*lines, strict=True):
+            line = dict(zip(LANGUAGES, texts, strict=True))
+            is_new = line["en"] not in found and taken < 2
+            if is_new and all(fits_passage(line[name], name, trained[name]) for name in line):
+                taken += 1
+                columns = {LANGUAGE_NAMES[name]: text for name, text in line.items()}
+                found[line["en"]] = {"id": f"{page_id}#{taken}", **columns}
+    return list(found.values())[:PARALLEL_LINES]
+
+
+def fits_passage(line: str, language: str, trained: set[str]) -> bool:
+    """Return whether a line is a new sentence of the language, neither short nor long."""
+    low, high = PASSAGE_CHARS[language]
+    has_script = language == "en" or CJK.search(line)
+    is_prose = not BASIC_PROCEDURE.search(line) and line[-1:] in "。."
+    is_new = low <= len(line) <= high and line not in trained
+    return bool(is_new and has_script and is_prose and is_translated(line, language))
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
@@ -285,6 +318,7 @@ def main() -> None:
     OUTPUT_DIR.mkdir(exist_ok=True)
 
     questions: list[dict[str, object]] = []
+    trained_lines: dict[str, set[str]] = {}
     for language in LANGUAGES:
         texts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
         total = 0
@@ -297,6 +331,7 @@ def main() -> None:
             total += len(text)
             texts[is_held_out(page_id)].append({"id": page_id, "text": text})
         trained = {line for page in texts[False] for line in page["text"].split("\n")}
+        trained_lines[language] = trained
         held_out = [new_lines(page, trained) for page in texts[True]]
         questions += next_lines(held_out, language)
         write_jsonl(OUTPUT_DIR / f"train_{language}.jsonl.gz", texts[False])
@@ -305,6 +340,7 @@ def main() -> None:
             [page for page in held_out if len(page["text"]) >= MIN_PAGE_CHARS],
         )
     write_jsonl(OUTPUT_DIR / "heldout_choice.jsonl.gz", questions)
+    write_jsonl(OUTPUT_DIR / "heldout_parallel.jsonl.gz", parallel_lines(pages, trained_lines))
 
     for mix in MIXES:
         chosen = choose_conversations(mix, pages)

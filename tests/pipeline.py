@@ -24,7 +24,7 @@ SMALL = {
     ),
     "step5_train_pt.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --block-size 128",
     "step6_train_sft.py": "--max-steps 4 --logging-steps 1 --evaluations 4 --max-new-tokens 4",
-    "step7_eval.py": "--max-chars 1500 --max-new-tokens 4",
+    "step7_eval.py": "--max-chars 1500 --max-new-tokens 4 --translations 2",
     "step8_export.py": "",
 }
 

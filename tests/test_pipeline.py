@@ -55,7 +55,7 @@ def test_the_report_has_every_stage_and_language(pipeline: Runner) -> None:
         (kind, way): 25 for kind in ("ja", "zh", "en", "code") for way in ("greedy", "sampled")
     }
     for stage in results["stages"]:
-        assert {row["questions"] for row in stage["choices"].values()} == {25}
+        assert {row["questions"] for row in stage["choices"].values()} == {50}
         assert len(stage["answers"]) == 8
     assert all(row["largest_difference"] == 0 for row in results["stages"][1]["kept"].values())
     assert all(row["largest_difference"] > 0 for row in last["kept"].values())

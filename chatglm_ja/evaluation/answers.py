@@ -45,8 +45,10 @@ log = logging.getLogger(__name__)
 
 MIN_REPEATS = 3  # of a loop
 
-_SINGLE = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_UNITS = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s]")
+SINGLE_CHARACTERS = (
+    r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_UNITS = re.compile(rf"[{SINGLE_CHARACTERS}]|[^\W{SINGLE_CHARACTERS}]+|[^\w\s]")
 
 
 def read_prompts(
@@ -97,9 +99,13 @@ def read_held_out(
 
 
 def generate_decodings(
-    model: LoadedModel, prompts: Prompts, max_new_tokens: int, sampling: Sampling, **options: Any
+    model: LoadedModel,
+    prompts: Mapping[str, Prompts],
+    max_new_tokens: int,
+    sampling: Sampling,
+    **options: Any,
 ) -> dict[str, list[Answer]]:
-    """Answer all prompts in each of DECODINGS: name -> answers.
+    """Answer the prompts of each of DECODINGS: name -> answers.
 
     `options` are those of generation.generate_answers: `batch_size`, `seed`, `title`.
     """
@@ -107,7 +113,7 @@ def generate_decodings(
     title = options.pop("title", "answers")
     for name, choose_sampling in DECODINGS.items():
         options |= {"sampling": choose_sampling(sampling), "title": f"{title}, {name}"}
-        answers[name] = generation.generate_answers(model, prompts, max_new_tokens, **options)
+        answers[name] = generation.generate_answers(model, prompts[name], max_new_tokens, **options)
     return answers
 
 
@@ -226,7 +232,11 @@ def _answer_questions(
         texts.append((kind, model.tokenizer.decode(prompts[-1]).strip()))
         expected.append(model.tokenizer.decode(row["input_ids"][start:end]).strip())
     answers = generate_decodings(
-        model, prompts, config.max_new_tokens, Sampling(), seed=config.seed
+        model,
+        dict.fromkeys(DECODINGS, prompts),
+        config.max_new_tokens,
+        Sampling(),
+        seed=config.seed,
     )
     pairs = zip(pair_with_questions(texts, answers), expected, strict=True)
     return [{**sample, "expected": text} for sample, text in pairs]

@@ -8,8 +8,14 @@ kept           the distance from the base on the base's ids: the largest differe
 answers        the answers to the questions of the prompts file, in each decoding
 answering      the measures of these answers
 held_out       the measures of the answers to held-out questions by kind; the last stage's only
+retention      the base's answers by language, and how the stage answers in its place
+confusion      answers that leave the language of their question, by language
+probes         in-context learning on texts made of held-out ones
+translations   chrF of held-out lines, with and without examples
 choices        multiple choice by language
 tasks, judged, harness    see benchmarks.py
+
+What is measured on items has its difference from the base on the same items; see paired.py.
 """
 
 import dataclasses
@@ -24,10 +30,21 @@ from chatglm_ja.bases.interface import FormatError, Message
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
-from chatglm_ja.evaluation import answers, benchmarks, likelihood, multiple_choice
+from chatglm_ja.evaluation import (
+    answers,
+    benchmarks,
+    confusion,
+    likelihood,
+    multiple_choice,
+    probes,
+    retention,
+    translation,
+)
 from chatglm_ja.evaluation.likelihood import Scorer
+from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
+from chatglm_ja.inference.generation import Answer
 from chatglm_ja.inference.models import LAST_STAGE, Stage
 
 log = logging.getLogger(__name__)
@@ -49,6 +66,7 @@ class Evaluation:
     questions       (language or code, question)
     conversations   held-out conversations by kind
     choices         multiple-choice questions by language
+    directions      lines and their translations
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -68,16 +86,23 @@ class Evaluation:
         self.conversations = answers.read_held_out(config.conversations, reader)
         self.choices = multiple_choice.read_questions(config.choices, reader, config.choices_shots)
         self.benchmarks = benchmarks.Benchmarks(config)
+        self.directions = translation.read_directions(config.parallel, reader, config.translations)
+        self.told_languages = [kind for kind in self.texts if confusion.check_language(kind)]
         self.measures = [
             self._score_texts,
             self._compare_with_base,
             self._measure_answers,
+            self._score_probes,
+            self._measure_translations,
             self._score_choices,
             self.benchmarks.run,
         ]
         self._base_ids: dict[str, list[list[int]]] = {}  # language -> the texts that are compared
         self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
+        self._baseline = Baseline()
+        self._base_answers: list[Answer] = []  # sampled, to all questions
+        self._probes: list[probes.Probe] = []
         self._speeds: dict[int, float] = {}  # rows of the embeddings -> tokens per second
 
     def evaluate_stage(self, stage: Stage) -> Results:
@@ -140,19 +165,24 @@ class Evaluation:
     def _measure_answers(self, stage: Stage, scorer: Scorer) -> Results:
         """Measure the answers to all questions, generated together to fill the batches.
 
-        Raises DataError for a held-out conversation that the base's format cannot express.
+        Answers to all questions are sampled from every stage. Only the last one answers the
+        held-out questions greedily too. Raises DataError for a held-out conversation that the
+        base's format cannot express.
         """
         tokenizer = scorer.model.tokenizer
         if not tokenizer.has_chat_format:
             log.info("%s: no answers, the base has no chat template", stage.name)
-            return {"answers": [], "answering": {}, "held_out": []}
+            return {
+                "answers": [], "answering": {}, "held_out": [], "retention": {}, "confusion": {},
+            }  # fmt: skip
+        count = len(self.questions)
         kinds = [kind for kind, _ in self.questions]
         conversations: list[Sequence[Message]] = [
             [{"role": "user", "content": question}] for _, question in self.questions
         ]
-        held_out = self.conversations if stage.name == LAST_STAGE else {}
-        held_out_kinds = [kind for kind, group in held_out.items() for _ in group]
-        conversations += [messages[:-1] for group in held_out.values() for messages in group]
+        for kind, group in self.conversations.items():
+            kinds += [kind] * len(group)
+            conversations += [messages[:-1] for messages in group]
         try:
             prompts = [tokenizer.build_prompt(messages) for messages in conversations]
         except FormatError as error:
@@ -160,24 +190,76 @@ class Evaluation:
                 f"a held-out conversation has {error.reason} ({error.detail}): leave it out of "
                 "--conversations"
             ) from None
+        is_last = stage.name == LAST_STAGE
         decodings = answers.generate_decodings(
             scorer.model,
-            prompts,
+            {"greedy": prompts if is_last else prompts[:count], "sampled": prompts},
             self.config.max_new_tokens,
             generation.Sampling(self.config.temperature, self.config.top_p),
             batch_size=self.config.answer_batch_size,
             title=f"{stage.name}: answers",
         )
-        own = {name: group[: len(kinds)] for name, group in decodings.items()}
-        rest = {name: group[len(kinds) :] for name, group in decodings.items()}
+        own = {name: group[:count] for name, group in decodings.items()}
+        rest = {name: group[count:] for name, group in decodings.items()}
         return {
             "answers": answers.pair_with_questions(self.questions, own),
             "answering": {
-                name: answers.measure_answers(group, kinds) for name, group in own.items()
+                name: answers.measure_answers(group, kinds[:count]) for name, group in own.items()
             },
-            "held_out": answers.measure_kinds(held_out_kinds, rest),
+            "held_out": answers.measure_kinds(kinds[count:], rest) if is_last else [],
+            **self._compare_answers(kinds, conversations, decodings["sampled"], scorer),
         }
+
+    def _compare_answers(
+        self,
+        kinds: Sequence[str],
+        conversations: Sequence[Sequence[Message]],
+        sampled: list[Answer],
+        scorer: Scorer,
+    ) -> Results:
+        """Compare the sampled answers with the base's, language by language.
+
+        The languages that the base knew are all but the first.
+        """
+        self._base_answers = self._base_answers or sampled
+        kept: Results = {}
+        confused: Results = {}
+        for number, language in enumerate(self.texts):
+            places = [place for place, kind in enumerate(kinds) if kind == language]
+            if not places:
+                continue
+            asked = [conversations[place] for place in places]
+            own = [sampled[place] for place in places]
+            if number:
+                base = [self._base_answers[place] for place in places]
+                kept[language] = retention.measure_retention(
+                    language, asked, base, own, scorer, self._baseline
+                )
+            if language in self.told_languages:
+                questions = ["\n".join(m["content"] for m in messages) for messages in asked]
+                texts = [answer.text for answer in own]
+                confused[language] = confusion.measure_confusion(
+                    language, questions, texts, self._baseline
+                )
+        return {"retention": kept, "confusion": confused}
+
+    def _score_probes(self, stage: Stage, scorer: Scorer) -> Results:
+        if not self._probes:  # the base comes first: contexts are measured by its tokenizer
+            self._probes = probes.build_probes(self.texts, scorer.model.tokenizer, scorer.window)
+        title = f"{stage.name}: probes"
+        return {"probes": probes.score_probes(scorer, self._probes, self._baseline, title)}
+
+    def _measure_translations(self, stage: Stage, scorer: Scorer) -> Results:
+        rows = translation.measure_translations(
+            scorer.model,
+            self.directions,
+            self._baseline,
+            self.config.answer_batch_size,
+            f"{stage.name}: translations",
+        )
+        return {"translations": rows}
 
     def _score_choices(self, stage: Stage, scorer: Scorer) -> Results:
         title = f"{stage.name}: choices"
-        return {"choices": multiple_choice.score_questions(scorer, self.choices, title)}
+        rows = multiple_choice.score_questions(scorer, self.choices, self._baseline, title)
+        return {"choices": rows}

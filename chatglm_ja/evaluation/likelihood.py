@@ -11,12 +11,16 @@ window is read with a sliding window:
     windows  p p a b c d              a to d are scored
                    b c d e f g        e to g are scored, b to d are their context
                          e f g h      h is scored
+
+Windows that begin with the same tokens, such as the choices of a question, read these once.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain, islice, takewhile
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -27,6 +31,15 @@ from chatglm_ja.bases.loading import Logits
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.training.model import token_losses
+
+# Windows share the reading of their beginning if that saves as many tokens.
+MIN_SAVED_TOKENS = 128
+# A window joins others if they share at least so many tokens, and most of what precedes the first
+# scored token of each.
+MIN_SHARED_TOKENS = 16
+SHARED_PART = 0.8
+# Rows times their common tokens: the cache of keys and values holds a copy for every row.
+MAX_CACHED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Scorer:
         windows = [
             list(cut_windows([*prefix, *ids], len(prefix), self.window)) for _, ids in encoded
         ]
-        nats = iter(self._score_windows(list(chain(*windows)), title))
+        nats = iter(self.score_windows(list(chain(*windows)), title))
         return [
             TextScore(len(text), len(text.encode()), len(ids), sum(islice(nats, len(own))))
             for (text, ids), own in zip(encoded, windows, strict=True)
@@ -125,37 +138,82 @@ class Scorer:
                 windows.append(((*prefix, *ids[dropped:]), len(prefix) + shared - dropped))
         # A continuation may follow the same text more than once.
         distinct = list(dict.fromkeys(windows))
-        nats = dict(zip(distinct, self._score_windows(distinct, title), strict=True))
+        nats = dict(zip(distinct, self.score_windows(distinct, title), strict=True))
         scores = iter(nats[cut] for cut in windows)
         return [[next(scores) for _ in continuations] for _, continuations in questions]
 
     @torch.inference_mode()
-    def _score_windows(self, windows: Sequence[Window], title: str) -> list[float]:
-        """Return the nats of every window's scored tokens."""
-        network = self.model.model
-        # Windows of similar length share a batch, which keeps the padding short. Padding comes
-        # after the text, where a causal model's predictions cannot see it.
-        order = sorted(range(len(windows)), key=lambda index: len(windows[index][0]))
+    def score_windows(self, windows: Sequence[Window], title: str) -> list[float]:
+        """Return the nats of every window's scored tokens; none is longer than `window`."""
         nats = [0.0] * len(windows)
+        alone: list[int] = []
         # A loss in bfloat16 has three digits: too few to compare choices of a token or two.
-        weight = network.get_output_embeddings().weight.float()
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc=title, unit=" batches", leave=False, delay=1):
-            batch = order[start : start + self.batch_size]
-            rows = [torch.tensor(windows[index][0]) for index in batch]
-            input_ids = pad_sequence(
-                rows, batch_first=True, padding_value=self.model.tokenizer.pad_id
-            )
-            labels = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
-            for row, index in enumerate(batch):
-                labels[row, : windows[index][1]] = IGNORE_INDEX
-            output = network.base_model(input_ids=input_ids.to(network.device), use_cache=False)
-            states = output.last_hidden_state.float()
-            losses = token_losses(states, weight, labels.to(network.device)).double()
-            counts = [len(windows[index][0]) - windows[index][1] for index in batch]
-            for index, part in zip(batch, losses.split(counts), strict=True):
-                nats[index] = part.sum().item()
+        weight = self.model.model.get_output_embeddings().weight.float()
+        with tqdm(total=len(windows), desc=title, unit=" windows", leave=False, delay=1) as bar:
+            for shared, group in group_windows(windows):
+                if shared * (len(group) - 1) < MIN_SAVED_TOKENS:
+                    alone += group
+                    continue
+                ids = torch.tensor([windows[group[0]][0][:shared]])
+                cache = self._read(ids, use_cache=True).past_key_values
+                rows = max(1, min(self.batch_size, MAX_CACHED_TOKENS // shared))
+                for start in range(0, len(group), rows):
+                    batch = group[start : start + rows]
+                    tails = [(windows[i][0][shared:], windows[i][1] - shared) for i in batch]
+                    own = copy.deepcopy(cache)
+                    own.batch_repeat_interleave(len(batch))
+                    values = self._score_batch(tails, weight, own)
+                    for index, value in zip(batch, values, strict=True):
+                        nats[index] = value
+                    bar.update(len(batch))
+            # Windows of similar length share a batch, which keeps the padding short.
+            alone.sort(key=lambda index: len(windows[index][0]))
+            for start in range(0, len(alone), self.batch_size):
+                batch = alone[start : start + self.batch_size]
+                values = self._score_batch([windows[index] for index in batch], weight)
+                for index, value in zip(batch, values, strict=True):
+                    nats[index] = value
+                bar.update(len(batch))
         return nats
+
+    def _score_batch(
+        self, windows: Sequence[Window], weight: torch.Tensor, cache: Any = None
+    ) -> list[float]:
+        """Return the nats of windows that are read together, after what the cache holds."""
+        rows = [torch.tensor(ids) for ids, _ in windows]
+        # Padding comes after the text, where a causal model's predictions cannot see it.
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.model.tokenizer.pad_id)
+        labels = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
+        for row, (_, context) in zip(labels, windows, strict=True):
+            row[:context] = IGNORE_INDEX
+        output = self._read(input_ids, past_key_values=cache, use_cache=cache is not None)
+        states = output.last_hidden_state.float()
+        losses = token_losses(states, weight, labels.to(states.device)).double()
+        counts = [len(ids) - context for ids, context in windows]
+        return [part.sum().item() for part in losses.split(counts)]
+
+    def _read(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        network = self.model.model
+        return network.base_model(input_ids=input_ids.to(network.device), **options)
+
+
+def group_windows(windows: Sequence[Window]) -> list[tuple[int, list[int]]]:
+    """Group windows that begin alike: how many tokens they share, none scored, and their indices.
+
+    The token before the first scored one is not shared, because it predicts that one.
+    """
+    groups: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(windows)), key=lambda index: windows[index]):
+        ids, context = windows[index]
+        if groups:
+            shared, group = groups[-1]
+            pairs = zip(windows[group[0]][0][:shared], ids[: context - 1], strict=False)
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if common >= max(MIN_SHARED_TOKENS, SHARED_PART * max(shared, context - 1)):
+                groups[-1] = (common, [*group, index])
+                continue
+        groups.append((context - 1, [index]))
+    return groups
 
 
 def compute_divergence(before: Logits, after: Logits) -> torch.Tensor:

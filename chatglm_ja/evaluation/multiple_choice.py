@@ -21,12 +21,14 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from chatglm_ja.data import cleaning
 from chatglm_ja.data.readers import Record, Reject, check_characters
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation.likelihood import Scorer
+from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.sources import Source
 
 
@@ -123,31 +125,55 @@ def _parse_question(record: Record, unicode_form: str) -> ChoiceQuestion | Rejec
     return ChoiceQuestion(cleaning.clean_characters(text, unicode_form), tuple(cleaned), answer)
 
 
+def judge_questions(
+    scorer: Scorer,
+    questions: Sequence[ChoiceQuestion],
+    metrics: Iterable[str] = METRICS,
+    title: str = "choices",
+) -> dict[str, list[float]]:
+    """Return for each of the metrics whether each question is answered rightly: 1 or 0."""
+    texts = [(question.text, question.choices) for question in questions]
+    nats = scorer.score_continuations(texts, title)
+    alone = [[0.0] * len(question.choices) for question in questions]
+    if "acc_gain" in metrics:
+        texts = [(text[-1], choices) for text, choices in texts]
+        alone = scorer.score_continuations(texts, title)
+    right: dict[str, list[float]] = {name: [] for name in metrics}
+    for question, *costs in zip(questions, nats, alone, strict=True):
+        scored = list(zip(question.choices, *costs, strict=True))
+        for name in right:
+            values = [METRICS[name].cost(*choice) for choice in scored]
+            right[name].append(float(values.index(min(values)) == question.answer))
+    return right
+
+
+def chance(questions: Sequence[ChoiceQuestion]) -> float:
+    """Return the share of right answers of a guess."""
+    return sum(1 / len(question.choices) for question in questions) / len(questions)
+
+
 def score_questions(
-    scorer: Scorer, questions: Mapping[str, Sequence[ChoiceQuestion]], title: str = "choices"
-) -> dict[str, dict[str, float]]:
+    scorer: Scorer,
+    questions: Mapping[str, Sequence[ChoiceQuestion]],
+    baseline: Baseline,
+    title: str = "choices",
+) -> dict[str, dict[str, Any]]:
     """Return for every language the number of `questions` and the shares of right answers.
 
-    The shares are that of `chance`, and the model's by each of METRICS.
+    The shares are that of `chance`, and the model's by each of METRICS; `compared` has them as
+    Baseline.compare gives them.
     """
-    pairs = [
-        (text, question.choices)
-        for group in questions.values()
-        for question in group
-        for text in (question.text, question.text[-1])
-    ]
-    nats = iter(scorer.score_continuations(pairs, title))
     rows = {}
     for language, group in questions.items():
-        correct = dict.fromkeys(METRICS, 0)
-        for question in group:
-            scored = list(zip(question.choices, next(nats), next(nats), strict=True))
-            for name, metric in METRICS.items():
-                costs = [metric.cost(*choice) for choice in scored]
-                correct[name] += costs.index(min(costs)) == question.answer
+        right = judge_questions(scorer, group, title=f"{title} {language}")
+        compared = {
+            name: baseline.compare(("choices", language, name), values)
+            for name, values in right.items()
+        }
         rows[language] = {
             "questions": len(group),
-            "chance": sum(1 / len(question.choices) for question in group) / len(group),
-            **{name: count / len(group) for name, count in correct.items()},
+            "chance": chance(group),
+            **{name: row["mean"] for name, row in compared.items()},
+            "compared": compared,
         }
     return rows

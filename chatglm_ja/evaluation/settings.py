@@ -68,6 +68,12 @@ class EvalConfig(ReadingConfig):
         "or .csv, with the columns of MT-Bench (question_id, turns) or of ELYZA-tasks-100 (input)",
         (),
     )
+    parallel: tuple[Source, ...] = setting(
+        "held-out translations, single lines: LANGUAGE=PATH_OR_DATASET#FROM>TO; the columns name "
+        "the languages in prompts, LANGUAGE is that of the translations",
+        (),
+    )
+    translations: int = setting("lines of each of --parallel to translate", 16, low=1)
     max_new_tokens: int = setting("longest answer in tokens", 256, low=1)
     temperature: float = setting(
         "sampling temperature of sampled answers (0: greedy decoding)", 0.8, low=0, high=5

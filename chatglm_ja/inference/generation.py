@@ -85,13 +85,16 @@ def generate_answers(
     batch_size: int = 32,
     seed: int = 0,
     title: str = "answers",
+    stop_ids: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Generate an answer of at most `max_new_tokens` tokens to each prompt, in their order.
 
-    The same seed, prompts and batch size give the same answers.
+    The same seed, prompts and batch size give the same answers. An answer ends at one of
+    `stop_ids`, by default the tokenizer's.
     """
     # Prompts of similar length share a batch, which keeps the padding short.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    ends = model.tokenizer.stop_ids if stop_ids is None else list(stop_ids)
     answers: dict[int, Answer] = {}
     device = model.model.device
     with (
@@ -101,9 +104,12 @@ def generate_answers(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            output = _generate(model, [prompts[index] for index in batch], max_new_tokens, sampling)
+            output = _generate(
+                model, [prompts[index] for index in batch], max_new_tokens, sampling,
+                eos_token_id=ends,
+            )  # fmt: skip
             for index, ids in zip(batch, output.tolist(), strict=True):
-                answers[index] = _decode_answer(model.tokenizer, ids)
+                answers[index] = _decode_answer(model.tokenizer, ids, ends)
             bar.update(len(batch))
     return [answers[index] for index in range(len(prompts))]
 
@@ -198,17 +204,19 @@ def _generate(
         attention_mask=mask.to(network.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,  # _Sampler leaves a single token, which is then the likeliest
-        eos_token_id=tokenizer.stop_ids,
         pad_token_id=tokenizer.pad_id,
         suppress_tokens=unused or None,
-        **options,
+        **{"eos_token_id": tokenizer.stop_ids} | options,
     )
     return output[:, input_ids.shape[1] :]
 
 
-def _decode_answer(tokenizer: ModelTokenizer, ids: list[int]) -> Answer:
+def _decode_answer(
+    tokenizer: ModelTokenizer, ids: list[int], stop_ids: list[int] | None = None
+) -> Answer:
     """Decode the ids up to the first stop token; padding follows it."""
-    end = next((place for place, token in enumerate(ids) if token in tokenizer.stop_ids), None)
+    stop_ids = tokenizer.stop_ids if stop_ids is None else stop_ids
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
     text = tokenizer.decode(ids[:end]).strip()
     return Answer(text, len(ids) if end is None else end + 1, stopped=end is not None)
 

@@ -16,7 +16,6 @@ A measure that is added to evaluate.py gets its table here: a function, and an e
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -149,21 +148,149 @@ def _answer_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def probe_table(results: Results) -> Table:
+    """Return the share of right answers to the probes of in-context learning."""
+    head, rows = _compared_table(results, lambda stage: stage["probes"], ("language", "probe"))
+    chances = [f"{row['chance']:.0%}" for row in results["stages"][0]["probes"]]
+    return [*head[:2], "chance", *head[2:]], [
+        [*row[:2], chance, *row[2:]] for row, chance in zip(rows, chances, strict=True)
+    ]
+
+
+def translation_table(results: Results) -> Table:
+    """Return chrF by direction and number of examples."""
+    return _compared_table(
+        results, lambda stage: stage["translations"], ("direction", "shots"), _show_number
+    )
+
+
+RETENTION = {
+    "bits_per_char": "bits/char of the base's answers",
+    "in_language": "in the language",
+    "ended": "ended by itself",
+    "characters": "characters",
+}
+
+
+def retention_table(results: Results) -> Table:
+    """Return how likely each stage finds the base's answers, and how it answers itself."""
+    head: list[str] = []
+    table = []
+    for name, title in RETENTION.items():
+        show = {"bits_per_char": _show_bits, "characters": _show_number}.get(name, _show_share)
+        head, rows = _compared_table(results, _entries("retention", {name: title}), KEYS, show)
+        table += rows
+    return head, sorted(table, key=lambda row: row[0])  # stable: measures keep their order
+
+
+CONFUSION = {
+    "lines": "all lines in the language",
+    "words": "no foreign word",
+    "other_han": "Han outside JIS X 0208",
+}
+
+
+def confusion_table(results: Results) -> Table:
+    """Return the pass rates of language confusion, and the share with Chinese forms of Han."""
+    return _compared_table(results, _entries("confusion", CONFUSION), KEYS)
+
+
+def han_table(results: Results) -> Table:
+    """Return the last stage's Japanese answers that hold Han characters outside JIS X 0208."""
+    rows = [
+        [example["characters"], _shorten(example["question"]), _shorten(example["answer"])]
+        for measured in results["stages"][-1]["confusion"].values()
+        for example in measured["han_examples"]
+    ]
+    return ["characters", "question", "answer"], rows
+
+
 def choice_table(results: Results) -> Table:
-    """Return the accuracy at multiple choice, with its standard error in percentage points."""
+    """Return the accuracy at multiple choice by language and metric."""
     from chatglm_ja.evaluation.multiple_choice import METRICS  # imports torch
 
+    def rows_of(stage: Results) -> list[dict[str, Any]]:
+        return [
+            {
+                "language": language,
+                "chance": f"{row['chance']:.0%}",
+                "choice": METRICS[name].title,
+                **compared,
+            }
+            for language, row in stage["choices"].items()
+            for name, compared in row["compared"].items()
+        ]
+
+    return _compared_table(results, rows_of, ("language", "chance", "choice"))
+
+
+KEYS = ("language", "measure")
+
+
+def _entries(part: str, titles: Mapping[str, str]) -> Callable[[Results], list[dict[str, Any]]]:
+    """Return a function that lists what a stage measured by language, under these titles."""
+
+    def rows_of(stage: Results) -> list[dict[str, Any]]:
+        return [
+            {"language": language, "measure": title, **row[name]}
+            for language, row in stage[part].items()
+            for name, title in titles.items()
+            if row[name]
+        ]
+
+    return rows_of
+
+
+def _show_share(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _show_number(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _show_bits(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _compared_table(
+    results: Results,
+    rows_of: Callable[[Results], Sequence[Mapping[str, Any]]],
+    keys: Sequence[str],
+    show: Callable[[float], str] = _show_share,
+) -> Table:
+    """Return a table of measures by stage, whose rows are what paired.Baseline.compare returned.
+
+    A cell is mean ± standard error; then the difference from the base, or ≈ where there is none
+    that can be measured.
+    """
+    from chatglm_ja.evaluation.paired import is_measurable
+
+    stages = results["stages"]
     rows = []
-    for stage in results["stages"]:
-        for language, row in stage["choices"].items():
-            count = row["questions"]
-            cells = [stage["name"], language, str(count), f"{row['chance']:.0%}"]
-            for share in (row[name] for name in METRICS):
-                error = math.sqrt(share * (1 - share) / count)
-                cells.append(f"{share:.0%} ± {100 * error:.0f}")
-            rows.append(cells)
-    titles = [metric.title for metric in METRICS.values()]
-    return ["stage", "language", "questions", "chance", *titles], rows
+    for measured in zip(*(rows_of(stage) for stage in stages), strict=True):
+        cells = [str(measured[0][key]) for key in keys]
+        cells.append(str(max(entry["items"] for entry in measured)))
+        for entry in measured:
+            if entry["mean"] is None:
+                cells.append("")
+                continue
+            cell = show(entry["mean"])
+            if entry["error"] is not None:
+                cell += f" ± {show(entry['error'])}"
+            if is_measurable(entry):
+                change = show(entry["change"])
+                cell += f" ({change if change.startswith('-') else '+' + change})"
+            elif entry["change"] is not None:
+                cell += " (≈)"
+            cells.append(cell)
+        rows.append(cells)
+    return [*keys, "items", *(stage["name"] for stage in stages)], rows
+
+
+def _shorten(text: str, width: int = 120) -> str:
+    text = text.replace("\n", " ")
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def task_table(results: Results) -> Table:
@@ -186,6 +313,11 @@ def _benchmark_table(stages: Sequence[Results], key: str, columns: Sequence[str]
         rows.append(row)
     return [*columns, *(stage["name"] for stage in stages)], rows
 
+
+COMPARED = (
+    "In brackets: the difference from the base on the same items; ≈: no measurable difference "
+    "(p ≥ 0.01). ±: standard error."
+)
 
 # Title, explanation and table of everything that step 7 measures. A table without rows is left out;
 # {sources} stands for the names of the held-out texts.
@@ -236,9 +368,45 @@ SECTIONS: list[tuple[str, str, Callable[[Results], Table]]] = [
         held_out_table,
     ),
     (
+        "In-context probes",
+        "What a model does with a text that it has just read, which bits per character hardly "
+        "shows. The right answer is in the text, so no knowledge is needed. copy and reverse: a "
+        "list of words in the same or the opposite order. recall N: the value of a key, in N "
+        "tokens of keys and values. labels: lines of two languages, each with an arbitrary "
+        f"letter. Right answers in percent. {COMPARED}",
+        probe_table,
+    ),
+    (
+        "Translation",
+        "chrF (0 to 100) of held-out lines, after no and after a few examples in the same text. "
+        f"{COMPARED}",
+        translation_table,
+    ),
+    (
+        "Chat retention",
+        "The base's sampled answers in the languages that it knew: how many bits per character "
+        "each stage needs for them (the difference from the base is how far its answers have "
+        f"moved), and in percent how the stage answers the same questions itself. {COMPARED}",
+        retention_table,
+    ),
+    (
+        "Language confusion",
+        "Sampled answers in percent. All lines in the language: answers of which every line of "
+        "some length is in the question's language. No foreign word: of these, answers without an "
+        "English word (in lower case, four letters or more, not in the question) or another "
+        "script. Han outside JIS X 0208: Japanese answers with Chinese forms such as 设置; fewer "
+        f"are better. {COMPARED}",
+        confusion_table,
+    ),
+    (
+        "Han characters outside JIS X 0208",
+        "The last model's Japanese answers that hold them.",
+        han_table,
+    ),
+    (
         "Multiple choice",
-        "Share of the questions whose correct choice is the likeliest, the likeliest per "
-        "character, or the one whose likelihood gains most from the question; ± standard error.",
+        "Percent of the questions whose correct choice is the likeliest, the likeliest per "
+        f"character, or the one whose likelihood gains most from the question. {COMPARED}",
         choice_table,
     ),
     (

@@ -39,6 +39,10 @@ def config(base_dir: Path, resized_dir: Path) -> EvalConfig:
             Source("ja", str(DATA / "heldout_sft.jsonl.gz"), where=("kind", "ja"), name="t"),
         ),
         choices=(Source("zh", str(DATA / "heldout_choice.jsonl.gz"), where=("language", "zh")),),
+        parallel=(
+            Source("ja", str(DATA / "heldout_parallel.jsonl.gz"), columns="Chinese>Japanese"),
+        ),
+        translations=2,
         max_new_tokens=5,
     )
 
@@ -129,12 +133,46 @@ def test_only_the_last_stage_answers_held_out_questions(
         questions = [row["question"] for row in results["answers"]]
         assert questions == ["あなたは誰ですか", "Write a Basic example."]
         assert results["answering"]["greedy"]["questions"] == 2
+        assert results["choices"]["zh"]["compared"]["acc"]["items"] == 50
         model = stage.load()
         prompt = model.tokenizer.build_prompt([{"role": "user", "content": questions[0]}])
         (answer,) = generation.generate_answers(model, [prompt], 5)
         assert results["answers"][0]["greedy"]["text"] == answer.text
-        assert results["choices"]["zh"]["questions"] == 25
+        assert results["choices"]["zh"]["questions"] == 50
         assert results["harness"] == []
+
+
+def test_stages_are_compared_with_the_base_on_the_same_items(
+    measured: list[dict[str, Any]],
+) -> None:
+    base, resized = measured
+    for stage in measured:
+        assert list(stage["confusion"]) == ["ja"]  # no question is in Chinese
+        assert stage["confusion"]["ja"]["other_han"]["items"] == 26
+        assert stage["retention"] == {}  # nor in a language that the base knew
+        assert [row["shots"] for row in stage["translations"]] == [0, 4]
+    for key in ("probes", "translations"):
+        for first, row in zip(base[key], resized[key], strict=True):
+            assert first["change"] is None
+            assert row["items"] == first["items"]
+            assert row["change"] is not None
+
+
+def test_the_languages_that_the_base_knew_are_asked(
+    config: EvalConfig, stages: list[Stage], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "p.yaml"
+    prompts.write_text("ja: [あなたは誰ですか]\nzh: [你是谁, 什么是单元格]\n")
+    config = change_config(
+        config, prompts=prompts, conversations=(), choices=(), parallel=(), max_chars=40
+    )
+    evaluation = evaluate.Evaluation(config)
+    base, resized = (evaluation.evaluate_stage(stage) for stage in stages)
+    assert list(base["retention"]) == list(resized["retention"]) == ["zh"]
+    assert base["retention"]["zh"]["characters"]["items"] == 2
+    assert resized["retention"]["zh"]["characters"]["change"] is not None
+    assert resized["probes"] == []  # 40 characters hold too few words
+    assert resized["translations"] == []
 
 
 def test_a_model_smaller_than_its_tokenizer_is_one_line(

@@ -11,6 +11,7 @@ from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation import harness, multiple_choice
 from chatglm_ja.evaluation.likelihood import Scorer
+from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference.models import Stage
 from chatglm_ja.sources import Source
@@ -92,7 +93,7 @@ def test_accuracies_are_our_own(
     questions = multiple_choice.read_questions(
         [Source("ja", str(folder / "questions.jsonl"))], SourceReader()
     )
-    own = multiple_choice.score_questions(scorer, questions)["ja"]
+    own = multiple_choice.score_questions(scorer, questions, Baseline())["ja"]
     config = make_config(folder, "next_line")
     rows = harness.run_tasks(config, manager, scorer, tokenizer)
     values = {row["metric"]: row["value"] for row in rows}

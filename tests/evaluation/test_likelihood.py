@@ -107,6 +107,54 @@ def test_continuations_cost_what_their_tokens_do(model: LoadedModel) -> None:
         assert cost == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_beginning_that_windows_share_is_read_once(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several questions about one text cost as each by itself does, for far fewer tokens."""
+    text = "".join(demo_texts("zh", 2))[:250]
+    questions = [
+        (f"{text}{end}", ["东京", "京都", "大阪是"]) for end in ("", "日本的首都是", "北京")
+    ]
+    questions.append(("日本の首都は", ["東京", "京都"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood, "MIN_SAVED_TOKENS", 10**9)
+        alone = Scorer(model, 512, 8).score_continuations(questions)
+    read: list[int] = []
+    original = Scorer._read
+
+    def count(scorer: Scorer, input_ids: torch.Tensor, **options: Any) -> Any:
+        read.append(input_ids.numel())
+        return original(scorer, input_ids, **options)
+
+    monkeypatch.setattr(Scorer, "_read", count)
+    for batch_size in (1, 2, 8):
+        read.clear()
+        costs = Scorer(model, 512, batch_size).score_continuations(questions)
+        for own, expected in zip(costs, alone, strict=True):
+            assert own == pytest.approx(expected, rel=1e-4)
+        assert sum(read) < 2.5 * len(model.tokenizer.encode(text))
+
+
+def test_groups_of_windows() -> None:
+    long = tuple(range(100))
+    windows = [
+        ((*long, 1, 2, 3), 102),  # 0: shares 101 tokens at most: the scored one is 3
+        ((9, 8, 7), 2),
+        ((*long, 1, 2, 4), 102),  # with 0
+        ((*long, 5, 6), 101),  # with 0 and 2, which then share 100
+        ((*long[:50], 7, 7, 7), 52),  # half of what they share: alone
+    ]
+    groups = likelihood.group_windows(windows)
+    assert sorted((shared, sorted(group)) for shared, group in groups) == [
+        (1, [1]),
+        (51, [4]),
+        (100, [0, 2, 3]),
+    ]
+    for shared, group in groups:
+        assert len({windows[index][0][:shared] for index in group}) == 1
+        assert all(shared < windows[index][1] for index in group)
+
+
 def test_only_the_end_of_a_long_text_is_read(model: LoadedModel) -> None:
     text, answer = "".join(demo_texts("zh", 1))[:200], "新的图表"
     whole = [*model.tokenizer.encode(text + answer)]

@@ -12,6 +12,7 @@ from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import multiple_choice
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.multiple_choice import ChoiceQuestion
+from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
 from tests.conftest import DATA, demo_texts
@@ -47,7 +48,7 @@ def test_accuracies_follow_the_definition(
     def best(values: list[float]) -> int:
         return max(range(len(values)), key=lambda index: values[index])
 
-    rows = multiple_choice.score_questions(Scorer(model, 512, 5), questions)
+    rows = multiple_choice.score_questions(Scorer(model, 512, 5), questions, Baseline())
     for language, group in questions.items():
         right = [0, 0, 0]
         for question in group:
@@ -70,9 +71,9 @@ def test_the_demos_questions() -> None:
     sources = [Source(name, path, where=("language", name)) for name in ("ja", "zh", "en")]
     questions = multiple_choice.read_questions(sources, SourceReader())
     assert {language: len(group) for language, group in questions.items()} == {
-        "ja": 25,
-        "zh": 25,
-        "en": 25,
+        "ja": 50,
+        "zh": 50,
+        "en": 50,
     }
     # The right choice comes from a held-out page: no page that is trained on has it as a line.
     for language, group in questions.items():

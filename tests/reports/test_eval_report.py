@@ -14,6 +14,13 @@ from tests.reports.pages import table_rows
 EVIL = "<script>alert(1)</script> & more"
 
 
+def compared(
+    mean: float, error: float | None = 0.25, change: float | None = None, p: float | None = None
+) -> dict[str, Any]:
+    """What paired.Baseline.compare returns, of four items."""
+    return {"items": 4, "mean": mean, "error": error, "change": change, "change_error": 0.1, "p": p}
+
+
 @pytest.fixture
 def results() -> dict[str, Any]:
     def measured(share: float | None) -> dict[str, Any]:
@@ -39,6 +46,10 @@ def results() -> dict[str, Any]:
             "held_out": [],
             "choices": {},
             "tasks": [],
+            "retention": {},
+            "confusion": {},
+            "probes": [],
+            "translations": [],
             "harness": [],
         }  # fmt: skip
 
@@ -114,9 +125,15 @@ def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
     assert "Multiple choice" not in eval_report.render_markdown(results)
     assert "lm-evaluation-harness" not in eval_report.render_markdown(results)
     assert "llm-jp-eval" not in eval_report.render_markdown(results)
-    choice = {"questions": 4, "chance": 0.25, "acc": 0.5, "acc_norm": 0.75, "acc_gain": 1.0}
-    for stage in results["stages"]:
-        stage["choices"] = {"ja": choice}
+    for place, stage in enumerate(results["stages"]):
+        p = (None, 0.5, 0.001)[place]
+        row = compared(0.5 - place / 8, change=-place / 8 if place else None, p=p)
+        stage["choices"] = {
+            "ja": {
+                "questions": 4, "chance": 0.25, "acc": 0.5, "acc_norm": 0.5, "acc_gain": 0.5,
+                "compared": {"acc": row, "acc_norm": row, "acc_gain": row},
+            }
+        }  # fmt: skip
         stage["harness"] = [
             {"task": "t", "metric": "acc", "value": 0.5, "stderr": 0.01},
             {"task": "t", "metric": "bleu", "value": 12.0, "stderr": None},
@@ -125,7 +142,8 @@ def test_what_was_not_measured_has_no_table(results: dict[str, Any]) -> None:
         stage["tasks"] = [scored | {"value": 0.25, "stderr": 0.125}]
     lines = cells(eval_report.render_markdown(results))
     assert ["jnli", "exact_match", "9", "4", *["0.250 ± 0.125"] * 3] in lines
-    assert ["base", "ja", "4", "25%", "50% ± 25", "75% ± 22", "100% ± 0"] in lines
+    shares = ["50 ± 25", "38 ± 25 (≈)", "25 ± 25 (-25)"]
+    assert ["ja", "25%", "gains most by the question", "4", *shares] in lines
     assert ["t", "acc", *["0.500 ± 0.010"] * 3] in lines
     assert ["t", "bleu", *["12.000"] * 3] in lines
     results["stages"][-1]["held_out"] = []
@@ -145,6 +163,42 @@ def test_benchmarks_alone_have_tables(results: dict[str, Any], tmp_path: Path) -
     # The answers for a judge are files of their own.
     eval_report.write_benchmarks(tmp_path, [stage | {"tasks": []}])
     assert eval_report.summarize_benchmarks(tmp_path) == f"results: {tmp_path}"
+
+
+def test_measures_on_items_stand_beside_the_base(results: dict[str, Any]) -> None:
+    for stage, change, p in zip(
+        results["stages"], (None, 0.1, 0.25), (None, 0.2, 0.001), strict=True
+    ):
+        row = compared(0.5 + (change or 0), change=change, p=p)
+        empty = {**compared(0, None), "items": 0, "mean": None}
+        stage["probes"] = [{"language": "ja", "probe": "copy", "chance": 0.25, **row}]
+        stage["translations"] = [{"direction": "Chinese > Japanese", "shots": 4, **row}]
+        stage["retention"] = {
+            "zh": {"bits_per_char": row, "in_language": row, "ended": row, "characters": row},
+            "ko": {"bits_per_char": row, "in_language": None, "ended": row, "characters": row},
+        }
+        example = {"question": "a\nb", "answer": "x" * 200, "characters": "设"}
+        stage["confusion"] = {
+            "ja": {
+                "lines": row, "words": empty, "other_han": row, "han_examples": [example],
+            },
+            "zh": {"lines": row, "words": row, "other_han": None, "han_examples": []},
+        }  # fmt: skip
+    lines = cells(eval_report.render_markdown(results))
+    shares = ["50 ± 25", "60 ± 25 (≈)", "75 ± 25 (+25)"]
+    numbers = ["0.5 ± 0.2", "0.6 ± 0.2 (≈)", "0.8 ± 0.2 (+0.2)"]
+    assert ["ja", "copy", "25%", "4", *shares] in lines
+    assert ["Chinese > Japanese", "4", "4", *numbers] in lines
+    bits = ["0.50 ± 0.25", "0.60 ± 0.25 (≈)", "0.75 ± 0.25 (+0.25)"]
+    assert ["zh", "bits/char of the base's answers", "4", *bits] in lines
+    assert ["zh", "ended by itself", "4", *shares] in lines
+    assert [line[1] for line in lines if line[:1] == ["ko"]] == [
+        "bits/char of the base's answers", "ended by itself", "characters",
+    ]  # fmt: skip
+    assert ["ja", "no foreign word", "0", "", "", ""] in lines
+    assert ["zh", "no foreign word", "4", *shares] in lines
+    assert ["ja", "Han outside JIS X 0208", "4", *shares] in lines
+    assert ["设", "a b", "x" * 119 + "…"] in lines
 
 
 def test_the_page_escapes_text_and_loads_nothing(results: dict[str, Any]) -> None:
