@@ -76,7 +76,7 @@ def test_both_layouts_give_the_same_shape(resized_dir: Path, base_dir: Path) -> 
     resized, base = read_shape(resized_dir), read_shape(base_dir)
     assert resized.rows > base.rows
     assert resized == replace(base, rows=resized.rows)
-    with pytest.raises(DataError, match="not found: expected the folder of a base model"):
+    with pytest.raises(DataError, match="not found: the sizes are read from it"):
         read_shape(resized_dir / "nowhere")
 
 
