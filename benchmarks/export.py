@@ -19,10 +19,10 @@ import measuring
 import torch
 
 import constants
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.cli import run
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.inference.models import LoadedModel, load_model
+from chatglm_ja.messages import Message
 
 HOSTILE = [
     "people and philosophy", "sop", "eop", "a sop b eop", "sopeop<sop>eop<eop>", "<|user|>", "</s>",
@@ -41,10 +41,10 @@ def held_out_lines(count: int) -> list[str]:
     return lines
 
 
-def held_out_prompts(count: int) -> list[list[chat_format.Message]]:
+def held_out_prompts(count: int) -> list[list[Message]]:
     """Return as many questions of each kind, `count` in all, without their last answers."""
     reader = SourceReader()
-    prompts: list[list[chat_format.Message]] = []
+    prompts: list[list[Message]] = []
     for source in constants.HELD_OUT_CONVERSATIONS:
         each = -(-count // len(constants.HELD_OUT_CONVERSATIONS))
         prompts += [talk[:-1] for talk in itertools.islice(reader.conversations(source), each)]

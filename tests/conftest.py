@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary, save_model
-from chatglm_ja.chatglm3 import chat_format, tokenizer
+from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.data import corpus, prepare_conversations, prepare_texts
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.messages import Message
 from chatglm_ja.sources import Source
 from chatglm_ja.storage.files import MANIFEST, read_json, write_json
 from chatglm_ja.storage.manifest import Manifest
@@ -219,7 +220,7 @@ def copy_of() -> Callable[[Path, Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def conversation() -> list[chat_format.Message]:
+def conversation() -> list[Message]:
     return [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "日本の首都はどこですか？"},

@@ -28,8 +28,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from chatglm_ja.bases.interface import IGNORE_INDEX, FormatError, Message, is_trained
+from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import IGNORE_INDEX, Message, check_surrogates, is_trained
 
 # What a template is told that asks for the date, so that results do not depend on the day.
 TODAY = datetime.datetime(2024, 7, 26)
@@ -227,13 +228,11 @@ class ChatTemplate:
     def _plain(self, value: Any) -> Any:
         """Return a text or a JSON value in which no special token is spelled.
 
-        What JSON does not have, such as a date, becomes a string.
+        What JSON does not have, such as a date, becomes a string. Raises DataError for a lone
+        surrogate.
         """
         if isinstance(value, str):
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise FormatError(
-                    "invalid character", "a message holds a lone surrogate: remove it"
-                )
+            check_surrogates(value)
             return self._break_specials(value)
         if isinstance(value, Mapping):
             return {self._plain(name): self._plain(item) for name, item in value.items()}

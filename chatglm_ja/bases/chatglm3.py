@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import GenerationConfig
 
-from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer
+from chatglm_ja.bases.interface import Base, Description, ModelTokenizer
 from chatglm_ja.bases.sentencepiece_vocabulary import ChatGLM3Vocabulary
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.base_config import glm_config, read_config
 from chatglm_ja.chatglm3.corpus_tokenizer import CorpusTokenizer
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import Message
 
 if TYPE_CHECKING:
     import torch

@@ -6,41 +6,21 @@ of a folder.
     Base             a base model's folder: vocabulary, weights, configuration     steps 1 to 3
     Vocabulary       its tokenizer, as steps 1 and 2 extend it                     steps 1 and 2
     ModelTokenizer   any model folder's tokenizer: texts, conversations as ids     steps 4 to 7
-
-A message of a conversation is a mapping:
-
-    role        system, user, assistant or observation (what a tool returned)
-    content     its text
-    tools       of a system message: the tools that the assistant may call, a JSON value
-    call        of an assistant message: {"name": ..., "arguments": {...}}, a tool that it calls
-    metadata    of a message that is in ChatGLM3's form already: its header
-    loss        false for an answer that is context only: none of its tokens is trained
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from chatglm_ja.messages import Message
 
 if TYPE_CHECKING:  # numpy and torch take a moment to import, and --help needs this module
     import numpy as np
     import torch
 
     from chatglm_ja.storage.weights import Weights
-
-Message = Mapping[str, Any]
-IGNORE_INDEX = -100  # label of a token that is not trained
-
-
-def is_call(message: Message) -> bool:
-    """Return whether a message is the assistant's call of a tool."""
-    return message["role"] == "assistant" and bool(message.get("call") or message.get("metadata"))
-
-
-def is_trained(message: Message) -> bool:
-    """Return whether a message is an answer, or a call, that the loss is computed on."""
-    return message["role"] == "assistant" and bool(message.get("loss", True))
 
 
 class FormatError(Exception):

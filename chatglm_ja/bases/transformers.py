@@ -24,10 +24,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from chatglm_ja.bases.byte_level_vocabulary import is_bytes, read_bytes
 from chatglm_ja.bases.chat_template import ChatTemplate
-from chatglm_ja.bases.interface import Base, Description, Message, ModelTokenizer, Vocabulary
+from chatglm_ja.bases.interface import Base, Description, ModelTokenizer, Vocabulary
 from chatglm_ja.bases.tokenizer_json import EOS_IDS, FIRST_NEW_ID, read_backend
 from chatglm_ja.bases.vocabularies import open_vocabulary
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import Message, check_surrogates
 from chatglm_ja.storage.files import read_json
 
 if TYPE_CHECKING:
@@ -95,13 +96,7 @@ class TransformersTokenizer(ModelTokenizer):
         return list(with_special[:start])
 
     def encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"a text holds the lone surrogate {text[error.start]!r} at character "
-                f"{error.start}: fix or remove it"
-            ) from None
+        check_surrogates(text)
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ becomes a special token: a user who types "<|assistant|>" gets ordinary pieces. 
 merged tokenizer in either form, sentencepiece's processor (tokenizer.load_processor) or the
 AutoTokenizer of step 2's folder; both give the same ids.
 
-bases/interface.py shows the messages. Their tools are written as ChatGLM3's fine-tuning code writes
+messages.py shows the messages. Their tools are written as ChatGLM3's fine-tuning code writes
 them (format_conversation in THUDM/ChatGLM3, finetune_chatmodel_demo/preprocess_utils.py), one call
 at a time:
 
@@ -18,27 +18,30 @@ at a time:
 
 import ast
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, SPECIAL_TOKENS, STOP_TOKENS
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import (
+    IGNORE_INDEX,
+    Message,
+    check_surrogates,
+    is_call,
+    is_trained,
+    write_json_text,
+)
 
 INPUT_PREFIX = ("[gMASK]", "sop")  # starts every ChatGLM3 input
 ROLES = ("system", "user", "assistant", "observation")
 # Roles of OpenAI's messages, and whose turns they are in ChatGLM3's format.
 OTHER_ROLES = {"developer": "system", "tool": "observation", "function": "observation"}
-TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
 # How ChatGLM3's own chat samples. Its top_k was transformers' default then.
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.8, "top_k": 50}
-IGNORE_INDEX = -100  # label of a token that is not trained
 
 TOOLS_PROMPT = (
     "Answer the following questions as best as you can. You have access to the following tools:\n"
 )
-
-Message = Mapping[str, Any]
 
 
 def special_id(tokenizer: Any, token: str) -> int:
@@ -58,13 +61,7 @@ def first_new_id(tokenizer: Any) -> int:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Tokenize a text without recognizing special tokens. Raises DataError for a lone surrogate."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"a message holds the lone surrogate {text[error.start]!r} at character {error.start}: "
-            "fix or remove it"
-        ) from None
+    check_surrogates(text)
     if hasattr(tokenizer, "convert_tokens_to_ids"):
         encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoding["input_ids"])
@@ -90,11 +87,6 @@ def write_call(arguments: Mapping[str, Any]) -> str:
     """Write a call's arguments as the content of a message; its metadata is the tool's name."""
     keywords = [ast.keyword(name, ast.Constant(value)) for name, value in arguments.items()]
     return f"```python\n{ast.unparse(ast.Call(ast.Name('tool_call'), [], keywords))}\n```"
-
-
-def write_json_text(value: Any, indent: int | None = None) -> str:
-    """Write a value as JSON; what JSON does not have, such as a date, as a string."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, default=str)
 
 
 def write_message(message: Message) -> tuple[str, Any]:
@@ -146,9 +138,7 @@ def build_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int
     for message in messages:
         role_token, *body = message_ids(tokenizer, message)
         labels.append(role_token if after_trained else IGNORE_INDEX)
-        is_answer = message["role"] == "assistant"
-        after_trained = is_answer and bool(message.get("loss", True))
-        ends_with_call = is_answer and bool(write_message(message)[0])
+        after_trained, ends_with_call = is_trained(message), is_call(message)
         labels += body if after_trained else [IGNORE_INDEX] * len(body)
         ids += [role_token, *body]
     end = special_id(tokenizer, "<|observation|>") if ends_with_call else EOS_ID

@@ -18,14 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ja.chatglm3.chat_format import (
-    INPUT_PREFIX,
-    OTHER_ROLES,
-    ROLES,
-    TEXT_PARTS,
-    TOOLS_PROMPT,
-)
+from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, OTHER_ROLES, ROLES, TOOLS_PROMPT
 from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, MODEL_FILE, SPACE, SPECIAL_TOKENS
+from chatglm_ja.messages import TEXT_PARTS
 from chatglm_ja.storage.files import read_json, write_json
 
 TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""Parsing the common formats of conversations into messages (bases/interface.py).
+"""Parsing the common formats of conversations into messages (messages.py).
 
     columns                        record
     (by the usual names)           {"instruction": q, "input": more, "output": a}         Alpaca
@@ -22,11 +22,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm_ja.bases.interface import Message, is_call
 from chatglm_ja.data import cleaning, readers, turns
 from chatglm_ja.data.readers import Chunk, Record, Reject
 from chatglm_ja.data.settings import UNICODE_FORM
 from chatglm_ja.data.turns import CALL, BadRecordError
+from chatglm_ja.messages import Message, is_call
 from chatglm_ja.sources import Source
 
 # The roles that may follow a role; None is the beginning.

@@ -21,13 +21,14 @@ import pyarrow
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from chatglm_ja.bases.interface import IGNORE_INDEX, FormatError, ModelTokenizer
+from chatglm_ja.bases.interface import FormatError, ModelTokenizer
 from chatglm_ja.bases.shape import ModelShape
 from chatglm_ja.data import parallel
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.packing import PackingPlan
 from chatglm_ja.data.token_store import LABELS, TOKENS, read_tokens
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.storage.files import publish_file
 from chatglm_ja.storage.manifest import read_manifest
 

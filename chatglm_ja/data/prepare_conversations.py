@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja.bases import families
-from chatglm_ja.bases.interface import FormatError, ModelTokenizer, is_trained
+from chatglm_ja.bases.interface import FormatError, ModelTokenizer
 from chatglm_ja.data import conversations, dataset, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.conversations import Conversation
@@ -24,6 +24,7 @@ from chatglm_ja.data.readers import Reject
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import is_trained
 from chatglm_ja.sources import printable
 
 

@@ -15,11 +15,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from chatglm_ja.bases.interface import Message
 from chatglm_ja.data import conversations, corpus, readers, rejects
 from chatglm_ja.data.readers import Chunk, Record, Reject
 from chatglm_ja.data.rejects import RejectCount
 from chatglm_ja.data.settings import MAX_REJECTS, UNICODE_FORM, ReadingConfig
+from chatglm_ja.messages import Message
 from chatglm_ja.sources import Source
 
 log = logging.getLogger(__name__)

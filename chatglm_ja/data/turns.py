@@ -1,4 +1,4 @@
-"""Parsing a turn of a conversation, in any of the usual forms, into messages (bases/interface.py).
+"""Parsing a turn of a conversation, in any of the usual forms, into messages (messages.py).
 
     {"role": "user", "content": q}    {"from": "human", "value": q}          OpenAI, ShareGPT
     {"role": "assistant", "tool_calls": [{"function": {"name": ..., "arguments": ...}}]}
@@ -25,10 +25,9 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from chatglm_ja.bases.interface import Message
 from chatglm_ja.data.readers import MAX_DEPTH, Record, Reject
+from chatglm_ja.messages import TEXT_PARTS, Message, write_json_text
 
-TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
 CALL = "call"  # a turn of the assistant that is nothing but the call of a tool
 # The usual names of speakers, by their roles.
 SPEAKERS = {
@@ -135,7 +134,7 @@ def _parse_call_and_observation(said: Record, place: str) -> list[Message]:
     messages = [_parse_call(call, "parameters", place)]
     if "observation" in said:
         result = drop_nulls(said["observation"])
-        text = result if isinstance(result, str) else _write_json(result)
+        text = result if isinstance(result, str) else write_json_text(result)
         messages.append({"role": "observation", "content": text})
     return messages
 
@@ -166,11 +165,6 @@ def _parse_call(value: Any, field: str, place: str) -> Message:
         )
     call = {"name": name, "arguments": arguments}
     return {"role": "assistant", "content": "", "call": call}
-
-
-def _write_json(value: Any) -> str:
-    """Write a value as JSON; what JSON does not have, such as a date, as a string."""
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def read_text(content: Any, place: str) -> str:

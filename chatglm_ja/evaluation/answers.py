@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from chatglm_ja.bases.interface import IGNORE_INDEX, Message
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import cleaning, dataset
 from chatglm_ja.data.readers import check_characters
@@ -38,6 +37,7 @@ from chatglm_ja.errors import DataError
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import DECODINGS, Answer, Prompts, Sampling
 from chatglm_ja.inference.models import LoadedModel, load_model
+from chatglm_ja.messages import IGNORE_INDEX, Message
 from chatglm_ja.sources import Source, load_yaml
 from chatglm_ja.training.settings import SftConfig
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from chatglm_ja.bases import loading
-from chatglm_ja.bases.interface import FormatError, Message
+from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.data import corpus
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
@@ -46,6 +46,7 @@ from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import Answer
 from chatglm_ja.inference.models import LAST_STAGE, Stage
+from chatglm_ja.messages import Message
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatglm_ja.bases.interface import Message
 from chatglm_ja.data import cleaning
 from chatglm_ja.data.readers import Record, Reject, check_characters
 from chatglm_ja.errors import DataError
@@ -33,6 +32,7 @@ from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import Answer, Sampling
 from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.messages import Message
 
 FOLDER = "answers"
 

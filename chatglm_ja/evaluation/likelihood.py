@@ -26,10 +26,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.bases.loading import Logits
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.training.model import token_losses
 
 # Windows share the reading of their beginning if that saves as many tokens.

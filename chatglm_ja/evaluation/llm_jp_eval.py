@@ -27,12 +27,13 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from chatglm_ja.bases.interface import Message, ModelTokenizer
+from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data import cleaning
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation.settings import EvalConfig, TaskFormat, examples_file
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.messages import Message
 from chatglm_ja.storage.files import read_json
 
 log = logging.getLogger(__name__)

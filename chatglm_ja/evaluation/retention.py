@@ -18,11 +18,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from chatglm_ja.bases.interface import IGNORE_INDEX, FormatError, Message, ModelTokenizer
+from chatglm_ja.bases.interface import FormatError, ModelTokenizer
 from chatglm_ja.data import cleaning
 from chatglm_ja.evaluation.likelihood import Scorer, Window
 from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.inference.generation import Answer
+from chatglm_ja.messages import IGNORE_INDEX, Message
 
 Conversation = Sequence[Message]
 

@@ -12,12 +12,13 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from chatglm_ja.bases.interface import FormatError, Message, ModelTokenizer
+from chatglm_ja.bases.interface import FormatError, ModelTokenizer
 from chatglm_ja.data import cleaning, conversations
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import ChatOptions
 from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.messages import Message
 
 NO_ANSWER = "(no answer)"  # shown for an answer without text
 CLEAR, EXIT = "/clear", "/exit"

@@ -19,11 +19,11 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
-from chatglm_ja.bases.interface import Message
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.inference import chat
 from chatglm_ja.inference.generation import ChatOptions, Sampling
 from chatglm_ja.inference.models import LoadedModel, Stage
+from chatglm_ja.messages import Message
 
 log = logging.getLogger(__name__)
 

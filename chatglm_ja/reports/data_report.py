@@ -14,11 +14,12 @@ import numpy as np
 
 from chatglm_ja import plots
 from chatglm_ja.bases import families
-from chatglm_ja.bases.interface import IGNORE_INDEX, ModelTokenizer
+from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.data.token_store import LABELS
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.reports.render import Table, render_template
 from chatglm_ja.storage.files import write_json
 

@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.bases.modules import find_embeddings
 from chatglm_ja.errors import ConfigError
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.training import costs
 
 log = logging.getLogger(__name__)

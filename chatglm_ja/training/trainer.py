@@ -22,9 +22,9 @@ from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainingArguments
 
-from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.data import dataset
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.training import costs
 from chatglm_ja.training.adapter import read_embeddings, trained_embeddings
 from chatglm_ja.training.checkpoints import (

@@ -21,8 +21,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from chatglm_ja.bases.chat_template import ChatTemplate
-from chatglm_ja.bases.interface import IGNORE_INDEX, FormatError, Message
+from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import IGNORE_INDEX, Message
 
 # SmolLM2, Qwen2.5: any role, no tools.
 CHATML = (

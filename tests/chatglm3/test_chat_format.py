@@ -8,6 +8,7 @@ import pytest
 
 from chatglm_ja.chatglm3 import chat_format, tokenizer
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import IGNORE_INDEX
 from tests.conftest import FIXTURES, SHARED, needs_real_tokenizer
 
 
@@ -31,12 +32,8 @@ def test_special_tokens_in_a_message_stay_text(encoder: Any) -> None:
 def test_labels_cover_answers_and_their_end_tokens_only(encoder: Any, conversation: Any) -> None:
     ids, labels = chat_format.build_example(encoder, conversation)
     assert len(ids) == len(labels)
-    trained = [
-        index for index, label in zip(ids, labels, strict=True) if label != chat_format.IGNORE_INDEX
-    ]
-    assert all(
-        label in (chat_format.IGNORE_INDEX, index) for index, label in zip(ids, labels, strict=True)
-    )
+    trained = [index for index, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+    assert all(label in (IGNORE_INDEX, index) for index, label in zip(ids, labels, strict=True))
     user = encoder.piece_to_id("<|user|>")
     expected = [
         *encoder.encode("\n"), *encoder.encode("東京です。"), user,
@@ -48,8 +45,8 @@ def test_labels_cover_answers_and_their_end_tokens_only(encoder: Any, conversati
 def trained_ids(example: tuple[list[int], list[int]]) -> list[int]:
     """Return the ids that are trained, whose labels are the ids themselves."""
     pairs = [(i, label) for i, label in zip(*example, strict=True)]
-    assert all(label in (chat_format.IGNORE_INDEX, i) for i, label in pairs)
-    return [i for i, label in pairs if label != chat_format.IGNORE_INDEX]
+    assert all(label in (IGNORE_INDEX, i) for i, label in pairs)
+    return [i for i, label in pairs if label != IGNORE_INDEX]
 
 
 def test_an_answer_without_loss_stays_as_context(encoder: Any, conversation: Any) -> None:

@@ -20,6 +20,7 @@ from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.data import conversations
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import IGNORE_INDEX, Message
 from chatglm_ja.sources import Source
 from chatglm_ja.vocabulary import merging
 from chatglm_ja.vocabulary.policies import Policy
@@ -124,7 +125,7 @@ def check_example(fast: Any, encoder: Any, messages: Any, trained: Any, tools: A
     )
     ids, labels = chat_format.build_example(encoder, trained)
     assert given["input_ids"] == ids
-    assert given["assistant_masks"] == [int(label != chat_format.IGNORE_INDEX) for label in labels]
+    assert given["assistant_masks"] == [int(label != IGNORE_INDEX) for label in labels]
 
 
 def test_the_chat_template_gives_the_prompts_ids(
@@ -178,7 +179,7 @@ def test_the_chat_template_marks_what_is_trained(
     assert ids == chat_format.build_prompt_ids(encoder, conversation[:2])[:-1]
 
 
-def read_messages(messages: Any, tools: Any = None) -> list[chat_format.Message]:
+def read_messages(messages: Any, tools: Any = None) -> list[Message]:
     """Read the messages as step 4 does."""
     found = conversations.read_messages({"messages": messages, "tools": tools}, None)
     assert isinstance(found, list)

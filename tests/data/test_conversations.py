@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.bases.interface import Message
 from chatglm_ja.data import conversations
 from chatglm_ja.data.conversations import Conversation, read_messages
 from chatglm_ja.data.readers import Reject, read_chunks
 from chatglm_ja.data.source_reader import SourceReader
+from chatglm_ja.messages import Message
 from chatglm_ja.sources import Source
 
 Q_AND_A: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

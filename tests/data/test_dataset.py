@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from chatglm_ja.bases.shape import read_shape
-from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.training.model import Collator
 from tests.conftest import DATA, Source, prepare_config, write_pretraining
 
@@ -39,7 +39,7 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
         {"input_ids": [1, 2, 3], "lengths": [3]},
     ]
     batch = Collator(document_mask=True)(rows)
-    ignore = chat_format.IGNORE_INDEX
+    ignore = IGNORE_INDEX
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[ignore, 6, 7, ignore, 9], [ignore, 2, 3, ignore, ignore]]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
@@ -53,9 +53,7 @@ def test_rows_are_padded_to_a_length(data_dir: Path) -> None:
     rows = [{"input_ids": [1, 2, 3], "lengths": [3]}]
     batch = Collator(document_mask=True, length=5)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert batch["labels"].tolist() == [
-        [chat_format.IGNORE_INDEX, 2, 3, chat_format.IGNORE_INDEX, chat_format.IGNORE_INDEX]
-    ]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 2, 3, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 def test_rows_that_do_not_fit_are_refused(data_dir: Path, resized_dir: Path) -> None:
@@ -101,9 +99,7 @@ def test_only_answers_are_scored_in_conversations(data_dir: Path) -> None:
     assert dataset.scored_share(dataset.load_rows(data_dir, "pretrain", "train"), 9) == 1.0
     bins = dataset.load_rows(data_dir, "sft", "train")
     labels = torch.tensor([label for row in bins[:2]["labels"] for label in row])
-    assert dataset.scored_share(bins, 2) == pytest.approx(
-        (labels != chat_format.IGNORE_INDEX).float().mean()
-    )
+    assert dataset.scored_share(bins, 2) == pytest.approx((labels != IGNORE_INDEX).float().mean())
 
 
 def test_tokens_are_counted_without_reading_rows(data_dir: Path) -> None:

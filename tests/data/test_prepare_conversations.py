@@ -14,6 +14,7 @@ from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
 from chatglm_ja.data import dataset, packing, prepare_conversations, resume
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.sources import Source
 from tests.conftest import DATA, prepare_config, source_folders, write_sft
 
@@ -110,7 +111,7 @@ def test_bins_hold_whole_conversations(data_dir: Path) -> None:
         assert len(row["input_ids"]) == len(row["labels"]) == sum(row["lengths"]) <= 256
     for ids, labels in examples(data_dir):
         assert ids[-1] == labels[-1] == EOS_ID
-        assert labels[0] == chat_format.IGNORE_INDEX
+        assert labels[0] == IGNORE_INDEX
 
 
 def test_examples_have_the_chat_format(tmp_path: Path, merged_dir: Path, encoder: Any) -> None:
@@ -144,7 +145,7 @@ def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     shortened = [rows[0]["messages"][0], *rows[0]["messages"][3:]]
     assert chat_format.build_example(encoder, shortened) in examples(tmp_path)
     for _, labels in examples(tmp_path):
-        assert any(label != chat_format.IGNORE_INDEX for label in labels)
+        assert any(label != IGNORE_INDEX for label in labels)
 
     other = tmp_path / "drop"
     other.mkdir()
@@ -197,7 +198,7 @@ def test_answers_that_are_not_to_be_trained_stay_as_context(
     trained = []
     for ids, labels in examples(tmp_path):
         assert ids == whole
-        trained.append([label for label in labels if label != chat_format.IGNORE_INDEX])
+        trained.append([label for label in labels if label != IGNORE_INDEX])
     line_break, user = encoder.encode("\n"), encoder.piece_to_id("<|user|>")
     assert sorted(trained) == sorted(
         [

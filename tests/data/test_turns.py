@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from chatglm_ja.bases.interface import Message
 from chatglm_ja.data.turns import BadRecordError, parse_turns
+from chatglm_ja.messages import Message
 
 WARM = '{"temp": 21}'
 SEEN: Message = {"role": "observation", "content": WARM}

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from chatglm_ja.bases.interface import IGNORE_INDEX
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.paired import Baseline, is_measurable
 from chatglm_ja.evaluation.retention import measure_retention, score_answers
 from chatglm_ja.inference.generation import Answer
 from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.messages import IGNORE_INDEX
 from tests.conftest import demo_texts
 
 QUESTIONS = ["请说明“颜色函数”。", "什么是单元格？", "How do I print?"]

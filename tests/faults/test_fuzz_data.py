@@ -14,7 +14,6 @@ import yaml
 from hypothesis import strategies as st
 
 from chatglm_ja import source_files, sources
-from chatglm_ja.bases.interface import is_call
 from chatglm_ja.chatglm3 import chat_format, tokenizer, tokenizer_files
 from chatglm_ja.data import (
     conversations,
@@ -27,6 +26,7 @@ from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.data.token_store import ChunkTask
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.evaluation import answers, multiple_choice
+from chatglm_ja.messages import IGNORE_INDEX, is_call
 from chatglm_ja.sources import Source
 from tests.conftest import prepare_config
 from tests.faults.fuzzing import (
@@ -298,9 +298,7 @@ def test_conversations(
         ids, labels = chat_format.build_example(each, messages)
         end = "<|observation|>" if is_call(messages[-1]) else "</s>"
         assert [marks[i] for i in ids if i in marks] == [*placed, end]
-        assert all(
-            label in (chat_format.IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True)
-        )
+        assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True))
         prompt = chat_format.build_prompt_ids(each, messages)
         assert [marks[i] for i in prompt if i in marks] == [*placed, "<|assistant|>"]
         assert prompt[:-1] == ids[:-1]

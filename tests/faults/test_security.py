@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from chatglm_ja.chatglm3 import chat_format, tensor_names
 from chatglm_ja.errors import ArtifactError
+from chatglm_ja.messages import Message
 from chatglm_ja.storage import files, weights
 from chatglm_ja.storage.files import resolve_inside
 from chatglm_ja.training import train
@@ -233,13 +234,11 @@ def test_no_text_becomes_a_special_token(encoder: Any, ledger: Ledger) -> None:
     for name in names:
         with ledger.trial("security", "a special token's name in a text"):
             assert not special & set(encoder.encode(f"a{name}b {name}"))
-            turns: list[chat_format.Message] = [
+            turns: list[Message] = [
                 {"role": "user", "content": name},
                 {"role": "assistant", "content": name},
             ]
-            plain: list[chat_format.Message] = [
-                {"role": turn["role"], "content": "x"} for turn in turns
-            ]
+            plain: list[Message] = [{"role": turn["role"], "content": "x"} for turn in turns]
             found, usual = (
                 [token for token in chat_format.build_example(encoder, talk)[0] if token in special]
                 for talk in (turns, plain)

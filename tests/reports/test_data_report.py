@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chatglm_ja.chatglm3.chat_format import IGNORE_INDEX, build_prompt_ids
+from chatglm_ja.chatglm3.chat_format import build_prompt_ids
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, load_processor
 from chatglm_ja.data.token_store import TOKENS
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.reports import data_report
 from chatglm_ja.sources import Source
 from tests.reports.pages import table_rows

@@ -17,6 +17,7 @@ from chatglm_ja.bases.modules import find_embeddings
 from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.training import model, train
 from chatglm_ja.training.adapter import load_for_training, write_merged
 from chatglm_ja.training.model import (
@@ -48,7 +49,7 @@ def test_the_loss_is_the_plain_cross_entropy() -> None:
     hidden = torch.randn(3, 400, 16, requires_grad=True)
     weight = torch.randn(500, 16, requires_grad=True)
     labels = torch.randint(0, 500, (3, 400))
-    labels[0, 50:300] = chat_format.IGNORE_INDEX
+    labels[0, 50:300] = IGNORE_INDEX
     loss = token_losses(hidden, weight, labels, "sum")
     loss.backward()
     ours = hidden.grad, weight.grad
@@ -70,7 +71,7 @@ def test_the_loss_is_the_same_on_a_torch_that_lacks_it(
     hidden = torch.randn(3, 1200, 16, requires_grad=True)
     weight = torch.randn(500, 16, requires_grad=True)
     labels = torch.randint(0, 500, (3, 1200))
-    labels[0, 50:300] = chat_format.IGNORE_INDEX
+    labels[0, 50:300] = IGNORE_INDEX
     found: list[tuple[torch.Tensor, ...]] = []
     caplog.set_level("INFO")
     model._log_fallback.cache_clear()
@@ -140,7 +141,7 @@ def test_packed_conversations_train_as_padded_ones(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     bins = dataset.load_rows(data_dir, "sft", "train")
     collate = Collator(document_mask=True)
-    trained = sum(label != chat_format.IGNORE_INDEX for row in bins["labels"] for label in row)
+    trained = sum(label != IGNORE_INDEX for row in bins["labels"] for label in row)
 
     def step(rows: Any, size: int) -> tuple[float, torch.Tensor]:
         model.zero_grad()
@@ -198,7 +199,7 @@ def test_single_losses_are_those_of_the_tokens(
         -logits[row, place - 1].double().log_softmax(-1)[label].item()
         for row, labels in enumerate(batch["labels"].tolist())
         for place, label in enumerate(labels)
-        if label != chat_format.IGNORE_INDEX
+        if label != IGNORE_INDEX
     ]
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
@@ -214,7 +215,7 @@ def test_single_losses_are_exact_in_half_precision(
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 300, 64).to(dtype), torch.randn(500, 64).to(dtype)
     labels = torch.randint(0, 500, (2, 300))
-    labels[0, :100] = chat_format.IGNORE_INDEX
+    labels[0, :100] = IGNORE_INDEX
     rows: list[int] = []
     linear = F.linear
 
@@ -229,7 +230,7 @@ def test_single_losses_are_exact_in_half_precision(
     expected = F.nll_loss(scores.mT, labels[:, 1:], reduction="none")
     assert losses.dtype == torch.float32
     torch.testing.assert_close(
-        losses.double(), expected[labels[:, 1:] != chat_format.IGNORE_INDEX], rtol=1e-5, atol=1e-4
+        losses.double(), expected[labels[:, 1:] != IGNORE_INDEX], rtol=1e-5, atol=1e-4
     )
     assert max(rows) == 10
 
@@ -243,7 +244,7 @@ def test_without_the_document_mask_attention_crosses_documents(
     losses = []
     for masked in (True, False):
         batch = Collator(masked)([row])
-        batch["labels"][0, : len(documents[0]) + 1] = chat_format.IGNORE_INDEX
+        batch["labels"][0, : len(documents[0]) + 1] = IGNORE_INDEX
         losses.append(model(**batch).loss.item())
     assert abs(losses[0] - losses[1]) > 1e-4
 

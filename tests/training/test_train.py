@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer, tokenizer_files
+from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
 from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
+from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.storage import weights as stored_weights
 from chatglm_ja.training import progress, train, trainer
 from chatglm_ja.training.adapter import (
@@ -184,7 +185,7 @@ def test_conversations_are_scored_by_kind_and_by_source(
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
         with torch.inference_mode():
             scores = model(ids).logits[0, :-1].log_softmax(-1)
-        at = (labels != chat_format.IGNORE_INDEX).nonzero()[:, 0]
+        at = (labels != IGNORE_INDEX).nonzero()[:, 0]
         nats -= scores[at, labels[at]].sum().item()
         tokens += len(at)
     scored = [entry for entry in history if "validation_loss" in entry]
@@ -207,7 +208,7 @@ def test_a_bad_conversation_is_refused_before_the_model_is_loaded(
 ) -> None:
     data = copy_of(data_dir, tmp_path / "data")
     rows = dataset.load_rows(data_dir, "sft", split)[:]
-    rows["labels"][-1] = [chat_format.IGNORE_INDEX] * len(rows["labels"][-1])
+    rows["labels"][-1] = [IGNORE_INDEX] * len(rows["labels"][-1])
     (path,) = data.glob(f"sft_{split}-*.arrow")
     path.unlink()
     features = dataset.load_rows(data_dir, "sft", split).features
@@ -297,7 +298,7 @@ def test_validation_in_half_precision_is_exact(
             model(**batch, reduction="none")
         labels = batch["labels"][0, 1:]
         scores = (hidden.pop()[0, :-1].double() @ model.lm_head.weight.double().T).log_softmax(-1)
-        at = (labels != chat_format.IGNORE_INDEX).nonzero()[:, 0]
+        at = (labels != IGNORE_INDEX).nonzero()[:, 0]
         nats -= scores[at, labels[at]].sum().item()
         tokens += len(at)
     first = next(entry for entry in history if "validation_loss" in entry)

@@ -19,6 +19,7 @@ from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.data import dataset
 from chatglm_ja.data.dataset import SourceCount
 from chatglm_ja.errors import DataError
+from chatglm_ja.messages import Message
 from chatglm_ja.training import validation
 from chatglm_ja.training.validation import Validation
 from tests.tiny_models import make_base
@@ -30,7 +31,7 @@ QUESTION = {"role": "user", "content": "これは何ですか"}
 @pytest.fixture
 def example(encoder: Any) -> Callable[..., Example]:
     def build(*answers: str) -> Example:
-        messages: list[chat_format.Message] = []
+        messages: list[Message] = []
         for answer in answers:
             messages += [QUESTION, {"role": "assistant", "content": answer}]
         return chat_format.build_example(encoder, messages or [QUESTION])
