@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
-from chatglm_ja.data import cleaning, prepare_texts
+from chatglm_ja.data import cleaning, prepare_texts, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.source_reader import SourceReader
@@ -102,7 +102,7 @@ def measure(way: str, folder: Path, sources: list[Source]) -> dict[str, Any]:
         near = {"near_duplicates": 0.0} if way == NO_NEAR else {}
         config = settings(folder, sources, num_processes=1, **near)
         # Loading the tokenizer and the libraries is not measured, as for the other programs.
-        prepare_texts.load_tokenizer(folder)
+        token_store.load_tokenizer(folder)
         import datasets  # noqa: F401
 
         output = Path(tempfile.mkdtemp(dir=os.environ["BENCHMARK_DIR"]))

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from chatglm_ja.bases import families
-from chatglm_ja.bases.interface import FormatError, ModelTokenizer
+from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.data import conversations, dataset, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.conversations import Conversation
@@ -59,12 +58,6 @@ def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> Stored
     return tokenized.write(task.stem, task.number)
 
 
-@functools.cache
-def _load_tokenizer(folder: Path) -> ModelTokenizer:
-    """Load the tokenizer, once per process."""
-    return families.load_tokenizer(folder)
-
-
 def _add_conversation(
     tokenized: TokenizedChunk, conversation: Conversation, config: PrepareDataConfig
 ) -> Fate:
@@ -75,7 +68,7 @@ def _add_conversation(
     messages = conversation.messages
     if messages[-1]["role"] != "assistant":
         return Fate.NO_ANSWER
-    build = _load_tokenizer(config.tokenizer).build_example
+    build = token_store.load_tokenizer(config.tokenizer).build_example
     example = build(messages)
     is_shortened = len(example[0]) > config.max_length
     if is_shortened:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja.bases import families
-from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data import cleaning, corpus, dataset, dedup, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.corpus import Document
@@ -104,12 +103,6 @@ def tokenize_texts(
 
 
 @functools.cache
-def load_tokenizer(folder: Path) -> ModelTokenizer:
-    """Load the tokenizer once per process."""
-    return families.load_tokenizer(folder)
-
-
-@functools.cache
 def _load_overlap(path: Path) -> np.ndarray:
     return np.load(path, allow_pickle=False)
 
@@ -130,7 +123,7 @@ def _add_batch(
     fates = cleaning.apply_filters(
         texts, codes, language if config.check_language else None, config.min_characters
     )
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = token_store.load_tokenizer(config.tokenizer)
     candidates = [place for place, fate in enumerate(fates) if fate is Fate.KEPT]
     encoded = tokenizer.encode_documents([texts[place] for place in candidates])
     for place, ids in zip(candidates, encoded, strict=True):

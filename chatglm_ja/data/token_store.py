@@ -24,6 +24,8 @@ import numpy as np
 from pydantic import BaseModel
 from tqdm.auto import tqdm
 
+from chatglm_ja.bases import families
+from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data import dedup, parallel
 from chatglm_ja.data.readers import Chunk, Reject, read_chunks
 from chatglm_ja.data.rejects import is_hopeless
@@ -44,6 +46,12 @@ COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "digest": ("<u8", (2,)),
     "identity": ("<u8", (2,)),
 }
+
+
+@functools.cache
+def load_tokenizer(folder: Path) -> ModelTokenizer:
+    """Load the tokenizer, once per process."""
+    return families.load_tokenizer(folder)
 
 
 class ChunkSummary(BaseModel):

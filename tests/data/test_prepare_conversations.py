@@ -12,7 +12,7 @@ from chatglm_ja.bases.chatglm3 import ChatGLM3Tokenizer
 from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
-from chatglm_ja.data import dataset, packing, prepare_conversations, resume
+from chatglm_ja.data import dataset, packing, prepare_conversations, resume, token_store
 from chatglm_ja.errors import DataError
 from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.sources import Source
@@ -318,7 +318,7 @@ def test_what_the_base_s_format_cannot_express_is_a_bad_record(
                 raise FormatError("refused by the chat template", "no system role")
             return super().build_example(messages)
 
-    monkeypatch.setattr(prepare_conversations, "_load_tokenizer", Picky.open)
+    monkeypatch.setattr(token_store, "load_tokenizer", Picky.open)
     rows = [conversation(f"q{i}", "a") for i in range(4)]
     rows[2]["messages"].insert(0, {"role": "system", "content": "s"})
     config = prepare_config(merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)])

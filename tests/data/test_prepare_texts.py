@@ -11,7 +11,7 @@ import pytest
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
-from chatglm_ja.data import corpus, dataset, prepare_texts, readers, rejects
+from chatglm_ja.data import corpus, dataset, prepare_texts, readers, rejects, token_store
 from chatglm_ja.data.resume import RejectsFile
 from chatglm_ja.data.settings import parse_shares
 from chatglm_ja.data.source_reader import SourceReader
@@ -80,7 +80,7 @@ def test_best_fit_cuts_no_document_that_fits(tmp_path: Path, merged_dir: Path) -
     )
     counts = write_pretraining(tmp_path, config)
     rows = dataset.load_rows(tmp_path, "pretrain", "train")
-    prefix = prepare_texts.load_tokenizer(merged_dir).document_start
+    prefix = token_store.load_tokenizer(merged_dir).document_start
     begun = whole = 0
     for row in rows:
         start = 0
