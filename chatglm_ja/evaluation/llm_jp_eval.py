@@ -18,18 +18,19 @@ fine-tuned goes on with a question of its own.
 
 import logging
 import re
-import statistics
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
 
 from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data import cleaning
 from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.evaluation.paired import summarize
 from chatglm_ja.evaluation.settings import EvalConfig, TaskFormat, examples_file
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.models import LoadedModel
@@ -216,16 +217,15 @@ def run_tasks(
             for answer, sample in zip(answers, task.samples, strict=True)
         ]
         for metric in task.metrics:
-            scores = [METRICS[metric](*pair) for pair in pairs]
-            error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
+            scores = summarize(np.array([METRICS[metric](*pair) for pair in pairs]))
             rows.append(
                 {
                     "task": task.name,
                     "metric": metric,
-                    "questions": len(scores),
+                    "questions": scores["items"],
                     "shots": len(task.shots),
-                    "value": statistics.fmean(scores),
-                    "stderr": error,
+                    "value": scores["mean"],
+                    "stderr": scores["error"],
                 }
             )
     return rows

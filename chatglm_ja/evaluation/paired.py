@@ -38,13 +38,13 @@ class Baseline:
         """
         own = np.asarray(values, dtype=np.float64)
         base = self._values.setdefault(key, own)
-        row = {**_summarize(own), "change": None, "change_error": None, "p": None}
+        row = {**summarize(own), "change": None, "change_error": None, "p": None}
         if base is own:
             return row
         if base.shape != own.shape:
             raise ValueError(f"{key}: {len(own)} items, but the base has {len(base)}")
         difference = own - base
-        change = _summarize(difference)
+        change = summarize(difference)
         return {
             **row,
             "change": change["mean"],
@@ -58,7 +58,11 @@ def is_measurable(row: Mapping[str, Any]) -> bool:
     return row["p"] is not None and row["p"] < LEVEL
 
 
-def _summarize(values: np.ndarray) -> dict[str, Any]:
+def summarize(values: np.ndarray) -> dict[str, Any]:
+    """Return the number of `items` that are no NaN, their `mean` and its standard `error`.
+
+    Both are None if there are too few items for them.
+    """
     known = values[~np.isnan(values)]
     count = len(known)
     return {
