@@ -243,7 +243,8 @@ def make_model(options: argparse.Namespace) -> None:
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from chatglm_ja.chatglm3 import base_config, tokenizer_files
+    from chatglm_ja.bases import families
+    from chatglm_ja.chatglm3 import base_config
     from chatglm_ja.storage import weights
 
     config: GlmConfig = base_config.glm_config(
@@ -276,7 +277,7 @@ def make_model(options: argparse.Namespace) -> None:
     unfinished = emptied(folder.with_suffix(".unfinished"))
     weights.write_sharded(tensors(), unfinished, 2 * 10**9)
     if options.tokenizer:
-        tokenizer_files.copy_tokenizer_files(options.tokenizer, unfinished)
+        families.copy_tokenizer(options.tokenizer, unfinished)
     config.save_pretrained(unfinished)
     unfinished.rename(folder)
 

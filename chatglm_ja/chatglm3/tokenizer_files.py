@@ -13,7 +13,6 @@ Like ChatGLM3's own tokenizer, the transformers one puts [gMASK] sop before a te
 the form it was trained on.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from chatglm_ja.chatglm3.chat_format import INPUT_PREFIX, OTHER_ROLES, ROLES, TOOLS_PROMPT
 from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES, MODEL_FILE, SPACE, SPECIAL_TOKENS
 from chatglm_ja.messages import TEXT_PARTS
-from chatglm_ja.storage.files import read_json, write_json
+from chatglm_ja.storage.files import write_json
 
 TOKENIZER_FILES = (MODEL_FILE, "tokenizer.json", "tokenizer_config.json")
 
@@ -215,20 +214,6 @@ def to_transformers(proto: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=build_fast_tokenizer(proto), **SETTINGS)
-
-
-def copy_tokenizer_files(
-    source: Path, target: Path, names: Sequence[str] = TOKENIZER_FILES
-) -> None:
-    """Copy the files that `save_tokenizer` wrote, or some of them, into a model folder."""
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-
-
-def limit_length(folder: Path, positions: int) -> None:
-    """Write the model's longest input, in tokens, into a model folder's tokenizer_config.json."""
-    path = folder / "tokenizer_config.json"
-    write_json(path, read_json(path) | {"model_max_length": positions}, indent=2)
 
 
 def make_line_encoder(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja.chatglm3 import tokenizer_files
+from chatglm_ja.bases import families
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.storage import weights
 from chatglm_ja.training import adapter
@@ -154,7 +154,7 @@ def test_a_model_in_float32_is_merged_and_verified(resized_dir: Path, adapted: P
     """Another order of sums than PEFT's is no error."""
     single = adapted / "single"
     GlmForCausalLM.from_pretrained(resized_dir, dtype=torch.float32).save_pretrained(single)
-    tokenizer_files.copy_tokenizer_files(resized_dir, single)
+    families.copy_tokenizer(resized_dir, single)
     assert (single / "model.safetensors").is_file()
     write_merged(single, adapted)
     assert verify_logits(single, adapted) < 1e-4

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
-from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
+from chatglm_ja.bases import families
+from chatglm_ja.chatglm3 import tensor_names, tokenizer
 from chatglm_ja.chatglm3.weights import BaseWeights, load_base
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
@@ -388,7 +389,7 @@ def test_nan_in_the_first_step_stops_at_once(
     model = GlmForCausalLM.from_pretrained(resized_dir)
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
-    tokenizer_files.copy_tokenizer_files(resized_dir, broken)
+    families.copy_tokenizer(resized_dir, broken)
     config = config_for(broken, data_dir, tmp_path, max_steps=50)
     with pytest.raises(DataError, match="the training loss is nan at step 1: lower"):
         train.train(config, "pretrain", None)
