@@ -71,7 +71,7 @@ def main() -> None:
 
     with output.write() as folder:
         merged.vocabulary.save(folder)
-        before, after = base.tokenizer(), load_tokenizer(folder)
+        before, after = base.tokenizer, load_tokenizer(folder)
         compare = functools.partial(
             merging.compare_segmentation,
             before,

@@ -69,10 +69,11 @@ def main() -> None:
     evaluation = evaluate.Evaluation(config)
     measured = [evaluation.evaluate_stage(stage) for stage in compared]
     answered = {stage["name"]: stage.pop("judged") for stage in measured}
-    before, after = compared[0].load_tokenizer(), families.load_tokenizer(config.tokenizer)
+    base = families.open_base(config.base_model)
+    before, after = base.tokenizer, families.load_tokenizer(config.tokenizer)
     steps = read_history(compared[-1].folder) | {output.step: output.describe()}
     results = {
-        "base": dataclasses.asdict(families.open_base(config.base_model).describe()),
+        "base": dataclasses.asdict(base.describe()),
         "stages": measured,
         "segmentation": {
             language: merging.compare_segmentation(before, after, documents, Policy.ALL).row()

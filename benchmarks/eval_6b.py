@@ -62,7 +62,7 @@ def main() -> None:
     base = ChatGLM3Base.open(options.base_model)
     config = dict(base.config)
     config["num_layers"] = options.layers or config["num_layers"]
-    tokenizer = base.tokenizer()
+    tokenizer = base.tokenizer
     source = next(source for source in constants.HELD_OUT_SOURCES if source.language == "zh")
     texts = corpus.take_characters(SourceReader().texts(source), 25_000)
     prompt = tokenizer.build_prompt([{"role": "user", "content": "你好"}])

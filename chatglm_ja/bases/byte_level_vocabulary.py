@@ -54,7 +54,7 @@ class ByteLevelVocabulary(Vocabulary):
     def __init__(self, base: BaseTokenizer, backend: Backend | None = None) -> None:
         """Take the base's tokenizer, and a tokenizer.json if it is another than the base's."""
         self.base = base
-        self.backend = base.read_backend() if backend is None else backend
+        self.backend = base.backend if backend is None else backend
         self.size = count_ids(self.backend)
         added = read_added_tokens(self.backend)
         self.special_tokens = list(added)

@@ -115,6 +115,7 @@ class ChatGLM3Base(Base):
             )
         return base
 
+    @functools.cached_property
     def tokenizer(self) -> ChatGLM3Tokenizer:
         return ChatGLM3Tokenizer(tokenizer.add_special_tokens(self.proto))
 
@@ -157,7 +158,7 @@ class ChatGLM3Base(Base):
             do_sample=True,
             **chat_format.SAMPLING,
             bos_token_id=tokenizer.BOS_ID,
-            eos_token_id=self.tokenizer().stop_ids,
+            eos_token_id=self.tokenizer.stop_ids,
             pad_token_id=tokenizer.UNK_ID,
             suppress_tokens=list(range(ids, rows)) or None,
         ).save_pretrained(folder)

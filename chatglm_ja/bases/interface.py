@@ -229,9 +229,10 @@ class Base(ABC):
     rows: int
     window: int
 
+    @property
     @abstractmethod
     def tokenizer(self) -> ModelTokenizer:
-        """Return the base's own tokenizer."""
+        """The base's own tokenizer."""
 
     @property
     @abstractmethod

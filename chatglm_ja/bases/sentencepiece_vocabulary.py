@@ -142,7 +142,7 @@ class LlamaVocabulary(SentencePieceVocabulary):
     def __init__(self, base: BaseTokenizer, proto: Any, new_pieces: Sequence[str] = ()) -> None:
         """Take the base's tokenizer, and its ModelProto with new pieces after the base's."""
         self.base, self.new_pieces = base, new_pieces
-        backend = base.read_backend()
+        backend = base.backend
         size = count_ids(backend) + len(new_pieces)
         super().__init__(proto, size, list(read_added_tokens(backend)))
 
@@ -180,7 +180,7 @@ class LlamaVocabulary(SentencePieceVocabulary):
         return LlamaVocabulary(self.base, proto, [*self.new_pieces, *pieces])
 
     def save(self, folder: Path) -> None:
-        backend = self.base.read_backend()
+        backend = self.base.backend
         self.base.save(append_pieces_to_json(backend, self.pieces, self.new_pieces), folder)
 
     def make_line_encoder(self) -> None:

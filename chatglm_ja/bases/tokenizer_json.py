@@ -12,6 +12,7 @@ A piece has one split that texts produce, because whatever stands within its bor
 the same way everywhere. The merges of its other splits never happen.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,8 +70,9 @@ class BaseTokenizer:
     auto: Any
     eos_ids: Sequence[int]
 
-    def read_backend(self) -> dict[str, Any]:
-        """Return its tokenizer.json, as `read_backend` does."""
+    @functools.cached_property
+    def backend(self) -> Backend:
+        """Its tokenizer.json, as `read_backend` returns it."""
         return read_backend(self.auto)
 
     def save(self, extended: Backend, folder: Path) -> None:
@@ -95,7 +97,7 @@ class BaseTokenizer:
         path = folder / "tokenizer_config.json"
         ours = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            FIRST_NEW_ID: count_ids(self.read_backend()),
+            FIRST_NEW_ID: count_ids(self.backend),
             EOS_IDS: list(self.eos_ids),
         }
         write_json(path, read_json(path) | ours, indent=2)

@@ -157,7 +157,7 @@ class TransformersBase(Base):
         self.folder, self.config, self.auto = folder, config, auto
         self.rows = config.vocab_size
         self.window = config.max_position_embeddings
-        self.first_new_id = self.tokenizer().size
+        self.first_new_id = self.tokenizer.size
 
     @classmethod
     def open(cls, folder: Path) -> "TransformersBase":
@@ -174,6 +174,7 @@ class TransformersBase(Base):
             )
         return base
 
+    @functools.cached_property
     def tokenizer(self) -> TransformersTokenizer:
         return TransformersTokenizer(self.auto, self._read_eos_ids())
 
@@ -251,7 +252,7 @@ class TransformersBase(Base):
         yield self._names[name], tensor
 
     def describe(self) -> Description:
-        generation, tokenizer = self._generation(), self.tokenizer()
+        generation, tokenizer = self._generation(), self.tokenizer
         sampling = "it decodes greedily"
         if generation.do_sample:
             names = {"temperature": "temperature", "top p": "top_p", "top k": "top_k"}
@@ -283,7 +284,7 @@ class TransformersBase(Base):
         config.vocab_size, config.dtype = rows, self.weights.dtype
         config.__dict__.pop("auto_map", None)  # names code that is not in the new folder
         config.save_pretrained(folder)
-        generation, tokenizer = self._generation(), self.tokenizer()
+        generation, tokenizer = self._generation(), self.tokenizer
         generation.eos_token_id = tokenizer.stop_ids
         generation.pad_token_id = tokenizer.pad_id
         generation.suppress_tokens = list(range(ids, rows)) or None

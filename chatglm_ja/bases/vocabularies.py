@@ -22,7 +22,7 @@ def open_vocabulary(auto: Any, eos_ids: Sequence[int], folder: Path) -> Vocabula
     Raises DataError for a kind that new pieces cannot be appended to.
     """
     base = BaseTokenizer(auto, eos_ids)
-    backend = base.read_backend()
+    backend = base.backend
     model = backend["model"]
     if model["type"] != "BPE":
         raise DataError(

@@ -84,7 +84,7 @@ class Stage:
             if self.name == BASE:
                 base = families.open_base(self.folder)
                 model = base.load(compute_dtype())
-                loaded = _make(model, base.tokenizer())
+                loaded = _make(model, base.tokenizer)
             else:
                 loaded = load_model(self.folder)
         except torch.OutOfMemoryError:
@@ -99,12 +99,6 @@ class Stage:
                 f"{ids:,} ids: they do not belong together, re-run the step that made the folder"
             )
         return loaded
-
-    def load_tokenizer(self) -> "ModelTokenizer":
-        """Load the tokenizer alone."""
-        if self.name == BASE:
-            return families.open_base(self.folder).tokenizer()
-        return families.load_tokenizer(self.folder)
 
 
 def finished_stages(stages: Sequence[Stage]) -> list[Stage]:

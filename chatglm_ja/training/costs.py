@@ -244,7 +244,7 @@ def plan_rows(config: TrainingConfig, shape: ModelShape) -> tuple[int, int]:
             tokenizer = families.load_tokenizer(config.model)
         except DataError:  # it is no model of a step
             base = families.open_base(config.model)
-            tokenizer, reserved = base.tokenizer(), base.vocabulary.reserved
+            tokenizer, reserved = base.tokenizer, base.vocabulary.reserved
         old = tokenizer.first_new_id
         is_resized = old < tokenizer.size
     merged = read_manifest(config.tokenizer) if config.tokenizer is not None else None

@@ -73,7 +73,7 @@ def open_base(config: ResizeModelConfig) -> Base:
     """
     base = families.open_base(config.base_model)
     merged = families.load_tokenizer(config.tokenizer)
-    if list(base.tokenizer().pieces) != list(merged.pieces[: base.first_new_id]):
+    if list(base.tokenizer.pieces) != list(merged.pieces[: base.first_new_id]):
         raise DataError(
             f"{config.tokenizer} was merged with another base than {base.folder}: its first "
             f"{base.first_new_id} ids are other pieces; run step2_merge_tokenizer.py with this base"
@@ -142,7 +142,7 @@ def verify_logits(base: Base, folder: Path) -> None:
     DataError if the logits differ, and for a model that steps 5 and 6 cannot train.
     """
     old_ids = base.first_new_id
-    tokenizer = base.tokenizer()
+    tokenizer = base.tokenizer
     prompts = [[*tokenizer.document_start, *tokenizer.encode(text)] for text in VERIFIED_TEXTS]
     model = base.load(torch.float32)
     before = loading.compute_logits(model, prompts, old_ids)

@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_text_is_never_a_special_token(folder: Path) -> None:
-    tokenizer = families.open_base(folder).tokenizer()
+    tokenizer = families.open_base(folder).tokenizer
     for text in HOSTILE:
         ids = tokenizer.encode(text)
         assert not tokenizer.special_ids.intersection(ids)
@@ -48,7 +48,7 @@ def test_a_text_is_never_a_special_token(folder: Path) -> None:
 
 
 def test_a_document_begins_and_ends_as_the_base_reads_them(folder: Path) -> None:
-    tokenizer = families.open_base(folder).tokenizer()
+    tokenizer = families.open_base(folder).tokenizer
     auto = AutoTokenizer.from_pretrained(folder)
     assert [*tokenizer.document_start, *tokenizer.encode("a")] == auto("a")["input_ids"]
     assert auto.convert_ids_to_tokens(tokenizer.document_end) in (
@@ -167,7 +167,7 @@ def test_a_template_that_cannot_be_used_stops_conversations_only(tmp_path: Path)
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     )
-    tokenizer = families.open_base(folder).tokenizer()
+    tokenizer = families.open_base(folder).tokenizer
     assert not tokenizer.has_chat_format
     assert len(tokenizer.stop_ids) == 1
     with pytest.raises(DataError, match="cannot be split into parts"):
@@ -216,7 +216,7 @@ def test_the_base_is_described_as_it_samples(
     base.save_config(tmp_path / "resized", base.rows, base.rows)
     written = read_json(tmp_path / "resized" / "generation_config.json")
     assert written.items() >= settings.items()
-    assert written["eos_token_id"] == base.tokenizer().stop_ids
+    assert written["eos_token_id"] == base.tokenizer.stop_ids
 
 
 def test_a_base_whose_logits_have_a_bias_is_refused(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def test_accuracies_are_our_own(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     stage = Stage(name, base_dir if name == "base" else resized_dir)
-    tokenizer = stage.load_tokenizer().to_transformers()
     scorer = Scorer(stage.load(), 256, 8)
+    tokenizer = scorer.model.tokenizer.to_transformers()
     questions = multiple_choice.read_questions(
         [Source("ja", str(folder / "questions.jsonl"))], SourceReader()
     )
@@ -118,7 +118,7 @@ def test_scores_of_whole_texts_are_our_own(
     config = make_config(tmp_path, "rolling")
     stage = Stage("resized", resized_dir)
     scorer = Scorer(stage.load(), 256, 8)
-    tokenizer = stage.load_tokenizer().to_transformers()
+    tokenizer = scorer.model.tokenizer.to_transformers()
     (row,) = harness.run_tasks(config, harness.load_tasks(config), scorer, tokenizer)
     score = scorer.score_texts(texts)
     assert row["value"] == pytest.approx(score.bits_per_byte, rel=1e-6)

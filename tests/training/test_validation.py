@@ -131,7 +131,7 @@ def test_an_empty_answer_is_told_from_a_short_one_whatever_the_template_adds(
     thought = "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}"
     content = "{{ message.content }}"
     path.write_text(path.read_text().replace(content, thought + content))
-    tokenizer = families.open_base(folder).tokenizer()
+    tokenizer = families.open_base(folder).tokenizer
 
     def example(*answers: str) -> Example:
         turns = ([QUESTION, {"role": "assistant", "content": answer}] for answer in answers)

@@ -250,7 +250,7 @@ def test_uses_count_merges(base_vocabulary: ChatGLM3Vocabulary) -> None:
 
 @pytest.fixture
 def before(base_dir: Path) -> ChatGLM3Tokenizer:
-    return ChatGLM3Base.open(base_dir).tokenizer()
+    return ChatGLM3Base.open(base_dir).tokenizer
 
 
 def test_chinese_and_english_are_segmented_as_before(

@@ -32,7 +32,7 @@ def test_a_base_goes_on_without_new_pieces(
     assert manifest.counts["added"] == 0
     assert all(row["identical_share"] == 1 for row in report["languages"].values())
     assert ("Pieces of this vocabulary are bytes" in report["guarantee"]) == (base != base_dir)
-    before, after = families.open_base(base).tokenizer(), families.load_tokenizer(output)
+    before, after = families.open_base(base).tokenizer, families.load_tokenizer(output)
     assert after.size == after.first_new_id == before.size == manifest.counts["vocabulary"]
     page = (output / "merge_report.html").read_text(encoding="utf-8")
     assert "0 new pieces added" in page
