@@ -61,7 +61,7 @@ def main() -> None:
         return
 
     from chatglm_ja.evaluation import evaluate, judged
-    from chatglm_ja.reports import eval_report
+    from chatglm_ja.reports import eval_report, model_card
     from chatglm_ja.training.train import HISTORY_FILE
     from chatglm_ja.vocabulary import merging
     from chatglm_ja.vocabulary.policies import Policy
@@ -88,7 +88,8 @@ def main() -> None:
         "steps": {step: manifest.model_dump() for step, manifest in steps.items()},
     }
     with output.write() as folder:
-        eval_report.write_report(folder, results, config.base_model)
+        eval_report.write_report(folder, results)
+        model_card.write_card(folder, results, config.base_model)
         judged.write_answers(folder, answered)
     show_results(config, compared[-1].folder)
 
@@ -131,9 +132,9 @@ def run_benchmarks(config: EvalConfig) -> None:
 
 def show_results(config: EvalConfig, model_dir: Path) -> None:
     """Copy the model card into the last model's folder and print the summary of the results."""
-    from chatglm_ja.reports import eval_report
+    from chatglm_ja.reports import eval_report, model_card
 
-    eval_report.publish_card(config.output_dir, model_dir, config.base_model)
+    model_card.publish_card(config.output_dir, model_dir, config.base_model)
     results = read_json(config.output_dir / eval_report.RESULTS_FILE)
     print(eval_report.summarize(results, config.output_dir / eval_report.REPORT_FILE))
 

@@ -1,9 +1,7 @@
 """Step 7's results as tables: the last screen, results.md, and report.html with charts and answers.
 
-The model card is README.md beside the weights, which Hugging Face shows: what the model was made
-from, with which settings, what step 7 measured, and how to use it.
-
 results = {
+    "base": what its Base.describe() says,
     "stages": [what evaluate.Evaluation measures of a stage],
     "segmentation": {language: Segmentation.row()},
     "samples": merging.sample_sentences(...),
@@ -16,15 +14,13 @@ A measure that is added to evaluate.py gets its table here: a function, and an e
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatglm_ja import plots
 from chatglm_ja.reports.render import Table, markdown_table, render_template
-from chatglm_ja.sources import HUB_NAME
-from chatglm_ja.storage.files import publish_file, read_json, write_json
+from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.merging import segmentation_table
 
 log = logging.getLogger(__name__)
@@ -34,9 +30,6 @@ Results = Mapping[str, Any]
 RESULTS_FILE = "results.json"
 MARKDOWN_FILE = "results.md"
 REPORT_FILE = "report.html"
-CARD_FILE = "model_card.md"  # in step 7's folder; README.md in the model's
-# Beside ours. Of a license in the same folder, the hub's metadata can name no other file.
-LICENSE = "LICENSE"
 
 # Titles of the loss curves, by stage.
 TRAINING_TITLES = {
@@ -46,12 +39,11 @@ TRAINING_TITLES = {
 LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 
 
-def write_report(folder: Path, results: Results, base_dir: Path) -> None:
-    """Write results.json, results.md, report.html and model_card.md."""
+def write_report(folder: Path, results: Results) -> None:
+    """Write results.json, results.md and report.html."""
     write_json(folder / RESULTS_FILE, results)
     (folder / MARKDOWN_FILE).write_text(render_markdown(results), encoding="utf-8")
     (folder / REPORT_FILE).write_text(render_html(results), encoding="utf-8")
-    (folder / CARD_FILE).write_text(render_card(results, base_dir), encoding="utf-8")
 
 
 def write_benchmarks(folder: Path, stages: Sequence[Results]) -> None:
@@ -527,98 +519,3 @@ def _draw_losses(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return plots.to_svg(figure)
-
-
-def render_card(results: Results, base_dir: Path) -> str:
-    """Return the model card; it links to the base's license if `base_dir` holds it."""
-    steps, settings = results["steps"], []
-    for step, title in (
-        ("step5_train_pt", "Continued pretraining"),
-        ("step6_train_sft", "Instructions"),
-    ):
-        if step in steps:
-            counts = dict(steps[step]["counts"])
-            speed = counts.pop("speed", {})
-            values = {**steps[step]["arguments"], **counts, **speed}
-            settings.append((title, [[f"`{name}`", str(values[name])] for name in values]))
-    counts = steps.get("step4_prepare_data", {}).get("counts", {})
-    data = []
-    for part, title, columns in (
-        ("pretrain", "Pretraining", ("documents", "train_documents", "train_tokens", "repeats")),
-        ("sft", "Instructions", ("documents", "train_examples", "train_tokens")),
-    ):
-        head = ["source", "read", *(column.removeprefix("train_") for column in columns[1:])]
-        rows = [
-            [source["name"], *(f"{source[c]:,}" if c in source else "" for c in columns)]
-            for source in counts.get(part, {}).get("sources", [])
-        ]
-        if rows:
-            data.append((title, head, rows))
-    return render_template(
-        "model_card.md.jinja",
-        metadata=_describe_for_hub(results, base_dir),
-        languages=list(results["stages"][0]["languages"]),
-        stages=[stage["name"] for stage in results["stages"]],
-        base=results["base"],
-        license_file=LICENSE if _has_license(results, base_dir) else None,
-        results=render_markdown(results).rstrip(),
-        data=data,
-        settings=settings,
-    )
-
-
-def _describe_for_hub(results: Results, base_dir: Path) -> str:
-    """Return a card's metadata as YAML.
-
-    The base's name is the one that its config.json gives, if it is one of the hub.
-    """
-    from huggingface_hub import ModelCardData
-
-    path = base_dir / "config.json"
-    name = str(read_json(path).get("_name_or_path")) if path.is_file() else ""
-    base_name = name if "/" in name and HUB_NAME.fullmatch(name) else None
-    base, license_link = results["base"], None
-    if _has_license(results, base_dir):
-        license_link = LICENSE
-    elif base_name and base["license_file"]:
-        license_link = f"https://huggingface.co/{base_name}/blob/main/{base['license_file']}"
-    arguments = results["steps"].get("step4_prepare_data", {}).get("arguments", {})
-    sources = [*arguments.get("sources", []), *arguments.get("sft_sources", [])]
-    # The paths of local files are not recorded.
-    datasets = dict.fromkeys(source["path"] for source in sources if "path" in source)
-    return ModelCardData(
-        language=list(results["stages"][0]["languages"]),
-        base_model=base_name,
-        datasets=list(datasets) or None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license="other",
-        license_name=base["license_name"] if license_link else None,
-        license_link=license_link,
-    ).to_yaml()
-
-
-def _has_license(results: Results, base_dir: Path) -> bool:
-    """Return whether the base's folder holds its license."""
-    name = results.get("base", {}).get("license_file")
-    return name is not None and (base_dir / name).is_file()
-
-
-def publish_card(results_dir: Path, model_dir: Path, base_dir: Path) -> None:
-    """Copy the card, and the base's license if there is one, into the model's folder.
-
-    The model's manifest does not list them, so the model counts as unchanged. If the folder is not
-    writable, a warning is logged.
-    """
-    card = model_dir / "README.md"
-    copies = {results_dir / CARD_FILE: card}
-    results = read_json(results_dir / RESULTS_FILE)
-    if _has_license(results, base_dir):
-        copies[base_dir / results["base"]["license_file"]] = model_dir / LICENSE
-    try:
-        for source, target in copies.items():
-            with publish_file(target) as partial:
-                shutil.copyfile(source, partial)
-        log.info("model card: %s", card)
-    except OSError as error:
-        log.warning("could not write the model card to %s: %s", model_dir, error.strerror)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from chatglm_ja.reports import eval_report
+from chatglm_ja.reports import eval_report, model_card
 from tests.reports.pages import table_rows
 
 EVIL = "<script>alert(1)</script> & more"
@@ -270,7 +270,7 @@ def test_the_last_screen_is_a_table_and_three_lines(results: dict[str, Any]) -> 
 def test_the_card_has_results_settings_and_the_license(
     results: dict[str, Any], tmp_path: Path
 ) -> None:
-    text = eval_report.render_card(results, tmp_path)
+    text = model_card.render_card(results, tmp_path)
     assert text.index("## Use") < text.index("## Results")
     assert eval_report.render_markdown(results).rstrip() in text
     assert ["`lora_rank`", "8"] in cells(text)
@@ -278,12 +278,12 @@ def test_the_card_has_results_settings_and_the_license(
     assert "`speed`" not in text
     assert "inherit its license" in text and "publisher. The data" in text
     (tmp_path / "MODEL_LICENSE").write_text("terms")
-    assert "(LICENSE in this folder). Known" in eval_report.render_card(results, tmp_path)
+    assert "(LICENSE in this folder). Known" in model_card.render_card(results, tmp_path)
 
 
 def hub_metadata(results: dict[str, Any], base: Path) -> dict[str, Any]:
     """What huggingface_hub reads in the card, without its leniency towards what it cannot."""
-    card = ModelCard(eval_report.render_card(results, base), ignore_metadata_errors=False)
+    card = ModelCard(model_card.render_card(results, base), ignore_metadata_errors=False)
     found: dict[str, Any] = card.data.to_dict()
     return found
 
@@ -324,7 +324,7 @@ def test_the_card_lists_the_data(results: dict[str, Any], tmp_path: Path) -> Non
                 "train_tokens": 56789, "repeats": 1.5}]  # fmt: skip
     counts = {"pretrain": {"sources": sources}, "sft": {"sources": []}}
     results["steps"]["step4_prepare_data"] = {"counts": counts}
-    text = eval_report.render_card(results, tmp_path)
+    text = model_card.render_card(results, tmp_path)
     assert ["ja/<wiki> & 'more'", "1,234", "1,000", "56,789", "1.5"] in cells(text)
     assert "Instructions, by source" not in text
 
@@ -339,18 +339,18 @@ def test_the_card_is_put_beside_the_weights(
     (step7 / "results.json").write_text(json.dumps({"base": {"license_file": "MODEL_LICENSE"}}))
     (base / "MODEL_LICENSE").write_text("terms")
     (model / "README.md").write_text("old")
-    eval_report.publish_card(step7, model, base)
+    model_card.publish_card(step7, model, base)
     found = {path.name: path.read_text() for path in model.iterdir()}
     assert found == {"README.md": "card", "LICENSE": "terms"}
-    eval_report.publish_card(step7, tmp_path / "nowhere", base)
+    model_card.publish_card(step7, tmp_path / "nowhere", base)
     assert "could not write the model card to" in caplog.text
 
 
 def test_a_run_without_pretraining_is_described_as_it_was(results: dict[str, Any]) -> None:
     results["stages"][2]["name"] = "sft"
     assert "without continued pretraining" in eval_report.describe_pretraining(results)
-    card = eval_report.render_card(results, Path("nowhere"))
+    card = model_card.render_card(results, Path("nowhere"))
     assert "its pretraining was continued" not in card and "was fine-tuned on instructions" in card
     results["stages"][2]["name"] = "pretrained"
-    card = eval_report.render_card(results, Path("nowhere"))
+    card = model_card.render_card(results, Path("nowhere"))
     assert "its pretraining was continued" in card and "was fine-tuned" not in card
