@@ -56,7 +56,7 @@ def test_the_report_has_every_stage_and_language(pipeline: Runner) -> None:
     }
     for stage in results["stages"]:
         assert {row["questions"] for row in stage["choices"].values()} == {50}
-        assert len(stage["answers"]) == 8
+        assert len(stage["answers"]) == 10 + 8
     assert all(row["largest_difference"] == 0 for row in results["stages"][1]["kept"].values())
     assert all(row["largest_difference"] > 0 for row in last["kept"].values())
     assert list(results["steps"]) == [name.removesuffix(".py") for name in STEPS[:7]]

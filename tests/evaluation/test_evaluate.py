@@ -130,14 +130,16 @@ def test_only_the_last_stage_answers_held_out_questions(
         ("ja", "sampled", 25),
     ]
     for stage, results in zip(stages, measured, strict=True):
-        questions = [row["question"] for row in results["answers"]]
+        examples, own = results["answers"][:10], results["answers"][10:]
+        assert all(row["language"] == "ja" and row["expected"] for row in examples)
+        questions = [row["question"] for row in own]
         assert questions == ["あなたは誰ですか", "Write a Basic example."]
         assert results["answering"]["greedy"]["questions"] == 2
         assert results["choices"]["zh"]["compared"]["acc"]["items"] == 50
         model = stage.load()
         prompt = model.tokenizer.build_prompt([{"role": "user", "content": questions[0]}])
         (answer,) = generation.generate_answers(model, [prompt], 5)
-        assert results["answers"][0]["greedy"]["text"] == answer.text
+        assert own[0]["greedy"]["text"] == answer.text
         assert results["choices"]["zh"]["questions"] == 50
         assert results["harness"] == []
 
