@@ -8,7 +8,7 @@ kept           the distance from the base on the base's ids: the largest differe
 answers        the answers, in each decoding, to some of the held-out questions and to those of the
                prompts file
 answering      the measures of the answers to the prompts file
-held_out       the measures of the answers to held-out questions by kind; the last stage's only
+held_out       the measures of the answers to held-out questions by kind and decoding
 retention      the base's answers by language, and how the stage answers in its place
 confusion      answers that leave the language of their question, by language
 probes         in-context learning on texts made of held-out ones
@@ -205,7 +205,9 @@ class Evaluation:
                 decoding: answers.measure_answers({q: own[q] for q in self.prompts})
                 for decoding, own in answered.items()
             },
-            "held_out": answers.measure_kinds(self.held_out, answered) if is_last else [],
+            "held_out": answers.measure_kinds(
+                self.held_out, answered if is_last else {"sampled": answered["sampled"]}
+            ),
             **self._compare_answers(answered["sampled"], scorer),
         }
 
