@@ -140,8 +140,13 @@ def _answer_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def likeness_table(results: Results) -> Table:
+    """Return the chrF of the answers to held-out questions, by kind."""
+    return _compared_table(results, lambda stage: stage["likeness"], ("kind",), _show_number)
+
+
 def probe_table(results: Results) -> Table:
-    """Return the share of right answers to the probes of in-context learning."""
+    """Return the share of right answers, or of saved bits, in the probes of in-context learning."""
     head, rows = _compared_table(results, lambda stage: stage["probes"], ("language", "probe"))
     chances = [f"{row['chance']:.0%}" for row in results["stages"][0]["probes"]]
     return [*head[:2], "chance", *head[2:]], [
@@ -360,12 +365,19 @@ SECTIONS: list[tuple[str, str, Callable[[Results], Table]]] = [
         held_out_table,
     ),
     (
+        "Likeness to the expected answers",
+        "chrF (0 to 100) of the sampled answers to held-out questions and the answers that go with "
+        f"them. {COMPARED}",
+        likeness_table,
+    ),
+    (
         "In-context probes",
         "What a model does with a text that it has just read, which bits per character hardly "
         "shows. The right answer is in the text, so no knowledge is needed. copy and reverse: a "
         "list of words in the same or the opposite order. recall N: the value of a key, in N "
         "tokens of keys and values. labels: lines of two languages, each with an arbitrary "
-        f"letter. Right answers in percent. {COMPARED}",
+        "letter. Right answers in percent. repeat: the percentage of a passage's bits that the "
+        f"model saves where it reads the passage for the second time. {COMPARED}",
         probe_table,
     ),
     (
