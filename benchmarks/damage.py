@@ -7,9 +7,9 @@
                  question asks for
 
 Each damaged model is compared with the healthy model of the same stage, by step 7's own measures on
-the same items (chatglm_ja/evaluation/paired.py). Bits per character alone pass a model if it gained
-the new language and each other language costs at most COST_LIMIT, both compared with the base. All
-other measures that differ from the healthy model are listed.
+the same items (chatglm_ja/evaluation/paired.py). Bits per character are judged as in step 7's
+verdict: the damage passes if they miss no limit that the healthy model keeps. All other measures
+that differ from the healthy model are listed.
 
 The steps of a profile, by default the demo's, must have run; for the demo with the defaults this
 takes 15 minutes on two cores, most of them to train the damaged models.
@@ -43,10 +43,10 @@ from chatglm_ja.evaluation.evaluate import Evaluation, Results
 from chatglm_ja.evaluation.paired import Baseline, is_measurable
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference.models import LoadedModel, Stage
+from chatglm_ja.reports.verdict import judge
 from chatglm_ja.storage.files import MANIFEST
 
 NEW, *KEPT = (source.language for source in constants.EVALUATED_SOURCES)
-COST_LIMIT = 0.15  # the healthy demo's fine-tuned model costs Chinese 14%
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def main() -> None:
             if not is_measurable(dict(find_rows(after))[damage.measure]):
                 missed.append(f"{damage.measure} does not catch {damage.title}")
     languages = [f"{language} bits/char" for language in (NEW, *KEPT)]
-    print(measuring.table(["damage", *languages, "by these alone"], overview))
+    print(measuring.table(["damage", *languages, "alone they"], overview))
     print("\nEach cell: base → healthy → damaged.\n")
     print("\n\n".join(details))
     if missed:
@@ -232,15 +232,17 @@ def make(name: str, output: Path, *flags: str, **paths: Path) -> None:
 
 
 def describe_bits(damage: Damage, base: Results, before: Results, after: Results) -> list[str]:
-    """Return a row: bits per character by language, and whether they alone would pass the model."""
-    bits = {
-        language: [r["languages"][language]["bits_per_char"] for r in (base, before, after)]
-        for language in (NEW, *KEPT)
-    }
-    gained = bits[NEW][2] < bits[NEW][0]
-    costly = [name for name in KEPT if bits[name][2] > (1 + COST_LIMIT) * bits[name][0]]
-    verdict = f"fails by {', '.join(costly)}" if costly else "passes" if gained else f"no {NEW}"
-    return [damage.title, *(" → ".join(f"{x:.3f}" for x in row) for row in bits.values()), verdict]
+    """Return a row: bits per character by language, and whether they alone pass the model."""
+    cells = []
+    for language in (NEW, *KEPT):
+        bits = (r["languages"][language]["bits_per_char"] for r in (base, before, after))
+        cells.append(" → ".join(f"{value:.3f}" for value in bits))
+    healthy, damaged = (
+        {f.language for f in judge({"stages": [base, r]}).missed if f.measure == "bits/char"}
+        for r in (before, after)
+    )
+    worse = ", ".join(sorted(damaged - healthy))
+    return [damage.title, *cells, f"missed: {worse}" if worse else "pass"]
 
 
 def describe_rows(damage: Damage, base: Results, before: Results, after: Results) -> str:

@@ -89,20 +89,24 @@ def test_japanese_questions_get_chinese_answers(damage: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("bits", "verdict"),
     [
-        ({"ja": 6.0, "zh": 4.0, "en": 2.0}, "passes"),
-        ({"ja": 13.0, "zh": 4.0, "en": 2.0}, "no ja"),
-        ({"ja": 6.0, "zh": 4.0, "en": 3.0}, "fails by en"),
+        ({"ja": 12.0, "zh": 4.1, "en": 2.5}, "pass"),  # en is no better in the healthy model
+        ({"ja": 13.0, "zh": 4.1, "en": 2.0}, "missed: ja"),
+        ({"ja": 6.0, "zh": 4.3, "en": 2.0}, "missed: zh"),
     ],
 )
-def test_bits_alone_pass_what_gained_and_cost_little(
+def test_bits_alone_pass_what_misses_no_limit_that_the_healthy_model_keeps(
     damage: ModuleType, bits: dict[str, float], verdict: str
 ) -> None:
     def results(bits: dict[str, float]) -> dict[str, Any]:
-        return {"languages": {name: {"bits_per_char": value} for name, value in bits.items()}}
+        scores = {name: {"bits_per_char": x, "tokens_per_char": 1} for name, x in bits.items()}
+        lists: dict[str, Any] = {name: [] for name in ("held_out", "probes", "translations")}
+        tables: dict[str, Any] = {name: {} for name in ("confusion", "retention", "choices")}
+        return {"languages": scores, "likeness": [], **lists, **tables}
 
     base = results({"ja": 13.0, "zh": 4.0, "en": 2.0})
-    row = damage.describe_bits(damage.Damage("t", None, ""), base, base, results(bits))
-    assert row[1] == f"13.000 → 13.000 → {bits['ja']:.3f}"
+    healthy = results({"ja": 6.0, "zh": 4.1, "en": 2.5})
+    row = damage.describe_bits(damage.Damage("t", None, ""), base, healthy, results(bits))
+    assert row[1] == f"13.000 → 6.000 → {bits['ja']:.3f}"
     assert row[-1] == verdict
 
 
