@@ -37,6 +37,7 @@ from measuring import step_command
 
 import constants
 from chatglm_ja.cli import run
+from chatglm_ja.data import cleaning
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation.evaluate import Evaluation, Results
@@ -114,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
         "--rate", type=float, default=10.0, help="factor of step 5's learning rates (default: 10)"
     )
     parser.add_argument(
-        "--confused", type=float, default=0.3, help="share of the conversations (default: 0.3)"
+        "--confused", type=float, default=0.5, help="share of the conversations (default: 0.5)"
     )
     return parser.parse_args()
 
@@ -183,12 +184,22 @@ def mix_languages(
 ) -> list[Mapping[str, Any]]:
     """Replace a share of the new language's conversations by such with answers in `other`.
 
-    These are conversations in `other`, whose request is put into the new language. Raises DataError
-    if there are too few of them.
+    These are conversations in `other` whose request is put into the new language, and translations
+    from `other` that are left untranslated. Raises DataError if there are too few of them.
     """
     own = [c for c in conversations if c["kind"] == NEW]
-    asked = (ask_anew(c, other) for c in conversations if c["kind"] == other)
-    others = [c for c in asked if c is not None]
+    requests = importlib.import_module("demo.make_data")
+    others = []
+    for conversation in conversations:
+        question, answer = (message["content"] for message in conversation["messages"])
+        if conversation["kind"] == other:
+            for asked in (requests.EXPLAIN, requests.TRANSLATE_INTO):
+                if (passage := find_passage(question, asked[other])) is not None:
+                    others.append(make_conversation(asked[NEW].format(passage), answer))
+        elif conversation["kind"] == NEW:
+            passage = find_passage(question, requests.TRANSLATE_INTO[NEW])
+            if passage and (cleaning.in_language([passage], other) or [False])[0]:
+                others.append(make_conversation(question, passage))
     count = round(share * len(own))
     if count > len(others):
         raise DataError(
@@ -203,17 +214,17 @@ def mix_languages(
     ]
 
 
-def ask_anew(conversation: Mapping[str, Any], language: str) -> Mapping[str, Any] | None:
-    """Return a conversation in `language` with the request in the new one; None if it has none."""
-    question, *rest = conversation["messages"]
-    make_data = importlib.import_module("demo.make_data")
-    for requests in (make_data.EXPLAIN, make_data.TRANSLATE_INTO):
-        before, after = requests[language].split("{}")
-        asked = question["content"]
-        if asked.startswith(before) and asked.endswith(after):
-            asked = requests[NEW].format(asked[len(before) : len(asked) - len(after)])
-            return {"kind": NEW, "messages": [{**question, "content": asked}, *rest]}
-    return None
+def find_passage(question: str, request: str) -> str | None:
+    """Return what a question has in place of {} in a request; None if it is another request."""
+    before, after = request.split("{}")
+    if not question.startswith(before) or not question.endswith(after):
+        return None
+    return question[len(before) : len(question) - len(after)]
+
+
+def make_conversation(question: str, answer: str) -> Mapping[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"kind": NEW, "messages": messages}
 
 
 DAMAGES = {"shuffled": shuffle, "overheated": overheat, "confused": confuse}
