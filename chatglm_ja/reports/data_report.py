@@ -170,12 +170,12 @@ def describe_verdict(counts: Counts) -> list[str]:
         pretrain = counts["pretrain"]
         tokens = sum(pretrain["train_tokens"].values())
         made.append(f"{tokens:,} tokens of text")
-        read.append(f"{_total(pretrain['sources'], 'documents'):,} texts")
+        read.append(f"{_count_read(pretrain['sources']):,} texts")
         sources += pretrain["sources"]
     if "sft" in counts:
         sft = counts["sft"]
         made.append(f"{sum(sft['train_examples'].values()):,} conversations")
-        read.append(f"{_total(sft['sources'], 'documents'):,} conversations")
+        read.append(f"{_count_read(sft['sources']):,} conversations")
         sources += sft["sources"]
     fates = _dropped(sources).items()
     dropped = ", ".join(f"{fate.replace('_', ' ')} {count:,}" for fate, count in fates)
@@ -187,15 +187,16 @@ def describe_verdict(counts: Counts) -> list[str]:
     ]
 
 
-def _total(sources: Sequence[Mapping[str, Any]], name: str) -> int:
-    return sum(source.get(name, 0) for source in sources)
+def _count_read(sources: Sequence[Mapping[str, Any]]) -> int:
+    """Count the records of sources, bad ones included: each has one fate."""
+    return sum(source.get(fate, 0) for source in sources for fate in Fate)
 
 
 def judge_texts(language: str, asked: float, pretrain: Counts) -> Iterator[tuple[str, str]]:
     """Yield what became of a language's share of the text: good, bad or quiet, and a sentence."""
     tokens, sources = pretrain["train_tokens"], _sources_of(language, pretrain)
     yield _judge_share(language, asked, tokens, "tokens")
-    usable = _total(sources, "tokens") - pretrain["validation_tokens"][language]
+    usable = sum(source["tokens"] for source in sources) - pretrain["validation_tokens"][language]
     repeats = tokens[language] / max(usable, 1)
     if repeats <= 1:
         yield "quiet", f"{repeats:.0%} of the usable text"
@@ -224,7 +225,7 @@ def _judge_share(
 
 
 def _judge_dropped(sources: Sequence[Mapping[str, Any]], unit: str) -> Iterator[tuple[str, str]]:
-    dropped, read = sum(_dropped(sources).values()), _total(sources, "documents")
+    dropped, read = sum(_dropped(sources).values()), _count_read(sources)
     if dropped:
         mark = "bad" if dropped > MUCH_DROPPED * read else "quiet"
         yield mark, f"{dropped:,} of {read:,} {unit} dropped"
@@ -276,13 +277,18 @@ def draw_lengths(
     """
     lengths, source_of = index.length[documents], index.source[documents]
     longest = int(lengths.max()) + 1
-    # A decade at least, so that the axis has labels.
+    # A decade at least, so that the axis has two labels.
     edges = np.geomspace(min(int(lengths.min()), max(longest // 10, 1)), longest, 41)
+    steps = (1, 3) if edges[-1] < 1000 * edges[0] else (1,)
+    ticks = [n * 10**power for power in range(10) for n in steps]
+    ticks = [tick for tick in ticks if edges[0] <= tick <= edges[-1]]
 
     def draw(axes: Any, number: int) -> None:
         source, own = index.sources[number], lengths[source_of == number]
         axes.hist(own, bins=edges, color=colors[source.language])
         axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
         name = _plain(source.title, f"source {number + 1}")
         title = f"{name}\n{len(own):,}, median {int(np.median(own)):,}"
         axes.set_title(title, fontsize=9, parse_math=False)

@@ -54,7 +54,9 @@ COLUMNS = (
     ),
 )
 
-# A language whose lines change gains from it if it needs at least this share of tokens less.
+# A language keeps its tokens if at most this share of its lines changes: some quote Japanese.
+FEW_CHANGED = 0.001
+# One whose lines change gains from it if it needs at least this share of tokens less.
 WORTHWHILE = 0.1
 
 
@@ -167,10 +169,12 @@ def render_html(report: Report, name: str) -> str:
         policy=next(policy for policy in Policy if policy == report["policy"]),
         guarantee=report["guarantee"],
         sizes=_sizes(report["counts"]),
+        few_changed=FEW_CHANGED,
         worthwhile=WORTHWHILE,
         colors=colors,
         facts={language: list(_judge(row)) for language, row in languages.items()},
         chart=_draw_tokens_per_char(languages, colors),
+        has_bytes=any("\\x" in piece for _, pieces in lists for piece in pieces),
         lists=[(title, pieces) for title, pieces in lists if pieces],
         segmentation=_language_table(languages),
         languages=languages,
@@ -182,14 +186,15 @@ def describe_verdict(report: Report) -> str:
     gains, costs, unchanged = [], [], []
     for language, row in report["languages"].items():
         before, after = (row[f"tokens_per_char_{time}"] for time in ("before", "after"))
-        if row["identical_lines"] == row["lines"]:
+        changed = row["lines"] - row["identical_lines"]
+        if not changed:
             unchanged.append(language)
         elif _saving(row) >= WORTHWHILE:
             gains.append(
                 f"{language} needs {after:.3f} instead of {before:.3f} tokens per character"
             )
         else:
-            costs.append(f"{1 - row['identical_share']:.1%} of the {language} lines changed")
+            costs.append(f"{changed:,} of {row['lines']:,} {language} lines changed")
     if unchanged:
         costs.append(f"no {' or '.join(unchanged)} line changed")
     parts = [", ".join(part) for part in (gains, costs) if part]
@@ -204,17 +209,18 @@ def _saving(row: Mapping[str, float]) -> float:
 def _judge(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what a merge means for a language: good, bad or quiet, and a sentence."""
     before, after = (f"{row[f'tokens_per_char_{time}']:.3f}" for time in ("before", "after"))
-    changed, lines = row["lines"] - row["identical_lines"], f"{row['lines']:,} held-out lines"
-    if not changed:
-        yield "good", f"All {lines} are segmented as before."
+    lines, changed = row["lines"], row["lines"] - row["identical_lines"]
+    if changed <= FEW_CHANGED * lines:
+        kept = f"{row['identical_lines']:,} of {lines:,}" if changed else f"All {lines:,}"
+        yield "good", f"{kept} held-out lines are segmented as before."
         yield "quiet", f"{after} tokens per character"
         return
     saving = f"{before} → {after} tokens per character: {_saving(row):.0%} fewer"
     if _saving(row) >= WORTHWHILE:
         yield "good", saving
-        yield "quiet", f"{changed:,} of {lines} are segmented anew."
+        yield "quiet", f"{changed:,} of {lines:,} held-out lines are segmented anew."
     else:
-        yield "bad", f"{changed:,} of {lines} are segmented otherwise than the base was trained on."
+        yield "bad", f"{changed:,} of {lines:,} held-out lines are segmented otherwise."
         yield "quiet", saving
     if row["used_share"]:
         yield "quiet", f"{row['used_share']:.0%} of the new pieces occur in them."
