@@ -23,6 +23,7 @@ from typing import Any
 from chatglm_ja import plots
 from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.reports.render import Table, render_template
+from chatglm_ja.reports.verdict import name_language
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.vocabulary.merging import MergedVocabulary, Segmentation
 from chatglm_ja.vocabulary.policies import Policy
@@ -172,6 +173,7 @@ def render_html(report: Report, name: str) -> str:
         few_changed=FEW_CHANGED,
         worthwhile=WORTHWHILE,
         colors=colors,
+        name_language=name_language,
         facts={language: list(_judge(row)) for language, row in languages.items()},
         chart=_draw_tokens_per_char(languages, colors),
         has_bytes=any("\\x" in piece for _, pieces in lists for piece in pieces),
@@ -186,15 +188,13 @@ def describe_verdict(report: Report) -> str:
     gains, costs, unchanged = [], [], []
     for language, row in report["languages"].items():
         before, after = (row[f"tokens_per_char_{time}"] for time in ("before", "after"))
-        changed = row["lines"] - row["identical_lines"]
+        name, changed = name_language(language), row["lines"] - row["identical_lines"]
         if not changed:
-            unchanged.append(language)
+            unchanged.append(name)
         elif _saving(row) >= WORTHWHILE:
-            gains.append(
-                f"{language} needs {after:.3f} instead of {before:.3f} tokens per character"
-            )
+            gains.append(f"{name} needs {after:.3f} instead of {before:.3f} tokens per character")
         else:
-            costs.append(f"{changed:,} of {row['lines']:,} {language} lines changed")
+            costs.append(f"{changed:,} of {row['lines']:,} {name} lines changed")
     if unchanged:
         costs.append(f"no {' or '.join(unchanged)} line changed")
     parts = [", ".join(part) for part in (gains, costs) if part]

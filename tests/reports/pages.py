@@ -1,4 +1,4 @@
-"""What a test reads from an HTML page, as text or in a browser."""
+"""What a test writes into a report, and what it reads from one, as text or in a browser."""
 
 import contextlib
 import html
@@ -13,7 +13,19 @@ import pytest
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 # The browser runs as root.
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
-PHONE, DESK = 390, 1280  # widths in pixels
+PHONE = 390  # the width of a window in pixels
+EVIL = "<script>alert(1)</script> & more"
+
+
+def compared(
+    mean: float, error: float | None = 0.25, change: float | None = None, p: float | None = None
+) -> dict[str, Any]:
+    """What paired.Baseline.compare returns, of four items."""
+    return {"items": 4, "mean": mean, "error": error, "change": change, "change_error": 0.1, "p": p}
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n")]
 
 
 def table_rows(page: str) -> list[list[str]]:

@@ -52,8 +52,8 @@ def test_the_page_opens_with_what_was_gained_and_what_it_cost(report: dict[str, 
     page = merge_report.render_html(report, "Chat<GLM>3")
     assert "<h1>New pieces in Chat&lt;GLM&gt;3" in page
     assert (
-        "3 new pieces: ja needs 0.468 instead of 0.919 tokens per character; no zh or en line "
-        "changed." in page
+        "3 new pieces: Japanese needs 0.468 instead of 0.919 tokens per character; no Chinese or "
+        "English line changed." in page
     )
     assert '<li class="good">0.919 → 0.468 tokens per character: 49% fewer</li>' in page
     assert '<li class="quiet">750 of 1,000 held-out lines are segmented anew.</li>' in page
@@ -64,14 +64,14 @@ def test_the_page_opens_with_what_was_gained_and_what_it_cost(report: dict[str, 
 def test_lines_that_change_for_little_are_a_cost(report: dict[str, Any]) -> None:
     report["languages"]["zh"] = make_row(0.5, 0.48, 793)
     assert merge_report.describe_verdict(report).endswith(
-        "per character; 207 of 1,000 zh lines changed, no en line changed."
+        "per character; 207 of 1,000 Chinese lines changed, no English line changed."
     )
     page = merge_report.render_html(report, "ChatGLM3")
     assert '<li class="bad">207 of 1,000 held-out lines are segmented otherwise' in page
     report["languages"]["zh"] = make_row(0.5, 0.5, 999)  # a line that quotes Japanese
     page = merge_report.render_html(report, "ChatGLM3")
     assert '<li class="good">999 of 1,000 held-out lines are segmented as before.' in page
-    assert 'class="bad"' not in page and "; 1 of 1,000 zh lines changed" in page
+    assert 'class="bad"' not in page and "; 1 of 1,000 Chinese lines changed" in page
 
 
 def test_the_page_lists_all_pieces_with_their_ids(report: dict[str, Any]) -> None:
