@@ -41,11 +41,12 @@ def report() -> dict[str, Any]:
 
 def shown_lists(page: str) -> list[tuple[str, list[str]]]:
     """Return the head and the lines of every list of pieces."""
-    found = re.findall(r"<summary>(<b>.*?)<output>.*?<pre>(.*?)</pre>", page, flags=re.DOTALL)
-    return [
-        (re.sub("</?b>", "", head), [html.unescape(line) for line in lines.split("\n")])
-        for head, lines in found
-    ]
+    found = re.findall(r"<summary><b>(.*?)<output>.*?>\n(.*?)</div>", page, flags=re.DOTALL)
+    lists = []
+    for head, parts in found:
+        lines = "\n".join(re.findall("<pre>(.*?)</pre>", parts, flags=re.DOTALL)).split("\n")
+        lists.append((html.unescape(head.replace("</b>", "")), list(map(html.unescape, lines))))
+    return lists
 
 
 def test_the_page_opens_with_what_was_gained_and_what_it_cost(report: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ def test_the_page_lists_all_pieces_with_their_ids(report: dict[str, Any]) -> Non
     assert shown_lists(page) == [
         ("3 added, each after its id", ["3009 です", "3010 </pre><script>", "3011 ます"]),
         (
-            "1,234 unreachable (the base&#39;s own merges always come first)",
+            "1,234 unreachable (the base's own merges always come first)",
             [f"<{i}>" for i in range(1234)],
         ),
     ]
@@ -130,12 +131,20 @@ def test_the_search_filters_every_list(report: dict[str, Any], tmp_path: Path) -
     report["added"] = [f"です{i}" for i in range(20_000)]
     merge_report.write_report(tmp_path, report, "ChatGLM3")
     with open_in_browser(tmp_path / "merge_report.html", PHONE) as page:
-        lists, found = page.locator(".list pre"), page.locator("output")
-        page.get_by_role("searchbox").fill("です1999")
-        assert lists.nth(0).text_content().split("\n")[:2] == ["5008 です1999", "22999 です19990"]
+        search, found = page.get_by_role("searchbox"), page.locator("output")
+
+        def shown() -> list[list[str]]:
+            lists = page.locator(".list")
+            return [lists.nth(i).locator("pre").all_text_contents() for i in range(2)]
+
+        whole = shown()
+        assert [len("\n".join(parts).split("\n")) for parts in whole] == [20_000, 1234]
+        assert page.evaluate("window.find('です19999')")  # as Ctrl-F does
+        search.fill(" です1999 ")
+        assert shown()[0][0].split("\n")[:2] == ["5008 です1999", "22999 です19990"]
         assert found.all_text_contents() == [": 11 found", ": 0 found"]
-        page.get_by_role("searchbox").fill("<12>")
-        assert lists.all_text_contents() == ["", "<12>"]
-        page.get_by_role("searchbox").fill("")
-        assert lists.nth(0).text_content().count("\n") == 19_999
+        search.fill("<12>")
+        assert shown() == [[], ["<12>"]]
+        search.fill("")
+        assert shown() == whole
         assert found.all_text_contents() == ["", ""]
