@@ -55,27 +55,28 @@ MIN_LATIN_SHARE = 0.5
 
 
 class Fate(Choice):
-    """The fates of a record, in the order in which they are decided; step 4's report has both."""
+    """The fates of a record, in the order in which they are decided.
+
+    Step 4's report explains them by their phrases, which say what such records are.
+    """
 
     REJECTED = "rejected", "unreadable, of the wrong type, or with the id of an earlier record"
     # Texts.
-    EMPTY = "empty", "nothing is left after cleaning"
-    SHORT = "short", "fewer characters than --min-characters"
-    LANGUAGE = "language", "not written in the script of its language"
-    CONTAMINATED = "contaminated", "shares 13 tokens in a row with an evaluation text"
+    EMPTY = "empty", "empty after cleaning"
+    SHORT = "short", "of fewer characters than --min-characters"
+    LANGUAGE = "language", "not in the script of their language"
+    CONTAMINATED = "contaminated", "with 13 tokens in a row of an evaluation text"
     # Conversations.
-    NO_ANSWER = "no answer at the end", "the last message is not the assistant's"
+    NO_ANSWER = "no answer at the end", "with a last message that is not the assistant's"
     TOO_LONG = (
         "too long",
-        "the last exchange, or with --long-conversations drop the whole, exceeds --max-length",
+        "with a last exchange that exceeds --max-length, or with --long-conversations drop as a "
+        "whole",
     )
-    UNTRAINED = (
-        "no trained answer",
-        "the record says of every answer that it is not to be trained",
-    )
+    UNTRAINED = "no trained answer", "with no answer that the record lets be trained"
     # Both.
-    DUPLICATE = "duplicate", "an exact copy of an earlier text or conversation of any source"
-    NEAR_DUPLICATE = "near_duplicate", "a text much like an earlier one, by --near-duplicates"
+    DUPLICATE = "duplicate", "equal to an earlier one of any source"
+    NEAR_DUPLICATE = "near_duplicate", "much like an earlier text (--near-duplicates)"
     KEPT = "kept", "left to choose from, for training and validation"
 
 

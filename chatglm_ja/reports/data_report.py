@@ -179,13 +179,10 @@ def describe_verdict(counts: Counts) -> list[str]:
         made.append(f"{sum(sft['train_examples'].values()):,} conversations")
         read.append(f"{_count_read(sft['sources']):,} conversations")
         sources += sft["sources"]
-    fates = _dropped(sources).items()
-    dropped = ", ".join(f"{fate.replace('_', ' ')} {count:,}" for fate, count in fates)
+    dropped = ", ".join(f"{n:,} {fate.phrase}" for fate, n in _dropped(sources).items())
     return [
         f"The model is trained on {' and '.join(made)}.",
-        f"Of {' and '.join(read)} these were dropped: {dropped}."
-        if dropped
-        else f"None of {' and '.join(read)} was dropped.",
+        f"Dropped of {' and '.join(read)}: {dropped or 'none'}.",
     ]
 
 

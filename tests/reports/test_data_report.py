@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chatglm_ja import plots
 from chatglm_ja.chatglm3.chat_format import build_prompt_ids
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, load_processor
 from chatglm_ja.data.cleaning import Fate
@@ -135,8 +136,8 @@ def test_the_page_opens_with_the_mix_and_what_was_dropped(page: str) -> None:
     assert "profile de&lt;mo&gt;" in page
     assert "The model is trained on 19,968 tokens of text and 41 conversations." in page
     assert (
-        "Of 1,491 texts and 936 conversations these were dropped: language 107, too long 7, "
-        "near duplicate 11." in page
+        "Dropped of 1,491 texts and 936 conversations: 107 not in the script of their language, "
+        "7 with a last exchange" in page
     )
     assert facts(page) == [
         ("bad", "15,168 tokens: 76.0%, asked for 75.0%"),
@@ -232,6 +233,10 @@ def test_the_page_shows_lengths_and_they_are_files_too(page: str, folder: Path) 
     # Matplotlib writes the text of a title beside its shape.
     assert "1, median " in page
     assert "source 3" in page  # its name is Japanese
+    colors = plots.language_colors(["ja", "zh", "code"])
+    pictures = re.findall("<svg.*?</svg>", page, re.DOTALL)[2:]
+    for picture, language in zip(pictures, ("ja", "zh", "ja", "code"), strict=True):
+        assert f"fill: {colors[language]}" in picture
     for name in ("pretrain_lengths.png", "sft_lengths.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "data_report.json").read_text()) == COUNTS
