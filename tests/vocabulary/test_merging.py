@@ -358,6 +358,8 @@ def test_the_report_of_a_merge(
     zh = report["languages"]["zh"]
     assert zh["changed"][0]["line"] == "<b>線です</b>"
     assert "".join(zh["changed"][0]["after"]) == "▁<b>線です</b>"
+    assert zh["changed"][0]["new"] == [p in merged.added for p in zh["changed"][0]["after"]]
+    assert any(zh["changed"][0]["new"])
     assert report["languages"]["ja"]["used_share"] == len(languages["ja"].used) / len(merged.added)
     page = merge_report.render_html(report, "ChatGLM3")
     assert f"{len(merged.added):,} new pieces" in page
