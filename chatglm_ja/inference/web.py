@@ -31,10 +31,9 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 MAX_MESSAGE = 4000  # characters
 MAX_TOKENS = 2048  # of an answer
-MAX_WAITING = 16  # answers in the queue
+MAX_WAITING = 16  # questions and answers in the queue
 MODELS_IN_MEMORY = 2
 NO_MODEL = "(none)"
-SIDES = ("left", "right")
 
 # With what is above and below it, a pane fills the window.
 PANE_HEIGHT = "max(160px, 100dvh - 330px)"
@@ -67,8 +66,8 @@ class Conversation:
 class Session:
     """What a page has: the conversation of every model, and the models that have yet to answer.
 
-    A new question, and the end of the answers to the old one, make a new set of waiting models, so
-    that an answer that is still being stopped does not disturb the next one.
+    A question and a stop each make a new set of waiting models, so that an answer that is still
+    being stopped does not disturb the next one.
     """
 
     def __init__(self) -> None:
@@ -361,7 +360,8 @@ def build_page(
             ]  # fmt: skip
         # Shows the last pieces too, which a browser that stopped an answer did not wait for.
         for event in answering:
-            event.then(show, state, shown, trigger_mode="multiple", **at_once)
+            for follow in (event.then, event.failure):
+                follow(show, state, shown, trigger_mode="multiple", **at_once)
         # Gradio takes a stopped answer out of its queue, or closes the generator that writes it;
         # when a page is closed it does so by itself.
         gradio.on(
@@ -412,7 +412,7 @@ def _sampling_sliders(options: ChatOptions) -> list[Any]:
     temperature, top_p = options.sampling.temperature, options.sampling.top_p
     with gradio.Accordion("Sampling", open=False):
         return [
-            gradio.Slider(0, 2, temperature, step=0.05, label="Temperature (0: greedy decoding)"),
-            gradio.Slider(0.05, 1, top_p, step=0.05, label="Top p"),
+            gradio.Slider(0, 5, temperature, step=0.05, label="Temperature (0: greedy decoding)"),
+            gradio.Slider(0.01, 1, top_p, step=0.01, label="Top p"),
             gradio.Slider(1, MAX_TOKENS, length, step=1, label="Longest answer, in tokens"),
         ]

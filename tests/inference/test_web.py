@@ -431,6 +431,19 @@ def test_a_damaged_model_is_shown_as_an_error(
     assert len(bubbles(page, "left")) == 2
 
 
+def test_a_bug_in_an_answer_leaves_the_page_usable(
+    page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(chat, "stream_reply", fail)
+    page.fill("#question textarea", "一")
+    page.click("#send")
+    wait_until(page, lambda: bubbles(page, "left") == ["一", chat.NO_ANSWER])
+    page.wait_for_selector("#send")
+
+
 def test_a_long_message_is_shown_as_an_error(page: Any) -> None:
     page.fill("#question textarea", "長" * 3000)  # more than the window of the model
     page.click("#send")
