@@ -143,7 +143,7 @@ def chat_with_model(config: EvalConfig) -> None:
     """Chat in the terminal, or serve the chat page, until the user ends it."""
     stages = models.finished_stages(config.stages())
     stage = models.find_stage(stages, config.stage)
-    from chatglm_ja.inference.chat import chat_in_terminal
+    from chatglm_ja.inference import chat
     from chatglm_ja.inference.generation import ChatOptions, Sampling
 
     options = ChatOptions(
@@ -161,10 +161,9 @@ def chat_with_model(config: EvalConfig) -> None:
         examples = [questions[0] for questions in prompts.values()]
         web.serve(stages, stage, options, examples, config.port)
         return
-    stage.open()
     untrained = ", which has not been trained" if stage.name in models.UNTRAINED else ""
     log.info("chatting with %s, %s%s", stage.name, stage.folder, untrained)
-    chat_in_terminal(stage.load(), stage.name, options)
+    chat.chat_in_terminal(chat.load_model(stage), stage.name, options)
 
 
 if __name__ == "__main__":

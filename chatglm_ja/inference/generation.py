@@ -76,6 +76,16 @@ class Answer:
     stopped: bool
 
 
+@dataclass(frozen=True)
+class Reply(Answer):
+    """An answer that is streamed, with its ids, from which it can be continued exactly.
+
+    The text of a reply that goes on leaves out a character whose bytes are not complete yet.
+    """
+
+    ids: tuple[int, ...] = ()
+
+
 def generate_answers(
     model: LoadedModel,
     prompts: Prompts,
@@ -127,15 +137,15 @@ def check_lengths(model: LoadedModel, prompts: Prompts, max_new_tokens: int, tit
 
 def stream_answer(
     model: LoadedModel, prompt: Sequence[int], options: ChatOptions, begun: Sequence[int] = ()
-) -> Generator[Answer]:
+) -> Generator[Reply]:
     """Stream the answer to a prompt, again and again as it grows; the last one is the whole answer.
 
-    `begun` are the ids of an earlier answer to the prompt, which is continued. Only the last answer
-    can be `stopped`; if it is not, it was cut at a limit. A thread generates it ahead of the
-    reader. Closing the generator stops the thread after its current token, and so does the time
-    limit. Errors of the thread are raised here.
+    `begun` are the ids of an earlier reply to the prompt, which is continued. Only the last reply
+    can be `stopped`; if it is not, it was cut at a limit. A thread generates ahead of the reader.
+    Closing the generator stops the thread after its current token, and so does the time limit.
+    Errors of the thread are raised here.
     """
-    answers: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()
+    replies: queue.SimpleQueue[Reply | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()
 
     def stop_when_closed(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -145,26 +155,26 @@ def stream_answer(
         try:
             output = _generate(
                 model, [[*prompt, *begun]], options.max_new_tokens, options.sampling,
-                streamer=_AnswerStreamer(model.tokenizer, begun, answers.put),
+                streamer=_ReplyStreamer(model.tokenizer, begun, replies.put),
                 stopping_criteria=StoppingCriteriaList([stop_when_closed]),
                 max_time=options.seconds,
             )  # fmt: skip
-            answers.put(_decode_answer(model.tokenizer, [*begun, *output[0].tolist()]))
+            replies.put(_decode_reply(model.tokenizer, [*begun, *output[0].tolist()]))
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-            answers.put(DataError(f"the GPU's memory is full: ask for shorter answers ({reason})"))
+            replies.put(DataError(f"the GPU's memory is full: ask for shorter answers ({reason})"))
         except BaseException as error:
-            answers.put(error)
+            replies.put(error)
         else:
-            answers.put(None)
+            replies.put(None)
 
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
-        while (answer := answers.get()) is not None:
-            if isinstance(answer, BaseException):
-                raise answer
-            yield answer
+        while (reply := replies.get()) is not None:
+            if isinstance(reply, BaseException):
+                raise reply
+            yield reply
     finally:
         closed.set()
         thread.join()
@@ -224,6 +234,12 @@ def _decode_answer(
     return Answer(text, len(ids) if end is None else end + 1, stopped=end is not None)
 
 
+def _decode_reply(tokenizer: ModelTokenizer, ids: list[int]) -> Reply:
+    answer = _decode_answer(tokenizer, ids)
+    text = answer.text if answer.stopped else answer.text.rstrip("\ufffd")
+    return Reply(text, answer.tokens, answer.stopped, tuple(ids))
+
+
 class _Sampler(LogitsProcessor):
     """Samples the next token with temperature, top_k and top_p as transformers defines them.
 
@@ -249,15 +265,14 @@ class _Sampler(LogitsProcessor):
         return best.masked_fill(likelier >= self.sampling.top_p, -torch.inf).softmax(dim=-1), ids
 
 
-class _AnswerStreamer(BaseStreamer):
-    """Passes on an answer whenever its text has grown.
+class _ReplyStreamer(BaseStreamer):
+    """Passes on a reply whenever its text has grown.
 
-    It holds back a character spelled in bytes until it is complete, and trailing space until
-    something follows it.
+    It holds back trailing space until something follows it.
     """
 
     def __init__(
-        self, tokenizer: ModelTokenizer, begun: Sequence[int], pass_on: Callable[[Answer], None]
+        self, tokenizer: ModelTokenizer, begun: Sequence[int], pass_on: Callable[[Reply], None]
     ) -> None:
         self.tokenizer = tokenizer
         self.pass_on = pass_on
@@ -270,10 +285,10 @@ class _AnswerStreamer(BaseStreamer):
             self.ids = [*self.begun]
             return
         self.ids += [token for token in value.tolist() if token not in self.tokenizer.stop_ids]
-        text = self.tokenizer.decode(self.ids).strip().rstrip("\ufffd")
-        if len(text) > len(self.text) and text.startswith(self.text):
-            self.pass_on(Answer(text, len(self.ids), stopped=False))
-            self.text = text
+        reply = _decode_reply(self.tokenizer, self.ids)
+        if len(reply.text) > len(self.text) and reply.text.startswith(self.text):
+            self.pass_on(reply)
+            self.text = reply.text
 
     def end(self) -> None:
         pass

@@ -1,8 +1,8 @@
 """A web page to chat with one model, or with two side by side, made with Gradio (optional).
 
 Every model has a conversation of its own; a pane shows that of the model it is named after. A
-question is shown at once in every pane, and then the models answer one after the other, those of
-other pages included: Gradio's queue holds them, and shows in each pane that it waits.
+question is shown at once in every pane, and then the models answer one after the other. Gradio's
+queue lets one page answer at a time.
 
 The page is served to this machine only, needs no network, and shows messages and answers as plain
 text. The server limits their length and the time of an answer.
@@ -16,13 +16,14 @@ import socket
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from chatglm_ja.errors import ConfigError, DataError, UserError
 from chatglm_ja.inference import chat
+from chatglm_ja.inference.chat import Exchange
 from chatglm_ja.inference.generation import ChatOptions, Sampling
 from chatglm_ja.inference.models import LoadedModel, Stage
 
@@ -55,24 +56,16 @@ COPY = """() => {
 }"""
 
 
-@dataclass
-class Conversation:
-    """Questions and answers in turn, and whether the last answer ended by itself."""
-
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    ended: bool = True
-
-
 class Session:
     """What a page has: the conversation of every model, and the models that have yet to answer.
 
-    A question and a stop each make a new set of waiting models, so that an answer that is still
+    The latter are a new list for every question and every stop, so that an answer that is still
     being stopped does not disturb the next one.
     """
 
     def __init__(self) -> None:
-        self.conversations: dict[str, Conversation] = defaultdict(Conversation)
-        self.waiting: set[str] = set()
+        self.conversations: dict[str, list[Exchange]] = defaultdict(list)
+        self.waiting: list[str] = []
 
     def ask(self, text: str, names: Sequence[str]) -> None:
         """Add a question, which the models are to answer, to their conversations.
@@ -87,27 +80,64 @@ class Session:
             raise DataError(
                 f"the message has {len(text):,} characters, {MAX_MESSAGE:,} are allowed"
             )
-        self._wait_for(names)
+        self.resume(names)
         for name in self.waiting:
-            conversation = self.conversations[name]
-            conversation.messages += [
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": ""},
-            ]
-            conversation.ended = False
+            self.conversations[name].append(Exchange(text))
 
-    def resume(self, name: str) -> None:
-        """Let a model continue its last answer. Raises DataError while one is being written."""
-        self._wait_for([name])
+    def resume(self, names: Sequence[str]) -> None:
+        """Let models go on with their last answers. Raises DataError while one is written."""
+        if self.waiting:
+            raise DataError("the last question is still being answered: wait, or press Stop")
+        self.waiting = list(dict.fromkeys(names))
 
     def stop(self) -> None:
         """Wait for no more answers."""
-        self.waiting = set()
+        self.waiting = []
 
-    def _wait_for(self, names: Sequence[str]) -> None:
-        if self.waiting:
-            raise DataError("the last question is still being answered: wait, or press Stop")
-        self.waiting = set(names)
+    def answer(
+        self, models: "ModelCache", options: ChatOptions
+    ) -> Generator[tuple[UserError, str] | None]:
+        """Let the waiting models answer, one after the other; yield whenever something has changed.
+
+        What a model cannot answer or continue is yielded as an error, with the question if that is
+        taken out of the conversation. Closing the generator stops the model; the conversation keeps
+        what was answered.
+        """
+        waiting = self.waiting
+        try:
+            while waiting:
+                exchanges, failure = self.conversations[waiting[0]], None
+                try:
+                    model = models.get(waiting[0])
+                    with closing(chat.stream_answer(model, exchanges, options)) as growth:
+                        yield from growth
+                except UserError as error:
+                    begun = exchanges[-1].answer.ids
+                    failure = error, "" if begun else exchanges.pop().question
+                del waiting[0]
+                yield failure
+        finally:
+            waiting.clear()
+
+    def show(self, name: str) -> list[dict[str, Any]]:
+        """Return a model's conversation as Gradio's messages; a cut answer has a button."""
+        shown = []
+        for exchange in self.conversations[name]:
+            shown.append(_make_message("user", exchange.question))
+            shown.append(_make_message("assistant", exchange.answer.text or chat.NO_ANSWER))
+        if not shown or exchange.answer.stopped:
+            return shown
+        if name not in self.waiting:
+            shown[-1]["options"] = [{"value": "", "label": f"{chat.CUT} cut here: continue"}]
+        elif not exchange.answer.text:
+            shown[-1] = _make_message("assistant", "", title="waiting", status="pending")
+        return shown
+
+
+def _make_message(role: str, text: str, **metadata: str) -> dict[str, Any]:
+    # Gradio would read the text as HTML, and drop the indent of a bare string.
+    content = {"type": "text", "text": html.escape(text, quote=False)}
+    return {"role": role, "content": content, "metadata": metadata}
 
 
 def check_port(port: int) -> None:
@@ -189,57 +219,9 @@ class ModelCache:
             if name not in self._loaded:
                 while len(self._loaded) >= MODELS_IN_MEMORY:
                     self._loaded.popitem(last=False)
-                self.stages[name].open()
-                self._loaded[name] = self.stages[name].load()
+                self._loaded[name] = chat.load_model(self.stages[name])
             self._loaded.move_to_end(name)
             return self._loaded[name]
-
-
-def answer_question(
-    models: ModelCache, session: Session, name: str, options: ChatOptions
-) -> Generator[None]:
-    """Let a model write the answer that the session waits for; yield whenever it has grown.
-
-    Closing the generator stops the model, and the conversation keeps what was answered. A question
-    that cannot be answered is taken out of it, and its DataError or ArtifactError raised.
-    """
-    waiting, conversation = session.waiting, session.conversations[name]
-    *asked, answer = conversation.messages
-    try:
-        messages = [*asked, answer] if answer["content"] else asked
-        with closing(chat.stream_reply(models.get(name), messages, options)) as replies:
-            for reply in replies:
-                answer["content"], conversation.ended = reply.text, reply.stopped
-                yield
-    except UserError:
-        if not answer["content"]:
-            del conversation.messages[-2:]
-            conversation.ended = True
-        raise
-    finally:
-        waiting.discard(name)
-
-
-def show_conversation(conversation: Conversation, is_waiting: bool) -> list[dict[str, Any]]:
-    """Return the messages for display. An answer that was cut has a button to continue it.
-
-    Gradio would read a text as HTML, and drop the indent of a bare string.
-    """
-    shown: list[dict[str, Any]] = [
-        {
-            "role": message["role"],
-            "content": {
-                "type": "text",
-                "text": html.escape(message["content"] or chat.NO_ANSWER, quote=False),
-            },
-        }
-        for message in conversation.messages
-    ]
-    if is_waiting and not conversation.messages[-1]["content"]:
-        return shown[:-1]
-    if not is_waiting and not conversation.ended:
-        shown[-1]["options"] = [{"value": "continue", "label": f"{chat.CUT} cut here: continue"}]
-    return shown
 
 
 def build_page(
@@ -255,48 +237,39 @@ def build_page(
         """Return what `shown` shows: the panes of two models, and Send or Stop."""
         panes = [
             gradio.update(
-                value=show_conversation(session.conversations[name], name in session.waiting),
-                label=titles.get(name),
-                visible=name != NO_MODEL,
+                value=session.show(name), label=titles.get(name), visible=name != NO_MODEL
             )
             for name in names
         ]
         is_busy = bool(session.waiting)
         return [*panes, gradio.update(visible=not is_busy), gradio.update(visible=is_busy)]
 
+    def pick(example: gradio.SelectData) -> str:
+        return str(example.value["text"])
+
     def ask(session: Session, text: str, *names: str) -> list[Any]:
-        with _errors_shown():
+        try:
             session.ask(text, [name for name in names if name != NO_MODEL])
+        except DataError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
         return ["", *show(session, *names)]
 
-    def ask_example(
-        session: Session, left: str, right: str, example: gradio.SelectData
-    ) -> list[Any]:
-        return ask(session, example.value["text"], left, right)[1:]
-
     def resume(side: int, session: Session, *names: str) -> list[Any]:
-        with _errors_shown():
-            session.resume(names[side])
+        session.resume([names[side]])
         return show(session, *names)
 
     def answer(
-        side: int, session: Session, left: str, right: str, *sliders: float
-    ) -> Iterator[tuple[Any, Any]]:
-        name = (left, right)[side]
-        if name not in session.waiting:
-            return
-        conversation = session.conversations[name]
-        question = conversation.messages[-2]["content"]
-        temperature, top_p, longest = sliders
+        session: Session, left: str, right: str, temperature: float, top_p: float, longest: float
+    ) -> Iterator[list[Any]]:
         sampling = Sampling(temperature, top_p)
         chosen = replace(options, sampling=sampling, max_new_tokens=int(longest))
-        try:
-            with closing(answer_question(models, session, name, chosen)) as steps:
-                for _ in steps:
-                    yield gradio.skip(), show_conversation(conversation, is_waiting=True)
-        except UserError as error:
-            gradio.Warning(str(error), title="Error")
-            yield question, show_conversation(conversation, is_waiting=False)
+        with closing(session.answer(models, chosen)) as steps:
+            for failure in steps:
+                question = ""
+                if failure:
+                    error, question = failure
+                    gradio.Warning(str(error), title="Error")
+                yield [question or gradio.skip(), *show(session, left, right)]
 
     def stop(session: Session, *names: str) -> list[Any]:
         session.stop()
@@ -343,25 +316,24 @@ def build_page(
         # Only what Gradio queues, with a limit of its own for each event, can show an error.
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         at_once = {**hidden, "queue": False}
-        asked = gradio.on(
-            [send.click, text.submit], ask, [session, text, left, right], [text, *shown], **hidden
-        )
-        picked = panes[0].example_select(ask_example, state, shown, **hidden)
-        answering = []
-        for side, pane in enumerate(panes):
-            resumed = pane.option_select(partial(resume, side), state, shown, **hidden)
-            answering += [
-                event.success(
-                    partial(answer, side), [*state, *sliders], [text, pane],
-                    concurrency_limit=1, concurrency_id="models", trigger_mode="multiple",
-                    show_progress="minimal", show_progress_on=pane, api_visibility="private",
-                )
-                for event in (asked, picked, resumed)
-            ]  # fmt: skip
-        # Shows the last pieces too, which a browser that stopped an answer did not wait for.
+        picked = panes[0].example_select(pick, None, text, **hidden)
+        asked = [
+            start(ask, [session, text, left, right], [text, *shown], **hidden)
+            for start in (partial(gradio.on, [send.click, text.submit]), picked.then)
+        ]
+        resumed = [
+            pane.option_select(partial(resume, side), state, shown, **hidden)
+            for side, pane in enumerate(panes)
+        ]
+        answering = [
+            event.success(
+                answer, [*state, *sliders], [text, *shown], trigger_mode="multiple",
+                concurrency_limit=1, concurrency_id="models", **hidden,
+            )
+            for event in (*asked, *resumed)
+        ]  # fmt: skip
         for event in answering:
-            for follow in (event.then, event.failure):
-                follow(show, state, shown, trigger_mode="multiple", **at_once)
+            event.failure(show, state, shown, trigger_mode="multiple", **at_once)
         # Gradio takes a stopped answer out of its queue, or closes the generator that writes it;
         # when a page is closed it does so by itself.
         gradio.on(
@@ -371,17 +343,6 @@ def build_page(
         new.click(start_anew, [left, right], [session, *shown], cancels=answering, **at_once)
     page.queue(max_size=MAX_WAITING)
     return page
-
-
-@contextmanager
-def _errors_shown() -> Iterator[None]:
-    """Show a DataError on the page."""
-    import gradio
-
-    try:
-        yield
-    except DataError as error:
-        raise gradio.Error(str(error), print_exception=False) from None
 
 
 def _make_pane(side: str, **options: Any) -> Any:
