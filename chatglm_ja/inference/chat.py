@@ -64,11 +64,12 @@ def stream_answer(
         messages.append({"role": "assistant", "content": exchange.answer.text})
     last = exchanges[-1]
     begun = last.answer.ids
-    count = min(options.max_new_tokens, model.window // 2 - len(begun))
+    longest = model.window // 2
+    count = min(options.max_new_tokens, longest - len(begun))
     if count <= 0:
         raise DataError(
-            f"the answer has {len(begun):,} tokens, expected fewer than {model.window // 2:,}, half "
-            "of the model's window: ask for the rest in a new question"
+            f"the answer has {len(begun):,} tokens, expected fewer than {longest:,}, half of the "
+            "model's window: ask for the rest in a new question"
         )
     prompt = build_fitting_prompt(model.tokenizer, messages[:-1], model.window - len(begun) - count)
     options = replace(options, max_new_tokens=count)

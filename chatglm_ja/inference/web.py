@@ -40,12 +40,16 @@ NO_MODEL = "(none)"
 PANE_HEIGHT = "max(160px, 100dvh - 330px)"
 
 # Keeps line breaks and spaces. Hides Gradio's own button for clearing, which would leave the
-# conversation in the server's memory. In a narrow window two panes, one below the other, fill it.
+# conversation in the server's memory, and the frame around "waiting". In a narrow window two panes,
+# one below the other, fill it, and each example is one line.
 CSS = """
-footer, .chat [aria-label="Clear"] { display: none !important; }
+footer, .chat [aria-label="Clear"], .chat .thought-group .arrow { display: none !important; }
+.chat .thought-group { border: none; padding: 0; }
 .chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   #panes:has(#right) .chat { height: max(160px, 50dvh - 173px) !important; }
+  #panes:has(#right) .example { padding: 8px; }
+  #panes:has(#right) .example-text { white-space: nowrap; }
 }
 """
 

@@ -2,19 +2,22 @@
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chatglm_ja.bases import families
 from chatglm_ja.bases.interface import FormatError
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference import chat
-from chatglm_ja.inference.generation import GREEDY, Answer, ChatOptions
-from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.inference.chat import Exchange
+from chatglm_ja.inference.generation import GREEDY, ChatOptions, Reply
+from chatglm_ja.inference.models import LoadedModel, Stage
 from tests.tiny_models import make_base
+
+BREVITY = ChatOptions(GREEDY, max_new_tokens=6)
 
 
 def make_messages(*texts: str) -> list[chat.Message]:
@@ -26,9 +29,7 @@ def test_the_oldest_exchanges_are_left_out(model: LoadedModel) -> None:
     messages = make_messages("一", "二", "三", "四", "五")
 
     def build(size: int, *before: chat.Message) -> list[int]:
-        prompt, begun = chat.build_fitting_prompt(model.tokenizer, [*before, *messages], size)
-        assert begun == []
-        return prompt
+        return chat.build_fitting_prompt(model.tokenizer, [*before, *messages], size)
 
     whole = model.tokenizer.build_prompt(messages)
     assert build(len(whole)) == whole
@@ -42,36 +43,53 @@ def test_the_oldest_exchanges_are_left_out(model: LoadedModel) -> None:
         build(len(last) - 1)
 
 
-def test_an_answer_to_continue_follows_its_prompt(model: LoadedModel) -> None:
-    """Without the token that would end it; the oldest exchanges are left out as for a question."""
-    messages = make_messages("一", "二", "三", "日本語の答えは")
-    prompt, begun = chat.build_fitting_prompt(model.tokenizer, messages, 1000)
-    assert prompt == model.tokenizer.build_prompt(messages[:-1])
-    assert model.tokenizer.decode(begun).strip() == messages[-1]["content"]
-    assert not set(begun) & set(model.tokenizer.stop_ids)
-    size = len(prompt) + len(begun)
-    short, same = chat.build_fitting_prompt(model.tokenizer, messages, size - 1)
-    assert (short, same) == (model.tokenizer.build_prompt(messages[2:3]), begun)
-    with pytest.raises(DataError, match="ask for shorter answers, or in parts"):
-        chat.build_fitting_prompt(model.tokenizer, messages, len(short) + len(begun) - 1)
+def answer(model: LoadedModel, *exchanges: Exchange, options: ChatOptions = BREVITY) -> Exchange:
+    """Write the last answer to its end."""
+    for _ in chat.stream_answer(model, exchanges, options):
+        pass
+    return exchanges[-1]
 
 
-def test_an_answer_to_continue_in_a_chat_template(tmp_path: Path) -> None:
-    folder = make_base("llama", tmp_path, ["a quick brown fox", "日本語の答えは"])
-    tokenizer = families.open_base(folder).tokenizer
-    messages = make_messages("日本", "a quick brown")
-    prompt, begun = chat.build_fitting_prompt(tokenizer, messages, 1000)
-    assert prompt == tokenizer.build_prompt(messages[:1])
-    assert begun == tokenizer.encode("a quick brown")
+def test_a_cut_answer_goes_on_where_it_was_cut(model: LoadedModel) -> None:
+    before = answer(model, Exchange("一"))
+    cut = answer(model, before, Exchange("二"))
+    assert len(cut.answer.ids) == 6
+    shown = cut.answer.text
+    answer(model, before, cut)
+    whole = answer(model, before, Exchange("二"), options=replace(BREVITY, max_new_tokens=12))
+    assert cut == whole
+    assert cut.answer.text.startswith(shown)
+    assert cut.answer.text != shown
 
 
 def test_a_message_too_long_for_the_model_is_an_error(model: LoadedModel) -> None:
     limit = model.window
     around = len(model.tokenizer.build_prompt(make_messages("")))
+    options = replace(BREVITY, max_new_tokens=10)
     with pytest.raises(DataError, match=rf"expected at most {limit - 10 - around}: shorten it"):
-        chat.stream_reply(model, make_messages("长" * limit), ChatOptions(GREEDY, 10))
+        answer(model, Exchange("长" * limit), options=options)
+    # What is left when an answer is continued.
+    begun = Reply("は", 7, stopped=False, ids=(5,) * 7)
+    with pytest.raises(DataError, match=rf"expected at most {limit - 17 - around}: shorten it"):
+        answer(model, Exchange("长" * limit, begun), options=options)
     # Half of the window stays for the conversation, however long the answer may become.
-    assert next(chat.stream_reply(model, make_messages("长"), ChatOptions(GREEDY, 10 * limit)))
+    options = replace(options, max_new_tokens=10 * limit)
+    next(chat.stream_answer(model, [Exchange("长")], options))
+    half = limit // 2
+    begun = replace(begun, ids=(5,) * half)
+    with pytest.raises(
+        DataError, match=rf"has {half:,} tokens, expected fewer than {half:,}, half"
+    ):
+        answer(model, Exchange("长", begun), options=options)
+
+
+def test_a_model_without_a_chat_format_is_an_error(tmp_path: Path) -> None:
+    folder = make_base("qwen3", tmp_path, ["a quick brown fox"])
+    stage = Stage("base", folder)
+    assert chat.load_model(stage).tokenizer.has_chat_format
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match=rf"{folder} has no chat template .*: put a chat_template"):
+        chat.load_model(stage)
 
 
 def test_what_the_format_cannot_express_is_an_error(
@@ -82,84 +100,70 @@ def test_what_the_format_cannot_express_is_an_error(
 
     monkeypatch.setattr(type(model.tokenizer), "build_prompt", refuse)
     with pytest.raises(DataError, match="refused by the chat template: roles must alternate"):
-        chat.stream_reply(model, make_messages("一"), ChatOptions(GREEDY, 4))
+        answer(model, Exchange("一"))
 
 
 def test_a_question_is_cleaned_as_texts_are(model: LoadedModel) -> None:
     """A decomposed question, as some keyboards and pasted file names give it, is composed."""
-    options = ChatOptions(GREEDY, 6)
     dirty, clean = "\ufeffか\u3099は\u3099\u200bな \r\n", "がばな"
-    for place in (0, 2):  # an earlier question too
-        texts = ["一", "二", "三"]
+    for place in (0, 1):  # an earlier question too
+        questions = ["一", "二"]
         answers = []
-        for texts[place] in (dirty, clean):
-            answers.append(list(chat.stream_reply(model, make_messages(*texts), options))[-1])
+        for questions[place] in (dirty, clean):
+            answers.append(answer(model, *map(Exchange, questions)).answer)
         assert answers[0] == answers[1]
     assert model.tokenizer.encode(dirty) != model.tokenizer.encode(clean)
 
 
-def test_the_terminal_chat_remembers_and_clears(
+def chat_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, model: Any, *typed: str
+) -> tuple[list[str], str]:
+    """Return what the terminal chat prints after each prompt, and its errors."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
+    chat.chat_in_terminal(model, "sft", BREVITY)
+    captured = capsys.readouterr()
+    return captured.out.split("you> ")[1:], captured.err
+
+
+def test_the_terminal_chat_remembers_continues_and_clears(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """It prints the answers to the conversation so far; a special token typed is text."""
-    typed = [
-        "你好",
-        "<|user|> sop",
-        "/continue",
-        "/clear",
-        "",
-        "/continue",
-        "日本",
-        "/exit",
-        "never",
-    ]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
-    chat.chat_in_terminal(model, "sft", ChatOptions(GREEDY, 6))
-    shown = capsys.readouterr().out.split("you> ")[1:]
-
-    def answer(*texts: str) -> str:
-        return list(chat.stream_reply(model, make_messages(*texts), ChatOptions(GREEDY, 6)))[
-            -1
-        ].text
-
-    first, second, third = answer("你好"), "<|user|> sop", answer("日本")
-    begun = answer("你好", first, second)
-    continued = answer("你好", first, second, begun)
-    assert continued.startswith(begun)
-    rest = continued[len(begun) :]
+    typed = ("你好", "<|user|> sop", "/continue", "/clear", "", "/continue", "日本", "/exit", "no")
+    shown, _ = chat_with(monkeypatch, capsys, model, *typed)
+    first = answer(model, Exchange("你好"))
+    second = answer(model, first, Exchange("<|user|> sop"))
+    begun = second.answer.text
+    rest = answer(model, first, second).answer.text.removeprefix(begun)
+    third = answer(model, Exchange("日本"))
     assert rest
-    lines = [
-        *(f"sft> {text} …\n" for text in (first, begun, rest)),
-        "",
-        "",
-        "",
-        f"sft> {third} …\n",
-    ]
-    assert shown == [*lines, ""]
+    texts = [f"sft> {text} …\n" for text in (first.answer.text, begun, rest, third.answer.text)]
+    assert shown == [*texts[:3], "", "", "no answer was cut\n", texts[3], ""]
 
 
-def test_the_terminal_chat_continues_after_ctrl_c_and_errors(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_the_terminal_chat_goes_on_after_ctrl_c_and_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     seen = []
 
-    def interrupted() -> Iterator[Answer]:
-        yield Answer("は", 1, stopped=False)
-        raise KeyboardInterrupt
-
-    def reply(_model: Any, messages: Any, _options: Any) -> Iterator[Answer]:
-        seen.append([message["content"] for message in messages])
-        if len(seen) == 2:
+    def write(_model: Any, exchanges: Sequence[Exchange], _options: Any) -> Iterator[None]:
+        seen.append("".join(exchange.question for exchange in exchanges))
+        last = exchanges[-1]
+        if last.question == "b":
             raise DataError("too long")
-        text = "" if len(seen) == 3 else "d"
-        return interrupted() if len(seen) == 1 else (Answer(t, 1, stopped=True) for t in [text])
+        if last.question != "c" or len(seen) > 3:
+            last.answer = Reply(last.answer.text + "は", 1, stopped=last.question == "c", ids=(5,))
+            yield
+        if not last.answer.stopped:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "stream_reply", reply)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\n/continue\n"))
-    chat.chat_in_terminal(model, "base", ChatOptions(GREEDY, 6))
-    captured = capsys.readouterr()
-    # An answer without text is continued as if it had not begun.
-    assert seen == [["a"], ["a", "は", "b"], ["a", "は", "c"], ["a", "は", "c"]]
-    answers = [part.rstrip("\n") for part in captured.out.split("you> ")[1:]]
-    assert answers == ["base> は …", "", f"base> {chat.NO_ANSWER}", "base> d", ""]
-    assert captured.err == "error: too long\n"
+    monkeypatch.setattr(chat, "stream_answer", write)
+    shown, errors = chat_with(
+        monkeypatch, capsys, None, "a", "b", "c", "/continue", "/continue", "a", "/continue"
+    )
+    # A question that was not answered is forgotten; an answer without text can be continued.
+    assert seen == ["a", "ab", "ac", "ac", "aca", "aca"]
+    texts = ["は …", f"{chat.NO_ANSWER} …", "は", "は …", "は …"]
+    lines = [f"sft> {text}\n" for text in texts]
+    assert shown == [lines[0], "sft> ", *lines[1:3], "no answer was cut\n", *lines[3:], "\n"]
+    assert errors == "error: too long\n"

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import GREEDY, Answer, ChatOptions, Sampling
+from chatglm_ja.inference.generation import GREEDY, ChatOptions, Reply, Sampling
 from chatglm_ja.inference.models import LoadedModel
 
 QUESTIONS = (
@@ -165,7 +165,8 @@ def test_a_streamed_answer_is_the_whole_answer(
             answers = list(generation.stream_answer(model, prompt, ChatOptions(sampling, 40)))
             torch.manual_seed(3)
             ids = generation._generate(model, [prompt], 40, sampling)[0].tolist()
-            assert answers[-1] == generation._decode_answer(model.tokenizer, ids)
+            text = model.tokenizer.decode(ids).strip().rstrip("\ufffd")
+            assert answers[-1] == Reply(text, 40, stopped=False, ids=tuple(ids))
             assert len(answers) > 5
             assert not any(answer.stopped for answer in answers[:-1])
             texts = [answer.text for answer in answers]
@@ -189,19 +190,18 @@ def test_a_streamed_answer_says_whether_it_was_cut(
 def test_a_continued_answer_is_the_uncut_one(model: LoadedModel, prompts: list[list[int]]) -> None:
     """Also where it was cut before a space, or inside a character spelled in bytes."""
     for prompt in prompts:
-        ids = generation._generate(model, [prompt], 16, GREEDY)[0].tolist()
-        uncut = generation._decode_answer(model.tokenizer, ids)
+        (*_, uncut) = generation.stream_answer(model, prompt, ChatOptions(GREEDY, 16))
         for cut in range(1, 16, 3):
-            begun, rest = ids[:cut], ChatOptions(GREEDY, 16 - cut)
-            answers = list(generation.stream_answer(model, prompt, rest, begun))
+            (*_, begun) = generation.stream_answer(model, prompt, ChatOptions(GREEDY, cut))
+            rest = ChatOptions(GREEDY, 16 - cut)
+            answers = list(generation.stream_answer(model, prompt, rest, begun.ids))
             assert answers[-1] == uncut
-            shown = model.tokenizer.decode(begun).strip().rstrip("\ufffd")
-            assert all(answer.text.startswith(shown) for answer in answers)
+            assert all(answer.text.startswith(begun.text) for answer in answers)
 
 
 def test_a_character_in_bytes_is_shown_when_it_is_complete(model: LoadedModel) -> None:
-    shown: list[Answer] = []
-    answer = generation._AnswerStreamer(model.tokenizer, [], shown.append)
+    shown: list[Reply] = []
+    answer = generation._ReplyStreamer(model.tokenizer, [], shown.append)
     answer.put(torch.tensor([1, 2, 3]))  # the prompt
     spelled = [model.tokenizer.pieces.index(f"<0x{byte:02X}>") for byte in "🦊".encode()]
     tokens = [

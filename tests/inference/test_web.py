@@ -1,16 +1,23 @@
-"""The chat page: what it does without a browser, and in headless Chromium."""
+"""The chat page: what it does without a browser, and in headless Chromium.
 
+In the browser a stub writes the answers, as fast as a test tells it to, and a test waits for what
+the page shows: nothing depends on how fast the machine is.
+"""
+
+import re
 import shutil
 import socket
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chatglm_ja.errors import ArtifactError, ConfigError, DataError
 from chatglm_ja.inference import chat, web
-from chatglm_ja.inference.generation import GREEDY, Answer, ChatOptions
+from chatglm_ja.inference.chat import Exchange
+from chatglm_ja.inference.generation import GREEDY, ChatOptions, Reply
 from chatglm_ja.inference.models import LoadedModel
 
 pytest.importorskip("gradio", reason="needs requirements-extras.txt")
@@ -20,10 +27,11 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
          "--disable-component-update", "--no-first-run")  # fmt: skip
 
+PATIENCE = 120_000  # milliseconds until the page must show what a test expects, on a busy machine
 PHONE: Any = {"width": 390, "height": 844}
-EXAMPLES = ("日本の首都はどこですか。", "What is 1 < 2 & 3?")
-
-LOADS: list[str] = []
+STAGES = ("base", "pretrained", "damaged", "sft")
+EXAMPLES = ("日本の首都はどこですか。", "What is 1 < 2 & 3?", "お元気ですか。" * 9, "你好")
+BREVITY = ChatOptions(GREEDY, max_new_tokens=8)
 
 
 class FakeStage:
@@ -31,422 +39,427 @@ class FakeStage:
 
     def __init__(self, name: str, model: LoadedModel) -> None:
         self.name, self.title, self.model = name, f"the model {name}", model
+        self.folder = Path(name)
+        self.loads = 0
 
     def open(self) -> None:
-        pass
+        if self.name == "damaged":
+            raise ArtifactError("the folder is damaged")
 
     def load(self) -> LoadedModel:
-        LOADS.append(self.name)
+        self.loads += 1
         return self.model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models(model: LoadedModel) -> web.ModelCache:
-    LOADS.clear()
-    stages: Any = [FakeStage(name, model) for name in ("base", "pretrained", "sft")]
+    stages: Any = [FakeStage(name, model) for name in STAGES]
     return web.ModelCache(stages)
 
 
 @pytest.fixture
-def options() -> ChatOptions:
-    return ChatOptions(GREEDY, max_new_tokens=1500, seconds=300.0)
+def session() -> web.Session:
+    return web.Session()
 
 
-@pytest.fixture
+def reply(model: LoadedModel, *exchanges: Exchange) -> str:
+    for _ in chat.stream_answer(model, exchanges, BREVITY):
+        pass
+    return exchanges[-1].answer.text
+
+
+def test_every_model_answers_in_its_own_conversation(
+    session: web.Session, models: web.ModelCache, model: LoadedModel
+) -> None:
+    session.ask(" 日本 ", ["sft"])
+    assert set(session.answer(models, BREVITY)) == {None}
+    session.ask("东京", ["sft", "base", "sft"])
+    assert session.waiting == ["sft", "base"]
+    list(session.answer(models, BREVITY))
+    assert session.waiting == []
+    for name, questions in (("base", ["东京"]), ("sft", ["日本", "东京"])):
+        expected: list[Exchange] = []
+        for question in questions:
+            expected.append(Exchange(question))
+            assert reply(model, *expected)
+        assert session.conversations[name] == expected
+
+
+def test_a_cut_answer_is_continued(
+    session: web.Session, models: web.ModelCache, model: LoadedModel
+) -> None:
+    session.ask("日本", ["sft"])
+    list(session.answer(models, BREVITY))
+    cut = session.show("sft")[-1]
+    assert cut["options"][0]["label"] == "… cut here: continue"
+    session.resume(["sft"])
+    assert "options" not in session.show("sft")[-1]
+    list(session.answer(models, BREVITY))
+    whole = Exchange("日本")
+    list(chat.stream_answer(model, [whole], ChatOptions(GREEDY, 16)))
+    assert session.conversations["sft"] == [whole]
+
+
+def test_an_answer_that_ended_by_itself_is_not_cut(session: web.Session) -> None:
+    session.conversations["sft"] = [Exchange("日本", Reply("", 1, stopped=True))]
+    assert session.show("sft")[-1]["content"]["text"] == chat.NO_ANSWER
+    assert "options" not in session.show("sft")[-1]
+
+
+def test_the_last_two_models_stay_in_memory(model: LoadedModel) -> None:
+    stages: Any = [FakeStage(name, model) for name in STAGES]
+    models = web.ModelCache(stages)
+    for name in ("base", "sft", "base", "pretrained", "base", "sft"):
+        models.get(name)
+    assert [stage.loads for stage in stages] == [1, 1, 0, 2]
+
+
+def test_questions_that_cannot_be_asked(session: web.Session) -> None:
+    with pytest.raises(DataError, match="the question is empty"):
+        session.ask("  ", ["sft"])
+    with pytest.raises(DataError, match="4,001 characters, 4,000 are allowed"):
+        session.ask("x" * 4001, ["sft"])
+    session.ask("日本", ["sft"])
+    for again in (lambda: session.ask("东京", ["sft"]), lambda: session.resume(["sft"])):
+        with pytest.raises(DataError, match="still being answered: wait, or press Stop"):
+            again()
+    assert session.conversations["sft"] == [Exchange("日本")]
+
+
+@pytest.mark.parametrize("pieces", [0, 3])
+def test_a_closed_answer_stays_in_the_conversation(
+    session: web.Session, models: web.ModelCache, pieces: int
+) -> None:
+    session.ask("日本", ["sft", "base"])
+    steps = session.answer(models, ChatOptions(GREEDY, 1500))
+    for _ in range(pieces):
+        next(steps)
+    session.stop()
+    session.ask("东京", ["base"])
+    threads = threading.active_count()
+    steps.close()
+    assert threading.active_count() == threads - bool(pieces)  # the model writes no further
+    assert session.waiting == ["base"]  # the stopped answer does not disturb the next question
+    shown = session.show("sft")[-1]
+    assert (shown["content"]["text"] == chat.NO_ANSWER) == (pieces == 0)
+    assert shown["options"]  # it can be continued
+
+
+def test_a_question_that_cannot_be_answered_is_taken_out(
+    session: web.Session, models: web.ModelCache
+) -> None:
+    """The other model answers it; an answer that cannot be continued stays."""
+    session.ask("日本", ["damaged", "sft"])
+    (error, question), *rest = session.answer(models, BREVITY)  # type: ignore[misc]
+    assert (str(error), question) == ("the folder is damaged", "日本")
+    assert set(rest) == {None}
+    assert session.conversations["damaged"] == []
+    session.ask("長" * 3000, ["sft"])  # more than the window of the model
+    ((error, question),) = session.answer(models, BREVITY)  # type: ignore[misc]
+    assert "tokens, expected at most" in str(error)
+    assert question == "長" * 3000
+    (exchange,) = session.conversations["sft"]
+    assert exchange.question == "日本"
+    exchange.answer = Reply("は", 3000, stopped=False, ids=(5,) * 3000)
+    session.resume(["sft"])
+    ((error, question),) = session.answer(models, BREVITY)  # type: ignore[misc]
+    assert "ask for the rest in a new question" in str(error)
+    assert question == ""
+    assert exchange.answer.text == "は"
+
+
+@pytest.fixture(scope="module")
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((web.HOST, 0))
         return int(probe.getsockname()[1])
 
 
-def answer(models: web.ModelCache, session: web.Session, name: str, tokens: int = 8) -> None:
-    """Let a model write the whole answer that it owes."""
-    steps = web.answer_question(models, session, name, ChatOptions(GREEDY, tokens, 60.0))
-    assert sum(1 for _ in steps) > 3
-
-
-def reply(model: LoadedModel, messages: list[dict[str, Any]], tokens: int = 8) -> str:
-    return list(chat.stream_reply(model, messages, ChatOptions(GREEDY, tokens)))[-1].text
-
-
-def test_every_model_answers_in_its_own_conversation(
-    models: web.ModelCache, model: LoadedModel
-) -> None:
-    session = web.Session()
-    session.ask(" 日本 ", ["sft"])
-    answer(models, session, "sft")
-    session.ask("东京", ["sft", "base"])
-    assert session.waiting == {"sft", "base"}
-    for name in ("sft", "base"):
-        answer(models, session, name)
-    assert session.waiting == set()
-
-    expected: list[dict[str, Any]] = []
-    for name, questions in (("base", ["东京"]), ("sft", ["日本", "东京"])):
-        expected = []
-        for question in questions:
-            expected.append({"role": "user", "content": question})
-            expected.append({"role": "assistant", "content": reply(model, expected)})
-        assert session.conversations[name].messages == expected
-
-
-def test_a_cut_answer_is_continued(models: web.ModelCache, model: LoadedModel) -> None:
-    session = web.Session()
-    session.ask("日本", ["sft"])
-    answer(models, session, "sft", 8)
-    conversation = session.conversations["sft"]
-    assert not conversation.ended
-    begun = [dict(message) for message in conversation.messages]
-    shown = web.show_conversation(conversation, is_waiting=False)
-    assert "continue" in shown[-1]["options"][0]["label"]
-    session.resume("sft")
-    assert "options" not in web.show_conversation(conversation, is_waiting=True)[-1]
-    answer(models, session, "sft", 30)
-    assert conversation.messages[1]["content"] == reply(model, begun, 30)
-    assert len(conversation.messages[1]["content"]) > len(begun[1]["content"])
-
-
-def test_an_answer_that_ended_by_itself_is_not_cut(
-    models: web.ModelCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        chat, "stream_reply", lambda *_: (Answer("は", 2, stopped=done) for done in (False, True))
-    )
-    session = web.Session()
-    session.ask("日本", ["sft"])
-    list(web.answer_question(models, session, "sft", ChatOptions(GREEDY, 8)))
-    assert (
-        "options" not in web.show_conversation(session.conversations["sft"], is_waiting=False)[-1]
-    )
-
-
-def test_the_last_two_models_stay_in_memory(models: web.ModelCache) -> None:
-    for name in ("base", "sft", "base", "pretrained", "base", "sft"):
-        models.get(name)
-    assert LOADS == ["base", "sft", "pretrained", "sft"]
-
-
-def test_questions_that_cannot_be_asked() -> None:
-    session = web.Session()
-    with pytest.raises(DataError, match="the question is empty"):
-        session.ask("  ", ["sft"])
-    with pytest.raises(DataError, match="4,001 characters, 4,000 are allowed"):
-        session.ask("x" * 4001, ["sft"])
-    session.ask("日本", ["sft"])
-    for again in (lambda: session.ask("东京", ["sft"]), lambda: session.resume("sft")):
-        with pytest.raises(DataError, match="still being answered: wait, or press Stop"):
-            again()
-    assert len(session.conversations["sft"].messages) == 2
-
-
-@pytest.mark.parametrize("pieces", [0, 3])
-def test_a_closed_answer_stays_in_the_conversation(models: web.ModelCache, pieces: int) -> None:
-    session = web.Session()
-    session.ask("日本", ["sft"])
-    steps = web.answer_question(models, session, "sft", ChatOptions(GREEDY, 1500, 60.0))
-    for _ in range(pieces):
-        next(steps)
-    session.stop()
-    session.ask("东京", ["base"])
-    start = time.monotonic()
-    steps.close()
-    assert time.monotonic() - start < 5
-    assert session.waiting == {"base"}  # the stopped answer does not disturb the next question
-    conversation = session.conversations["sft"]
-    shown = web.show_conversation(conversation, is_waiting=False)[-1]
-    assert (shown["content"]["text"] == chat.NO_ANSWER) == (pieces == 0)
-    assert len(conversation.messages[-1]["content"]) < 100
-    assert shown["options"]  # it can be continued
-
-
-def test_a_question_that_cannot_be_answered_is_taken_out(models: web.ModelCache) -> None:
-    """An answer that cannot be continued stays."""
-    session = web.Session()
-    session.ask("日本", ["sft"])
-    answer(models, session, "sft")
-    session.ask("長" * 3000, ["sft"])  # more than the window of the model
-    with pytest.raises(DataError, match="tokens, expected at most"):
-        answer(models, session, "sft")
-    conversation = session.conversations["sft"]
-    assert [message["content"] for message in conversation.messages[::2]] == ["日本"]
-    conversation.messages[-1]["content"] = "長" * 3000
-    session.resume("sft")
-    with pytest.raises(DataError, match="ask for shorter answers"):
-        answer(models, session, "sft")
-    assert len(conversation.messages[-1]["content"]) == 3000
-
-
-def test_a_port_in_use_is_one_line(free_port: int) -> None:
-    web.check_port(free_port)
+def test_a_port_in_use_is_one_line() -> None:
     with socket.socket() as other:
-        other.bind((web.HOST, free_port))
+        other.bind((web.HOST, 0))
+        port = other.getsockname()[1]
         other.listen()
-        with pytest.raises(ConfigError, match=f"--port {free_port} of this machine cannot be used"):
-            web.check_port(free_port)
+        with pytest.raises(ConfigError, match=f"--port {port} of this machine cannot be used"):
+            web.check_port(port)
+    web.check_port(port)
 
 
-@pytest.fixture
-def page(models: web.ModelCache, options: ChatOptions, free_port: int) -> Iterator[Any]:
-    """The chat page in a browser; it must not send a request to another machine."""
+def test_gradio_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"needs Gradio: run `pip install -r requirements-extras"):
+        web.check_port(0)
+
+
+@pytest.fixture(scope="module")
+def served(models: web.ModelCache, free_port: int) -> Iterator[str]:
+    """The address of the chat page."""
+    built = web.build_page(models, "sft", ChatOptions(GREEDY, 1500), EXAMPLES)
+    web.launch_page(built, free_port)
+    yield f"http://{web.HOST}:{free_port}"
+    built.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser(served: str) -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extras.txt")
-    served = web.build_page(models, "sft", options, EXAMPLES)
-    web.launch_page(served, free_port)
-    try:
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-            context = browser.new_context(
-                viewport=PHONE, permissions=["clipboard-read", "clipboard-write"]
-            )
-            opened = context.new_page()
-            requested: list[str] = []
-            opened.on("request", lambda request: requested.append(request.url))
-            opened.goto(f"http://{web.HOST}:{free_port}")
-            opened.wait_for_selector("#question textarea")
-            yield opened
-            assert all(web.HOST in url for url in requested if not url.startswith("blob:"))
-            browser.close()
-    finally:
-        served.close(verbose=False)
+    playwright.expect.set_options(timeout=PATIENCE)
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield opened
+        opened.close()
 
 
-def bubbles(page: Any, side: str) -> list[str]:
-    texts = page.locator(f"#{side} .md").all_inner_texts()
-    return [text.strip().replace("\xa0", " ") for text in texts]
+class Tab:
+    """The chat page in a tab of the browser, as large as a phone; it must ask no other machine."""
 
+    def __init__(self, browser: Any, address: str) -> None:
+        from playwright.sync_api import expect
 
-def wait_until(page: Any, condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        page.wait_for_timeout(50)
+        self.expect = expect
+        context = browser.new_context(
+            viewport=PHONE, permissions=["clipboard-read", "clipboard-write"]
+        )
+        self.page = context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.requested: list[str] = []
+        self.page.on("request", lambda request: self.requested.append(request.url))
+        self.page.goto(address)
+        self.question = self.page.locator("#question textarea")
+        self.send, self.stop = self.page.locator("#send"), self.page.locator("#stop")
+        self.question.wait_for()
 
+    def ask(self, question: str) -> None:
+        self.question.fill(question)
+        self.send.click()
 
-def wait_for_rest(page: Any) -> list[str]:
-    """Wait until no answer has grown for a second; return the left conversation."""
-    shown = None
-    while shown != (shown := bubbles(page, "left")):
-        page.wait_for_timeout(1000)
-    return shown
+    def compare_with(self, name: str) -> None:
+        self.page.get_by_label("Compare with").click()
+        self.page.get_by_role("option", name=name).click()
+        self.page.wait_for_selector("#right")
+
+    def shows(self, side: str, *texts: str) -> None:
+        """Wait until a pane shows these questions and answers."""
+        messages = self.page.locator(f"#{side} .md").filter(has_text=re.compile(r"\S"))
+        self.expect(messages).to_have_text(list(texts), use_inner_text=True)
+
+    def close(self) -> None:
+        self.page.context.close()
+        other = [url for url in self.requested if web.HOST not in url]
+        assert not [url for url in other if not url.startswith(("blob:", "data:"))]
 
 
 @pytest.fixture
-def slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real answers, which grow at most twenty times a second."""
-    stream_reply = chat.stream_reply
-
-    def reply(*arguments: Any) -> Iterator[Answer]:
-        for answer in stream_reply(*arguments):
-            time.sleep(0.05)
-            yield answer
-
-    monkeypatch.setattr(chat, "stream_reply", reply)
+def tab(browser: Any, served: str) -> Iterator[Tab]:
+    opened = Tab(browser, served)
+    yield opened
+    opened.close()
 
 
-def compare_with(page: Any, name: str) -> None:
-    page.get_by_label("Compare with").click()
-    page.get_by_role("option", name=name).click()
+class Pen:
+    """Stands in for a model: it has written `text`, and goes on until it `finishes`.
+
+    asked    the questions that it was to answer
+    closed   set when it was stopped
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.finishes = threading.Event()
+        self.asked: list[str] = []
+        self.closed = threading.Event()
+
+    def stream_answer(
+        self, _model: Any, exchanges: Sequence[Exchange], _options: Any
+    ) -> Generator[None]:
+        last = exchanges[-1]
+        begun = last.answer.text
+        self.asked.append(last.question)
+        try:
+            while not (finishes := self.finishes.wait(0.02)) or self.text:
+                if text := begun + self.text:
+                    last.answer = Reply(text, 1, stopped=finishes, ids=(5,))
+                yield
+                if finishes:
+                    return
+        finally:
+            self.closed.set()
 
 
-@pytest.mark.usefixtures("slower")
-def test_an_answer_streams_and_stops(page: Any, models: web.ModelCache) -> None:
+@pytest.fixture
+def pen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pen]:
+    pen = Pen()
+    monkeypatch.setattr(chat, "stream_answer", pen.stream_answer)
+    yield pen
+    pen.finishes.set()
+
+
+def test_a_model_answers_on_the_page(tab: Tab, model: LoadedModel) -> None:
+    """Question and answer are plain text, with their spaces and line breaks."""
+    tab.page.get_by_text("Sampling").click()
+    tab.page.get_by_label("number input for Longest answer, in tokens").fill("8")
     question = "<script>document.title = 'run'</script> <b>日本</b> &amp;\n  二行目"
-    page.fill("#question textarea", question)
-    page.keyboard.press("Enter")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2 and len(bubbles(page, "left")[1]) > 3)
-    early = bubbles(page, "left")
-    assert early[0] == question  # plain text, with its spaces and line breaks
-    wait_until(page, lambda: len(bubbles(page, "left")[1]) > len(early[1]))
-    assert page.title() != "run"
-    page.click("#stop")
-    stopped = wait_for_rest(page)
-    whole = reply(models.get("sft"), [{"role": "user", "content": question}], 128)
-    assert len(stopped[1]) < len(whole)
+    tab.question.fill(question)
+    tab.page.keyboard.press("Enter")
+    tab.page.wait_for_selector("#left .option")
+    asked, answer = tab.page.locator("#left .md").all_inner_texts()
+    assert asked == question
+    assert answer == reply(model, Exchange(question))
+    assert tab.page.title() == "Chat"
+
+
+def test_an_answer_grows_and_stops(tab: Tab, pen: Pen) -> None:
+    tab.ask("一")
+    for pen.text in ("は", "はい", "はい、<そう>"):
+        tab.shows("left", "一", pen.text)
+    tab.stop.click()
+    tab.send.wait_for()
+    assert pen.closed.wait(PATIENCE / 1000)
     # A second model joins for the next question and does not know the first one.
-    compare_with(page, "base")
-    page.get_by_text("Sampling").click()
-    page.get_by_label("number input for Longest answer, in tokens").fill("5")
-    page.fill("#question textarea", "もう一つ")
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "right")) == 2 and len(bubbles(page, "left")) == 4)
-    assert bubbles(page, "left")[:2] == stopped
-    assert bubbles(page, "right")[0] == bubbles(page, "left")[2] == "もう一つ"
-    page.click("#clear")
-    wait_until(page, lambda: bubbles(page, "left") == bubbles(page, "right") == [])
+    pen.text = "二つ目"
+    tab.compare_with("base")
+    pen.finishes.set()
+    tab.ask("二")
+    tab.shows("left", "一", "はい、<そう>", "二", "二つ目")
+    tab.shows("right", "二", "二つ目")
+    tab.send.wait_for()
+    tab.page.click("#clear")
+    for side in ("left", "right"):
+        tab.shows(side)
 
 
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that take ten seconds, and are cut."""
-
-    def reply(_model: Any, messages: Any, _options: Any) -> Iterator[Answer]:
-        text = messages[-1]["content"] + " " if messages[-1]["role"] == "assistant" else ""
-        for number in range(40):
-            time.sleep(0.25)
-            text += f"{number}<&>\n"
-            yield Answer(text.strip(), number, stopped=False)
-
-    monkeypatch.setattr(chat, "stream_reply", reply)
-
-
-@pytest.mark.usefixtures("slow")
-def test_an_example_is_asked_and_its_answer_copied_and_continued(page: Any) -> None:
-    assert page.locator("#left .example").all_inner_texts() == list(EXAMPLES)
-    page.locator("#left .example").nth(1).click()
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    assert bubbles(page, "left")[0] == EXAMPLES[1]
-    wait_until(page, lambda: "1<&>" in bubbles(page, "left")[1])
-    assert page.locator("#left .option").count() == 0
-    page.click("#stop")
-    page.wait_for_selector("#left .option")
-    assert page.inner_text("#left .option") == "… cut here: continue"
-    cut = bubbles(page, "left")[1]
-    page.click("#left [aria-label=Copy]")
-    wait_until(page, lambda: page.evaluate("navigator.clipboard.readText()") == cut)
-    page.click("#left .option")
-    wait_until(page, lambda: " 0<&>" in bubbles(page, "left")[1])
-    assert bubbles(page, "left")[1].startswith(cut)
-    assert len(bubbles(page, "left")) == 2
-    page.click("#stop")
+def test_an_example_is_asked_and_its_answer_copied_and_continued(tab: Tab, pen: Pen) -> None:
+    tab.expect(tab.page.locator("#left .example")).to_have_text(list(EXAMPLES))
+    tab.page.locator("#left .example").nth(1).click()
+    pen.text = "1<&>\n  2"
+    tab.shows("left", EXAMPLES[1], pen.text)
+    assert pen.asked == [EXAMPLES[1]]
+    option = tab.page.locator("#left .option")
+    tab.expect(option).to_have_count(0)
+    tab.stop.click()
+    tab.expect(option).to_have_text(["… cut here: continue"])
+    tab.page.click("#left [aria-label=Copy]")
+    copied = "text => navigator.clipboard.readText().then(copied => copied == text)"
+    tab.page.wait_for_function(copied, arg=pen.text)
+    option.click()
+    tab.shows("left", EXAMPLES[1], pen.text * 2)
+    pen.finishes.set()
+    tab.send.wait_for()
+    tab.expect(option).to_have_count(0)  # it ended by itself
 
 
-@pytest.mark.usefixtures("slow")
-def test_the_question_is_shown_at_once_and_the_pane_that_waits_says_so(page: Any) -> None:
+def test_the_question_is_shown_at_once_and_the_pane_that_waits_says_so(tab: Tab, pen: Pen) -> None:
     """Both panes are named after their models, and Stop is there only while one answers."""
-    compare_with(page, "base")
-    page.wait_for_selector("#right")
-    for side, name in (("left", "sft"), ("right", "base")):
-        assert page.inner_text(f"#{side} label").strip() == f"the model {name}"
-    assert page.locator("#stop").count() == 0
-    page.fill("#question textarea", "一")
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    assert bubbles(page, "right") == ["一"]
-    assert page.locator("#right .pending").count() == 1
-    assert page.locator("#left .pending").count() == 0
-    assert page.locator("#send").count() == 0
-    page.click("#stop")
-    page.wait_for_selector("#send")
-    assert page.locator("#stop").count() == 0
-    assert bubbles(page, "right") == ["一", chat.NO_ANSWER]
+    tab.compare_with("base")
+    labels = {side: tab.page.locator(f"#{side} label").first for side in ("left", "right")}
+    tab.expect(labels["left"]).to_have_text("the model sft")
+    tab.expect(labels["right"]).to_have_text("the model base")
+    tab.expect(tab.stop).to_have_count(0)
+    tab.ask("一")
+    for side in ("left", "right"):
+        tab.shows(side, "一", "waiting")
+    tab.expect(tab.page.locator(".loading-spinner")).to_have_count(2)
+    pen.text = "は"
+    tab.shows("left", "一", "は")
+    tab.shows("right", "一", "waiting")
+    tab.expect(tab.send).to_have_count(0)
+    tab.stop.click()
+    tab.send.wait_for()
+    tab.expect(tab.stop).to_have_count(0)
+    tab.shows("right", "一", chat.NO_ANSWER)
     # Another model on the left shows its own conversation, and its name.
-    page.get_by_label("Model", exact=True).click()
-    page.get_by_role("option", name="pretrained").click()
-    wait_until(page, lambda: bubbles(page, "left") == [])
-    assert page.inner_text("#left label").strip() == "the model pretrained"
+    tab.page.get_by_label("Model", exact=True).click()
+    tab.page.get_by_role("option", name="pretrained").click()
+    tab.expect(labels["left"]).to_have_text("the model pretrained")
+    tab.shows("left")
 
 
-def test_two_panes_and_the_buttons_fit_a_phone(page: Any) -> None:
-    compare_with(page, "base")
-    page.wait_for_selector("#right")
-    boxes = {name: page.locator(f"#{name}").bounding_box() for name in ("right", "send", "clear")}
+def test_two_panes_the_examples_and_the_buttons_fit_a_phone(tab: Tab) -> None:
+    tab.compare_with("base")
+    locators = {name: tab.page.locator(f"#{name}") for name in ("left", "right", "send", "clear")}
+    locators["example"] = tab.page.locator("#left .example").last
+    boxes: dict[str, Any] = {name: locator.bounding_box() for name, locator in locators.items()}
+    ends = {name: box["y"] + box["height"] for name, box in boxes.items()}
     assert boxes["send"]["y"] == boxes["clear"]["y"]
     assert boxes["right"]["height"] > 200
-    assert boxes["send"]["y"] + boxes["send"]["height"] < PHONE["height"]
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert ends["example"] < ends["left"]
+    assert ends["send"] < PHONE["height"]
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
-@pytest.mark.usefixtures("slow")
-def test_typing_during_an_answer_and_new_conversations(page: Any) -> None:
-    page.fill("#question textarea", "一")
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2 and "1" in bubbles(page, "left")[1])
-    page.fill("#question textarea", "")
-    page.locator("#question textarea").press_sequentially("次の質問", delay=150)
-    page.keyboard.press("Enter")
-    wait_until(page, lambda: "still being answered" in page.inner_text("body"))
-    assert page.input_value("#question textarea") == "次の質問"
-    page.click("#clear")
-    wait_until(page, lambda: bubbles(page, "left") == [])
-    page.wait_for_timeout(1500)
-    assert bubbles(page, "left") == []
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    assert bubbles(page, "left")[0] == "次の質問"  # and nothing before it
-    page.click("#stop")
+def test_typing_during_an_answer_and_new_conversations(tab: Tab, pen: Pen) -> None:
+    tab.ask("一")
+    tab.shows("left", "一", "waiting")
+    for piece in ("次の", "質問"):  # what is typed stays when the answer grows
+        pen.text += "は"
+        tab.question.press_sequentially(piece)
+        tab.shows("left", "一", pen.text)
+    tab.page.keyboard.press("Enter")
+    tab.page.get_by_text("still being answered: wait, or press Stop").wait_for()
+    tab.expect(tab.question).to_have_value("次の質問")
+    tab.page.click("#clear")
+    tab.shows("left")
+    assert pen.closed.wait(PATIENCE / 1000)
+    tab.send.click()
+    tab.shows("left", "次の質問", pen.text)  # and nothing before it
 
 
 @pytest.fixture
-def other(page: Any) -> Any:
+def other(browser: Any, served: str) -> Tab:
     """The chat page in a second tab."""
-    tab = page.context.browser.new_page()
-    tab.goto(page.url)
-    tab.wait_for_selector("#question textarea")
-    return tab
+    return Tab(browser, served)
 
 
-@pytest.mark.usefixtures("slow")
-def test_a_waiting_question_can_be_stopped(page: Any, other: Any) -> None:
+def test_a_waiting_question_can_be_stopped(tab: Tab, other: Tab, pen: Pen) -> None:
     """The second tab's question waits for the first one's answer."""
-    page.fill("#question textarea", "一")
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    other.fill("#question textarea", "二")
-    other.click("#send")
-    other.wait_for_selector("#left .pending")
-    other.wait_for_timeout(1000)
-    assert bubbles(other, "left") == ["二"]  # one answer at a time
-    other.click("#stop")
-    wait_until(other, lambda: bubbles(other, "left") == ["二", chat.NO_ANSWER])
-    page.click("#stop")
-    other.wait_for_timeout(1500)
-    assert bubbles(other, "left") == ["二", chat.NO_ANSWER]
-    other.click("#left .option")
-    wait_until(other, lambda: "1<&>" in "".join(bubbles(other, "left")))
-
-
-@pytest.mark.usefixtures("slow")
-def test_closing_the_page_ends_its_answer(page: Any, other: Any) -> None:
-    """The question of the tab that stays is answered long before the ten seconds are over."""
-    other.fill("#question textarea", "一")
-    other.click("#send")
-    wait_until(other, lambda: len(bubbles(other, "left")) == 2)
-    page.fill("#question textarea", "二")
-    page.click("#send")
+    tab.ask("一")
+    pen.text = "は"
+    tab.shows("left", "一", "は")
+    other.ask("二")
+    other.shows("left", "二", "waiting")
+    other.stop.click()
+    other.shows("left", "二", chat.NO_ANSWER)
+    tab.stop.click()
+    tab.send.wait_for()
+    other.page.click("#left .option")
+    other.shows("left", "二", "は")
+    assert pen.asked == ["一", "二"]
     other.close()
-    start = time.monotonic()
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    assert time.monotonic() - start < 5
 
 
-def test_a_damaged_model_is_shown_as_an_error(
-    page: Any, models: web.ModelCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_the_page_ends_its_answer(tab: Tab, other: Tab, pen: Pen) -> None:
+    """The question of the tab that stays is answered then."""
+    pen.text = "は"
+    other.ask("一")
+    other.shows("left", "一", "は")
+    tab.ask("二")
+    tab.shows("left", "二", "waiting")
+    other.close()
+    tab.shows("left", "二", "は")
+
+
+def test_a_damaged_model_is_shown_as_an_error(tab: Tab, pen: Pen) -> None:
     """The question comes back, and the other model's answer stays."""
-
-    def damaged() -> None:
-        raise ArtifactError("the folder is damaged")
-
-    monkeypatch.setattr(models.stages["base"], "open", damaged)
-    compare_with(page, "base")
-    page.get_by_text("Sampling").click()
-    page.get_by_label("number input for Longest answer, in tokens").fill("5")
-    page.fill("#question textarea", "一")
-    page.click("#send")
-    wait_until(page, lambda: "the folder is damaged" in page.inner_text("body"))
-    page.wait_for_selector("#send")
-    assert page.input_value("#question textarea") == "一"
-    assert bubbles(page, "right") == []
-    assert len(bubbles(page, "left")) == 2
+    pen.text = "は"
+    pen.finishes.set()
+    tab.compare_with("damaged")
+    tab.ask("一")
+    tab.page.get_by_text("the folder is damaged").wait_for()
+    tab.expect(tab.question).to_have_value("一")
+    tab.send.wait_for()
+    tab.shows("left", "一", "は")
+    tab.shows("right")
 
 
 def test_a_bug_in_an_answer_leaves_the_page_usable(
-    page: Any, monkeypatch: pytest.MonkeyPatch
+    tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(chat, "stream_reply", fail)
-    page.fill("#question textarea", "一")
-    page.click("#send")
-    wait_until(page, lambda: bubbles(page, "left") == ["一", chat.NO_ANSWER])
-    page.wait_for_selector("#send")
-
-
-def test_a_long_message_is_shown_as_an_error(page: Any) -> None:
-    page.fill("#question textarea", "長" * 3000)  # more than the window of the model
-    page.click("#send")
-    wait_until(page, lambda: "tokens, expected at most" in page.inner_text("body"))
-    wait_until(page, lambda: page.input_value("#question textarea") == "長" * 3000)
-    assert bubbles(page, "left") == []
+    monkeypatch.setattr(chat, "stream_answer", fail)
+    tab.ask("一")
+    tab.shows("left", "一", chat.NO_ANSWER)
+    tab.send.wait_for()
