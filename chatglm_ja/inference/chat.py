@@ -23,9 +23,7 @@ from chatglm_ja.messages import Message
 NO_ANSWER = "(no answer)"  # shown for an answer without text
 CUT = "…"  # shown after an answer that did not end by itself
 CONTINUE, CLEAR, EXIT = "/continue", "/clear", "/exit"
-
-
-NO_REPLY = Reply("", 0, stopped=False)
+NOT_BEGUN = Reply("", 0, stopped=False)
 
 
 @dataclass
@@ -33,7 +31,7 @@ class Exchange:
     """A question and its answer so far, which can be continued until it is `stopped`."""
 
     question: str
-    answer: Reply = NO_REPLY
+    answer: Reply = NOT_BEGUN
 
 
 def load_model(stage: Stage) -> LoadedModel:
@@ -73,9 +71,13 @@ def stream_answer(
         )
     prompt = build_fitting_prompt(model.tokenizer, messages[:-1], model.window - len(begun) - count)
     options = replace(options, max_new_tokens=count)
-    with closing(generation.stream_answer(model, prompt, options, begun)) as replies:
+    return _keep_answer(last, generation.stream_answer(model, prompt, options, begun))
+
+
+def _keep_answer(exchange: Exchange, replies: Generator[Reply]) -> Generator[None]:
+    with closing(replies):
         for reply in replies:
-            last.answer = reply
+            exchange.answer = reply
             yield
 
 

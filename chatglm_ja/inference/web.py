@@ -49,7 +49,7 @@ footer, .chat [aria-label="Clear"], .chat .thought-group .arrow { display: none 
 @media (max-width: 640px) {
   #panes:has(#right) .chat { height: max(160px, 50dvh - 173px) !important; }
   #panes:has(#right) .example { padding: 8px; }
-  #panes:has(#right) .example-text { white-space: nowrap; }
+  #panes:has(#right) .example * { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 }
 """
 
@@ -111,13 +111,17 @@ class Session:
         try:
             while waiting:
                 exchanges, failure = self.conversations[waiting[0]], None
+                last = exchanges[-1]
                 try:
                     model = models.get(waiting[0])
+                    yield None  # so that a stop while the model was loaded takes effect
                     with closing(chat.stream_answer(model, exchanges, options)) as growth:
                         yield from growth
                 except UserError as error:
-                    begun = exchanges[-1].answer.ids
-                    failure = error, "" if begun else exchanges.pop().question
+                    failure = error, ""
+                    if not last.answer.ids:
+                        exchanges.remove(last)
+                        failure = error, last.question
                 del waiting[0]
                 yield failure
         finally:
@@ -125,15 +129,16 @@ class Session:
 
     def show(self, name: str) -> list[dict[str, Any]]:
         """Return a model's conversation as Gradio's messages; a cut answer has a button."""
+        exchanges = self.conversations[name]
         shown = []
-        for exchange in self.conversations[name]:
+        for exchange in exchanges:
             shown.append(_make_message("user", exchange.question))
             shown.append(_make_message("assistant", exchange.answer.text or chat.NO_ANSWER))
-        if not shown or exchange.answer.stopped:
+        if not exchanges or exchanges[-1].answer.stopped:
             return shown
         if name not in self.waiting:
             shown[-1]["options"] = [{"value": "", "label": f"{chat.CUT} cut here: continue"}]
-        elif not exchange.answer.text:
+        elif not exchanges[-1].answer.text:
             shown[-1] = _make_message("assistant", "", title="waiting", status="pending")
         return shown
 
@@ -321,9 +326,10 @@ def build_page(
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         at_once = {**hidden, "queue": False}
         picked = panes[0].example_select(pick, None, text, **hidden)
+        asking: Any = ask, [session, text, left, right], [text, *shown]
         asked = [
-            start(ask, [session, text, left, right], [text, *shown], **hidden)
-            for start in (partial(gradio.on, [send.click, text.submit]), picked.then)
+            gradio.on([send.click, text.submit], *asking, **hidden),
+            picked.then(*asking, **hidden),
         ]
         resumed = [
             pane.option_select(partial(resume, side), state, shown, **hidden)

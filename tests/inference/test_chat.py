@@ -146,18 +146,20 @@ def test_the_terminal_chat_goes_on_after_ctrl_c_and_errors(
 ) -> None:
     seen = []
 
-    def write(_model: Any, exchanges: Sequence[Exchange], _options: Any) -> Iterator[None]:
+    def stream(_model: Any, exchanges: Sequence[Exchange], _options: Any) -> Iterator[None]:
         seen.append("".join(exchange.question for exchange in exchanges))
-        last = exchanges[-1]
-        if last.question == "b":
+        if exchanges[-1].question == "b":
             raise DataError("too long")
+        return write(exchanges[-1])
+
+    def write(last: Exchange) -> Iterator[None]:
         if last.question != "c" or len(seen) > 3:
             last.answer = Reply(last.answer.text + "は", 1, stopped=last.question == "c", ids=(5,))
             yield
         if not last.answer.stopped:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "stream_answer", write)
+    monkeypatch.setattr(chat, "stream_answer", stream)
     shown, errors = chat_with(
         monkeypatch, capsys, None, "a", "b", "c", "/continue", "/continue", "a", "/continue"
     )
@@ -165,5 +167,5 @@ def test_the_terminal_chat_goes_on_after_ctrl_c_and_errors(
     assert seen == ["a", "ab", "ac", "ac", "aca", "aca"]
     texts = ["は …", f"{chat.NO_ANSWER} …", "は", "は …", "は …"]
     lines = [f"sft> {text}\n" for text in texts]
-    assert shown == [lines[0], "sft> ", *lines[1:3], "no answer was cut\n", *lines[3:], "\n"]
+    assert shown == [lines[0], "", *lines[1:3], "no answer was cut\n", *lines[3:], "\n"]
     assert errors == "error: too long\n"

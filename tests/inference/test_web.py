@@ -126,7 +126,7 @@ def test_questions_that_cannot_be_asked(session: web.Session) -> None:
     assert session.conversations["sft"] == [Exchange("日本")]
 
 
-@pytest.mark.parametrize("pieces", [0, 3])
+@pytest.mark.parametrize("pieces", [0, 1, 4])
 def test_a_closed_answer_stays_in_the_conversation(
     session: web.Session, models: web.ModelCache, pieces: int
 ) -> None:
@@ -138,10 +138,10 @@ def test_a_closed_answer_stays_in_the_conversation(
     session.ask("东京", ["base"])
     threads = threading.active_count()
     steps.close()
-    assert threading.active_count() == threads - bool(pieces)  # the model writes no further
+    assert threading.active_count() == threads - (pieces > 1)  # the model writes no further
     assert session.waiting == ["base"]  # the stopped answer does not disturb the next question
     shown = session.show("sft")[-1]
-    assert (shown["content"]["text"] == chat.NO_ANSWER) == (pieces == 0)
+    assert (shown["content"]["text"] == chat.NO_ANSWER) == (pieces < 2)
     assert shown["options"]  # it can be continued
 
 
@@ -149,23 +149,27 @@ def test_a_question_that_cannot_be_answered_is_taken_out(
     session: web.Session, models: web.ModelCache
 ) -> None:
     """The other model answers it; an answer that cannot be continued stays."""
+
+    def find_failure() -> tuple[str, str]:
+        (failure,) = filter(None, session.answer(models, BREVITY))
+        return str(failure[0]), failure[1]
+
     session.ask("日本", ["damaged", "sft"])
-    (error, question), *rest = session.answer(models, BREVITY)  # type: ignore[misc]
-    assert (str(error), question) == ("the folder is damaged", "日本")
-    assert set(rest) == {None}
+    assert find_failure() == ("the folder is damaged", "日本")
     assert session.conversations["damaged"] == []
-    session.ask("長" * 3000, ["sft"])  # more than the window of the model
-    ((error, question),) = session.answer(models, BREVITY)  # type: ignore[misc]
-    assert "tokens, expected at most" in str(error)
-    assert question == "長" * 3000
     (exchange,) = session.conversations["sft"]
-    assert exchange.question == "日本"
+    assert exchange.answer.text
+    session.ask("長" * 3000, ["sft"])  # more than the window of the model
+    error, question = find_failure()
+    assert "tokens, expected at most" in error
+    assert question == "長" * 3000
+    assert session.conversations["sft"] == [exchange]
     exchange.answer = Reply("は", 3000, stopped=False, ids=(5,) * 3000)
     session.resume(["sft"])
-    ((error, question),) = session.answer(models, BREVITY)  # type: ignore[misc]
-    assert "ask for the rest in a new question" in str(error)
+    error, question = find_failure()
+    assert "ask for the rest in a new question" in error
     assert question == ""
-    assert exchange.answer.text == "は"
+    assert session.conversations["sft"] == [exchange]
 
 
 @pytest.fixture(scope="module")
