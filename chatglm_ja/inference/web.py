@@ -49,7 +49,9 @@ footer, .chat [aria-label="Clear"], .chat .thought-group .arrow { display: none 
 @media (max-width: 640px) {
   #panes:has(#right) .chat { height: max(160px, 50dvh - 173px) !important; }
   #panes:has(#right) .example { padding: 8px; }
-  #panes:has(#right) .example * { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+  #panes:has(#right) .example * {
+    display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  }
 }
 """
 
@@ -100,28 +102,30 @@ class Session:
 
     def answer(
         self, models: "ModelCache", options: ChatOptions
-    ) -> Generator[tuple[UserError, str] | None]:
+    ) -> Generator[tuple[str, str] | None]:
         """Let the waiting models answer, one after the other; yield whenever something has changed.
 
-        What a model cannot answer or continue is yielded as an error, with the question if that is
-        taken out of the conversation. Closing the generator stops the model; the conversation keeps
-        what was answered.
+        For what a model cannot answer or continue, an error is yielded, and the question if that
+        was taken out of the conversation. Closing the generator stops the model; the conversation
+        keeps what was answered.
         """
         waiting = self.waiting
         try:
             while waiting:
-                exchanges, failure = self.conversations[waiting[0]], None
+                name, failure = waiting[0], None
+                exchanges = self.conversations[name]
                 last = exchanges[-1]
                 try:
-                    model = models.get(waiting[0])
+                    model = models.get(name)
                     yield None  # so that a stop while the model was loaded takes effect
                     with closing(chat.stream_answer(model, exchanges, options)) as growth:
                         yield from growth
                 except UserError as error:
-                    failure = error, ""
+                    question = ""
                     if not last.answer.ids:
                         exchanges.remove(last)
-                        failure = error, last.question
+                        question = last.question
+                    failure = f"{name}: {error}", question
                 del waiting[0]
                 yield failure
         finally:
@@ -277,7 +281,7 @@ def build_page(
                 question = ""
                 if failure:
                     error, question = failure
-                    gradio.Warning(str(error), title="Error")
+                    gradio.Warning(error)
                 yield [question or gradio.skip(), *show(session, left, right)]
 
     def stop(session: Session, *names: str) -> list[Any]:
@@ -308,7 +312,7 @@ def build_page(
             label="Question",
             show_label=False,
             placeholder="Question (Shift+Enter: a new line)",
-            max_lines=8,
+            max_lines=3,
             max_length=MAX_MESSAGE,
             autofocus=True,
             elem_id="question",
