@@ -74,6 +74,7 @@ def main() -> None:
     steps = read_history(compared[-1].folder) | {output.step: output.describe()}
     results = {
         "base": dataclasses.asdict(base.describe()),
+        "model": compared[-1].describe(),
         "stages": measured,
         "segmentation": {
             language: merging.compare_segmentation(before, after, documents, Policy.ALL).row()

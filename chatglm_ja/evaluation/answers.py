@@ -1,5 +1,7 @@
 """Questions, a model's answers to them in each of generation.DECODINGS, and their measures.
 
+Questions are those of a file of prompts, and held-out conversations up to their last answer.
+
 The measures are the shares of answers in the question's language, of answers that end by
 themselves, and of repetition. Repetition is counted over words, and over single characters of
 scripts without spaces (kana, Han) and marks, so it does not depend on a tokenizer:
@@ -22,6 +24,7 @@ import itertools
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ from chatglm_ja.data.settings import UNICODE_FORM
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import DECODINGS, Answer, Prompts, Sampling
+from chatglm_ja.inference.generation import DECODINGS, Answer, Sampling
 from chatglm_ja.inference.models import LoadedModel, load_model
 from chatglm_ja.messages import IGNORE_INDEX, Message
 from chatglm_ja.sources import Source, load_yaml
@@ -44,6 +47,7 @@ from chatglm_ja.training.settings import SftConfig
 log = logging.getLogger(__name__)
 
 MIN_REPEATS = 3  # of a loop
+EXAMPLES = 10  # held-out questions whose answers are shown
 
 SINGLE_CHARACTERS = (
     r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -85,82 +89,118 @@ def read_prompts(
     return prompts
 
 
-def read_held_out(
-    sources: Iterable[Source], reader: SourceReader
-) -> dict[str, list[Sequence[Message]]]:
-    """Read held-out conversations by kind. Raises DataError for a source with none."""
-    held_out: dict[str, list[Sequence[Message]]] = {}
-    for source in sources:
+@dataclass(frozen=True, eq=False)  # the same question twice is two questions
+class Question:
+    """A conversation that ends with a question; `kind` is the language of its answer, or code."""
+
+    kind: str
+    messages: Sequence[Message]
+    expected: str | None = None  # the answer
+
+    @property
+    def text(self) -> str:
+        """The texts of all messages."""
+        return "\n".join(message["content"] for message in self.messages)
+
+
+Answered = Mapping[str, Mapping[Question, Answer]]  # by decoding
+
+
+def read_questions(
+    prompts: Path, held_out: Iterable[Source], languages: Collection[str], reader: SourceReader
+) -> tuple[list[Question], list[Question]]:
+    """Read the questions of the prompts file, and held-out ones, each with the expected answer.
+
+    Raises DataError for a bad file (see `read_prompts`) and for a source without conversations.
+    """
+    asked = [
+        Question(kind, [{"role": "user", "content": text}])
+        for kind, texts in read_prompts(prompts, languages, reader.unicode_form).items()
+        for text in texts
+    ]
+    expecting = []
+    for source in held_out:
         conversations = list(reader.conversations(source))
         if not conversations:
             raise DataError(f"source {source.title} holds no conversation that ends with an answer")
-        held_out.setdefault(source.language, []).extend(conversations)
-    return held_out
+        for *messages, answer in conversations:
+            expecting.append(Question(source.language, messages, answer["content"]))
+    return asked, expecting
+
+
+def choose_examples(questions: Sequence[Question], count: int = EXAMPLES) -> list[Question]:
+    """Return the first questions of every kind in turn, sorted by kind."""
+    kinds = list(dict.fromkeys(question.kind for question in questions))
+    groups = [[question for question in questions if question.kind == kind] for kind in kinds]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*groups))
+    chosen = [question for question in in_turn if question is not None][:count]
+    return sorted(chosen, key=lambda question: kinds.index(question.kind))
 
 
 def generate_decodings(
     model: LoadedModel,
-    prompts: Mapping[str, Prompts],
+    prompts: Mapping[str, Mapping[Question, list[int]]],
     max_new_tokens: int,
     sampling: Sampling,
     **options: Any,
-) -> dict[str, list[Answer]]:
-    """Answer the prompts of each of DECODINGS: name -> answers.
+) -> Answered:
+    """Answer the prompts (ids) of each of DECODINGS.
 
     `options` are those of generation.generate_answers: `batch_size`, `seed`, `title`.
     """
-    answers = {}
+    answered = {}
     title = options.pop("title", "answers")
     for name, choose_sampling in DECODINGS.items():
         options |= {"sampling": choose_sampling(sampling), "title": f"{title}, {name}"}
-        answers[name] = generation.generate_answers(model, prompts[name], max_new_tokens, **options)
-    return answers
+        ids = list(prompts[name].values())
+        answers = generation.generate_answers(model, ids, max_new_tokens, **options)
+        answered[name] = dict(zip(prompts[name], answers, strict=True))
+    return answered
 
 
-def measure_answers(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, Any]:
-    """Measure answers to questions of these kinds (a language, or code), one kind for each answer.
+def measure_answers(answers: Mapping[Question, Answer]) -> dict[str, Any]:
+    """Measure answers.
 
-    `in_language`, `ended` and `repeated` are shares; `in_language` is None if no kind is a language
-    that can be told by its letters. `longest_loop` is in units.
+    `in_language`, `ended` and `repeated` are shares; `in_language` is None if no question is in a
+    language that can be told by its letters. `longest_loop` is in units.
     """
     in_language: list[bool] = []
-    for kind in dict.fromkeys(kinds):
-        texts = [answer.text for answer, k in zip(answers, kinds, strict=True) if k == kind]
+    for kind in dict.fromkeys(question.kind for question in answers):
+        texts = [answer.text for question, answer in answers.items() if question.kind == kind]
         in_language += cleaning.in_language(texts, kind) or []
-    units = [split_units(answer.text) for answer in answers]
+    units = [split_units(answer.text) for answer in answers.values()]
     return {
         "questions": len(answers),
         "in_language": sum(in_language) / len(in_language) if in_language else None,
-        "ended": sum(answer.stopped for answer in answers) / len(answers),
+        "ended": sum(answer.stopped for answer in answers.values()) / len(answers),
         "repeated": sum(map(repeated_share, units)) / len(units),
         "longest_loop": max(map(longest_loop, units)),
     }
 
 
-def measure_kinds(
-    kinds: Sequence[str], answers: Mapping[str, Sequence[Answer]]
-) -> list[dict[str, Any]]:
-    """Measure the answers (by decoding) of every kind by itself."""
-    rows = []
-    for kind in dict.fromkeys(kinds):
-        for decoding, all_answers in answers.items():
-            own = [answer for answer, k in zip(all_answers, kinds, strict=True) if k == kind]
-            measures = measure_answers(own, [kind] * len(own))
-            rows.append({"kind": kind, "way": decoding, **measures})
-    return rows
-
-
-def pair_with_questions(
-    questions: Sequence[tuple[str, str]], answers: Mapping[str, Sequence[Answer]]
-) -> list[dict[str, Any]]:
-    """Return a row for every (kind, question), with its answer in each decoding."""
+def measure_kinds(questions: Sequence[Question], answered: Answered) -> list[dict[str, Any]]:
+    """Measure the answers to the questions of every kind, in each decoding, by themselves."""
     return [
         {
-            "language": kind,
-            "question": question,
-            **{name: dataclasses.asdict(own[index]) for name, own in answers.items()},
+            "kind": kind,
+            "way": decoding,
+            **measure_answers({q: answers[q] for q in questions if q.kind == kind}),
         }
-        for index, (kind, question) in enumerate(questions)
+        for kind in dict.fromkeys(question.kind for question in questions)
+        for decoding, answers in answered.items()
+    ]
+
+
+def pair_with_questions(questions: Sequence[Question], answered: Answered) -> list[dict[str, Any]]:
+    """Return a row for every question, with its answer in each decoding."""
+    return [
+        {
+            "language": question.kind,
+            "question": question.text,
+            "expected": question.expected,
+            **{name: dataclasses.asdict(answers[question]) for name, answers in answered.items()},
+        }
+        for question in questions
     ]
 
 
@@ -224,22 +264,23 @@ def _answer_questions(
 ) -> list[dict[str, Any]]:
     """Answer questions, given as (kind, row of the SFT data); see `pair_with_questions`."""
     model = load_model(config.output_dir)
-    prompts, expected, texts = [], [], []
+    prompts = {}
     for kind, row in questions:
         start, end = _find_first_answer(row["labels"])
-        prompts.append(row["input_ids"][:start])
+        ids = row["input_ids"][:start]
         # Special tokens have no text.
-        texts.append((kind, model.tokenizer.decode(prompts[-1]).strip()))
-        expected.append(model.tokenizer.decode(row["input_ids"][start:end]).strip())
-    answers = generate_decodings(
+        text, expected = (
+            model.tokenizer.decode(part).strip() for part in (ids, row["input_ids"][start:end])
+        )
+        prompts[Question(kind, [{"role": "user", "content": text}], expected)] = ids
+    answered = generate_decodings(
         model,
         dict.fromkeys(DECODINGS, prompts),
         config.max_new_tokens,
         Sampling(),
         seed=config.seed,
     )
-    pairs = zip(pair_with_questions(texts, answers), expected, strict=True)
-    return [{**sample, "expected": text} for sample, text in pairs]
+    return pair_with_questions(list(prompts), answered)
 
 
 def _find_first_answer(labels: Sequence[int]) -> tuple[int, int]:

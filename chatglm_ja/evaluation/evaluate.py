@@ -5,9 +5,10 @@ A measure is a method of Evaluation that returns the entries it adds to a stage'
 languages      bits per character and byte, tokens per character, characters per second
 kept           the distance from the base on the base's ids: the largest difference of the logits,
                and the divergence of the next token's distribution
-answers        the answers to the questions of the prompts file, in each decoding
-answering      the measures of these answers
-held_out       the measures of the answers to held-out questions by kind; the last stage's only
+answers        the answers, in each decoding, to some of the held-out questions and to those of the
+               prompts file
+answering      the measures of the answers to the prompts file
+held_out       the measures of the answers to held-out questions by kind and decoding
 retention      the base's answers by language, and how the stage answers in its place
 confusion      answers that leave the language of their question, by language
 probes         in-context learning on texts made of held-out ones
@@ -20,7 +21,7 @@ What is measured on items has its difference from the base on the same items; se
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,13 +41,13 @@ from chatglm_ja.evaluation import (
     retention,
     translation,
 )
+from chatglm_ja.evaluation.answers import Question
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import Answer
 from chatglm_ja.inference.models import LAST_STAGE, Stage
-from chatglm_ja.messages import Message
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class Evaluation:
     All data is read when it is made, before any model is loaded:
 
     texts           held-out texts by language
-    questions       (language or code, question)
-    conversations   held-out conversations by kind
+    prompts         questions of the prompts file
+    held_out        held-out questions
     choices         multiple-choice questions by language
     directions      lines and their translations
     """
@@ -82,9 +83,9 @@ class Evaluation:
         for language, texts in self.texts.items():
             if not any(texts):
                 raise DataError(f"--sources hold no {language} text: there is nothing to score")
-        prompts = answers.read_prompts(config.prompts, list(self.texts), config.unicode_form)
-        self.questions = [(kind, question) for kind in prompts for question in prompts[kind]]
-        self.conversations = answers.read_held_out(config.conversations, reader)
+        self.prompts, self.held_out = answers.read_questions(
+            config.prompts, config.conversations, list(self.texts), reader
+        )
         self.choices = multiple_choice.read_questions(config.choices, reader, config.choices_shots)
         self.benchmarks = benchmarks.Benchmarks(config)
         self.directions = translation.read_directions(config.parallel, reader, config.translations)
@@ -102,7 +103,7 @@ class Evaluation:
         self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
         self._baseline = Baseline()
-        self._base_answers: list[Answer] = []  # sampled, to all questions
+        self._base_answers: Mapping[Question, Answer] = {}  # sampled, to all questions
         self._probes: list[probes.Probe] = []
         self._speeds: dict[int, float] = {}  # rows of the embeddings -> tokens per second
 
@@ -166,9 +167,9 @@ class Evaluation:
     def _measure_answers(self, stage: Stage, scorer: Scorer) -> Results:
         """Measure the answers to all questions, generated together to fill the batches.
 
-        Answers to all questions are sampled from every stage. Only the last one answers the
-        held-out questions greedily too. Raises DataError for a held-out conversation that the
-        base's format cannot express.
+        Answers to all questions are sampled from every stage. The last one answers them greedily
+        too, the others only those that are shown. Raises DataError for a held-out conversation
+        that the base's format cannot express.
         """
         tokenizer = scorer.model.tokenizer
         if not tokenizer.has_chat_format:
@@ -176,48 +177,41 @@ class Evaluation:
             return {
                 "answers": [], "answering": {}, "held_out": [], "retention": {}, "confusion": {},
             }  # fmt: skip
-        count = len(self.questions)
-        kinds = [kind for kind, _ in self.questions]
-        conversations: list[Sequence[Message]] = [
-            [{"role": "user", "content": question}] for _, question in self.questions
-        ]
-        for kind, group in self.conversations.items():
-            kinds += [kind] * len(group)
-            conversations += [messages[:-1] for messages in group]
+        is_last = stage.name == LAST_STAGE
+        shown = [*answers.choose_examples(self.held_out), *self.prompts]
+        every = [*self.prompts, *self.held_out]
+        asked = {"greedy": every if is_last else shown, "sampled": every}
         try:
-            prompts = [tokenizer.build_prompt(messages) for messages in conversations]
+            prompts = {
+                decoding: {question: tokenizer.build_prompt(question.messages) for question in own}
+                for decoding, own in asked.items()
+            }
         except FormatError as error:
             raise DataError(
                 f"a held-out conversation has {error.reason} ({error.detail}): leave it out of "
                 "--conversations"
             ) from None
-        is_last = stage.name == LAST_STAGE
-        decodings = answers.generate_decodings(
+        answered = answers.generate_decodings(
             scorer.model,
-            {"greedy": prompts if is_last else prompts[:count], "sampled": prompts},
+            prompts,
             self.config.max_new_tokens,
             generation.Sampling(self.config.temperature, self.config.top_p),
             batch_size=self.config.answer_batch_size,
             title=f"{stage.name}: answers",
         )
-        own = {name: group[:count] for name, group in decodings.items()}
-        rest = {name: group[count:] for name, group in decodings.items()}
         return {
-            "answers": answers.pair_with_questions(self.questions, own),
+            "answers": answers.pair_with_questions(shown, answered),
             "answering": {
-                name: answers.measure_answers(group, kinds[:count]) for name, group in own.items()
+                decoding: answers.measure_answers({q: own[q] for q in self.prompts})
+                for decoding, own in answered.items()
             },
-            "held_out": answers.measure_kinds(kinds[count:], rest) if is_last else [],
-            **self._compare_answers(kinds, conversations, decodings["sampled"], scorer),
+            "held_out": answers.measure_kinds(
+                self.held_out, answered if is_last else {"sampled": answered["sampled"]}
+            ),
+            **self._compare_answers(answered["sampled"], scorer),
         }
 
-    def _compare_answers(
-        self,
-        kinds: Sequence[str],
-        conversations: Sequence[Sequence[Message]],
-        sampled: list[Answer],
-        scorer: Scorer,
-    ) -> Results:
+    def _compare_answers(self, sampled: Mapping[Question, Answer], scorer: Scorer) -> Results:
         """Compare the sampled answers with the base's, language by language.
 
         The languages that the base knew are all but the first.
@@ -226,21 +220,21 @@ class Evaluation:
         kept: Results = {}
         confused: Results = {}
         for number, language in enumerate(self.texts):
-            places = [place for place, kind in enumerate(kinds) if kind == language]
-            if not places:
+            questions = [question for question in sampled if question.kind == language]
+            if not questions:
                 continue
-            asked = [conversations[place] for place in places]
-            own = [sampled[place] for place in places]
+            own = [sampled[question] for question in questions]
             if number:
-                base = [self._base_answers[place] for place in places]
+                base = [self._base_answers[question] for question in questions]
+                conversations = [question.messages for question in questions]
                 kept[language] = retention.measure_retention(
-                    language, asked, base, own, scorer, self._baseline
+                    language, conversations, base, own, scorer, self._baseline
                 )
             if language in self.told_languages:
-                questions = ["\n".join(m["content"] for m in messages) for messages in asked]
                 texts = [answer.text for answer in own]
+                asked = [question.text for question in questions]
                 confused[language] = confusion.measure_confusion(
-                    language, questions, texts, self._baseline
+                    language, asked, texts, self._baseline
                 )
         return {"retention": kept, "confusion": confused}
 

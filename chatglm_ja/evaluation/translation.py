@@ -28,8 +28,12 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Direction:
-    """Pairs of lines, source and translation, and the names of the two languages in prompts."""
+    """Pairs of lines, source and translation, and the names of the two languages in prompts.
 
+    `language` is the code of the translations' language.
+    """
+
+    language: str
     source: str
     target: str
     pairs: list[tuple[str, str]]
@@ -65,7 +69,7 @@ def read_directions(sources: Iterable[Source], reader: SourceReader, count: int)
             )
         # Short examples leave room in the window.
         pairs = sorted(pairs[:needed], key=lambda pair: len(pair[0]) + len(pair[1]))
-        directions.append(Direction(names[0], names[1], pairs))
+        directions.append(Direction(source.language, names[0], names[1], pairs))
     return directions
 
 
@@ -115,6 +119,7 @@ def measure_translations(
         ]
         rows.append(
             {
+                "language": direction.language,
                 "direction": direction.title,
                 "shots": shots,
                 **baseline.compare(("chrf", direction.title, shots), scores),

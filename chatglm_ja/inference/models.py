@@ -5,6 +5,7 @@ loaded with the tokenizer of its own folder. This module is imported for `--help
 large libraries only when it loads a model.
 """
 
+import datetime
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm_ja.bases import families
 from chatglm_ja.errors import ArtifactError, DataError
+from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.storage.inputs import Input, open_artifact
 from chatglm_ja.storage.manifest import read_manifest
 
@@ -81,6 +83,14 @@ class Stage:
         if self.name == BASE:
             return (self.folder / "config.json").is_file()
         return read_manifest(self.folder) is not None
+
+    def describe(self) -> dict[str, str]:
+        """Return the `name` of the model, by its folder, and the `date` of its publication."""
+        published = (self.folder / MANIFEST).stat().st_mtime
+        return {
+            "name": "/".join(self.folder.resolve().parts[-2:]),
+            "date": datetime.date.fromtimestamp(published).isoformat(),
+        }
 
     def load(self) -> LoadedModel:
         """Load the model and its tokenizer, on the GPU if there is one.

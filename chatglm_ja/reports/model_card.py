@@ -7,7 +7,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from chatglm_ja.reports.eval_report import RESULTS_FILE, Results, render_markdown
+from chatglm_ja.reports.eval_report import RESULTS_FILE, render_markdown
+from chatglm_ja.reports.eval_tables import Results
 from chatglm_ja.reports.render import render_template
 from chatglm_ja.sources import HUB_NAME
 from chatglm_ja.storage.files import publish_file, read_json

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,9 @@ class Progress(TrainerCallback):
         losses = validation.language_losses(logs)
         if losses:
             parts.append("validation loss")
+        bits = validation.language_bits(logs)
         for language, loss in losses.items():
-            bits = logs.get(f"{validation.LANGUAGE}{language}{validation.BITS}")
-            suffix = "" if bits is None else f" ({bits:.3f} bits/char)"
+            suffix = f" ({bits[language]:.3f} bits/char)" if language in bits else ""
             parts.append(f"{language} {loss:.4f}{suffix}")
         if self.sources and validation.has_sources(logs):
             table = "\n".join(validation.describe_losses(self.sources, state.log_history))
@@ -119,20 +119,29 @@ def draw_losses(
     axis: Any, history: History, tokens_per_step: int = 1, scale: str = "linear"
 ) -> None:
     """Draw the losses of a Trainer's log on an axis, over the tokens, or by default the steps."""
+    history = [entry for entry in history if entry["step"] or scale != "log"]  # which has no zero
+    trained = [
+        (entry["step"] * tokens_per_step, entry["loss"]) for entry in history if "loss" in entry
+    ]
+    if trained:
+        axis.plot(*zip(*trained, strict=True), label="training", color=plots.INK)
+    draw_languages(axis, history, validation.language_losses, tokens_per_step)
+
+
+def draw_languages(
+    axis: Any,
+    history: History,
+    values_of: Callable[[Mapping[str, Any]], Mapping[str, float]] = validation.language_bits,
+    tokens_per_step: int = 1,
+) -> None:
+    """Draw what `values_of` finds in the log's entries: a curve in its color for each language."""
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for entry in history:
-        if entry["step"] == 0 and scale == "log":
-            continue  # a logarithmic axis has no place for it
-        losses = {"training": entry["loss"]} if "loss" in entry else {}
-        for language, loss in validation.language_losses(entry).items():
-            losses[f"validation {language}"] = loss
-        for label, loss in losses.items():
-            curves[label].append((entry["step"] * tokens_per_step, loss))
-    for label, points in sorted(curves.items()):  # training first
-        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
-        if label == "training":
-            style = {"color": "#1d2330"}
-        axis.plot(*zip(*points, strict=True), label=label, **style)
+        for language, value in values_of(entry).items():
+            curves[language].append((entry["step"] * tokens_per_step, value))
+    for language, color in plots.language_colors(curves).items():
+        points = zip(*curves[language], strict=True)
+        axis.plot(*points, label=f"validation {language}", color=color, marker="o", markersize=4)
 
 
 def plot_losses(history: History, tokens_per_step: int, folder: Path) -> None:

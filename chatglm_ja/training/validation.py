@@ -17,13 +17,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from chatglm_ja.data.dataset import SourceCount, source_titles, title_language
+from chatglm_ja.data.dataset import SourceCount, source_titles, title_language, unpack_rows
+from chatglm_ja.messages import IGNORE_INDEX
 
 # Names in the Trainer's log; a language or source stands between prefix and suffix.
 ALL_LOSS = "validation_loss"
@@ -37,7 +39,8 @@ History = Sequence[Mapping[str, Any]]  # the Trainer's log
 class Validation:
     """Rows to score, the titles of their sources by number, and the characters of each language.
 
-    Conversations have no number of characters, as only their answers are scored.
+    Of conversations, only the answers are scored and counted. The token that ends an answer is
+    scored, but has no characters.
     """
 
     rows: Any
@@ -47,11 +50,20 @@ class Validation:
     @classmethod
     def prepare(cls, rows: Any, data: Path, name: str, tokenizer: Any) -> "Validation":
         """Read the titles of the sources of step 4's data set `name`, and count characters."""
+        titles = source_titles(data, name)
         characters: Counter[str] = Counter()
-        for row in rows if "language" in rows.column_names else []:
-            # Special tokens have no text.
-            characters[row["language"]] += len(tokenizer.decode(row["input_ids"]))
-        return cls(rows, source_titles(data, name), characters)
+        # Special tokens have no text.
+        if "language" in rows.column_names:
+            for row in rows:
+                characters[row["language"]] += len(tokenizer.decode(row["input_ids"]))
+        else:
+            for row in unpack_rows(rows):
+                language = title_language(titles[row["sources"][0]])
+                for is_answer, answer in groupby(row["labels"], key=IGNORE_INDEX.__ne__):
+                    if is_answer:
+                        # Without the space that a chat format has around an answer.
+                        characters[language] += len(tokenizer.decode(list(answer)).strip())
+        return cls(rows, titles, characters)
 
     def metrics(self, nats: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
         """Return entries for the Trainer's log: mean losses of all, each language and each source.
@@ -77,6 +89,15 @@ class Validation:
         if sources:
             metrics[ALL_LOSS] = sum(nats) / sum(tokens)
         return metrics
+
+
+def language_bits(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Return the validation bits per character in an entry of the Trainer's log, by language."""
+    return {
+        name.removeprefix(LANGUAGE).removesuffix(BITS): value
+        for name, value in logs.items()
+        if name.startswith(LANGUAGE) and name.endswith(BITS)
+    }
 
 
 def language_losses(logs: Mapping[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from chatglm_ja.data import dataset
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import answers
+from chatglm_ja.evaluation.answers import Question
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import GREEDY, Answer, Sampling
 from chatglm_ja.inference.models import LoadedModel
@@ -22,26 +23,33 @@ from tests.conftest import PROJECT
 LANGUAGES = ("ja", "ko")
 
 
+def ask(kind: str, text: str = "q", expected: str | None = None) -> Question:
+    return Question(kind, [{"role": "user", "content": text}], expected)
+
+
 def test_prompts_are_answered_in_each_decoding(model: LoadedModel) -> None:
     sampling = Sampling(2.0, 0.9)
-    prompts = [[1, 2], [3]]
-    asked = {"greedy": prompts[:1], "sampled": prompts}
-    decodings = answers.generate_decodings(model, asked, 9, sampling, seed=4)
-    assert decodings == {
-        "greedy": generation.generate_answers(model, prompts[:1], 9, sampling=GREEDY),
-        "sampled": generation.generate_answers(model, prompts, 9, sampling=sampling, seed=4),
+    prompts = {ask("ja"): [1, 2], ask("ja"): [3]}  # equal questions are told apart
+    first = dict(list(prompts.items())[:1])
+    asked = {"greedy": first, "sampled": prompts}
+    answered = answers.generate_decodings(model, asked, 9, sampling, seed=4)
+    greedy = generation.generate_answers(model, [[1, 2]], 9, sampling=GREEDY)
+    sampled = generation.generate_answers(model, [[1, 2], [3]], 9, sampling=sampling, seed=4)
+    assert answered == {
+        "greedy": dict(zip(first, greedy, strict=True)),
+        "sampled": dict(zip(prompts, sampled, strict=True)),
     }
-    assert decodings["greedy"] != decodings["sampled"][:1]
+    assert greedy != sampled[:1]
 
 
 def test_measures_of_answers() -> None:
-    group = [
-        Answer("はい、そうです。", 5, True),
-        Answer("是", 5, False),
-        Answer("no no no no no", 5, False),
-        Answer("Dim x", 5, True),
-    ]
-    measures = answers.measure_answers(group, ["ja", "ja", "en", "code"])
+    group = {
+        ask("ja"): Answer("はい、そうです。", 5, True),
+        ask("ja"): Answer("是", 5, False),
+        ask("en"): Answer("no no no no no", 5, False),
+        ask("code"): Answer("Dim x", 5, True),
+    }
+    measures = answers.measure_answers(group)
     assert measures == {
         "questions": 4,
         "in_language": pytest.approx(2 / 3),  # of three: code has no language
@@ -49,8 +57,9 @@ def test_measures_of_answers() -> None:
         "repeated": pytest.approx(0.5 / 4),
         "longest_loop": 5,
     }
-    assert answers.measure_answers(group[3:], ["code"])["in_language"] is None
-    rows = answers.measure_kinds(["ja", "ja", "en", "code"], {"greedy": group})
+    *_, code = group
+    assert answers.measure_answers({code: group[code]})["in_language"] is None
+    rows = answers.measure_kinds(list(group), {"greedy": group})
     assert [(row["kind"], row["way"], row["questions"]) for row in rows] == [
         ("ja", "greedy", 2),
         ("en", "greedy", 1),
@@ -60,27 +69,46 @@ def test_measures_of_answers() -> None:
 
 
 def test_answers_are_paired_with_their_questions() -> None:
-    decodings = {"greedy": [Answer("a", 1, True)], "sampled": [Answer("b", 2, False)]}
-    (row,) = answers.pair_with_questions([("ja", "q")], decodings)
-    assert row["question"] == "q"
+    first, second = ask("ja", "q", "a!"), ask("en")
+    answered = {
+        "greedy": {first: Answer("a", 1, True)},
+        "sampled": {second: Answer("c", 1, True), first: Answer("b", 2, False)},
+    }
+    (row,) = answers.pair_with_questions([first], answered)
+    assert (row["question"], row["expected"]) == ("q", "a!")
     assert row["greedy"] == {"text": "a", "tokens": 1, "stopped": True}
     assert row["sampled"]["text"] == "b"
 
 
-def test_held_out_conversations_are_read_by_kind(tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    good = {"prompt": "q", "response": "a"}
-    path.write_text(json.dumps(good) + "\n" + json.dumps({"messages": [{"role": "user",
-                    "content": "open"}]}) + "\n")  # fmt: skip
+def test_examples_are_of_all_kinds() -> None:
+    questions = [ask(kind, str(number)) for kind in ("ja", "en") for number in range(3)]
+    questions += [ask("code", "0")]
+    chosen = [(q.kind, q.text) for q in answers.choose_examples(questions, 4)]
+    assert chosen == [("ja", "0"), ("ja", "1"), ("en", "0"), ("code", "0")]
+    assert answers.choose_examples([], 4) == []
+
+
+def test_questions_are_read_with_the_answers_expected(tmp_path: Path) -> None:
+    prompts, path = tmp_path / "p.yaml", tmp_path / "chats.jsonl"
+    prompts.write_text("ja: [q1, q2]\n")
+    system = {"role": "system", "content": "s"}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text(
+        json.dumps({"messages": [system, *turns]})
+        + "\n"
+        + json.dumps({"messages": [{"role": "user", "content": "open"}]})
+        + "\n"
+    )
     source = Source("ja", str(path))
-    held_out = answers.read_held_out([source, source], SourceReader())["ja"]
-    assert [[m["content"] for m in messages] for messages in held_out] == [["q", "a"]] * 2
-    path.write_text(json.dumps(good | {"response": ""}) + "\n")
+    asked, held_out = answers.read_questions(prompts, [source, source], LANGUAGES, SourceReader())
+    assert [(q.text, q.expected) for q in asked] == [("q1", None), ("q2", None)]
+    assert [(q.kind, q.text, q.expected) for q in held_out] == [("ja", "s\nq", "a")] * 2
+    path.write_text(json.dumps({"prompt": "q", "response": ""}) + "\n")
     with pytest.raises(DataError, match=r"chats.jsonl record 1: empty answer"):
-        answers.read_held_out([source], SourceReader())
+        answers.read_questions(prompts, [source], LANGUAGES, SourceReader())
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "open"}]}) + "\n")
     with pytest.raises(DataError, match="ja/chats holds no conversation that ends with an answer"):
-        answers.read_held_out([source], SourceReader())
+        answers.read_questions(prompts, [source], LANGUAGES, SourceReader())
 
 
 @pytest.mark.parametrize("profile", ["demo", "chatglm3-6b"])

@@ -120,24 +120,26 @@ def test_chars_per_second_follow_from_one_speed(measured: list[dict[str, Any]]) 
         assert speeds[0] > 1
 
 
-def test_only_the_last_stage_answers_held_out_questions(
+def test_only_the_last_stage_answers_all_held_out_questions_greedily(
     measured: list[dict[str, Any]], stages: list[Stage]
 ) -> None:
     base, resized = measured
-    assert base["held_out"] == []
+    assert [(row["kind"], row["way"]) for row in base["held_out"]] == [("ja", "sampled")]
     assert [(row["kind"], row["way"], row["questions"]) for row in resized["held_out"]] == [
         ("ja", "greedy", 25),
         ("ja", "sampled", 25),
     ]
     for stage, results in zip(stages, measured, strict=True):
-        questions = [row["question"] for row in results["answers"]]
+        examples, own = results["answers"][:10], results["answers"][10:]
+        assert all(row["language"] == "ja" and row["expected"] for row in examples)
+        questions = [row["question"] for row in own]
         assert questions == ["あなたは誰ですか", "Write a Basic example."]
         assert results["answering"]["greedy"]["questions"] == 2
         assert results["choices"]["zh"]["compared"]["acc"]["items"] == 50
         model = stage.load()
         prompt = model.tokenizer.build_prompt([{"role": "user", "content": questions[0]}])
         (answer,) = generation.generate_answers(model, [prompt], 5)
-        assert results["answers"][0]["greedy"]["text"] == answer.text
+        assert own[0]["greedy"]["text"] == answer.text
         assert results["choices"]["zh"]["questions"] == 50
         assert results["harness"] == []
 

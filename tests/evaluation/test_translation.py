@@ -24,7 +24,7 @@ from tests.conftest import DATA, demo_texts
 def direction() -> Direction:
     pairs = [("a", "甲"), ("bb", "乙乙"), ("ccc", "丙丙丙"), ("dd", "丁丁"), ("eeee", "戊戊戊戊"),
              ("fffff", "己己己己己")]  # fmt: skip
-    return Direction("English", "Chinese", pairs)
+    return Direction("zh", "English", "Chinese", pairs)
 
 
 def test_a_prompt_is_plain_text(direction: Direction) -> None:

@@ -1,7 +1,21 @@
-"""What a test reads from an HTML page."""
+"""What a test writes into a report, and what it reads from one."""
 
 import html
 import re
+from typing import Any
+
+EVIL = "<script>alert(1)</script> & more"
+
+
+def compared(
+    mean: float, error: float | None = 0.25, change: float | None = None, p: float | None = None
+) -> dict[str, Any]:
+    """What paired.Baseline.compare returns, of four items."""
+    return {"items": 4, "mean": mean, "error": error, "change": change, "change_error": 0.1, "p": p}
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n")]
 
 
 def table_rows(page: str) -> list[list[str]]:

@@ -1,8 +1,11 @@
 """Templates: what is escaped, and what is an error."""
 
+from typing import Any
+
 import jinja2
 import pytest
 
+from chatglm_ja.reports import eval_report
 from chatglm_ja.reports.render import TEMPLATES, markdown_table, render_template
 
 
@@ -14,11 +17,11 @@ def test_every_template_compiles_and_misses_its_values() -> None:
             render_template(name)
 
 
-def test_markdown_is_not_escaped() -> None:
-    sections = [("a < b", "it's", ["head", "number"], [["<x>", "1"], ["long text", "2,000"]])]
-    text = render_template("results.md.jinja", pretraining="-> & more", sections=sections)
-    assert "-> & more" in text and "### a < b\n\nit's\n\n| head" in text
-    assert markdown_table(*sections[0][2:]) in text
+def test_markdown_is_not_escaped(results: dict[str, Any]) -> None:
+    results["stages"][-1]["name"] = "it's <x> & more"
+    text = eval_report.render_markdown(results)
+    assert "\n| it's <x> & more | 3.000 (-25.0%) |\n" in text
+    assert "limits. Nothing" in text and "4.000 -> 3.000" in text
 
 
 def test_markdown_tables_are_aligned() -> None:

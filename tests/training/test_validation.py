@@ -65,6 +65,15 @@ def test_languages_and_the_whole_are_means_over_tokens() -> None:
     assert not [name for name in metrics if "en" in name.split("_")[1].split("/")]
 
 
+def test_answers_are_scored_per_character(
+    example: Callable[..., Example], encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "source_titles", lambda *_: ("ja/a", "zh/b"))
+    rows = rows_of([example("はい", "いいえ"), example("好的")], [example("いい")])
+    scored = Validation.prepare(rows, Path(), "sft", encoder)
+    assert scored.characters == {"ja": 2 + 3 + 2, "zh": 2}
+
+
 def test_sources_of_one_name_count_as_one() -> None:
     """As two files of one name in two folders."""
     scored = Validation(datasets.Dataset.from_dict({}), ("ja/a", "zh/b", "ja/a"), {"ja": 100})
