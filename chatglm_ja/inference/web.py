@@ -65,8 +65,8 @@ COPY = """() => {
 class Session:
     """What a page has: the conversation of every model, and the models that have yet to answer.
 
-    The latter are a new list for every question and every stop, so that an answer that is still
-    being stopped does not disturb the next one.
+    The latter are a new list for every question, so that an answer that is still being stopped does
+    not disturb the next one.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Session:
 
     def stop(self) -> None:
         """Wait for no more answers."""
-        self.waiting = []
+        self.waiting.clear()
 
     def answer(
         self, models: "ModelCache", options: ChatOptions
@@ -126,7 +126,7 @@ class Session:
                         exchanges.remove(last)
                         question = last.question
                     failure = f"{name}: {error}", question
-                del waiting[0]
+                del waiting[:1]  # none if it was stopped meanwhile
                 yield failure
         finally:
             waiting.clear()

@@ -145,6 +145,18 @@ def test_a_closed_answer_stays_in_the_conversation(
     assert shown["options"]  # it can be continued
 
 
+def test_an_answer_that_ends_while_it_is_stopped(
+    session: web.Session, models: web.ModelCache
+) -> None:
+    session.ask("日本", ["sft", "base"])
+    steps = session.answer(models, BREVITY)
+    next(steps)
+    session.stop()
+    assert set(steps) == {None}
+    assert session.conversations["sft"][0].answer.text
+    assert session.conversations["base"] == [Exchange("日本")]
+
+
 def test_a_question_that_cannot_be_answered_is_taken_out(
     session: web.Session, models: web.ModelCache
 ) -> None:
@@ -396,7 +408,7 @@ def test_two_panes_the_examples_and_the_buttons_fit_a_phone(tab: Tab) -> None:
 
 def test_typing_during_an_answer_and_new_conversations(tab: Tab, pen: Pen) -> None:
     tab.ask("一")
-    tab.shows("left", "一", "waiting")
+    tab.expect(tab.question).to_have_value("")
     for piece in ("次の", "質問"):  # what is typed stays when the answer grows
         pen.text += "は"
         tab.question.press_sequentially(piece)
