@@ -436,12 +436,15 @@ def test_a_waiting_question_can_be_stopped(tab: Tab, other: Tab, pen: Pen) -> No
     tab.shows("left", "一", "は")
     other.ask("二")
     other.shows("left", "二", "waiting")
+    for pen.text in ("はい", "はい、"):
+        tab.shows("left", "一", pen.text)
+    assert pen.asked == ["一"]
     other.stop.click()
     other.shows("left", "二", chat.NO_ANSWER)
     tab.stop.click()
     tab.send.wait_for()
     other.page.click("#left .option")
-    other.shows("left", "二", "は")
+    other.shows("left", "二", pen.text)
     assert pen.asked == ["一", "二"]
     other.close()
 
