@@ -210,7 +210,7 @@ def test_gradio_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def served(models: web.ModelCache, free_port: int) -> Iterator[str]:
     """The address of the chat page."""
-    built = web.build_page(models, "sft", ChatOptions(GREEDY, 1500), EXAMPLES)
+    built = web.build_page(models, "sft", BREVITY, EXAMPLES)
     web.launch_page(built, free_port)
     yield f"http://{web.HOST}:{free_port}"
     built.close(verbose=False)
@@ -314,8 +314,6 @@ def pen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pen]:
 
 def test_a_model_answers_on_the_page(tab: Tab, model: LoadedModel) -> None:
     """Question and answer are plain text, with their spaces and line breaks."""
-    tab.page.get_by_text("Sampling").click()
-    tab.page.get_by_label("number input for Longest answer, in tokens").fill("8")
     question = "<script>document.title = 'run'</script> <b>日本</b> &amp;\n  二行目"
     tab.question.fill(question)
     tab.page.keyboard.press("Enter")
