@@ -224,7 +224,7 @@ def _compare(
     row: Mapping[str, Any] | None,
     *,
     less: bool = False,
-    show: Callable[[float], str] = "{:.0%}".format,
+    show: Callable[[float], str] = lambda share: f"{round(share, 2) + 0.0:.0%}",  # no -0%
 ) -> Iterator[Finding]:
     """Yield the finding of a row of paired.Baseline.compare, if there are values to compare.
 

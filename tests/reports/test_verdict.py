@@ -94,6 +94,12 @@ def test_measures_on_items_must_not_be_worse_than_chance_explains(results: dict[
     assert ("zh", "bits/char of the base's answers") not in outcomes(results)
 
 
+def test_a_share_of_nothing_has_no_sign(results: dict[str, Any]) -> None:
+    row = {"language": "ja", "probe": "repeat", **compared(0.01, change=0.012, p=0.001)}
+    results["stages"][-1]["probes"] = [row]
+    assert "in-context repeat 0% -> 1%" in map(str, verdict.judge(results).findings)
+
+
 def test_a_model_that_learned_nothing_is_not_to_be_shipped(results: dict[str, Any]) -> None:
     found = verdict.judge(results)
     assert found.headline == "Better in Japanese; all 1 measures within their limits"
