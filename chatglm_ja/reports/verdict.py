@@ -32,14 +32,14 @@ class Limits:
     same_bits           a change of bits per character that counts as none
     answers             the least share of sampled answers that are in the language, and that end
     base_answer_bits    how much more bits the base's own answers may need, if the base is a chat
-                        model: one that ends at least half of its answers
+                        model: one that ends at least a quarter of its answers
     """
 
     bits_per_char: float = 0.05
     same_bits: float = 0.005
     answers: float = 0.9
     base_answer_bits: float = 0.25
-    chat_model: float = 0.5
+    chat_model: float = 0.25
 
     def __str__(self) -> str:
         return (
