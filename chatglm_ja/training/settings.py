@@ -220,6 +220,13 @@ class TrainingConfig(StepConfig):
 class SftConfig(TrainingConfig):
     """Settings of step 6."""
 
+    replay: float = setting(
+        "add pretraining blocks of --data, this many for each row of conversations: the model "
+        "forgets less of what it was pretrained on, and a run has as many more steps",
+        0.0,
+        low=0,
+        high=10,
+    )
     samples: int = setting(
         "number of validation questions of each kind to answer at the end, greedily and by "
         "sampling (0: none)",

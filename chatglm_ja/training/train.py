@@ -31,7 +31,7 @@ from chatglm_ja.storage.weight_files import weights_bytes
 from chatglm_ja.training import adapter, costs
 from chatglm_ja.training.checkpoints import Checkpoints, gather_tensors, step_of
 from chatglm_ja.training.progress import Progress, make_tensorboard_callback, plot_losses
-from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training.settings import SftConfig, TrainingConfig
 from chatglm_ja.training.trainer import MEASURED, ResumableTrainer, stopping_on_signals
 from chatglm_ja.training.validation import SOURCES_FILE, Validation, losses_by_source
 from chatglm_ja.training.watchdog import Watchdog
@@ -104,6 +104,8 @@ def train(
             validation = Validation.prepare(validation_rows, config.data, name, tokenizer)
             if name == "sft":
                 sources = dataset.count_sources(rows, validation.titles)
+        if isinstance(config, SftConfig) and config.replay:
+            rows = _add_replay(config, rows)
         # PEFT and the Trainer use the global generators: the same seed on every rank.
         set_seed(config.seed)
         arguments = _make_arguments(config, output_dir)
@@ -208,6 +210,22 @@ def _read_data(config: TrainingConfig, name: str) -> tuple[Any, Any]:
             "lower --global-batch-size or prepare more data"
         )
     return train_set, validation
+
+
+def _add_replay(config: SftConfig, rows: Any) -> Any:
+    """Add the pretraining blocks of --replay; raise DataError if they do not fit the model."""
+    if not any(config.data.glob("pretrain_train-*.arrow")):
+        raise DataError(
+            f"--replay {config.replay} adds pretraining blocks, but {config.data} holds none: "
+            "prepare them with step 4, or pass --replay 0"
+        )
+    blocks = dataset.load_rows(config.data, "pretrain", "train")
+    dataset.check_rows(blocks, config.block_size, read_shape(config.model), config.data, "pretrain")
+    if not config.packing:
+        blocks = dataset.unpack_rows(blocks)
+    added = dataset.add_blocks(rows, blocks, config.replay, config.seed)
+    log.info("replay: %d pretraining blocks among %d rows", len(added) - len(rows), len(added))
+    return added
 
 
 def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> TrainingArguments:

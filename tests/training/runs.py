@@ -18,7 +18,13 @@ from chatglm_ja.training.trainer import ResumableTrainer
 from tests.pipeline import PROJECT
 
 
-def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) -> TrainingConfig:
+def config_for(
+    resized_dir: Path,
+    data_dir: Path,
+    output: Path,
+    kind: type[TrainingConfig] = TrainingConfig,
+    **changes: Any,
+) -> TrainingConfig:
     settings: dict[str, Any] = {
         "model": resized_dir,
         "data": data_dir,
@@ -33,7 +39,7 @@ def config_for(resized_dir: Path, data_dir: Path, output: Path, **changes: Any) 
         "block_size": 64,
         "tracker": "none",
     }
-    return TrainingConfig(**settings | changes)
+    return kind(**settings | changes)
 
 
 def checkpoints_in(folder: Path, **run: Any) -> Checkpoints:

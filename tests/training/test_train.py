@@ -38,6 +38,7 @@ from chatglm_ja.training.adapter import (
     write_merged,
 )
 from chatglm_ja.training.model import Collator
+from chatglm_ja.training.settings import SftConfig
 from chatglm_ja.training.trainer import ResumableTrainer
 from tests.conftest import write_manifest
 from tests.training.runs import (
@@ -421,6 +422,41 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
     assert adapter(folders[0]) == adapter(folders[1])
     for entries in zip(*(result["history"] for result in results), strict=True):
         assert without_speed(entries[0]) == without_speed(entries[1])
+
+
+def test_replay_adds_blocks_and_resumes_to_the_bit(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
+    rows = dataset.load_rows(data_dir, "sft", "train")
+    folders = [tmp_path / name for name in ("without", "once", "twice")]
+    for folder, replay in zip(folders, (0.0, 0.5, 0.5), strict=True):
+        config = config_for(
+            resized_dir, data_dir, folder, SftConfig, replay=replay, block_size=256,
+            global_batch_size=2, micro_batch_size=1, max_steps=5, save_steps=3,
+        )  # fmt: skip
+        if folder == folders[2]:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                interrupt_after(3, patch)
+                train.train(config, "sft", folder, checkpoints_in(folder))
+        train.train(config, "sft", folder, checkpoints_in(folder))
+    assert adapter(folders[0]) != adapter(folders[1]) == adapter(folders[2])
+    count = round(len(rows) / 2)
+    assert f"replay: {count} pretraining blocks among {len(rows) + count} rows" in caplog.text
+
+
+def test_replay_without_blocks_is_one_line(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, copy_of: Any
+) -> None:
+    data = copy_of(data_dir, tmp_path / "data")
+    for path in data.glob("pretrain_*"):
+        path.unlink()
+    config = config_for(
+        resized_dir, data, tmp_path, SftConfig, replay=0.5, block_size=256, global_batch_size=2
+    )
+    with pytest.raises(DataError, match=r"--replay 0.5 adds pretraining blocks, but .* holds none"):
+        train.train(config, "sft", None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
