@@ -17,10 +17,10 @@ _OTHER_COLORS = ("#cc79a7", "#8a6fc0", "#7a6a00", "#56b4e9", "#6b7280")
 def language_colors(languages: Iterable[str]) -> dict[str, str]:
     """Return the color of every language, or other kind of data, as #rrggbb.
 
-    The colors of ja, zh and en are fixed; the others take theirs in the order given.
+    The colors of ja, zh and en are fixed; the others take theirs in alphabetical order.
     """
     names = list(dict.fromkeys(languages))
-    others = [name for name in names if name not in _LANGUAGE_COLORS]
+    others = sorted(set(names) - _LANGUAGE_COLORS.keys())
     colors = {name: _OTHER_COLORS[i % len(_OTHER_COLORS)] for i, name in enumerate(others)}
     return {name: _LANGUAGE_COLORS.get(name) or colors[name] for name in names}
 

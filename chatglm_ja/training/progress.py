@@ -139,7 +139,8 @@ def draw_languages(
     for entry in history:
         for language, value in values_of(entry).items():
             curves[language].append((entry["step"] * tokens_per_step, value))
-    for language, color in plots.language_colors(curves).items():
+    # Sorted, because entries read back from a checkpoint are.
+    for language, color in plots.language_colors(sorted(curves)).items():
         points = zip(*curves[language], strict=True)
         axis.plot(*points, label=f"validation {language}", color=color, marker="o", markersize=4)
 

@@ -44,6 +44,16 @@ def test_the_picture_is_written_with_the_curves(tmp_path: Path) -> None:
     assert (tmp_path / progress.LOSS_PLOT_FILE).read_bytes() != picture
 
 
+def test_the_picture_does_not_depend_on_the_order_of_entries(tmp_path: Path) -> None:
+    """A checkpoint sorts them."""
+    pictures = []
+    for order in (list, reversed):
+        history = [dict(order(list(entry.items()))) for entry in HISTORY]
+        progress.plot_losses(history, 1000, tmp_path)
+        pictures.append((tmp_path / progress.LOSS_PLOT_FILE).read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 def test_no_picture_without_training_losses(tmp_path: Path) -> None:
     progress.plot_losses(HISTORY[:1], 1000, tmp_path)
     assert not list(tmp_path.iterdir())
