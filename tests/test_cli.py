@@ -59,11 +59,14 @@ try:
 except BaseException:
     raise ImportError("no such thing") from None
 """
+# Compiled first: an interrupt in here, and not in the step, would have a traceback.
 STEP = """
-import runpy, sys
+import sys
 import chatglm_ja
+script = sys.argv.pop(1)
+step = compile(open(script).read(), script, "exec")
 print("ready", flush=True)
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
+exec(step, {"__name__": "__main__", "__file__": script})
 """
 POOL = """
 import time

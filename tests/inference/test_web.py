@@ -395,7 +395,13 @@ def test_two_panes_the_examples_and_the_buttons_fit_a_phone(tab: Tab) -> None:
     tab.question.fill("長い質問" * 100)
     locators = {name: tab.page.locator(f"#{name}") for name in ("left", "right", "send", "clear")}
     locators["example"] = tab.page.locator("#left .example").last
-    boxes: dict[str, Any] = {name: locator.bounding_box() for name, locator in locators.items()}
+    boxes: dict[str, Any] = {}
+    for _ in range(100):  # the page lays itself out in several frames
+        before = boxes
+        tab.page.wait_for_timeout(100)
+        boxes = {name: locator.bounding_box() for name, locator in locators.items()}
+        if boxes == before:
+            break
     ends = {name: box["y"] + box["height"] for name, box in boxes.items()}
     assert boxes["send"]["y"] == boxes["clear"]["y"]
     assert boxes["right"]["height"] > 200
