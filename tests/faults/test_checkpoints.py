@@ -12,7 +12,7 @@ from chatglm_ja.storage.files import MANIFEST
 from chatglm_ja.training import train
 from chatglm_ja.training.settings import CHECKPOINT_BYTES, TrainingConfig
 from tests.faults.ledger import Ledger
-from tests.training.runs import adapter, checkpoints_in, config_for, interrupt_after
+from tests.training.runs import adapter, checkpoints_in, config_for, interrupted_after
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 SCHEDULE, RANDOM, STATE = "progress.json", "random.safetensors", "trainer_state.json"
@@ -74,8 +74,7 @@ def interrupted(
     root = tmp_path_factory.mktemp("interrupted")
     config = config_for(resized_dir, data_dir, root / "output", save_steps=2, evaluations=0)
     train.train(config, "pretrain", root / "once", checkpoints_in(root / "once"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(4, patch)
+    with interrupted_after(4):
         train.train(config, "pretrain", root / "twice", checkpoints_in(root / "twice"))
     return config, root / "twice", adapter(root / "once")
 

@@ -26,7 +26,7 @@ from tests.conftest import DATA
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import PROJECT, STEPS, Runner
-from tests.training.runs import adapter, checkpoints_in, config_for, interrupt_after
+from tests.training.runs import adapter, checkpoints_in, config_for, interrupted_after
 
 # Calls that execute what they read.
 FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load",
@@ -97,8 +97,7 @@ def test_pickles_in_a_checkpoint_are_not_opened(
 ) -> None:
     """They have the names under which the Trainer, DeepSpeed and PEFT look for their own."""
     config = config_for(resized_dir, data_dir, tmp_path / "output", save_steps=2, evaluations=0)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(4, patch)
+    with interrupted_after(4):
         train.train(config, "pretrain", tmp_path, checkpoints_in(tmp_path))
     folder = tmp_path / "checkpoints" / "step-000004"
     for name in (

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,9 @@ def adapter(folder: Path) -> bytes:
     return (folder / ADAPTER / "adapter_model.safetensors").read_bytes()
 
 
-def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise KeyboardInterrupt as soon as the checkpoint of a step is written."""
+@contextmanager
+def interrupted_after(step: int) -> Iterator[None]:
+    """Interrupt the run inside as soon as the checkpoint of a step is written."""
     whole = ResumableTrainer._save_checkpoint
 
     def dying(self: Any, *arguments: Any) -> None:
@@ -75,7 +78,9 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if self.state.global_step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", dying)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ResumableTrainer, "_save_checkpoint", dying)
+        yield
 
 
 def with_losses(

@@ -14,7 +14,7 @@ from chatglm_ja.storage import files
 from chatglm_ja.training import checkpoints as checkpoints_module
 from chatglm_ja.training import train
 from chatglm_ja.training.checkpoints import MANIFEST, Checkpoints
-from tests.training.runs import checkpoints_in, config_for, interrupt_after
+from tests.training.runs import checkpoints_in, config_for, interrupted_after
 
 RUN: dict[str, Any] = {"lora_rank": 8, "step4_prepare_data": "abc"}
 FILES = ("optimizer.safetensors", "random.safetensors", "trainer_state.json", "weights.safetensors")
@@ -129,8 +129,7 @@ def stopped(
         "resized_dir": resized_dir, "data_dir": data_dir, "output": folder, "save_steps": 2,
         "evaluations": 0, "lora_targets": ("q_proj", "v_proj"),
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(2, patch)
+    with interrupted_after(2):
         train.train(config_for(**settings), "pretrain", None, checkpoints_in(folder))
     return settings
 

@@ -45,7 +45,7 @@ from tests.training.runs import (
     adapter,
     checkpoints_in,
     config_for,
-    interrupt_after,
+    interrupted_after,
     with_losses,
 )
 
@@ -404,7 +404,7 @@ def without_speed(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
-    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     """Weights, losses and log are bit-identical, with dropout."""
     folders = [tmp_path / "once", tmp_path / "twice"]
@@ -415,8 +415,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
             micro_batch_size=1, global_batch_size=2, lora_dropout=0.1, epochs=5.0,
         )  # fmt: skip
         if folder == folders[1]:
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                interrupt_after(3, patch)
+            with interrupted_after(3):
                 train.train(config, "pretrain", folder, checkpoints_in(folder))
         results.append(train.train(config, "pretrain", folder, checkpoints_in(folder)))
     assert adapter(folders[0]) == adapter(folders[1])
@@ -425,9 +424,8 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
 
 
 def test_replay_adds_blocks_and_resumes_to_the_bit(
-    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    resized_dir: Path, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     rows = dataset.load_rows(data_dir, "sft", "train")
     folders = [tmp_path / name for name in ("without", "once", "twice")]
@@ -437,8 +435,7 @@ def test_replay_adds_blocks_and_resumes_to_the_bit(
             global_batch_size=2, micro_batch_size=1, max_steps=5, save_steps=3,
         )  # fmt: skip
         if folder == folders[2]:
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                interrupt_after(3, patch)
+            with interrupted_after(3):
                 train.train(config, "sft", folder, checkpoints_in(folder))
         train.train(config, "sft", folder, checkpoints_in(folder))
     assert adapter(folders[0]) != adapter(folders[1]) == adapter(folders[2])
