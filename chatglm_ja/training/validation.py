@@ -91,21 +91,21 @@ class Validation:
         return metrics
 
 
-def language_bits(logs: Mapping[str, Any]) -> dict[str, float]:
-    """Return the validation bits per character in an entry of the Trainer's log, by language."""
-    return {
-        name.removeprefix(LANGUAGE).removesuffix(BITS): value
-        for name, value in logs.items()
-        if name.startswith(LANGUAGE) and name.endswith(BITS)
-    }
-
-
 def language_losses(logs: Mapping[str, Any]) -> dict[str, float]:
     """Return the validation losses in an entry of the Trainer's log, by language."""
+    return _by_language(logs, LOSS)
+
+
+def language_bits(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Return the validation bits per character in an entry of the Trainer's log, by language."""
+    return _by_language(logs, BITS)
+
+
+def _by_language(logs: Mapping[str, Any], suffix: str) -> dict[str, float]:
     return {
-        name.removeprefix(LANGUAGE).removesuffix(LOSS): value
+        name.removeprefix(LANGUAGE).removesuffix(suffix): value
         for name, value in logs.items()
-        if name.startswith(LANGUAGE) and name.endswith(LOSS)
+        if name.startswith(LANGUAGE) and name.endswith(suffix)
     }
 
 
