@@ -1,6 +1,6 @@
-"""Matplotlib figures whose files are byte-identical from run to run, and the colors of languages.
+"""Matplotlib figures whose files are byte-identical from run to run; names and colors of languages.
 
-A language has one color in every picture and on every page.
+A language has one name and one color in every picture and on every page.
 """
 
 import io
@@ -12,6 +12,12 @@ INK = "#1d2330"  # of text, and of what belongs to no language
 # Of Okabe and Ito's palette, which people with color vision deficiencies can tell apart.
 _LANGUAGE_COLORS = {"ja": "#0072b2", "zh": "#d55e00", "en": "#009e73"}
 _OTHER_COLORS = ("#cc79a7", "#8a6fc0", "#7a6a00", "#56b4e9", "#6b7280")
+_LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English", "code": "Code"}
+
+
+def name_language(language: str) -> str:
+    """Return the English name of a language if it is known, or its code."""
+    return _LANGUAGE_NAMES.get(language, language)
 
 
 def language_colors(languages: Iterable[str]) -> dict[str, str]:

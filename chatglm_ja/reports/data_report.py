@@ -26,7 +26,6 @@ from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.data.token_store import LABELS
 from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.reports.render import Table, render_template
-from chatglm_ja.reports.verdict import name_language
 from chatglm_ja.storage.files import write_json
 
 Counts = Mapping[str, Any]
@@ -106,7 +105,6 @@ def write_report(
         profile=profile,
         verdict=describe_verdict(counts),
         facts=facts,
-        name_language=name_language,
         colors=colors,
         mixes=mixes,
         shown_characters=SHOWN_CHARACTERS,

@@ -29,7 +29,8 @@ from chatglm_ja.reports.eval_tables import (
     task_table,
 )
 from chatglm_ja.reports.render import markdown_table, render_template
-from chatglm_ja.reports.verdict import LIMITS, Outcome, judge, name_language
+from chatglm_ja.reports.stage_chart import draw_stages
+from chatglm_ja.reports.verdict import LIMITS, Outcome, judge
 from chatglm_ja.storage.files import write_json
 
 RESULTS_FILE = "results.json"
@@ -41,6 +42,8 @@ TRAINING_TITLES = {
     "pretrained": "Step 5, continued pretraining",
     "sft": "Step 6, instructions",
 }
+# Of findings on the page, in their order.
+MARKS = {Outcome.GAINED: "good", Outcome.MISSED: "bad", Outcome.COST: "quiet"}
 SCREEN_WIDTH = 100  # of the verdict in a terminal
 
 
@@ -120,8 +123,6 @@ def render_markdown(results: Results) -> str:
 
 def render_html(results: Results) -> str:
     """Return the whole report as an HTML page."""
-    from chatglm_ja.reports.stage_chart import draw_stages
-
     steps = []
     for step, manifest in results["steps"].items():
         settings = [
@@ -140,7 +141,14 @@ def render_html(results: Results) -> str:
         verdict=verdict,
         limits=LIMITS,
         outcomes=Outcome,
-        name_language=name_language,
+        facts={
+            language: [
+                (mark, str(finding).replace("->", "→"))
+                for outcome, mark in MARKS.items()
+                for finding in verdict.of(language, outcome)
+            ]
+            for language in verdict.kinds
+        },
         colors=plots.language_colors(verdict.kinds),
         charts=draw_stages(results),
         pretraining=describe_pretraining(results),

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from chatglm_ja.evaluation.paired import LEVEL, is_measurable
 from chatglm_ja.reports.render import Table
-from chatglm_ja.vocabulary.merging import segmentation_table
 
 Results = Mapping[str, Any]  # see eval_report.py
 
@@ -41,6 +41,17 @@ def _language_table(
             row.append(f"{value:,.{digits}f}{change}")
         rows.append(row)
     return ["stage", *(f"{language} {unit}" for language in languages)], rows
+
+
+def segmentation_table(results: Results) -> Table:
+    """Return what the merge changed in the segmentation of the held-out lines."""
+    rows = []
+    for language, row in results["segmentation"].items():
+        numbers = (row["tokens_per_char_before"], row["tokens_per_char_after"])
+        share = f"{100 * row['identical_share']:.2f}%"
+        rows.append([language, f"{row['lines']:,}", share, *(f"{n:.3f}" for n in numbers)])
+    head = ["language", "lines", "segmented as before", "tokens/char before", "tokens/char after"]
+    return head, rows
 
 
 def distance_table(results: Results) -> Table:
@@ -216,8 +227,6 @@ def _compared_table(
     The values of `keys` are the first cell. The others are mean ± standard error; then the
     difference from the base, or ≈ where there is none that can be measured.
     """
-    from chatglm_ja.evaluation.paired import is_measurable
-
     stages = results["stages"]
     rows = []
     for measured in zip(*(rows_of(stage) for stage in stages), strict=True):
@@ -268,7 +277,7 @@ def _benchmark_table(stages: Sequence[Results], key: str, columns: Sequence[str]
 
 COMPARED = (
     "In brackets: the difference from the base on the same items; ≈: no measurable difference "
-    "(p ≥ 0.01). ±: standard error."
+    f"(p ≥ {LEVEL}). ±: standard error."
 )
 
 
@@ -381,7 +390,7 @@ SECTIONS = [
     Section(
         "Segmentation",
         "Held-out lines that the merged tokenizer segments as the base's does.",
-        lambda results: segmentation_table(results["segmentation"]),
+        segmentation_table,
     ),
     Section(
         "Tokens and speed",

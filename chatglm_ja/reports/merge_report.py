@@ -23,9 +23,8 @@ from typing import Any
 from chatglm_ja import plots
 from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.reports.render import Table, render_template
-from chatglm_ja.reports.verdict import name_language
 from chatglm_ja.storage.files import write_json
-from chatglm_ja.vocabulary.merging import MergedVocabulary, Segmentation
+from chatglm_ja.vocabulary.merging import MergedVocabulary, Segmentation, spell_both
 from chatglm_ja.vocabulary.policies import Policy
 
 Report = Mapping[str, Any]
@@ -78,13 +77,7 @@ def build_report(
         if result.rust_differs is not None:
             rows[language]["rust_differs"] = len(result.rust_differs)
         rows[language]["changed"] = [
-            {
-                "line": line,
-                "before": before.spell(line),
-                "after": after.spell(line),
-                "new": [index >= before.size for index in after.encode(line)],
-            }
-            for line in result.changed
+            {"line": line, **spell_both(before, after, line)} for line in result.changed
         ]
 
     def spell(pieces: list[str]) -> list[str]:
@@ -173,7 +166,6 @@ def render_html(report: Report, name: str) -> str:
         few_changed=FEW_CHANGED,
         worthwhile=WORTHWHILE,
         colors=colors,
-        name_language=name_language,
         facts={language: list(_judge(row)) for language, row in languages.items()},
         chart=_draw_tokens_per_char(languages, colors),
         has_bytes=any("\\x" in piece for _, pieces in lists for piece in pieces),
@@ -188,7 +180,7 @@ def describe_verdict(report: Report) -> str:
     gains, costs, unchanged = [], [], []
     for language, row in report["languages"].items():
         before, after = (row[f"tokens_per_char_{time}"] for time in ("before", "after"))
-        name, changed = name_language(language), row["lines"] - row["identical_lines"]
+        name, changed = plots.name_language(language), row["lines"] - row["identical_lines"]
         if not changed:
             unchanged.append(name)
         elif _saving(row) >= WORTHWHILE:

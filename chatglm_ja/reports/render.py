@@ -10,6 +10,8 @@ from typing import Any
 
 import jinja2
 
+from chatglm_ja.plots import name_language
+
 Table = tuple[list[str], list[list[str]]]  # head and rows
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,4 +44,4 @@ _environment = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_environment.globals["markdown_table"] = markdown_table
+_environment.globals |= {"markdown_table": markdown_table, "name_language": name_language}

@@ -9,7 +9,7 @@ from typing import Any
 
 from chatglm_ja import plots
 from chatglm_ja.reports.eval_tables import Results
-from chatglm_ja.reports.verdict import CHOICE_METRIC, LIMITS, name_language
+from chatglm_ja.reports.verdict import CHOICE_METRIC, LIMITS
 
 _MARKERS = ("|", "^", "D")  # of the stages before the last one, which has a filled circle
 
@@ -26,7 +26,7 @@ def draw_stages(results: Results) -> list[str]:
         for place, (kind, _, values) in enumerate(rows):
             _draw_row(axes, place, values, colors[kind])
         axes.set_xlim(-3, 103)
-        labels = [f"{name_language(kind)}: {measure}" for kind, measure, _ in rows]
+        labels = [f"{plots.name_language(kind)}: {measure}" for kind, measure, _ in rows]
         _label(axes, names, labels, "percent; more is better")
         drawn.append(plots.to_svg(figure))
     return drawn
@@ -48,7 +48,7 @@ def _draw_bits(results: Results, names: list[str], colors: dict[str, str]) -> st
         shade = {"color": "#b3261e", "alpha": 0.1, "linewidth": 0}
         axes.fill_betweenx([place - 0.4, place + 0.4], limit, right, **shade)
     axes.set_xlim(left, right)
-    labels = [name_language(language) for language in languages]
+    labels = [plots.name_language(language) for language in languages]
     _label(axes, names, labels, "bits per character: change from the base, %; less is better")
     return plots.to_svg(figure)
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from chatglm_ja.evaluation.paired import LEVEL, is_measurable
+from chatglm_ja.plots import name_language
 from chatglm_ja.reports.eval_tables import CONFUSION, Results, show_number
 
 CHOICE_METRIC = "acc_norm"  # of multiple choice, whose metrics mostly agree
-LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English", "code": "Code"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Limits:
             f"bits per character of a language that the base knew at most {self.bits_per_char:+.0%}"
             f"; at least {self.answers:.0%} of the sampled answers in the language, and ended; the "
             f"answers of a base that chats at most {self.base_answer_bits:+.0%} bits; nothing else "
-            "worse than the base by more than chance (p < 0.01: one such measure in a hundred "
+            f"worse than the base by more than chance (p < {LEVEL}: one such measure in a hundred "
             "differs by chance)"
         )
 
@@ -128,11 +129,6 @@ class Verdict:
                 if outcome is Outcome.SAME:
                     said = f"no measurable difference in {len(found)} measures"
                 yield name_language(language), outcome, said
-
-
-def name_language(language: str) -> str:
-    """Return the English name of a language if it is known, or its code."""
-    return LANGUAGE_NAMES.get(language, language)
 
 
 def judge(results: Results) -> Verdict:
@@ -230,8 +226,6 @@ def _compare(
 
     `less` marks a measure of which less is better.
     """
-    from chatglm_ja.evaluation.paired import is_measurable
-
     if not row or row["change"] is None:
         return
     outcome = Outcome.SAME

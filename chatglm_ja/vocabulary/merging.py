@@ -245,39 +245,27 @@ def compare_segmentation(
     return result
 
 
-def sample_sentences(
-    before: ModelTokenizer, after: ModelTokenizer, texts: Mapping[str, Sequence[str]]
-) -> list[dict[str, Any]]:
-    """Return a sentence of every language as both segment it.
+def spell_both(before: ModelTokenizer, after: ModelTokenizer, text: str) -> dict[str, list[Any]]:
+    """Return the pieces of a text as both tokenizers segment it, `before` and `after`.
 
     `new` marks which pieces of `after` are new ones.
     """
+    return {
+        "before": before.spell(text),
+        "after": after.spell(text),
+        "new": [index >= before.size for index in after.encode(text)],
+    }
+
+
+def sample_sentences(
+    before: ModelTokenizer, after: ModelTokenizer, texts: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Return a sentence of every language, as `spell_both` segments it."""
     samples = []
     for language, documents in texts.items():
         text = corpus.sample_sentence(documents)
-        samples.append(
-            {
-                "language": language,
-                "text": text,
-                "before": before.spell(text),
-                "after": after.spell(text),
-                "new": [index >= before.size for index in after.encode(text)],
-            }
-        )
+        samples.append({"language": language, "text": text, **spell_both(before, after, text)})
     return samples
-
-
-def segmentation_table(
-    rows: Mapping[str, Mapping[str, float]],
-) -> tuple[list[str], list[list[str]]]:
-    """Return the head and rows of a table of `Segmentation.row()` by language."""
-    head = ["language", "lines", "segmented as before", "tokens/char before", "tokens/char after"]
-    body = []
-    for language, row in rows.items():
-        numbers = (row["tokens_per_char_before"], row["tokens_per_char_after"])
-        share = f"{100 * row['identical_share']:.2f}%"
-        body.append([language, f"{row['lines']:,}", share, *(f"{n:.3f}" for n in numbers)])
-    return head, body
 
 
 def check_guarantee(languages: Mapping[str, Segmentation], policy: Policy) -> None:
