@@ -4,7 +4,7 @@ The steps import this package. It imports neither a step nor constants.py: every
 passed in, so each module can be used and tested on its own, in any folder.
 """
 
-from chatglm_ja import interrupts  # noqa: F401  first: it handles Ctrl-C from here on
+from chatglm_ja import interrupts  # first: it handles Ctrl-C from here on
 
 # isort: split
 import sys
@@ -43,7 +43,11 @@ def describe_missing(name: str | None) -> str | None:
 
 
 def _exit_in_one_line(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Replace the traceback of a package that is missing while a step is imported."""
+    """Replace the traceback of a missing package, or of Ctrl-C, while a step is imported."""
+    # At the prompt of an interactive session Ctrl-C ends nothing.
+    if isinstance(error, KeyboardInterrupt) and not hasattr(sys, "ps1"):
+        interrupts.report()
+        sys.exit(interrupts.STATUS)
     missing = describe_missing(error.name) if isinstance(error, ModuleNotFoundError) else None
     if missing:
         print(missing, file=sys.stderr)

@@ -59,7 +59,6 @@ try:
 except BaseException:
     raise ImportError("no such thing") from None
 """
-# Compiled first: an interrupt in here, and not in the step, would have a traceback.
 STEP = """
 import sys
 import chatglm_ja
@@ -68,13 +67,14 @@ step = compile(open(script).read(), script, "exec")
 print("ready", flush=True)
 exec(step, {"__name__": "__main__", "__file__": script})
 """
+# One write for each line, which print does not promise: two processes share the pipe.
 POOL = """
-import time
+import os, time
 from chatglm_ja.cli import run
 from chatglm_ja.data.parallel import map_in_order
 
 def work(number):
-    print("at work", flush=True)
+    os.write(1, b"at work\\n")
     time.sleep(30)
 
 if __name__ == "__main__":
@@ -112,6 +112,34 @@ def test_ctrl_c_in_an_import_ends_the_process_at_once(
     program = f"import sys; sys.path.append({str(tmp_path)!r}); import chatglm_ja, library"
     said = "interrupted\n" if rank == "0" else ""
     assert interrupt(["-c", program], 0.0) == (130, said)
+
+
+# Between two imports, outside of every function.
+BETWEEN_IMPORTS = """
+import os, signal
+import chatglm_ja
+print("importing", flush=True)
+while True:
+    pass
+"""
+
+
+def test_ctrl_c_between_two_imports_is_no_traceback() -> None:
+    assert interrupt(["-c", BETWEEN_IMPORTS], 0.0) == (130, "interrupted\n")
+
+
+def test_ctrl_c_keeps_an_interactive_session() -> None:
+    """The package may be imported at Python's own prompt."""
+    lines = [
+        "import chatglm_ja, os, signal",
+        "os.kill(os.getpid(), signal.SIGINT)",
+        "print('still here')",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-i", "-q"], input="\n".join(lines) + "\n", cwd=PROJECT,
+        capture_output=True, text=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert result.stdout == "still here\n"
 
 
 @pytest.mark.parametrize("script", STEPS)
