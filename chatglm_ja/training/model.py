@@ -29,9 +29,8 @@ class Collator:
     also has `trained`, which is find_trained(labels).
 
     With `document_mask`, positions restart at every document, and its first token, which nothing
-    before it predicts, is not trained. Without it a row is one document. A batch in which no
-    position restarts has no position_ids: attention is faster without a mask of documents. Padding
-    is a document of its own and is never trained, so any id serves: it is 0.
+    before it predicts, is not trained. Without it a row is one document, and there are no
+    position_ids. Padding is a document of its own and is never trained, so any id serves: it is 0.
     """
 
     document_mask: bool
@@ -57,8 +56,8 @@ class Collator:
                     batch["labels"][index, start] = IGNORE_INDEX
                 start += length
         batch["trained"] = find_trained(batch["labels"])
-        if torch.equal(batch["position_ids"][:, -1], torch.full((len(rows),), longest - 1)):
-            del batch["position_ids"]
+        if not self.document_mask:
+            del batch["position_ids"]  # attention is faster without a mask of documents
         return batch
 
 
