@@ -50,19 +50,23 @@ def main() -> None:
     with output.write() as folder, resume.open_folders(output.unfinished, **contents) as work:
         (shards,) = work["shards"]
         rejects = resume.RejectsFile(shards / "rejects.jsonl", report, config.max_rejects)
-        conversations = texts = examples = None
+        conversations = texts = None
         # Conversations first: they take minutes, texts take hours, and either may lack data.
         if config.sft_sources:
-            conversations = prepare_conversations.prepare(config, work["conversations"])
-            rejects.check(conversations)
+            index = prepare_conversations.prepare(config, work["conversations"])
+            rejects.check(index)
             output.counts["sft"], examples = prepare_conversations.write(
-                conversations, config, sft_shares, shards
+                index, config, sft_shares, shards
             )
+            conversations = index, examples
         if config.sources:
-            texts = prepare_texts.prepare(config, work["texts"])
-            rejects.check(texts)
-            output.counts["pretrain"] = prepare_texts.write(texts, config, shares, shards)
-        data_report.write_report(shards, output.counts, config, texts, conversations, examples)
+            index = prepare_texts.prepare(config, work["texts"])
+            rejects.check(index)
+            output.counts["pretrain"], blocks = prepare_texts.write(index, config, shares, shards)
+            texts = index, blocks
+        data_report.write_report(
+            shards, constants.PROFILE, output.counts, config, texts, conversations
+        )
         resume.link_files(shards, folder)
     for line in data_report.describe_counts(output.counts):
         log.info("%s", line)

@@ -144,7 +144,7 @@ def chat_with_model(config: EvalConfig) -> None:
     """Chat in the terminal, or serve the chat page, until the user ends it."""
     stages = models.finished_stages(config.stages())
     stage = models.find_stage(stages, config.stage)
-    from chatglm_ja.inference.chat import chat_in_terminal
+    from chatglm_ja.inference import chat
     from chatglm_ja.inference.generation import ChatOptions, Sampling
 
     options = ChatOptions(
@@ -152,16 +152,19 @@ def chat_with_model(config: EvalConfig) -> None:
         unicode_form=config.unicode_form,
     )  # fmt: skip
     if config.web:
+        from chatglm_ja.evaluation import answers
         from chatglm_ja.inference import web
 
         web.check_port(config.port)
         options = dataclasses.replace(options, seconds=config.answer_seconds)
-        web.serve(stages, stage, options, config.port)
+        languages = [source.language for source in config.sources]
+        prompts = answers.read_prompts(config.prompts, languages, config.unicode_form)
+        examples = [questions[0] for questions in prompts.values()]
+        web.serve(stages, stage, options, examples, config.port)
         return
-    stage.open()
     untrained = ", which has not been trained" if stage.name in models.UNTRAINED else ""
     log.info("chatting with %s, %s%s", stage.name, stage.folder, untrained)
-    chat_in_terminal(stage.load(), options)
+    chat.chat_in_terminal(chat.load_model(stage), stage.name, options)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def prepare(config: PrepareDataConfig, output: Path) -> int:
         tokens[source.language] += int(index.length[index.source == number].sum())
     # Fill blocks for all tokens: repeats replace duplicates and validation documents.
     config = dataclasses.replace(config, total_tokens=sum(tokens.values()))
-    counts = prepare_texts.write(index, config, tokens, output)
+    counts, _ = prepare_texts.write(index, config, tokens, output)
     return sum(counts["train_tokens"].values())
 
 

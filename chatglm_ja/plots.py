@@ -43,9 +43,12 @@ def make_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
 
 
 def save_png(figure: Any, path: Path) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG, and close it."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def to_svg(figure: Any) -> str:

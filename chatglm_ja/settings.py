@@ -53,7 +53,7 @@ def setting(
 
 
 class Choice(enum.StrEnum):
-    """The values of a flag: a member is a name and the phrase that explains it in --help.
+    """Names with explanations, such as the values of a flag, whose phrases are for --help.
 
         class Layout(Choice):
             GLM = "glm", "transformers' own class"

@@ -169,7 +169,7 @@ def source_folders(parent: Path, sources: Sequence[Source]) -> list[Path]:
 
 def write_pretraining(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:
     index = prepare_texts.prepare(config, source_folders(folder / "texts", config.sources))
-    return prepare_texts.write(index, config, parse_shares(config.shares), folder)
+    return prepare_texts.write(index, config, parse_shares(config.shares), folder)[0]
 
 
 def write_sft(folder: Path, config: PrepareDataConfig) -> dict[str, Any]:

@@ -8,15 +8,16 @@ The language filter knows ja, zh and en and accepts every text of another langua
 letters of each script: Japanese has kana, Chinese has Han characters and few kana.
 
 To add a filter, add a member to `Fate` and a condition here or in prepare_conversations.py. The
-counts, log lines and columns of data_report.html follow from the enum.
+counts, log lines, columns of data_report.html and their explanations follow from the enum.
 """
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 
 import numpy as np
+
+from chatglm_ja.settings import Choice
 
 # Control characters other than tab and line break, soft hyphens, zero-width and direction marks,
 # byte-order marks, noncharacters, U+FFFD's neighbors in the specials block. Joiners stay: emoji and
@@ -53,24 +54,30 @@ KANA_SHARE = 0.1
 MIN_LATIN_SHARE = 0.5
 
 
-class Fate(StrEnum):
-    """The fates of a record, in the order in which they are decided."""
+class Fate(Choice):
+    """The fates of a record, in the order in which they are decided.
 
-    REJECTED = "rejected"  # unreadable, of the wrong type, or with the id of an earlier record
+    Step 4's report explains them by their phrases, which say what such records are.
+    """
+
+    REJECTED = "rejected", "unreadable, of the wrong type, or with the id of an earlier record"
     # Texts.
-    EMPTY = "empty"  # nothing is left after cleaning
-    SHORT = "short"  # fewer than --min-characters
-    LANGUAGE = "language"  # not written in the script of its language
-    CONTAMINATED = "contaminated"  # shares 13 tokens in a row with an evaluation text
+    EMPTY = "empty", "empty after cleaning"
+    SHORT = "short", "of fewer characters than --min-characters"
+    LANGUAGE = "language", "not in the script of their language"
+    CONTAMINATED = "contaminated", "with 13 tokens in a row of an evaluation text"
     # Conversations.
-    NO_ANSWER = "no answer at the end"  # the last message is not the assistant's
-    # The last exchange exceeds --max-length or, with --long-conversations drop, the whole does.
-    TOO_LONG = "too long"
-    UNTRAINED = "no trained answer"  # the record says of every answer that it is not to be trained
+    NO_ANSWER = "no answer at the end", "with a last message that is not the assistant's"
+    TOO_LONG = (
+        "too long",
+        "with a last exchange that exceeds --max-length, or with --long-conversations drop as a "
+        "whole",
+    )
+    UNTRAINED = "no trained answer", "with no answer that the record lets be trained"
     # Both.
-    DUPLICATE = "duplicate"  # of an earlier text or conversation of any source
-    NEAR_DUPLICATE = "near_duplicate"  # texts only
-    KEPT = "kept"
+    DUPLICATE = "duplicate", "equal to an earlier one of any source"
+    NEAR_DUPLICATE = "near_duplicate", "much like an earlier text (--near-duplicates)"
+    KEPT = "kept", "left to choose from, for training and validation"
 
 
 def clean(text: str, unicode_form: str) -> str:

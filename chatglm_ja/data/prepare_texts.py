@@ -143,10 +143,11 @@ def _add_batch(
 
 def write(
     index: DocumentIndex, config: PrepareDataConfig, shares: Mapping[str, float], folder: Path
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], packing.PackingPlan]:
     """Drop duplicates, draw documents to fill `shares`, pack them and write the shards.
 
-    Returns the counts for the manifest and the report. Raises DataError if the text is too little.
+    Returns the counts for the manifest and the report, and the plan of the training blocks, whose
+    items are documents of the index. Raises DataError if the text is too little.
     """
     index.drop_duplicates()
     if config.near_duplicates:
@@ -178,7 +179,8 @@ def write(
     processes = config.num_processes
     dataset.write_shards(folder, "pretrain_train", plan, index, drawn.document, processes=processes)
     _write_validation(index, config, held_out, folder)
-    return _count(index, config, plan, drawn, held_out)
+    counts = _count(index, config, plan, drawn, held_out)
+    return counts, dataclasses.replace(plan, item=drawn.document[plan.item])
 
 
 def _write_validation(

@@ -9,6 +9,10 @@ scripts without spaces (kana, Han) and marks, so it does not depend on a tokeniz
     "the cat, the cat"    the | cat | , | the | cat
     "猫が好き。"           猫 | が | 好 | き | 。
 
+How like the expected answer an answer is, chrF says (Popović 2015): the agreement of character
+n-grams, 0 to 100, which needs no words, and so no segmenter of Japanese. The other measures pass a
+model whose answers are fluent and have nothing to do with the question.
+
 At the end of fine-tuning, answers to validation questions are printed. The prompts are the starts
 of validation conversations, as step 4 prepared them, up to their first answer. So no file of
 questions is needed, and the expected answer is known.
@@ -37,6 +41,7 @@ from chatglm_ja.data.readers import check_characters
 from chatglm_ja.data.settings import UNICODE_FORM
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
+from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import DECODINGS, Answer, Sampling
 from chatglm_ja.inference.models import LoadedModel, load_model
@@ -189,6 +194,31 @@ def measure_kinds(questions: Sequence[Question], answered: Answered) -> list[dic
         for kind in dict.fromkeys(question.kind for question in questions)
         for decoding, answers in answered.items()
     ]
+
+
+def measure_likeness(
+    answers: Mapping[Question, Answer], baseline: Baseline
+) -> list[dict[str, Any]]:
+    """Return for every kind of question the chrF of the answers, compared with the base's.
+
+    Questions without an expected answer do not count.
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for question, answer in answers.items():
+        if question.expected is not None:
+            pairs.setdefault(question.kind, []).append((answer.text, question.expected))
+    return [
+        {"kind": kind, **baseline.compare(("likeness", kind), score_chrf(own))}
+        for kind, own in pairs.items()
+    ]
+
+
+def score_chrf(pairs: Iterable[tuple[str, str]]) -> list[float]:
+    """Return the chrF of each text and its reference, as sacrebleu computes it for a sentence."""
+    from sacrebleu.metrics import CHRF
+
+    chrf = CHRF()
+    return [chrf.sentence_score(text, [reference]).score for text, reference in pairs]
 
 
 def pair_with_questions(questions: Sequence[Question], answered: Answered) -> list[dict[str, Any]]:

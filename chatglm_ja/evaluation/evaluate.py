@@ -9,6 +9,7 @@ answers        the answers, in each decoding, to some of the held-out questions 
                prompts file
 answering      the measures of the answers to the prompts file
 held_out       the measures of the answers to held-out questions by kind and decoding
+likeness       how like the answers to held-out questions are to the expected ones, by kind
 retention      the base's answers by language, and how the stage answers in its place
 confusion      answers that leave the language of their question, by language
 probes         in-context learning on texts made of held-out ones
@@ -69,6 +70,8 @@ class Evaluation:
     held_out        held-out questions
     choices         multiple-choice questions by language
     directions      lines and their translations
+
+    `baseline` holds what the stages are compared with: the first one's values.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -99,10 +102,10 @@ class Evaluation:
             self._score_choices,
             self.benchmarks.run,
         ]
+        self.baseline = Baseline()
         self._base_ids: dict[str, list[list[int]]] = {}  # language -> the texts that are compared
         self._base_logits: dict[str, loading.Logits] = {}
         self._base_rows = 0
-        self._baseline = Baseline()
         self._base_answers: Mapping[Question, Answer] = {}  # sampled, to all questions
         self._probes: list[probes.Probe] = []
         self._speeds: dict[int, float] = {}  # rows of the embeddings -> tokens per second
@@ -175,7 +178,8 @@ class Evaluation:
         if not tokenizer.has_chat_format:
             log.info("%s: no answers, the base has no chat template", stage.name)
             return {
-                "answers": [], "answering": {}, "held_out": [], "retention": {}, "confusion": {},
+                "answers": [], "answering": {}, "held_out": [], "likeness": [], "retention": {},
+                "confusion": {},
             }  # fmt: skip
         is_last = stage.name == LAST_STAGE
         shown = [*answers.choose_examples(self.held_out), *self.prompts]
@@ -208,6 +212,7 @@ class Evaluation:
             "held_out": answers.measure_kinds(
                 self.held_out, answered if is_last else {"sampled": answered["sampled"]}
             ),
+            "likeness": answers.measure_likeness(answered["sampled"], self.baseline),
             **self._compare_answers(answered["sampled"], scorer),
         }
 
@@ -228,13 +233,13 @@ class Evaluation:
                 base = [self._base_answers[question] for question in questions]
                 conversations = [question.messages for question in questions]
                 kept[language] = retention.measure_retention(
-                    language, conversations, base, own, scorer, self._baseline
+                    language, conversations, base, own, scorer, self.baseline
                 )
             if language in self.told_languages:
                 texts = [answer.text for answer in own]
                 asked = [question.text for question in questions]
                 confused[language] = confusion.measure_confusion(
-                    language, asked, texts, self._baseline
+                    language, asked, texts, self.baseline
                 )
         return {"retention": kept, "confusion": confused}
 
@@ -242,13 +247,13 @@ class Evaluation:
         if not self._probes:  # the base comes first: contexts are measured by its tokenizer
             self._probes = probes.build_probes(self.texts, scorer.model.tokenizer, scorer.window)
         title = f"{stage.name}: probes"
-        return {"probes": probes.score_probes(scorer, self._probes, self._baseline, title)}
+        return {"probes": probes.score_probes(scorer, self._probes, self.baseline, title)}
 
     def _measure_translations(self, stage: Stage, scorer: Scorer) -> Results:
         rows = translation.measure_translations(
             scorer.model,
             self.directions,
-            self._baseline,
+            self.baseline,
             self.config.answer_batch_size,
             f"{stage.name}: translations",
         )
@@ -256,5 +261,5 @@ class Evaluation:
 
     def _score_choices(self, stage: Stage, scorer: Scorer) -> Results:
         title = f"{stage.name}: choices"
-        rows = multiple_choice.score_questions(scorer, self.choices, self._baseline, title)
+        rows = multiple_choice.score_questions(scorer, self.choices, self.baseline, title)
         return {"choices": rows}

@@ -17,10 +17,13 @@ recall N        pairs of words that fill N tokens of the base, and the first wor
                 answers are the second words of others (arXiv 2307.03172 has random keys, too)
 labels          lines of two languages, each with the letter of its language; the letters are
                 arbitrary (arXiv 2303.03846)
+repeat          a passage, and the same passage again: the share of its bits that a model saves
+                because it has just read it, as the repeated sequences of arXiv 2209.11895
 
 Several questions share a context, so the model reads it once. The model's answer is the choice that
 gains most by the text (acc_gain in multiple_choice.py); of the same words in several orders, the
-likeliest.
+likeliest. repeat has no wrong answers to tell it from, and no chance level: it sees the first signs
+of the ability in a model that is too small for the other probes, and the first of its loss.
 """
 
 import bisect
@@ -45,6 +48,8 @@ CHOICES = 4
 LIST_WORDS = 3
 EXAMPLES = 4  # of copy and reverse, and of each label
 LINE_CHARACTERS = 24
+PASSAGE_CHARACTERS = 64  # of repeat
+SAVED = "saved"  # the metric of repeat
 LABELS = "ABCDEFGHJKMNPRSTUVWXYZ"
 MIN_WORDS = 40
 
@@ -56,12 +61,28 @@ _WORD = re.compile(
 
 @dataclass(frozen=True)
 class Probe:
-    """The questions of one kind in one language."""
+    """The questions of one kind in one language.
+
+    `metric` is one of multiple_choice.METRICS, or SAVED for questions whose only choice is right.
+    """
 
     language: str
     name: str
     questions: list[ChoiceQuestion]
     metric: str = "acc_gain"
+
+    @property
+    def chance(self) -> float:
+        """The mean value of a model that does not use the text."""
+        return 0.0 if self.metric == SAVED else chance(self.questions)
+
+    def measure(self, scorer: Scorer, title: str) -> list[float]:
+        """Return for every question 1 if it is answered rightly, else 0; of SAVED, the share."""
+        if self.metric != SAVED:
+            return judge_questions(scorer, self.questions, [self.metric], title)[self.metric]
+        again = scorer.score_continuations([(q.text, q.choices) for q in self.questions], title)
+        first = scorer.score_continuations([(q.text[-1], q.choices) for q in self.questions], title)
+        return [1 - own / alone for (own,), (alone,) in zip(again, first, strict=True)]
 
 
 def build_probes(
@@ -72,7 +93,9 @@ def build_probes(
     `tokenizer` is the base's, which measures contexts; none is longer than `window`. A language
     whose texts have fewer than MIN_WORDS words has no probes.
     """
-    lines = {language: _find_lines(group, language) for language, group in texts.items()}
+    lines = {
+        language: _find_lines(group, language, LINE_CHARACTERS) for language, group in texts.items()
+    }
     languages = list(texts)
     probes = []
     for place, language in enumerate(languages):
@@ -96,23 +119,26 @@ def build_probes(
             ]
             if questions:
                 probes.append(Probe(language, f"recall {tokens}", questions))
+        passages = _find_lines(texts[language], language, PASSAGE_CHARACTERS)
+        if questions := list(_ask_again(passages, tokenizer, window, draw)):
+            probes.append(Probe(language, "repeat", questions, SAVED))
     return probes
 
 
 def score_probes(
     scorer: Scorer, probes: Sequence[Probe], baseline: Baseline, title: str = "probes"
 ) -> list[dict[str, Any]]:
-    """Return a row for every probe: the share of right answers, compared with the base's."""
+    """Return a row for every probe: the mean of what it measures, compared with the base's."""
     rows = []
     for probe in probes:
         label = f"{title} {probe.language} {probe.name}"
-        right = judge_questions(scorer, probe.questions, [probe.metric], label)[probe.metric]
+        values = probe.measure(scorer, label)
         rows.append(
             {
                 "language": probe.language,
                 "probe": probe.name,
-                "chance": chance(probe.questions),
-                **baseline.compare(("probes", probe.language, probe.name), right),
+                "chance": probe.chance,
+                **baseline.compare(("probes", probe.language, probe.name), values),
             }
         )
     return rows
@@ -125,10 +151,10 @@ def _find_words(texts: Sequence[str], language: str) -> list[str]:
     return words if fits is None else [w for w, is_own in zip(words, fits, strict=True) if is_own]
 
 
-def _find_lines(texts: Sequence[str], language: str) -> list[str]:
+def _find_lines(texts: Sequence[str], language: str, length: int) -> list[str]:
     """Return the starts of the distinct long lines that are in the language's script."""
-    lines = dict.fromkeys(line[:LINE_CHARACTERS] for text in texts for line in text.split("\n"))
-    long = [line for line in lines if len(line) == LINE_CHARACTERS]
+    lines = dict.fromkeys(line[:length] for text in texts for line in text.split("\n"))
+    long = [line for line in lines if len(line) == length]
     fits = cleaning.in_language(long, language)
     return long if fits is None else [x for x, is_own in zip(long, fits, strict=True) if is_own]
 
@@ -189,6 +215,16 @@ def _ask_pairs(
         others = draw.sample([other for _, other in pairs if other != value], CHOICES - 1)
         choices = [f" {choice}" for choice in (value, *others)]
         yield _make_question(f"{context}{key}:", choices, draw)
+
+
+def _ask_again(
+    passages: Sequence[str], tokenizer: ModelTokenizer, window: int, draw: random.Random
+) -> Iterator[ChoiceQuestion]:
+    """Yield passages that are asked for after themselves, as many as other probes ask questions."""
+    room = (window - len(tokenizer.prefix)) // 2 - 1
+    short = [passage for passage in passages if len(tokenizer.encode(passage)) < room]
+    for passage in draw.sample(short, min(CONTEXTS * QUESTIONS, len(short))):
+        yield ChoiceQuestion(f"{passage}\n", (passage,), 0)
 
 
 def _make_question(text: str, choices: list[str], draw: random.Random) -> ChoiceQuestion:

@@ -6,9 +6,8 @@
     Japanese:                    the model goes on; its first line is the translation
 
 The model reads plain text, which the base can do too. Translations are compared with the reference
-by chrF (Popović 2015), as sacrebleu computes it for a sentence: the agreement of character n-grams,
-0 to 100. It needs no words, and so no segmenter of Japanese. What examples add is the gain from the
-context; what the model knows of the languages is in both.
+by chrF. What examples add is the gain from the context; what the model knows of the languages is in
+both.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.evaluation import answers
 from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.models import LoadedModel
@@ -87,9 +87,6 @@ def measure_translations(
     title: str = "translations",
 ) -> list[dict[str, Any]]:
     """Return chrF and an example for every direction and number of examples, beside the base."""
-    from sacrebleu.metrics import CHRF
-
-    chrf = CHRF()
     settings = [(direction, shots) for direction in directions for shots in SHOTS]
     prompts = [
         model.tokenizer.prefix + model.tokenizer.encode(make_prompt(direction, line, shots))
@@ -99,7 +96,7 @@ def measure_translations(
     room = model.window - MAX_NEW_TOKENS
     # A line may also end with a token that holds more than the line break; first_line cuts there.
     line_break = model.tokenizer.encode("a\n")[-1]
-    answers = iter(
+    answered = iter(
         generation.generate_answers(
             model,
             [prompt[-room:] for prompt in prompts],
@@ -112,11 +109,9 @@ def measure_translations(
     rows = []
     for direction, shots in settings:
         pairs = direction.pairs[max(SHOTS) :]
-        lines = [first_line(next(answers).text) for _ in pairs]
-        scores = [
-            chrf.sentence_score(line, [reference]).score
-            for line, (_, reference) in zip(lines, pairs, strict=True)
-        ]
+        lines = [first_line(next(answered).text) for _ in pairs]
+        references = [reference for _, reference in pairs]
+        scores = answers.score_chrf(zip(lines, references, strict=True))
         rows.append(
             {
                 "language": direction.language,

@@ -1,4 +1,4 @@
-"""A chat with a model: prompts that fit its window, answers streamed, and the terminal chat.
+"""A conversation with a model: prompts that fit its window, answers streamed, the terminal chat.
 
 What the user types is text only: it never becomes a special token. When a conversation outgrows the
 model's window, its oldest exchanges are left out of the prompt.
@@ -10,34 +10,75 @@ import readline  # noqa: F401  gives input() line editing and a history
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from chatglm_ja.bases.interface import FormatError, ModelTokenizer
 from chatglm_ja.data import cleaning, conversations
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import ChatOptions
-from chatglm_ja.inference.models import LoadedModel
+from chatglm_ja.inference.generation import ChatOptions, Reply
+from chatglm_ja.inference.models import LoadedModel, Stage
 from chatglm_ja.messages import Message
 
 NO_ANSWER = "(no answer)"  # shown for an answer without text
-CLEAR, EXIT = "/clear", "/exit"
+CUT = "…"  # shown after an answer that did not end by itself
+CONTINUE, CLEAR, EXIT = "/continue", "/clear", "/exit"
+NOT_BEGUN = Reply("", 0, stopped=False)
 
 
-def stream_reply(
-    model: LoadedModel, messages: Sequence[Message], options: ChatOptions
-) -> Generator[str]:
-    """Stream the answer to the last message, the user's, which is cleaned, as pieces of text.
+@dataclass
+class Exchange:
+    """A question and its answer so far, which can be continued until it is `stopped`."""
 
-    The answer gets `max_new_tokens` of the model's window, but at most half of it. Raises DataError
-    if the last message alone is too long for the rest.
+    question: str
+    answer: Reply = NOT_BEGUN
+
+
+def load_model(stage: Stage) -> LoadedModel:
+    """Check and load a stage's model. Raises DataError if its base has no format of chats."""
+    stage.open()
+    model = stage.load()
+    if not model.tokenizer.has_chat_format:
+        raise DataError(
+            f"{stage.folder} has no chat template that can be used: put a chat_template.jinja into "
+            "the folder, or chat with a model that was made for it"
+        )
+    return model
+
+
+def stream_answer(
+    model: LoadedModel, exchanges: Sequence[Exchange], options: ChatOptions
+) -> Generator[None]:
+    """Write or continue the last exchange's answer; yield whenever it has grown.
+
+    Questions are cleaned as the training data was. The answer gets `max_new_tokens` more of the
+    model's window, in all at most half of it. Closing the generator stops the model; the exchange
+    keeps what was answered. Raises DataError if the answer or its question is too long for that.
     """
-    *before, question = messages
-    text = cleaning.clean(question["content"], options.unicode_form)
-    messages = [*before, {**question, "content": text}]
-    options = replace(options, max_new_tokens=min(options.max_new_tokens, model.window // 2))
-    prompt = build_fitting_prompt(model.tokenizer, messages, model.window - options.max_new_tokens)
-    return generation.stream_answer(model, prompt, options)
+    messages: list[Message] = []
+    for exchange in exchanges:
+        question = cleaning.clean(exchange.question, options.unicode_form)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": exchange.answer.text})
+    last = exchanges[-1]
+    begun = last.answer.ids
+    longest = model.window // 2
+    count = min(options.max_new_tokens, longest - len(begun))
+    if count <= 0:
+        raise DataError(
+            f"the answer has {len(begun):,} tokens, expected fewer than {longest:,}, half of the "
+            "model's window: ask for the rest in a new question"
+        )
+    prompt = build_fitting_prompt(model.tokenizer, messages[:-1], model.window - len(begun) - count)
+    options = replace(options, max_new_tokens=count)
+    return _keep_answer(last, generation.stream_answer(model, prompt, options, begun))
+
+
+def _keep_answer(exchange: Exchange, replies: Generator[Reply]) -> Generator[None]:
+    with closing(replies):
+        for reply in replies:
+            exchange.answer = reply
+            yield
 
 
 def build_fitting_prompt(
@@ -45,7 +86,7 @@ def build_fitting_prompt(
 ) -> list[int]:
     """Return the ids of a prompt of at most `size` tokens, without the oldest exchanges if needed.
 
-    Raises DataError if the last exchange alone is longer, and for what the base's format cannot
+    Raises DataError if the last question alone is longer, and for what the base's format cannot
     express.
     """
     build, rests = tokenizer.build_prompt, conversations.shorten(messages)
@@ -61,17 +102,20 @@ def build_fitting_prompt(
     return prompt
 
 
-def chat_in_terminal(model: LoadedModel, options: ChatOptions) -> None:
+def chat_in_terminal(model: LoadedModel, name: str, options: ChatOptions) -> None:
     """Chat until the end of the input or /exit; Ctrl-C stops an answer, or at the prompt the chat.
 
-    Raises ConfigError if standard input is closed.
+    `name` is what the model is called. Raises ConfigError if standard input is closed.
     """
     if sys.stdin is None:
         raise ConfigError("--chat reads what you type, and standard input is closed")
     if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack characters of the answer
         sys.stdout.reconfigure(errors="replace")
-    messages: list[Message] = []
-    print(f"{CLEAR} starts a new conversation, {EXIT} or Ctrl-D ends, Ctrl-C stops an answer")
+    exchanges: list[Exchange] = []
+    print(
+        f"{CONTINUE} continues an answer that was cut ({CUT}), {CLEAR} starts a new conversation, "
+        f"{EXIT} or Ctrl-D ends, Ctrl-C stops an answer"
+    )
     while True:
         try:
             text = input("you> ").strip()
@@ -81,20 +125,37 @@ def chat_in_terminal(model: LoadedModel, options: ChatOptions) -> None:
         if text == EXIT:
             return
         if text == CLEAR:
-            messages = []
-            continue
-        if not text:
-            continue
-        question, answer = {"role": "user", "content": text}, ""
-        try:
-            with closing(stream_reply(model, [*messages, question], options)) as pieces:
-                for piece in pieces:
-                    answer += piece
-                    print(piece, end="", flush=True)
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        except KeyboardInterrupt:
-            print(" …", end="")
-        print(end="\n" if answer else f"{NO_ANSWER}\n")
-        messages += [question, {"role": "assistant", "content": answer}]
+            exchanges = []
+        elif text == CONTINUE:
+            if exchanges and not exchanges[-1].answer.stopped:
+                _print_answer(model, name, exchanges, options)
+            else:
+                print("no answer was cut")
+        elif text:
+            exchanges.append(Exchange(text))
+            _print_answer(model, name, exchanges, options)
+
+
+def _print_answer(
+    model: LoadedModel, name: str, exchanges: list[Exchange], options: ChatOptions
+) -> None:
+    """Print the last answer, or what continues it, until it ends or Ctrl-C stops it.
+
+    A question that cannot be answered is taken out of the exchanges.
+    """
+    last = exchanges[-1]
+    shown = len(last.answer.text)
+    try:
+        with closing(stream_answer(model, exchanges, options)) as growth:
+            print(f"{name}> ", end="", flush=True)
+            for _ in growth:
+                print(last.answer.text[shown:], end="", flush=True)
+                shown = len(last.answer.text)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if not last.answer.ids:
+            exchanges.pop()
+        return
+    except KeyboardInterrupt:
+        pass
+    print("" if last.answer.text else NO_ANSWER, end="\n" if last.answer.stopped else f" {CUT}\n")

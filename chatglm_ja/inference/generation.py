@@ -76,6 +76,16 @@ class Answer:
     stopped: bool
 
 
+@dataclass(frozen=True)
+class Reply(Answer):
+    """An answer that is streamed, with its ids, from which it can be continued exactly.
+
+    The text of a reply that goes on leaves out a character whose bytes are not complete yet.
+    """
+
+    ids: tuple[int, ...] = ()
+
+
 def generate_answers(
     model: LoadedModel,
     prompts: Prompts,
@@ -126,14 +136,16 @@ def check_lengths(model: LoadedModel, prompts: Prompts, max_new_tokens: int, tit
 
 
 def stream_answer(
-    model: LoadedModel, prompt: Sequence[int], options: ChatOptions
-) -> Generator[str]:
-    """Stream the answer to a prompt as pieces of text, which joined are the whole answer.
+    model: LoadedModel, prompt: Sequence[int], options: ChatOptions, begun: Sequence[int] = ()
+) -> Generator[Reply]:
+    """Stream the answer to a prompt, again and again as it grows; the last one is the whole answer.
 
-    A thread generates it ahead of the reader. Closing the generator stops the thread after its
-    current token, and so does the time limit. Errors of the thread are raised here.
+    `begun` are the ids of an earlier reply to the prompt, which is continued. Only the last reply
+    can be `stopped`; if it is not, it was cut at a limit. A thread generates ahead of the reader.
+    Closing the generator stops the thread after its current token, and so does the time limit.
+    Errors of the thread are raised here.
     """
-    pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+    replies: queue.SimpleQueue[Reply | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()
 
     def stop_when_closed(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -141,27 +153,28 @@ def stream_answer(
 
     def generate() -> None:
         try:
-            _generate(
-                model, [prompt], options.max_new_tokens, options.sampling,
-                streamer=_TextStreamer(model.tokenizer, pieces.put),
+            output = _generate(
+                model, [[*prompt, *begun]], options.max_new_tokens, options.sampling,
+                streamer=_ReplyStreamer(model.tokenizer, begun, replies.put),
                 stopping_criteria=StoppingCriteriaList([stop_when_closed]),
                 max_time=options.seconds,
             )  # fmt: skip
+            replies.put(_decode_reply(model.tokenizer, [*begun, *output[0].tolist()]))
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-            pieces.put(DataError(f"the GPU's memory is full: ask for shorter answers ({reason})"))
+            replies.put(DataError(f"the GPU's memory is full: ask for shorter answers ({reason})"))
         except BaseException as error:
-            pieces.put(error)
+            replies.put(error)
         else:
-            pieces.put(None)
+            replies.put(None)
 
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
-        while (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
+        while (reply := replies.get()) is not None:
+            if isinstance(reply, BaseException):
+                raise reply
+            yield reply
     finally:
         closed.set()
         thread.join()
@@ -221,6 +234,12 @@ def _decode_answer(
     return Answer(text, len(ids) if end is None else end + 1, stopped=end is not None)
 
 
+def _decode_reply(tokenizer: ModelTokenizer, ids: list[int]) -> Reply:
+    answer = _decode_answer(tokenizer, ids)
+    text = answer.text if answer.stopped else answer.text.rstrip("\ufffd")
+    return Reply(text, answer.tokens, answer.stopped, tuple(ids))
+
+
 class _Sampler(LogitsProcessor):
     """Samples the next token with temperature, top_k and top_p as transformers defines them.
 
@@ -246,30 +265,30 @@ class _Sampler(LogitsProcessor):
         return best.masked_fill(likelier >= self.sampling.top_p, -torch.inf).softmax(dim=-1), ids
 
 
-class _TextStreamer(BaseStreamer):
-    """Passes on the text of one answer as its tokens arrive, without its stop token.
+class _ReplyStreamer(BaseStreamer):
+    """Passes on a reply whenever its text has grown.
 
-    It holds back a character spelled in bytes until it is complete, and trailing space until
-    something follows it.
+    It holds back trailing space until something follows it.
     """
 
-    def __init__(self, tokenizer: ModelTokenizer, pass_on: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: ModelTokenizer, begun: Sequence[int], pass_on: Callable[[Reply], None]
+    ) -> None:
         self.tokenizer = tokenizer
         self.pass_on = pass_on
+        self.begun = begun
         self.ids: list[int] | None = None  # None until the prompt has arrived
         self.text = ""
 
     def put(self, value: torch.Tensor) -> None:
         if self.ids is None:
-            self.ids = []
+            self.ids = [*self.begun]
             return
         self.ids += [token for token in value.tolist() if token not in self.tokenizer.stop_ids]
-        self._extend_text(self.tokenizer.decode(self.ids).strip().rstrip("\ufffd"))
+        reply = _decode_reply(self.tokenizer, self.ids)
+        if len(reply.text) > len(self.text) and reply.text.startswith(self.text):
+            self.pass_on(reply)
+            self.text = reply.text
 
     def end(self) -> None:
-        self._extend_text(self.tokenizer.decode(self.ids or []).strip())
-
-    def _extend_text(self, text: str) -> None:
-        if len(text) > len(self.text) and text.startswith(self.text):
-            self.pass_on(text[len(self.text) :])
-            self.text = text
+        pass

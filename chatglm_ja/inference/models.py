@@ -31,6 +31,13 @@ STAGES: dict[str, str | None] = {
     "pretrained": "step5_train_pt.py",
     "sft": "step6_train_sft.py",
 }
+# What each stage has behind it, in words.
+DESCRIPTIONS = {
+    BASE: "as published",
+    "resized": "new pieces added, untrained",
+    "pretrained": "after continued pretraining",
+    "sft": "after fine-tuning",
+}
 UNTRAINED = (BASE, "resized")  # stages whose model has not been trained by this pipeline
 LAST_STAGE = list(STAGES)[-1]
 LATEST = "latest"  # of --stage: the last stage whose model exists
@@ -55,6 +62,11 @@ class Stage:
 
     name: str
     folder: Path
+
+    @property
+    def title(self) -> str:
+        """The name, with what the stage has behind it."""
+        return f"{self.name}: {DESCRIPTIONS[self.name]}"
 
     def open(self, every_byte: bool | None = None, merged: Path | None = None) -> list[Input]:
         """Check that the folder is complete. Raises ArtifactError, naming the step to run.

@@ -95,8 +95,13 @@ def _answer_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def likeness_table(results: Results) -> Table:
+    """Return the chrF of the answers to held-out questions, by kind."""
+    return _compared_table(results, lambda stage: stage["likeness"], ("kind",), show_number)
+
+
 def probe_table(results: Results) -> Table:
-    """Return the share of right answers to the probes of in-context learning."""
+    """Return the share of right answers, or of saved bits, in the probes of in-context learning."""
     head, rows = _compared_table(results, lambda stage: stage["probes"], ("language", "probe"))
     chances = [f"{row['chance']:.0%}" for row in results["stages"][0]["probes"]]
     return [head[0], "chance", *head[1:]], [
@@ -316,6 +321,12 @@ SECTIONS = [
         folded=True,
     ),
     Section(
+        "Likeness to the expected answers",
+        "chrF (0 to 100) of the sampled answers to held-out questions and the answers that go with "
+        f"them. {COMPARED}",
+        likeness_table,
+    ),
+    Section(
         "Language confusion",
         "Sampled answers in percent. All lines in the language: answers of which every line of "
         "some length is in the question's language. No foreign word: of these, answers without an "
@@ -344,7 +355,8 @@ SECTIONS = [
         "shows. The right answer is in the text, so no knowledge is needed. copy and reverse: a "
         "list of words in the same or the opposite order. recall N: the value of a key, in N "
         "tokens of keys and values. labels: lines of two languages, each with an arbitrary "
-        f"letter. Right answers in percent. {COMPARED}",
+        "letter. Right answers in percent. repeat: the percentage of a passage's bits that the "
+        f"model saves where it reads the passage for the second time. {COMPARED}",
         probe_table,
     ),
     Section(

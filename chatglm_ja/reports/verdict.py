@@ -198,6 +198,9 @@ def _judge_items(base: Results, last: Results) -> Iterator[Finding]:
     for row in last["translations"]:
         measure = f"translation {row['direction']}, {row['shots']} examples"
         yield from _compare(row["language"], measure, row, show=show_number)
+    for row in last["likeness"]:
+        measure = "likeness to the expected answers"
+        yield from _compare(row["kind"], measure, row, show=show_number)
     for language, rows in last["confusion"].items():
         for key, title in CONFUSION.items():
             yield from _compare(language, title, rows[key], less=key == "other_han")
@@ -221,7 +224,7 @@ def _compare(
     row: Mapping[str, Any] | None,
     *,
     less: bool = False,
-    show: Callable[[float], str] = "{:.0%}".format,
+    show: Callable[[float], str] = lambda share: f"{round(share, 2) + 0.0:.0%}",  # no -0%
 ) -> Iterator[Finding]:
     """Yield the finding of a row of paired.Baseline.compare, if there are values to compare.
 

@@ -201,6 +201,22 @@ def flawed(folder: Path) -> list[Source]:
     ]
 
 
+def test_the_plan_names_the_documents_of_the_blocks(tmp_path: Path, merged_dir: Path) -> None:
+    sources = flawed(tmp_path)
+    shares = ("ja=76", "zh=12", "en=12")
+    config = prepare_config(
+        merged_dir, sources, shares=shares, total_tokens=3000, validation_tokens=500, block_size=64
+    )
+    index = prepare_texts.prepare(config, source_folders(tmp_path / "texts", sources))
+    _, plan = prepare_texts.write(index, config, parse_shares(shares), tmp_path)
+    parts = [
+        index.read_document(int(document))[start : start + length]
+        for document, start, length in zip(plan.item, plan.start, plan.length, strict=True)
+    ]
+    rows = dataset.load_rows(tmp_path, "pretrain", "train")
+    assert np.concatenate(parts).tolist() == list(itertools.chain(*rows["input_ids"]))
+
+
 def test_processes_and_interruptions_change_no_byte(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

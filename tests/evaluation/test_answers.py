@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from sacrebleu import sentence_chrf
 
 from chatglm_ja.data import dataset
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation import answers
 from chatglm_ja.evaluation.answers import Question
+from chatglm_ja.evaluation.paired import Baseline, is_measurable
 from chatglm_ja.inference import generation
 from chatglm_ja.inference.generation import GREEDY, Answer, Sampling
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.sources import Source
 from chatglm_ja.training.settings import SftConfig
-from tests.conftest import PROJECT
+from tests.conftest import DATA, PROJECT
 
 LANGUAGES = ("ja", "ko")
 
@@ -78,6 +80,31 @@ def test_answers_are_paired_with_their_questions() -> None:
     assert (row["question"], row["expected"]) == ("q", "a!")
     assert row["greedy"] == {"text": "a", "tokens": 1, "stopped": True}
     assert row["sampled"]["text"] == "b"
+
+
+def test_fluent_answers_to_other_questions_are_caught() -> None:
+    """They are in the language and come to an end; only likeness sees that they do not answer."""
+    held_out = Source("ja", str(DATA / "heldout_sft.jsonl.gz"), where=("kind", "ja"))
+    texts = [messages[-1]["content"] for messages in SourceReader().conversations(held_out)]
+    questions = [ask("ja", expected=text) for text in texts]
+    baseline = Baseline()
+
+    def measure(own: list[str]) -> Any:
+        answered = {
+            q: Answer(text, 9, stopped=True) for q, text in zip(questions, own, strict=True)
+        }
+        measures = answers.measure_answers(answered)
+        assert measures["in_language"] > 0.95 and measures["ended"] == 1
+        (row,) = answers.measure_likeness(answered | {ask("ja"): Answer("", 0, True)}, baseline)
+        assert (row["kind"], row["items"]) == ("ja", len(texts))
+        return row
+
+    halves = [text[: len(text) // 2] for text in texts]
+    expected = [sentence_chrf(own, [text]).score for own, text in zip(halves, texts, strict=True)]
+    assert measure(halves)["mean"] == pytest.approx(sum(expected) / len(texts))
+    others = measure([*halves[1:], halves[0]])
+    assert others["mean"] < 0.3 * sum(expected) / len(texts)
+    assert is_measurable(others)
 
 
 def test_examples_are_of_all_kinds() -> None:

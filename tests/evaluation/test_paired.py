@@ -56,3 +56,13 @@ def test_an_item_without_a_value_counts_in_neither() -> None:
     assert (empty["items"], empty["mean"], empty["error"]) == (0, None, None)
     with pytest.raises(ValueError, match="2 items, but the base has 3"):
         baseline.compare("x", [1.0, 2.0])
+
+
+def test_rounding_is_no_difference() -> None:
+    """Of the same model in another order of additions every value may be a little larger."""
+    values = [0.01 + 0.1 * number for number in range(30)]
+    baseline = Baseline()
+    baseline.compare("x", values)
+    row = baseline.compare("x", [value + 2e-8 for value in values])
+    assert (row["change"], row["p"]) == (0, 1)
+    assert is_measurable(baseline.compare("x", [value + 1e-3 for value in values]))

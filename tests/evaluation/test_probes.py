@@ -29,6 +29,8 @@ def built(texts: dict[str, list[str]], model: LoadedModel) -> list[Probe]:
 def solve(question: ChoiceQuestion) -> int:
     """Answer as a reader would: find how the examples of the text continue."""
     *lines, asked = question.text.split("\n")
+    if not asked:  # repeat
+        return question.choices.index("".join(lines[-1:]))
     if asked.endswith(":"):  # recall
         values = {line.partition(":")[2] for line in lines if line.startswith(asked)}
         return next(n for n, choice in enumerate(question.choices) if choice in values)
@@ -66,13 +68,13 @@ class ReadingScorer:
                 lines = text[-self.memory :].split("\n")
                 seen = "\n".join(lines[len(text) > self.memory :])
                 with contextlib.suppress(StopIteration, ValueError):  # not in what it still sees
-                    nats[solve(ChoiceQuestion(seen, tuple(choices), 0))] -= 1000
+                    nats[solve(ChoiceQuestion(seen, tuple(choices), 0))] *= 0.1
             scores.append(nats)
         return scores
 
 
 def test_every_language_has_every_probe(built: list[Probe]) -> None:
-    names = ["copy", "reverse", "labels", "recall 256", "recall 512"]
+    names = ["copy", "reverse", "labels", "recall 256", "recall 512", "repeat"]
     assert [(p.language, p.name) for p in built] == [
         (language, name) for language in ("ja", "zh", "en") for name in names
     ]
@@ -90,6 +92,8 @@ def test_the_answer_is_in_the_text(built: list[Probe]) -> None:
 def test_nothing_but_the_text_gives_the_answer_away(built: list[Probe]) -> None:
     """Neither its place nor its length does."""
     for probe in built:
+        if probe.name == "repeat":  # its only choice is right
+            continue
         chance = 1 / len(probe.questions[0].choices)
         questions = probe.questions
         for guess in (
@@ -124,8 +128,10 @@ def test_the_window_and_the_words_limit_the_lengths(
         return [probe.name for probe in probes.build_probes(texts, model.tokenizer, window)]
 
     one = {"zh": texts["zh"]}
-    assert names(one, 300) == ["copy", "reverse", "recall 256"]  # labels need a second language
-    assert names(one, 255) == ["copy", "reverse"]
+    # labels need a second language
+    assert names(one, 300) == ["copy", "reverse", "recall 256", "repeat"]
+    assert names(one, 255) == ["copy", "reverse", "repeat"]
+    assert names(one, 16) == ["copy", "reverse"]
     few = {"zh": ["".join(texts["zh"])[:600]]}
     assert "recall 2048" not in names(few, 2048)
     assert names({"zh": ["好"]}, 300) == []
@@ -136,7 +142,7 @@ def test_a_model_that_forgets_is_caught_at_the_length_it_forgets(built: list[Pro
     baseline = Baseline()
     good: Any = ReadingScorer(10_000)
     for row in probes.score_probes(good, built, baseline):
-        assert row["mean"] == 1 or (row["probe"] == "labels" and row["mean"] >= 0.7)
+        assert row["mean"] >= {"labels": 0.7, "repeat": 0.89}.get(row["probe"], 1)
         assert row["change"] is None
     bad: Any = ReadingScorer(120)
     rows = {(r["language"], r["probe"]): r for r in probes.score_probes(bad, built, baseline)}
@@ -162,3 +168,29 @@ def test_a_real_model_is_scored_on_the_gain(built: list[Probe], model: LoadedMod
         right += gains.index(min(gains)) == question.answer
     assert row["mean"] == right / 3
     assert row["chance"] == 0.25
+
+
+def test_repeat_is_the_share_of_bits_saved(built: list[Probe], model: LoadedModel) -> None:
+    """Against the same passages scored as texts; a model that forgets them at once saves none."""
+    probe = next(p for p in built if p.name == "repeat")
+    part = Probe(probe.language, probe.name, probe.questions[:3], probe.metric)
+    scorer = Scorer(model, 512, 4)
+    (row,) = probes.score_probes(scorer, [part], Baseline())
+    shares = []
+    for question in part.questions:
+        (passage,) = question.choices
+        assert question.text == f"{passage}\n"
+        once, twice, blank, after_blank = (
+            scorer.score_texts([text]).nats
+            for text in (f"{passage}\n", f"{passage}\n{passage}", "\n", f"\n{passage}")
+        )
+        shares.append(1 - (twice - once) / (after_blank - blank))
+    assert row["mean"] == pytest.approx(sum(shares) / 3, abs=1e-4)
+    assert row["chance"] == 0
+    baseline = Baseline()
+    good: Any = ReadingScorer(10_000)
+    bad: Any = ReadingScorer(30)
+    probes.score_probes(good, [probe], baseline)
+    (row,) = probes.score_probes(bad, [probe], baseline)
+    assert row["mean"] == 0
+    assert is_measurable(row)

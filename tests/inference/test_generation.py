@@ -1,5 +1,6 @@
 """Answers: their ends, batches, sampling, and streaming."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from chatglm_ja.inference import generation
-from chatglm_ja.inference.generation import GREEDY, ChatOptions, Sampling
+from chatglm_ja.inference.generation import GREEDY, ChatOptions, Reply, Sampling
 from chatglm_ja.inference.models import LoadedModel
 
 QUESTIONS = (
@@ -161,19 +162,47 @@ def test_a_streamed_answer_is_the_whole_answer(
     for prompt in prompts:
         for sampling in (GREEDY, Sampling(temperature=2.0, top_p=1.0, top_k=0)):
             torch.manual_seed(3)
-            pieces = list(generation.stream_answer(model, prompt, ChatOptions(sampling, 40)))
+            answers = list(generation.stream_answer(model, prompt, ChatOptions(sampling, 40)))
             torch.manual_seed(3)
             ids = generation._generate(model, [prompt], 40, sampling)[0].tolist()
-            assert "".join(pieces) == generation._decode_answer(model.tokenizer, ids).text
-            assert len(pieces) > 5
-            whole_characters += sum(not piece.startswith("\ufffd") for piece in pieces)
+            text = model.tokenizer.decode(ids).strip().rstrip("\ufffd")
+            assert answers[-1] == Reply(text, 40, stopped=False, ids=tuple(ids))
+            assert len(answers) > 5
+            assert not any(answer.stopped for answer in answers[:-1])
+            texts = [answer.text for answer in answers]
+            assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+            whole_characters += sum(not text.endswith("\ufffd") for text in texts)
     assert whole_characters > 100
 
 
+@pytest.mark.usefixtures("stopping")
+def test_a_streamed_answer_says_whether_it_was_cut(
+    model: LoadedModel, prompts: list[list[int]]
+) -> None:
+    cut, stopped = (
+        list(generation.stream_answer(model, prompt, ChatOptions(GREEDY, 1)))[-1]
+        for prompt in prompts[:2]
+    )
+    assert (cut.tokens, cut.stopped) == (1, False)
+    assert (stopped.tokens, stopped.stopped) == (1, True)
+
+
+def test_a_continued_answer_is_the_uncut_one(model: LoadedModel, prompts: list[list[int]]) -> None:
+    """Also where it was cut before a space, or inside a character spelled in bytes."""
+    for prompt in prompts:
+        (*_, uncut) = generation.stream_answer(model, prompt, ChatOptions(GREEDY, 16))
+        for cut in range(1, 16, 3):
+            (*_, begun) = generation.stream_answer(model, prompt, ChatOptions(GREEDY, cut))
+            rest = ChatOptions(GREEDY, 16 - cut)
+            answers = list(generation.stream_answer(model, prompt, rest, begun.ids))
+            assert answers[-1] == uncut
+            assert all(answer.text.startswith(begun.text) for answer in answers)
+
+
 def test_a_character_in_bytes_is_shown_when_it_is_complete(model: LoadedModel) -> None:
-    shown: list[str] = []
-    pieces = generation._TextStreamer(model.tokenizer, shown.append)
-    pieces.put(torch.tensor([1, 2, 3]))  # the prompt
+    shown: list[Reply] = []
+    answer = generation._ReplyStreamer(model.tokenizer, [], shown.append)
+    answer.put(torch.tensor([1, 2, 3]))  # the prompt
     spelled = [model.tokenizer.pieces.index(f"<0x{byte:02X}>") for byte in "🦊".encode()]
     tokens = [
         *model.tokenizer.encode("狐"),
@@ -182,22 +211,11 @@ def test_a_character_in_bytes_is_shown_when_it_is_complete(model: LoadedModel) -
         model.tokenizer.stop_ids[0],
     ]
     for token in tokens:
-        pieces.put(torch.tensor([token]))
-    pieces.end()
-    assert "".join(shown) == model.tokenizer.decode(tokens[:-1]).strip()
-    assert "🦊" in shown
-    assert not any("\ufffd" in piece for piece in shown)
-
-
-def test_incomplete_bytes_are_shown_at_the_end(model: LoadedModel) -> None:
-    shown: list[str] = []
-    pieces = generation._TextStreamer(model.tokenizer, shown.append)
-    pieces.put(torch.tensor([1]))
-    for token in (*model.tokenizer.encode("a"), model.tokenizer.pieces.index("<0xF0>")):
-        pieces.put(torch.tensor([token]))
-    assert shown == ["a"]
-    pieces.end()
-    assert shown == ["a", "\ufffd"]
+        answer.put(torch.tensor([token]))
+    texts = [answer.text for answer in shown]
+    assert texts[-1] == model.tokenizer.decode(tokens[:-1]).strip()
+    assert "狐🦊" in texts
+    assert not any("\ufffd" in text for text in texts)
 
 
 def test_closing_a_stream_stops_its_thread(model: LoadedModel, prompts: list[list[int]]) -> None:

@@ -1,16 +1,23 @@
-"""The chat page: what it does without a browser, and in headless Chromium."""
+"""The chat page: what it does without a browser, and in headless Chromium.
 
+In the browser a stub writes the answers, as fast as a test tells it to, and a test waits for what
+the page shows: nothing depends on how fast the machine is.
+"""
+
+import re
 import shutil
 import socket
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chatglm_ja.errors import ArtifactError, ConfigError, DataError
-from chatglm_ja.inference import chat, generation, web
-from chatglm_ja.inference.generation import GREEDY, ChatOptions
+from chatglm_ja.inference import chat, web
+from chatglm_ja.inference.chat import Exchange
+from chatglm_ja.inference.generation import GREEDY, ChatOptions, Reply
 from chatglm_ja.inference.models import LoadedModel
 
 pytest.importorskip("gradio", reason="needs requirements-extras.txt")
@@ -20,287 +27,457 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
          "--disable-component-update", "--no-first-run")  # fmt: skip
 
-LOADS: list[str] = []
+PATIENCE = 120_000  # milliseconds until the page must show what a test expects, on a busy machine
+PHONE: Any = {"width": 390, "height": 844}
+STAGES = ("base", "pretrained", "damaged", "sft")
+EXAMPLES = ("日本の首都はどこですか。", "What is 1 < 2 & 3?", "お元気ですか。" * 9, "你好")
+BREVITY = ChatOptions(GREEDY, max_new_tokens=8)
 
 
 class FakeStage:
     """A stage whose model is in memory."""
 
     def __init__(self, name: str, model: LoadedModel) -> None:
-        self.name, self.model = name, model
+        self.name, self.title, self.model = name, f"the model {name}", model
+        self.folder = Path(name)
+        self.loads = 0
 
     def open(self) -> None:
-        pass
+        if self.name == "damaged":
+            raise ArtifactError("the folder is damaged")
 
     def load(self) -> LoadedModel:
-        LOADS.append(self.name)
+        self.loads += 1
         return self.model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models(model: LoadedModel) -> web.ModelCache:
-    LOADS.clear()
-    stages: Any = [FakeStage(name, model) for name in ("base", "pretrained", "sft")]
+    stages: Any = [FakeStage(name, model) for name in STAGES]
     return web.ModelCache(stages)
 
 
 @pytest.fixture
-def options() -> ChatOptions:
-    return ChatOptions(GREEDY, max_new_tokens=1500, seconds=300.0)
+def session() -> web.Session:
+    return web.Session()
 
 
-@pytest.fixture
+def reply(model: LoadedModel, *exchanges: Exchange) -> str:
+    for _ in chat.stream_answer(model, exchanges, BREVITY):
+        pass
+    return exchanges[-1].answer.text
+
+
+def test_every_model_answers_in_its_own_conversation(
+    session: web.Session, models: web.ModelCache, model: LoadedModel
+) -> None:
+    session.ask(" 日本 ", ["sft"])
+    assert set(session.answer(models, BREVITY)) == {None}
+    session.ask("东京", ["sft", "base", "sft"])
+    assert session.waiting == ["sft", "base"]
+    list(session.answer(models, BREVITY))
+    assert session.waiting == []
+    for name, questions in (("base", ["东京"]), ("sft", ["日本", "东京"])):
+        expected: list[Exchange] = []
+        for question in questions:
+            expected.append(Exchange(question))
+            assert reply(model, *expected)
+        assert session.conversations[name] == expected
+
+
+def test_a_cut_answer_is_continued(
+    session: web.Session, models: web.ModelCache, model: LoadedModel
+) -> None:
+    session.ask("日本", ["sft"])
+    list(session.answer(models, BREVITY))
+    cut = session.show("sft")[-1]
+    assert cut["options"][0]["label"] == "… cut here: continue"
+    session.resume(["sft"])
+    assert "options" not in session.show("sft")[-1]
+    list(session.answer(models, BREVITY))
+    whole = Exchange("日本")
+    list(chat.stream_answer(model, [whole], ChatOptions(GREEDY, 16)))
+    assert session.conversations["sft"] == [whole]
+
+
+def test_an_answer_that_ended_by_itself_is_not_cut(session: web.Session) -> None:
+    session.conversations["sft"] = [Exchange("日本", Reply("", 1, stopped=True))]
+    assert session.show("sft")[-1]["content"]["text"] == chat.NO_ANSWER
+    assert "options" not in session.show("sft")[-1]
+
+
+def test_the_last_two_models_stay_in_memory(model: LoadedModel) -> None:
+    stages: Any = [FakeStage(name, model) for name in STAGES]
+    models = web.ModelCache(stages)
+    for name in ("base", "sft", "base", "pretrained", "base", "sft"):
+        models.get(name)
+    assert [stage.loads for stage in stages] == [1, 1, 0, 2]
+
+
+def test_questions_that_cannot_be_asked(session: web.Session) -> None:
+    with pytest.raises(DataError, match="the question is empty"):
+        session.ask("  ", ["sft"])
+    with pytest.raises(DataError, match="4,001 characters, 4,000 are allowed"):
+        session.ask("x" * 4001, ["sft"])
+    session.ask("日本", ["sft"])
+    for again in (lambda: session.ask("东京", ["sft"]), lambda: session.resume(["sft"])):
+        with pytest.raises(DataError, match="still being answered: wait, or press Stop"):
+            again()
+    assert session.conversations["sft"] == [Exchange("日本")]
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 4])
+def test_a_closed_answer_stays_in_the_conversation(
+    session: web.Session, models: web.ModelCache, pieces: int
+) -> None:
+    session.ask("日本", ["sft", "base"])
+    steps = session.answer(models, ChatOptions(GREEDY, 1500))
+    for _ in range(pieces):
+        next(steps)
+    session.stop()
+    session.ask("东京", ["base"])
+    threads = threading.active_count()
+    steps.close()
+    assert threading.active_count() == threads - (pieces > 1)  # the model writes no further
+    assert session.waiting == ["base"]  # the stopped answer does not disturb the next question
+    shown = session.show("sft")[-1]
+    assert (shown["content"]["text"] == chat.NO_ANSWER) == (pieces < 2)
+    assert shown["options"]  # it can be continued
+
+
+def test_an_answer_that_ends_while_it_is_stopped(
+    session: web.Session, models: web.ModelCache
+) -> None:
+    session.ask("日本", ["sft", "base"])
+    steps = session.answer(models, BREVITY)
+    next(steps)
+    session.stop()
+    assert set(steps) == {None}
+    assert session.conversations["sft"][0].answer.text
+    assert session.conversations["base"] == [Exchange("日本")]
+
+
+def test_a_question_that_cannot_be_answered_is_taken_out(
+    session: web.Session, models: web.ModelCache
+) -> None:
+    """The other model answers it; an answer that cannot be continued stays."""
+
+    def find_failure() -> tuple[str, str]:
+        (failure,) = filter(None, session.answer(models, BREVITY))
+        return failure
+
+    session.ask("日本", ["damaged", "sft"])
+    assert find_failure() == ("damaged: the folder is damaged", "日本")
+    assert session.conversations["damaged"] == []
+    (exchange,) = session.conversations["sft"]
+    assert exchange.answer.text
+    session.ask("長" * 3000, ["sft"])  # more than the window of the model
+    error, question = find_failure()
+    assert "tokens, expected at most" in error
+    assert question == "長" * 3000
+    assert session.conversations["sft"] == [exchange]
+    exchange.answer = Reply("は", 3000, stopped=False, ids=(5,) * 3000)
+    session.resume(["sft"])
+    error, question = find_failure()
+    assert "ask for the rest in a new question" in error
+    assert question == ""
+    assert session.conversations["sft"] == [exchange]
+
+
+@pytest.fixture(scope="module")
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((web.HOST, 0))
         return int(probe.getsockname()[1])
 
 
-def answer(
-    models: web.ModelCache,
-    text: str,
-    names: tuple[str, str],
-    conversations: web.Conversations | None = None,
-) -> web.Conversations:
-    """Return the conversations with the question and its whole answers."""
-    conversations = conversations or {"left": [], "right": []}
-    steps = web.answer_question(models, names, conversations, text, ChatOptions(GREEDY, 8, 60.0))
-    assert sum(1 for _ in steps) > 5
-    return conversations
-
-
-def test_both_sides_answer_and_remember(models: web.ModelCache, model: LoadedModel) -> None:
-    earlier: web.Conversations = {"left": [{"role": "user", "content": "あ"},
-                                  {"role": "assistant", "content": "い"}], "right": []}  # fmt: skip
-    question = {"role": "user", "content": "日本"}
-    expected = {}
-    for side in web.SIDES:
-        prompt = model.tokenizer.build_prompt([*earlier[side], question])
-        text = generation.generate_answers(model, [prompt], 8)[0].text
-        expected[side] = [*earlier[side], question, {"role": "assistant", "content": text}]
-    assert answer(models, " 日本 ", ("sft", "base"), earlier) == expected
-    alone = answer(models, "日本", ("sft", web.NO_MODEL))
-    assert alone["right"] == []
-    assert alone["left"][-1]["content"]
-
-
-def test_the_last_two_models_stay_in_memory(models: web.ModelCache) -> None:
-    for name in ("base", "sft", "base", "pretrained", "base", "sft"):
-        models.get(name)
-    assert LOADS == ["base", "sft", "pretrained", "sft"]
-
-
-def test_messages_are_limited(models: web.ModelCache) -> None:
-    with pytest.raises(DataError, match="the question is empty"):
-        answer(models, "  ", ("sft", web.NO_MODEL))
-    with pytest.raises(DataError, match="4,001 characters, 4,000 are allowed"):
-        answer(models, "x" * 4001, ("sft", web.NO_MODEL))
-
-
-def test_unknown_models_are_refused(models: web.ModelCache) -> None:
-    conversations: web.Conversations = {"left": [], "right": []}
-    for name in ("nobody", None, ["sft"]):
-        with pytest.raises(DataError, match=r"there is no model .*: expected one of base, pretr"):
-            answer(models, "日本", ("sft", name), conversations)  # type: ignore[arg-type]
-    assert conversations == {"left": [], "right": []}
-
-
-@pytest.mark.parametrize("pieces", [0, 3])
-def test_a_closed_answer_stays_in_the_conversation(models: web.ModelCache, pieces: int) -> None:
-    conversations: web.Conversations = {"left": [], "right": []}
-    options = ChatOptions(GREEDY, 1500, 60.0)
-    steps = web.answer_question(models, ("sft", "base"), conversations, "日本", options)
-    for _ in range(1 + pieces):
-        next(steps)
-    start = time.monotonic()
-    steps.close()
-    assert time.monotonic() - start < 5
-    contents = {messages[-1]["content"] for messages in conversations.values()}
-    assert (contents == {chat.NO_ANSWER}) == (pieces == 0)
-    assert all(0 < len(content) < 100 for content in contents)
-
-
-def test_a_port_in_use_is_one_line(free_port: int) -> None:
-    web.check_port(free_port)
+def test_a_port_in_use_is_one_line() -> None:
     with socket.socket() as other:
-        other.bind((web.HOST, free_port))
+        other.bind((web.HOST, 0))
+        port = other.getsockname()[1]
         other.listen()
-        with pytest.raises(ConfigError, match=f"--port {free_port} of this machine cannot be used"):
-            web.check_port(free_port)
+        with pytest.raises(ConfigError, match=f"--port {port} of this machine cannot be used"):
+            web.check_port(port)
+    web.check_port(port)
 
 
-@pytest.fixture
-def page(models: web.ModelCache, options: ChatOptions, free_port: int) -> Iterator[Any]:
-    """The chat page in a browser; it must not send a request to another machine."""
+def test_gradio_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"needs Gradio: run `pip install -r requirements-extras"):
+        web.check_port(0)
+
+
+@pytest.fixture(scope="module")
+def served(models: web.ModelCache, free_port: int) -> Iterator[str]:
+    """The address of the chat page."""
+    built = web.build_page(models, "sft", BREVITY, EXAMPLES)
+    web.launch_page(built, free_port)
+    yield f"http://{web.HOST}:{free_port}"
+    built.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser(served: str) -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extras.txt")
-    served = web.build_page(models, "sft", options)
-    web.launch_page(served, free_port)
-    try:
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-            opened = browser.new_page()
-            requested: list[str] = []
-            opened.on("request", lambda request: requested.append(request.url))
-            opened.goto(f"http://{web.HOST}:{free_port}")
-            opened.wait_for_selector("#question textarea")
-            yield opened
-            assert all(web.HOST in url for url in requested if not url.startswith("blob:"))
-            browser.close()
-    finally:
-        served.close(verbose=False)
+    playwright.expect.set_options(timeout=PATIENCE)
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield opened
+        opened.close()
 
 
-def bubbles(page: Any, side: str) -> list[str]:
-    texts = page.locator(f"#{side} .md").all_inner_texts()
-    return [text.strip().replace("\xa0", " ") for text in texts]
+class Tab:
+    """The chat page in a tab of the browser, as large as a phone; it must ask no other machine."""
 
+    def __init__(self, browser: Any, address: str) -> None:
+        from playwright.sync_api import expect
 
-def wait_until(page: Any, condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        page.wait_for_timeout(50)
+        self.expect = expect
+        context = browser.new_context(
+            viewport=PHONE, permissions=["clipboard-read", "clipboard-write"]
+        )
+        self.page = context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.requested: list[str] = []
+        self.page.on("request", lambda request: self.requested.append(request.url))
+        self.page.goto(address)
+        self.question = self.page.locator("#question textarea")
+        self.send, self.stop = self.page.locator("#send"), self.page.locator("#stop")
+        self.question.wait_for()
 
+    def ask(self, question: str) -> None:
+        self.question.fill(question)
+        self.send.click()
 
-def wait_for_rest(page: Any) -> list[str]:
-    """Wait until no answer has grown for a second; return the left conversation."""
-    shown = None
-    while shown != (shown := bubbles(page, "left")):
-        page.wait_for_timeout(1000)
-    return shown
+    def compare_with(self, name: str) -> None:
+        self.page.get_by_label("Compare with").click()
+        self.page.get_by_role("option", name=name).click()
+        self.page.wait_for_selector("#right")
+
+    def shows(self, side: str, *texts: str) -> None:
+        """Wait until a pane shows these questions and answers."""
+        messages = self.page.locator(f"#{side} .md").filter(has_text=re.compile(r"\S"))
+        self.expect(messages).to_have_text(list(texts), use_inner_text=True)
+
+    def close(self) -> None:
+        self.page.context.close()
+        other = [url for url in self.requested if web.HOST not in url]
+        assert not [url for url in other if not url.startswith(("blob:", "data:"))]
 
 
 @pytest.fixture
-def slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real answers, at most twenty pieces a second."""
-    stream_reply = chat.stream_reply
-
-    def reply(*arguments: Any) -> Iterator[str]:
-        for piece in stream_reply(*arguments):
-            time.sleep(0.05)
-            yield piece
-
-    monkeypatch.setattr(chat, "stream_reply", reply)
+def tab(browser: Any, served: str) -> Iterator[Tab]:
+    opened = Tab(browser, served)
+    yield opened
+    opened.close()
 
 
-@pytest.mark.usefixtures("slower")
-def test_an_answer_streams_and_stops(page: Any, models: web.ModelCache) -> None:
+class Pen:
+    """Stands in for a model: it has written `text`, and goes on until it `finishes`.
+
+    asked    the questions that it was to answer
+    closed   set when it was stopped
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.finishes = threading.Event()
+        self.asked: list[str] = []
+        self.closed = threading.Event()
+
+    def stream_answer(
+        self, _model: Any, exchanges: Sequence[Exchange], _options: Any
+    ) -> Generator[None]:
+        last = exchanges[-1]
+        begun = last.answer.text
+        self.asked.append(last.question)
+        try:
+            while not (finishes := self.finishes.wait(0.02)) or self.text:
+                if text := begun + self.text:
+                    last.answer = Reply(text, 1, stopped=finishes, ids=(5,))
+                yield
+                if finishes:
+                    return
+        finally:
+            self.closed.set()
+
+
+@pytest.fixture
+def pen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pen]:
+    pen = Pen()
+    monkeypatch.setattr(chat, "stream_answer", pen.stream_answer)
+    yield pen
+    pen.finishes.set()
+
+
+def test_a_model_answers_on_the_page(tab: Tab, model: LoadedModel) -> None:
+    """Question and answer are plain text, with their spaces and line breaks."""
     question = "<script>document.title = 'run'</script> <b>日本</b> &amp;\n  二行目"
-    page.fill("#question textarea", question)
-    page.keyboard.press("Enter")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2 and len(bubbles(page, "left")[1]) > 3)
-    early = bubbles(page, "left")
-    assert early[0] == question  # plain text, with its spaces and line breaks
-    wait_until(page, lambda: len(bubbles(page, "left")[1]) > len(early[1]))
-    assert page.title() != "run"
-    page.click("#stop")
-    stopped = wait_for_rest(page)
-    model = models.get("sft")
-    prompt = model.tokenizer.build_prompt([{"role": "user", "content": question}])
-    assert len(stopped[1]) < len(generation.generate_answers(model, [prompt], 128)[0].text)
+    tab.question.fill(question)
+    tab.page.keyboard.press("Enter")
+    tab.page.wait_for_selector("#left .option")
+    asked, answer = tab.page.locator("#left .md").all_inner_texts()
+    assert asked == question
+    assert answer == reply(model, Exchange(question))
+    assert tab.page.title() == "Chat"
+
+
+def test_an_answer_grows_and_stops(tab: Tab, pen: Pen) -> None:
+    tab.ask("一")
+    for pen.text in ("は", "はい", "はい、<そう>"):
+        tab.shows("left", "一", pen.text)
+    tab.stop.click()
+    tab.send.wait_for()
+    assert pen.closed.wait(PATIENCE / 1000)
     # A second model joins for the next question and does not know the first one.
-    page.get_by_label("Compare with").click()
-    page.get_by_role("option", name="base").click()
-    page.get_by_text("Sampling").click()
-    page.get_by_label("number input for Longest answer, in tokens").fill("5")
-    page.fill("#question textarea", "もう一つ")
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "right")) == 2 and len(bubbles(page, "left")) == 4)
-    assert bubbles(page, "left")[:2] == stopped
-    assert bubbles(page, "right")[0] == bubbles(page, "left")[2] == "もう一つ"
-    page.click("#clear")
-    wait_until(page, lambda: bubbles(page, "left") == bubbles(page, "right") == [])
+    pen.text = "二つ目"
+    tab.compare_with("base")
+    pen.finishes.set()
+    tab.ask("二")
+    tab.shows("left", "一", "はい、<そう>", "二", "二つ目")
+    tab.shows("right", "二", "二つ目")
+    tab.send.wait_for()
+    tab.page.click("#clear")
+    for side in ("left", "right"):
+        tab.shows(side)
+
+
+def test_an_example_is_asked_and_its_answer_copied_and_continued(tab: Tab, pen: Pen) -> None:
+    tab.expect(tab.page.locator("#left .example")).to_have_text(list(EXAMPLES))
+    tab.page.locator("#left .example").nth(1).click()
+    pen.text = "1<&>\n  2"
+    tab.shows("left", EXAMPLES[1], pen.text)
+    assert pen.asked == [EXAMPLES[1]]
+    option = tab.page.locator("#left .option")
+    tab.expect(option).to_have_count(0)
+    tab.stop.click()
+    tab.expect(option).to_have_text(["… cut here: continue"])
+    tab.page.click("#left [aria-label=Copy]")
+    copied = "text => navigator.clipboard.readText().then(copied => copied == text)"
+    tab.page.wait_for_function(copied, arg=pen.text)
+    option.click()
+    tab.shows("left", EXAMPLES[1], pen.text * 2)
+    pen.finishes.set()
+    tab.send.wait_for()
+    tab.expect(option).to_have_count(0)  # it ended by itself
+
+
+def test_the_question_is_shown_at_once_and_the_pane_that_waits_says_so(tab: Tab, pen: Pen) -> None:
+    """Both panes are named after their models, and Stop is there only while one answers."""
+    tab.compare_with("base")
+    labels = {side: tab.page.locator(f"#{side} label").first for side in ("left", "right")}
+    tab.expect(labels["left"]).to_have_text("the model sft")
+    tab.expect(labels["right"]).to_have_text("the model base")
+    tab.expect(tab.stop).to_have_count(0)
+    tab.ask("一")
+    for side in ("left", "right"):
+        tab.shows(side, "一", "waiting")
+    tab.expect(tab.page.locator(".loading-spinner")).to_have_count(2)
+    pen.text = "は"
+    tab.shows("left", "一", "は")
+    tab.shows("right", "一", "waiting")
+    tab.expect(tab.send).to_have_count(0)
+    tab.stop.click()
+    tab.send.wait_for()
+    tab.expect(tab.stop).to_have_count(0)
+    tab.shows("right", "一", chat.NO_ANSWER)
+    # Another model on the left shows its own conversation, and its name.
+    tab.page.get_by_label("Model", exact=True).click()
+    tab.page.get_by_role("option", name="pretrained").click()
+    tab.expect(labels["left"]).to_have_text("the model pretrained")
+    tab.shows("left")
+
+
+def test_two_panes_the_examples_and_the_buttons_fit_a_phone(tab: Tab) -> None:
+    tab.compare_with("base")
+    tab.question.fill("長い質問" * 100)
+    locators = {name: tab.page.locator(f"#{name}") for name in ("left", "right", "send", "clear")}
+    locators["example"] = tab.page.locator("#left .example").last
+    boxes: dict[str, Any] = {name: locator.bounding_box() for name, locator in locators.items()}
+    ends = {name: box["y"] + box["height"] for name, box in boxes.items()}
+    assert boxes["send"]["y"] == boxes["clear"]["y"]
+    assert boxes["right"]["height"] > 200
+    assert ends["example"] < ends["left"]
+    assert ends["send"] < PHONE["height"]
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_typing_during_an_answer_and_new_conversations(tab: Tab, pen: Pen) -> None:
+    tab.ask("一")
+    tab.expect(tab.question).to_have_value("")
+    for piece in ("次の", "質問"):  # what is typed stays when the answer grows
+        pen.text += "は"
+        tab.question.press_sequentially(piece)
+        tab.shows("left", "一", pen.text)
+    tab.page.keyboard.press("Enter")
+    tab.page.get_by_text("still being answered: wait, or press Stop").wait_for()
+    tab.expect(tab.question).to_have_value("次の質問")
+    tab.page.click("#clear")
+    tab.shows("left")
+    assert pen.closed.wait(PATIENCE / 1000)
+    tab.send.click()
+    tab.shows("left", "次の質問", pen.text)  # and nothing before it
 
 
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that take ten seconds."""
-
-    def reply(*_: Any, **__: Any) -> Iterator[str]:
-        for number in range(40):
-            time.sleep(0.25)
-            yield f"{number} "
-
-    monkeypatch.setattr(chat, "stream_reply", reply)
-
-
-@pytest.mark.usefixtures("slow")
-def test_typing_during_an_answer_and_new_conversations(page: Any) -> None:
-    page.fill("#question textarea", "一")
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2 and "1" in bubbles(page, "left")[1])
-    page.fill("#question textarea", "")
-    page.locator("#question textarea").press_sequentially("次の質問", delay=150)
-    assert page.input_value("#question textarea") == "次の質問"
-    page.click("#clear")
-    wait_until(page, lambda: bubbles(page, "left") == [])
-    page.wait_for_timeout(1500)
-    assert bubbles(page, "left") == []
-    page.click("#send")
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    assert bubbles(page, "left")[0] == "次の質問"  # and nothing before it
-    page.click("#stop")
-
-
-@pytest.fixture
-def other(page: Any) -> Any:
+def other(browser: Any, served: str) -> Tab:
     """The chat page in a second tab."""
-    tab = page.context.browser.new_page()
-    tab.goto(page.url)
-    tab.wait_for_selector("#question textarea")
-    return tab
+    return Tab(browser, served)
 
 
-@pytest.mark.usefixtures("slow")
-def test_a_waiting_question_can_be_stopped(page: Any, other: Any) -> None:
+def test_a_waiting_question_can_be_stopped(tab: Tab, other: Tab, pen: Pen) -> None:
     """The second tab's question waits for the first one's answer."""
-    for tab in (page, other):
-        tab.fill("#question textarea", "一")
-        tab.click("#send")
-        wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    other.wait_for_timeout(1000)
-    assert bubbles(other, "left") == []  # one question at a time
-    other.click("#stop")
-    other.wait_for_timeout(300)
-    page.click("#stop")
-    other.wait_for_timeout(1500)
-    assert other.input_value("#question textarea") == "一"
-    assert bubbles(other, "left") == []
-
-
-@pytest.mark.usefixtures("slow")
-def test_closing_the_page_ends_its_answer(page: Any, other: Any) -> None:
-    """The question of the tab that stays is answered long before the ten seconds are over."""
-    other.fill("#question textarea", "一")
-    other.click("#send")
-    wait_until(other, lambda: len(bubbles(other, "left")) == 2)
-    page.fill("#question textarea", "二")
-    page.click("#send")
+    tab.ask("一")
+    pen.text = "は"
+    tab.shows("left", "一", "は")
+    other.ask("二")
+    other.shows("left", "二", "waiting")
+    for pen.text in ("はい", "はい、"):
+        tab.shows("left", "一", pen.text)
+    assert pen.asked == ["一"]
+    other.stop.click()
+    other.shows("left", "二", chat.NO_ANSWER)
+    tab.stop.click()
+    tab.send.wait_for()
+    other.page.click("#left .option")
+    other.shows("left", "二", pen.text)
+    assert pen.asked == ["一", "二"]
     other.close()
-    start = time.monotonic()
-    wait_until(page, lambda: len(bubbles(page, "left")) == 2)
-    assert time.monotonic() - start < 5
 
 
-def test_a_damaged_model_is_shown_as_an_error(
-    page: Any, models: web.ModelCache, monkeypatch: pytest.MonkeyPatch
+def test_closing_the_page_ends_its_answer(tab: Tab, other: Tab, pen: Pen) -> None:
+    """The question of the tab that stays is answered then."""
+    pen.text = "は"
+    other.ask("一")
+    other.shows("left", "一", "は")
+    tab.ask("二")
+    tab.shows("left", "二", "waiting")
+    other.close()
+    tab.shows("left", "二", "は")
+
+
+def test_a_damaged_model_is_shown_as_an_error(tab: Tab, pen: Pen) -> None:
+    """The question comes back, and the other model's answer stays."""
+    pen.text = "は"
+    pen.finishes.set()
+    tab.compare_with("damaged")
+    tab.ask("一")
+    tab.page.get_by_text("the folder is damaged").wait_for()
+    tab.expect(tab.question).to_have_value("一")
+    tab.send.wait_for()
+    tab.shows("left", "一", "は")
+    tab.shows("right")
+
+
+def test_a_bug_in_an_answer_leaves_the_page_usable(
+    tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged() -> None:
-        raise ArtifactError("the folder is damaged")
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
 
-    monkeypatch.setattr(models.stages["base"], "open", damaged)
-    page.get_by_label("Compare with").click()
-    page.get_by_role("option", name="base").click()
-    page.fill("#question textarea", "一")
-    page.click("#send")
-    wait_until(page, lambda: "the folder is damaged" in page.inner_text("body"))
-    assert page.input_value("#question textarea") == "一"
-
-
-def test_a_long_message_is_shown_as_an_error(page: Any) -> None:
-    page.fill("#question textarea", "長" * 3000)  # more than the window of the model
-    page.click("#send")
-    wait_until(page, lambda: "tokens, expected at most" in page.inner_text("body"))
-    assert bubbles(page, "left") == []
+    monkeypatch.setattr(chat, "stream_answer", fail)
+    tab.ask("一")
+    tab.shows("left", "一", chat.NO_ANSWER)
+    tab.send.wait_for()

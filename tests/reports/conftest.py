@@ -33,6 +33,7 @@ def results() -> dict[str, Any]:
             "held_out": [],
             "choices": {},
             "tasks": [],
+            "likeness": [],
             "retention": {},
             "confusion": {},
             "probes": [],

@@ -73,6 +73,7 @@ def test_measures_on_items_stand_beside_the_base(results: dict[str, Any]) -> Non
         stage["translations"] = [
             {"language": "ja", "direction": "Chinese > Japanese", "shots": 4, **row}
         ]
+        stage["likeness"] = [{"kind": "code", **row}]
         stage["retention"] = {
             "zh": {"bits_per_char": row, "in_language": row, "ended": row, "characters": row},
             "ko": {"bits_per_char": row, "in_language": None, "ended": row, "characters": row},
@@ -89,6 +90,7 @@ def test_measures_on_items_stand_beside_the_base(results: dict[str, Any]) -> Non
     numbers = ["0.5 ± 0.2", "0.6 ± 0.2 (≈)", "0.8 ± 0.2 (+0.2)"]
     assert ["ja, copy", "25%", "4", *shares] in lines
     assert ["Chinese > Japanese, 4", "4", *numbers] in lines
+    assert ["code", "4", *numbers] in lines
     bits = ["0.50 ± 0.25", "0.60 ± 0.25 (≈)", "0.75 ± 0.25 (+0.25)"]
     assert ["zh, bits/char of the base's answers", "4", *bits] in lines
     assert ["zh, ended by itself", "4", *shares] in lines

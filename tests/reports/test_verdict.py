@@ -69,6 +69,7 @@ def test_measures_on_items_must_not_be_worse_than_chance_explains(results: dict[
         {"language": "zh", "probe": "reverse", **unclear},
         {"language": "zh", "probe": "labels", **compared(0.5)},  # the base has no value
     ]
+    last["likeness"] = [{"kind": "code", **worse}]
     last["confusion"] = {
         "ja": {"lines": worse, "words": None, "other_han": worse},
     }
@@ -85,11 +86,18 @@ def test_measures_on_items_must_not_be_worse_than_chance_explains(results: dict[
         ("ja", "Han outside JIS X 0208"): "gained",  # fewer are better
         ("zh", "in-context copy"): "missed",
         ("zh", "in-context reverse"): "same",
+        ("code", "likeness to the expected answers"): "missed",
     }
     assert "in-context copy 75% -> 50%" in map(str, verdict.judge(results).of("zh", Outcome.MISSED))
     # A base that does not end its answers has no chat to lose.
     base["retention"] = silent
     assert ("zh", "bits/char of the base's answers") not in outcomes(results)
+
+
+def test_a_share_of_nothing_has_no_sign(results: dict[str, Any]) -> None:
+    row = {"language": "ja", "probe": "repeat", **compared(0.01, change=0.012, p=0.001)}
+    results["stages"][-1]["probes"] = [row]
+    assert "in-context repeat 0% -> 1%" in map(str, verdict.judge(results).findings)
 
 
 def test_a_model_that_learned_nothing_is_not_to_be_shipped(results: dict[str, Any]) -> None:
