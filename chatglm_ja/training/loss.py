@@ -20,7 +20,7 @@ from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.training import costs
 
 # Rows of hidden states whose logits are in memory at once; a GPU needs larger products.
-CPU_LOSS_ROWS = 256
+CPU_LOSS_ROWS = 512
 # Rows of the output matrix whose gradient of a chunk is in memory at once, in half precision.
 GRADIENT_ROWS = 4096
 
