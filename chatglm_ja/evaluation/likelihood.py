@@ -30,7 +30,7 @@ from chatglm_ja.bases.loading import Logits
 from chatglm_ja.errors import DataError
 from chatglm_ja.inference.models import LoadedModel
 from chatglm_ja.messages import IGNORE_INDEX
-from chatglm_ja.training.model import token_losses
+from chatglm_ja.training.loss import token_losses
 
 # Windows share the reading of their beginning if that saves as many tokens.
 MIN_SAVED_TOKENS = 128

@@ -127,7 +127,7 @@ def estimate_memory(
     One process trains without DeepSpeed, with trained weights in float32. Several use ZeRO stage 2,
     which keeps a copy of them in the precision of the computation and shards the float32 ones,
     Adam's moments and the gradients. Frozen weights have that precision, too. The peak is at the
-    start or at the end of the backward pass.
+    loss, or at the start or the end of the backward pass.
     """
     width = bytes_per_number(config)
     tokens = BatchPlan.divide(config, processes).micro_batch * config.block_size
@@ -151,23 +151,30 @@ def estimate_memory(
     if config.gradient_checkpointing:
         working += layer
         activations = shape.layers * tokens * width * shape.hidden
-    loss = min(LOSS_ROWS, tokens) * shape.rows * (width + 4 + 4)
-    loss += 2 * tokens * shape.hidden * width
-    matrix = shape.rows * shape.hidden if trained.embeddings else 0
-    # float32 weights are copied to half precision, and new rows concatenated with the old ones.
-    copies = 1 if (zero or width == 4) and config.embedding_rows == "all" else 2
+    # The gradient of the output matrix is summed in float32, and converted under ZeRO. While the
+    # loss is computed, there is also a copy of float32 weights in half precision, or of new rows
+    # concatenated with the old ones.
+    gradient = trained.embeddings / shape.embeddings
+    is_copied = trained.embeddings and (config.embedding_rows == "new" or (width == 2 and not zero))
+    copy = width * shape.rows * shape.hidden if is_copied else 0
+    logits = min(LOSS_ROWS, tokens) * shape.rows * (width + 4) + 4 * tokens * shape.hidden
+    loss: list[tuple[str, float]] = [
+        ("activations", activations),
+        ("working memory of the loss", max(logits, width * gradient if zero else 0)),
+        ("output matrix: gradient, and a copy if one is made", 4 * gradient + copy),
+    ]
     start: list[tuple[str, float]] = [
         ("activations", activations),
-        ("working memory of a layer or the loss", max(working, loss)),
-        ("output matrix: gradient, and a copy if one is made", width * copies * matrix),
+        ("working memory of a layer", working),
+        ("output matrix: gradient", (width if zero else 4) * gradient),
     ]
     end: list[tuple[str, float]] = [("gradients", 4 * trained.all)]
     if zero:
         end = [
             ("gradients, and their copy in float32", (width + 4) * trained.all / processes),
-            ("input matrix: gradient before it is reduced", width * matrix),
+            ("input matrix: gradient before it is reduced", width * gradient),
         ]
-    peak = max(start, end, key=lambda items: sum(size for _, size in items))
+    peak = max(loss, start, end, key=lambda items: sum(size for _, size in items))
     return [(item, size / GB) for item, size in always + peak]
 
 

@@ -1,13 +1,10 @@
 """The model for training and scoring.
 
 `Collator` makes batches of step 4's rows. `TrainingLoss` makes any of transformers' causal language
-models compute next-token losses without the logits of a whole batch. `split_embeddings` leaves only
-the embeddings' new rows trainable, and `join_embeddings` restores plain matrices after training, in
-float32.
+models compute the losses of loss.py. `split_embeddings` leaves only the embeddings' new rows
+trainable, and `join_embeddings` restores plain matrices after training, in float32.
 """
 
-import functools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -15,30 +12,25 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ja.bases.modules import find_embeddings
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.messages import IGNORE_INDEX
-from chatglm_ja.training import costs
-
-log = logging.getLogger(__name__)
-
-# Rows of hidden states whose logits are in memory at once; a GPU needs larger products.
-CPU_LOSS_ROWS = 256
+from chatglm_ja.training.loss import find_trained, sum_losses, token_losses
 
 
 @dataclass(frozen=True)
 class Collator:
     """Collates rows into int64 tensors [rows, longest row]: input_ids, labels, position_ids.
 
-    The second dimension is at least `length`: compiled layers need batches of one shape.
+    The second dimension is at least `length`: compiled layers need batches of one shape. The batch
+    also has `trained`, which is find_trained(labels).
 
     With `document_mask`, positions restart at every document, and its first token, which nothing
-    before it predicts, is not trained. transformers keeps attention inside documents if positions
-    restart and neither an attention mask nor a cache is given. Without it a row is one document.
-    Padding is a document of its own and is never trained, so any id serves: it is 0.
+    before it predicts, is not trained. Without it a row is one document, and there are no
+    position_ids. Padding is a document of its own and is never trained, so any id serves: it is 0.
     """
 
     document_mask: bool
@@ -63,85 +55,17 @@ class Collator:
                 if length:
                     batch["labels"][index, start] = IGNORE_INDEX
                 start += length
+        batch["trained"] = find_trained(batch["labels"])
+        if not self.document_mask:
+            del batch["position_ids"]  # attention is faster without a mask of documents
         return batch
-
-
-def token_losses(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    reduction: Literal["none", "sum"] = "none",
-) -> torch.Tensor:
-    """Return next-token cross entropies in nats, float32 [trained positions], or their sum.
-
-    hidden [batch, length, width], weight [vocabulary, width], labels int64 [batch, length]:
-    position t predicts label t + 1, and single losses are ordered as labels[:, 1:]. Positions with
-    the label IGNORE_INDEX are dropped before the product with `weight`, so they cost nothing.
-
-    Single losses are for scoring: their logits are computed in float32, whatever the dtype of the
-    rest. The sum is for training, in the dtype of autocast or of `hidden`; its backward pass takes
-    one product fewer in float32.
-    """
-    targets = labels[:, 1:]
-    trained = targets != IGNORE_INDEX
-    rows, targets = hidden[:, :-1][trained], targets[trained]
-    size = costs.LOSS_ROWS if rows.is_cuda else CPU_LOSS_ROWS
-    if reduction == "none":
-        with torch.autocast(rows.device.type, enabled=False):
-            return _compute_losses_in_chunks(rows.float(), weight.float(), targets, size)
-    if torch.is_autocast_enabled(rows.device.type):
-        rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-    weight = weight.to(rows.dtype)
-    if not hasattr(F, "linear_cross_entropy"):
-        _log_fallback()
-    elif rows.is_cuda or rows.dtype == torch.float32:
-        # It accumulates a sum in the dtype of the rows: in bfloat16 it was off by 4% for 12,000
-        # tokens, in float16 it overflowed. So in half precision we take single losses, at the
-        # price of one more product with `weight` in the backward pass. On a CPU these took three
-        # times as long as the chunks below, which round logits as transformers' own loss does.
-        losses = F.linear_cross_entropy(
-            rows,
-            weight,
-            targets,
-            reduction="sum" if rows.dtype == torch.float32 else "none",
-            options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size),
-        )
-        return losses.float().sum()
-    return _compute_losses_in_chunks(rows, weight, targets, size).sum()
-
-
-def _compute_losses_in_chunks(
-    rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, size: int
-) -> torch.Tensor:
-    """Return single losses, float32, from the logits of `size` rows at a time.
-
-    The backward pass recomputes the logits of each chunk, so that none are kept.
-    """
-
-    def compute(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="none")
-
-    parts: list[Any] = [
-        checkpoint(compute, chunk, weight, labels, use_reentrant=False)
-        for chunk, labels in zip(rows.split(size), targets.split(size), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-@functools.cache  # logs once
-def _log_fallback() -> None:
-    log.info(
-        "torch %s has no linear_cross_entropy: computing the loss from logits, chunk by chunk",
-        torch.__version__,
-    )
 
 
 class TrainingLoss:
     """Mixin of a causal language model: given labels, it returns the loss and no logits.
 
-    With `position_ids` that restart, attention stays inside each document: transformers builds
-    that mask only if there is neither an attention mask nor a cache. `loading.check_training` tells
-    the architectures of which this, or the loss, is not true.
+    With `position_ids` that restart, attention stays inside each document. `loading.check_training`
+    tells the architectures of which this, or the loss, is not true.
     """
 
     accepts_loss_kwargs = True
@@ -151,6 +75,7 @@ class TrainingLoss:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        trained: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         reduction: Literal["mean", "none"] = "mean",
         **kwargs: Any,
@@ -158,7 +83,8 @@ class TrainingLoss:
         """Compute the loss of input_ids, position_ids and labels, int64 [batch, length].
 
         The loss is the sum over the trained tokens divided by `num_items_in_batch`, by default
-        their number in this batch. With the reduction "none" it is that of `token_losses`.
+        their number in this batch. With the reduction "none" it is that of `token_losses`. The host
+        does not wait for a GPU if `trained` and `position_ids` are given.
         """
         if labels is None:
             plain: Any = super()
@@ -169,16 +95,24 @@ class TrainingLoss:
         embedded = model.get_input_embeddings()(input_ids)
         if torch.is_autocast_enabled(embedded.device.type):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
+        mask = None
+        if position_ids is not None:
+            # The model would make the same mask, but first read from the GPU whether any restart.
+            documents = packed_sequence_mask_function((position_ids == 0).cumsum(1))
+            mask = create_masks_for_generate(
+                model.config, embedded, None, None, and_mask_function=documents
+            )
         hidden = model.base_model(
-            inputs_embeds=embedded, position_ids=position_ids, use_cache=False
+            inputs_embeds=embedded, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        weight = model.get_output_embeddings().weight
+        head = model.get_output_embeddings()
         if reduction == "none":
-            return CausalLMOutputWithPast(loss=token_losses(hidden, weight, labels))
-        total = token_losses(hidden, weight, labels, "sum")
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
-        return CausalLMOutputWithPast(loss=total / num_items_in_batch)
+            return CausalLMOutputWithPast(loss=token_losses(hidden, head.weight, labels))
+        if trained is None:
+            trained = find_trained(labels)
+        total = sum_losses(hidden, list(head.parameters()), labels, trained)
+        count = len(trained) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
 
 
 class _Rows(nn.Module):

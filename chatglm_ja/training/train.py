@@ -248,6 +248,7 @@ def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> Training
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory
         deepspeed=str(config.deepspeed) if config.deepspeed else None,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,

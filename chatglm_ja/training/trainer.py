@@ -24,7 +24,6 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 
 from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.data import dataset
-from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.training import costs
 from chatglm_ja.training.adapter import read_embeddings, trained_embeddings
 from chatglm_ja.training.checkpoints import (
@@ -109,23 +108,21 @@ class ResumableTrainer(Trainer):
         """Run forward and backward on a micro-batch; return its loss, the mean over all processes.
 
         A non-finite loss, or one above the guard's limit, makes the gradients NaN on all processes,
-        so that the optimizer skips the step. Nothing here waits for the device.
+        so that the optimizer skips the step. Nothing here waits for the device, so that the host
+        can prepare the next micro-batch meanwhile: `end_step` reads what is kept.
 
         The Trainer sums what is returned until the next log line. As all processes have the same
         sum, a checkpoint needs only one, whatever the number of processes that resume from it.
         """
         self.watchdog.progress()
-        model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        trained = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         # One collective for all values. The loss of a process is its share of the step's mean,
         # times the number of processes.
-        values = (loss.detach(), trained, num_items_in_batch, float(self.signal_seen))
-        stacked = torch.stack(
-            [torch.as_tensor(v).to(loss.device, torch.float32, non_blocking=True) for v in values]
-        )
+        host_values = (len(inputs["trained"]), self.signal_seen)
+        trained, signal_seen = (torch.full((), float(v), device=loss.device) for v in host_values)
+        stacked = torch.stack([loss.detach(), trained, num_items_in_batch.float(), signal_seen])
         mean, mean_trained, item_count, stop = self.accelerator.reduce(stacked, reduction="mean")
         # The loss per token of this micro-batch or, if smaller, its share of the step's loss scaled
         # up: one long answer has a large share, one short answer may have a large loss per token.
@@ -141,14 +138,21 @@ class ResumableTrainer(Trainer):
         return torch.where(is_good, mean, usual)  # keeps NaN out of the logged mean
 
     def end_step(self) -> None:
-        """Read the step's losses from the device, once, and decide whether the run continues."""
-        losses, stops = torch.stack(self.micro_batches).T.tolist()
+        """Read the step's values from the device, at once, and decide whether the run continues.
+
+        The host waits here. If it read them a step later, the limit of a loss would be that of the
+        step before, skipped steps would end a run a step late, and a run resumed from a checkpoint,
+        which has to know all losses, would have another limit than an undisturbed one.
+        """
+        norm = self.grad_norm.to(self.args.device, torch.float32)
+        *values, grad_norm = torch.cat([*self.micro_batches, norm[None]]).tolist()
+        losses, stops = values[::2], values[1::2]
         self.micro_batches.clear()
         self.should_stop |= max(stops) > 0
         if self.accelerator.optimizer_step_was_skipped and not self.args.fp16:
             # With DeepSpeed the Trainer does not advance the schedule for a skipped step.
             self.lr_scheduler.step()  # type: ignore[union-attr]
-        self.guard.end_step(self.state.global_step, losses, float(self.grad_norm))
+        self.guard.end_step(self.state.global_step, losses, grad_norm)
 
     def stop(self, control: TrainerControl) -> None:
         """Let the Trainer save a checkpoint and end, without a validation that is due.
@@ -164,7 +168,13 @@ class ResumableTrainer(Trainer):
         if self.should_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
+            model: Any = self.model
+            model.train()
             super()._run_epoch(*given, **named)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: the Trainer counts parameters in every micro-batch for a total nobody reads."""
+        return 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Tell the optimizer, on the device, to skip a step with non-finite gradients.
@@ -290,6 +300,8 @@ class ResumableTrainer(Trainer):
             return {}
         with self.pause(), torch.no_grad():
             metrics = self._score(self.validation)
+        model: Any = self.model
+        model.train()  # not in every micro-batch: it visits all modules
         self.is_unscored = metrics is None
         if metrics is None:
             self.stop(self.control)
@@ -334,9 +346,9 @@ class ResumableTrainer(Trainer):
                 continue  # the other processes have the rest
             batch = self._prepare_inputs(self.collate(chunk))
             losses = model(**batch, reduction="none").loss.double()
-            trained = batch["labels"][:, 1:] != IGNORE_INDEX
-            sources = token_sources(chunk, batch["labels"].shape[1])[:, 1:].to(trained.device)
-            sums.index_add_(1, sources[trained], torch.stack([losses, torch.ones_like(losses)]))
+            sources = token_sources(chunk, batch["labels"].shape[1]).flatten().to(losses.device)
+            counted = torch.stack([losses, torch.ones_like(losses)])
+            sums.index_add_(1, sources[batch["trained"] + 1], counted)
         nats, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         return validation.metrics(nats, tokens)
 

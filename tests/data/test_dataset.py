@@ -44,9 +44,10 @@ def test_collator_restarts_positions_and_trains_no_first_token() -> None:
     assert batch["labels"].tolist() == [[ignore, 6, 7, ignore, 9], [ignore, 2, 3, ignore, ignore]]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
     plain = Collator(document_mask=False)(rows[:1])
-    assert plain["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+    assert "position_ids" not in plain  # without restarts, those that the model makes
     assert plain["labels"].tolist() == [[ignore, 6, 7, 8, 9]]
     assert plain["input_ids"].dtype == torch.int64
+    assert [batch["trained"].tolist(), plain["trained"].tolist()] == [[0, 1, 3, 5, 6], [0, 1, 2, 3]]
 
 
 def test_rows_are_padded_to_a_length(data_dir: Path) -> None:

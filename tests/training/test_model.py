@@ -1,4 +1,4 @@
-"""The training loss against plain PyTorch, packed documents against separate ones, and new rows.
+"""Packed documents against separate ones, in half precision too, and models with new rows.
 
 With --embedding-rows new only the added rows are trained; the base's rows stay bit-identical.
 """
@@ -18,14 +18,14 @@ from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.messages import IGNORE_INDEX
-from chatglm_ja.training import model, train
+from chatglm_ja.training import loss, train
 from chatglm_ja.training.adapter import load_for_training, write_merged
+from chatglm_ja.training.loss import find_trained
 from chatglm_ja.training.model import (
     Collator,
     TrainingLoss,
     join_embeddings,
     split_embeddings,
-    token_losses,
 )
 from tests import tiny_models
 from tests.training.runs import checkpoints_in, config_for
@@ -42,74 +42,6 @@ def small_model(resized_dir: Path) -> Any:
 def documents(encoder: Any) -> list[list[int]]:
     texts = ["これは最初の文書です。", "A second one, in English.", "第三篇文档。", "短い"]
     return [[*chat_format.prefix_ids(encoder), *encoder.encode(text), 2] for text in texts]
-
-
-def test_the_loss_is_the_plain_cross_entropy() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(3, 400, 16, requires_grad=True)
-    weight = torch.randn(500, 16, requires_grad=True)
-    labels = torch.randint(0, 500, (3, 400))
-    labels[0, 50:300] = IGNORE_INDEX
-    loss = token_losses(hidden, weight, labels, "sum")
-    loss.backward()
-    ours = hidden.grad, weight.grad
-    hidden.grad = weight.grad = None
-    logits = (hidden @ weight.T)[:, :-1].reshape(-1, 500)
-    plain = F.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
-    plain.backward()
-    assert torch.allclose(loss, plain, rtol=1e-6)
-    for mine, theirs in zip(ours, (hidden.grad, weight.grad), strict=True):
-        assert mine is not None and theirs is not None
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_loss_is_the_same_on_a_torch_that_lacks_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autocast: bool
-) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(3, 1200, 16, requires_grad=True)
-    weight = torch.randn(500, 16, requires_grad=True)
-    labels = torch.randint(0, 500, (3, 1200))
-    labels[0, 50:300] = IGNORE_INDEX
-    found: list[tuple[torch.Tensor, ...]] = []
-    caplog.set_level("INFO")
-    model._log_fallback.cache_clear()
-    for has_it in (True, False, False):
-        if not has_it:
-            monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-        hidden.grad = weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = token_losses(hidden, weight, labels, "sum")
-        loss.backward()
-        assert hidden.grad is not None and weight.grad is not None
-        found.append((loss, hidden.grad, weight.grad))
-    assert len([r for r in caplog.records if "has no linear_cross_entropy" in r.message]) == 1
-    # Half of bfloat16's eight digits are lost in the products of the gradients.
-    tolerance = 2e-2 if autocast else 1e-6
-    for mine, theirs in zip(found[1], found[0], strict=True):
-        assert (mine - theirs).norm() / theirs.norm() < tolerance
-    assert loss.item() == pytest.approx(found[0][0].item(), rel=1e-3 if autocast else 1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sums_in_single(dtype: torch.dtype) -> None:
-    """12,000 tokens, for which a sum in bfloat16 is off by percents and one in float16 is inf."""
-    torch.manual_seed(0)
-    hidden = torch.randn(1, 12_001, 32, dtype=dtype, requires_grad=True)
-    weight = (torch.randn(900, 32) * 2).to(dtype).requires_grad_()
-    labels = torch.randint(0, 900, (1, 12_001))
-    loss = token_losses(hidden, weight, labels, "sum")
-    loss.backward()
-    assert loss.dtype == torch.float32
-    exact = hidden.detach().double().requires_grad_()
-    logits = exact @ weight.detach().double().T
-    reference = F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
-    reference.backward()
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-3)
-    assert hidden.grad is not None and exact.grad is not None
-    difference = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
-    assert difference < (2e-2 if dtype == torch.bfloat16 else 1e-2)  # logits have eight digits
 
 
 def test_autocast_keeps_the_activations_of_float32_embeddings_in_half_precision(
@@ -181,14 +113,11 @@ def test_logits_in_a_bin_are_those_of_the_conversation_alone(model: Any, data_di
                 start += length
 
 
-@pytest.mark.parametrize("has_it", [True, False])
 def test_single_losses_are_those_of_the_tokens(
-    model: Any, documents: list[list[int]], has_it: bool, monkeypatch: pytest.MonkeyPatch
+    model: Any, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order of the labels, those that are not trained left out; in several chunks."""
-    if not has_it:
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    monkeypatch.setattr("chatglm_ja.training.model.CPU_LOSS_ROWS", 10)
+    monkeypatch.setattr(loss, "CPU_LOSS_ROWS", 10)
     batch = Collator(document_mask=True)(
         [{"input_ids": document, "lengths": [len(document)]} for document in documents]
     )
@@ -204,37 +133,6 @@ def test_single_losses_are_those_of_the_tokens(
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("autocast", [True, False])
-def test_single_losses_are_exact_in_half_precision(
-    dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Given hidden states in half precision, each loss is that of float64; few logits exist at a
-    time."""
-    monkeypatch.setattr(model, "CPU_LOSS_ROWS", 10)
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(2, 300, 64).to(dtype), torch.randn(500, 64).to(dtype)
-    labels = torch.randint(0, 500, (2, 300))
-    labels[0, :100] = IGNORE_INDEX
-    rows: list[int] = []
-    linear = F.linear
-
-    def counted(*given: torch.Tensor) -> torch.Tensor:
-        rows.append(len(given[0]))
-        return linear(*given)
-
-    monkeypatch.setattr(F, "linear", counted)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        losses = token_losses(hidden, weight, labels)
-    scores = (hidden[:, :-1].double() @ weight.double().T).log_softmax(-1)
-    expected = F.nll_loss(scores.mT, labels[:, 1:], reduction="none")
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(
-        losses.double(), expected[labels[:, 1:] != IGNORE_INDEX], rtol=1e-5, atol=1e-4
-    )
-    assert max(rows) == 10
-
-
 def test_without_the_document_mask_attention_crosses_documents(
     model: Any, documents: list[list[int]]
 ) -> None:
@@ -245,6 +143,7 @@ def test_without_the_document_mask_attention_crosses_documents(
     for masked in (True, False):
         batch = Collator(masked)([row])
         batch["labels"][0, : len(documents[0]) + 1] = IGNORE_INDEX
+        batch["trained"] = find_trained(batch["labels"])
         losses.append(model(**batch).loss.item())
     assert abs(losses[0] - losses[1]) > 1e-4
 

@@ -1,13 +1,18 @@
-"""The Trainer under DeepSpeed, in one process or two, and with a scaled loss in float16."""
+"""The Trainer under DeepSpeed, in one process or two, with a scaled loss in float16, and what of it
+would wait for a GPU."""
 
 import itertools
 import math
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatglm_ja.training import adapter as adapters
 from chatglm_ja.training import train
@@ -123,3 +128,91 @@ def test_a_run_in_float16_resumes_with_its_scale(
         ends.append(adapter(folder))
     assert ends[0] == ends[1]
     assert scales == [2.0**16, *[2.0**15] * 4] * 2
+
+
+aten = torch.ops.aten
+# Calls whose result the host reads, or whose size it needs.
+READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}
+READING_OPS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select}
+INDEXING_OPS = {aten.index, aten.index_put, aten.index_put_}
+
+
+@contextmanager
+def noting_waits() -> Iterator[list[str]]:
+    """Give a list of the calls for which the host would wait if the tensors were on a GPU."""
+    names: list[str] = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, call: Any, _: Any, args: Any = (), named: Any = None) -> Any:
+            if call in READS:
+                names.append(call.__name__)
+            return call(*args, **(named or {}))
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, _: Any, args: Any = (), named: Any = None) -> Any:
+            operation = call.overloadpacket
+            masks = args[1] if operation in INDEXING_OPS else ()
+            if operation in READING_OPS or any(
+                mask is not None and mask.dtype == torch.bool for mask in masks
+            ):
+                names.append(str(operation))
+            return call(*args, **(named or {}))
+
+    with Functions(), Operations():
+        yield names
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: float(x[0]),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.__setitem__(x > 0, torch.ones(1)),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_waits_are_noticed(wait: Callable[[torch.Tensor], Any]) -> None:
+    with noting_waits() as names:
+        values = torch.arange(3.0)
+        values[torch.tensor([1, 2])] = values.mul(2)[torch.tensor([0, 1])]
+        assert names == []
+        wait(values)
+        assert len(names) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("pretrain", {}),
+        ("pretrain", {"embedding_rows": "new", "gradient_checkpointing": True}),
+        ("sft", {"block_size": 256, "global_batch_size": 4, "packing": False, "epochs": 9.0}),
+    ],
+)
+def test_the_host_waits_for_a_gpu_once_in_a_step(
+    resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+    changes: dict[str, Any],
+) -> None:  # fmt: skip
+    """At its end, and in none of its micro-batches."""
+    steps: list[list[str]] = []
+    get_batches, end_step = ResumableTrainer.get_batch_samples, ResumableTrainer.end_step
+    with ExitStack() as watched, monkeypatch.context() as patch:
+
+        def begin(*given: Any) -> Any:
+            batches = get_batches(*given)  # made by the host
+            steps.append(watched.enter_context(noting_waits()))
+            return batches
+
+        def end(self: Any) -> None:
+            assert steps[-1] == []
+            end_step(self)
+            watched.close()
+
+        patch.setattr(ResumableTrainer, "get_batch_samples", begin)
+        patch.setattr(ResumableTrainer, "end_step", end)
+        settings: dict[str, Any] = {"max_steps": 3, "micro_batch_size": 2, "evaluations": 0}
+        train.train(config_for(resized_dir, data_dir, tmp_path, **settings | changes), name, None)
+    assert steps == [["tolist"]] * 3
