@@ -404,7 +404,8 @@ def test_the_output_matrix_has_a_float32_gradient_and_a_copy_where_one_is_made()
     gb = 78_592 * 4096 / 1e9
     new = (78_592 - 64_798) * 4096 / 1e9
     assert loss_items()[name] == pytest.approx((4 + 2) * gb)
-    assert loss_items(precision="fp32")[name] == pytest.approx(4 * gb)
+    # With micro-batches of four, float32 has its peak in the layers.
+    assert loss_items(precision="fp32", micro_batch_size=2)[name] == pytest.approx(4 * gb)
     assert loss_items(embedding_rows="new")[name] == pytest.approx(4 * new + 2 * gb)
     assert loss_items(train_embeddings=False).get(name, 0) == 0
 
