@@ -62,6 +62,7 @@ class Recipe:
             f"--block-size={self.block_size}",
             f"--learning-rate={self.learning_rate}",
             f"--warmup-ratio={WARMUP_RATIO}",
+            "--decay-ratio=1",  # a cosine from the warm-up on
             f"--lora-rank={self.lora_rank}",
             f"--lora-alpha={self.lora_alpha}",
             "--precision=fp32",

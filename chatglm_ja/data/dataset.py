@@ -181,24 +181,17 @@ def unpack_rows(rows: "Dataset") -> "Dataset":
     return datasets.Dataset(datasets.table.InMemoryTable(unpacked))
 
 
-def add_blocks(rows: "Dataset", blocks: "Dataset", share: float, seed: int) -> "Dataset":
-    """Return the rows of conversations, and `share` times as many pretraining blocks, at random.
+def append_blocks(rows: "Dataset", blocks: "Dataset") -> "Dataset":
+    """Return the conversations, then the pretraining blocks, of which all tokens are trained.
 
-    All tokens of a block are trained. A block comes twice only if there are too few. Its sources
-    are numbered as pretraining's are. Mixing some of the earlier data into fine-tuning, so that it
-    is not forgotten, is known as replay (arXiv 2403.08763).
+    No tokens are copied. The blocks' sources are numbered as pretraining's are.
     """
     import datasets
 
-    count = round(share * len(rows))
-    rounds, rest = divmod(count, len(blocks))
-    order = np.random.default_rng(seed).permutation(len(blocks))
-    places = np.concatenate([*[order] * rounds, order[:rest]])
-    # In memory: data sets that are mapped write their selections beside their files.
-    table = blocks.select(places).flatten_indices(keep_in_memory=True).data.table
+    table = blocks.data.table
     table = table.append_column("labels", table["input_ids"]).select(rows.column_names)
-    chosen = datasets.Dataset(datasets.table.InMemoryTable(table.cast(rows.features.arrow_schema)))
-    return datasets.concatenate_datasets([rows, chosen])
+    labelled = datasets.Dataset(datasets.table.InMemoryTable(table.cast(rows.data.table.schema)))
+    return datasets.concatenate_datasets([rows, labelled])
 
 
 def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, name: str) -> None:

@@ -64,6 +64,13 @@ class TrainingConfig(StepConfig):
         "peak learning rate of the embeddings", 5e-5, low=0, high=1
     )
     warmup_ratio: float = setting("fraction of the steps for linear warm-up", 0.03, low=0, high=0.9)
+    decay_ratio: float = setting(
+        "fraction of the steps, at the end, in which the learning rates decay to 0 along half a "
+        "cosine; between warm-up and decay they are constant (1: no constant phase)",
+        0.2,
+        low=0,
+        high=1,
+    )
     weight_decay: float = setting("AdamW weight decay of the LoRA matrices", 0.0, low=0, high=1)
     max_grad_norm: float = setting(
         "clip gradients to this global norm (0: do not clip)", 1.0, low=0

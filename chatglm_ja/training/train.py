@@ -21,17 +21,17 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from chatglm_ja.bases import families
-from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.cli import is_main_process
 from chatglm_ja.data import dataset
-from chatglm_ja.errors import DataError, StoppedError, UserError
+from chatglm_ja.errors import StoppedError, UserError
 from chatglm_ja.storage.files import write_json
 from chatglm_ja.storage.output import Output
 from chatglm_ja.storage.weight_files import weights_bytes
 from chatglm_ja.training import adapter, costs
 from chatglm_ja.training.checkpoints import Checkpoints, gather_tensors, step_of
 from chatglm_ja.training.progress import Progress, make_tensorboard_callback, plot_losses
-from chatglm_ja.training.settings import SftConfig, TrainingConfig
+from chatglm_ja.training.rows import make_sampler, open_rows
+from chatglm_ja.training.settings import TrainingConfig
 from chatglm_ja.training.trainer import MEASURED, ResumableTrainer, stopping_on_signals
 from chatglm_ja.training.validation import SOURCES_FILE, Validation, losses_by_source
 from chatglm_ja.training.watchdog import Watchdog
@@ -97,15 +97,14 @@ def train(
     describe_resume = checkpoints.describe_resume if checkpoints else lambda: "re-run the command"
     with Watchdog(config.stall_seconds, describe_resume) as watchdog:
         _prepare_for_cpu(config)
-        rows, validation_rows = _read_data(config, name)
+        own_rows, validation_rows = open_rows(config, name)
         validation, sources = None, []
         if config.evaluations:
             tokenizer = families.load_tokenizer(config.model)
             validation = Validation.prepare(validation_rows, config.data, name, tokenizer)
             if name == "sft":
-                sources = dataset.count_sources(rows, validation.titles)
-        if isinstance(config, SftConfig) and config.replay:
-            rows = _add_replay(config, rows)
+                sources = dataset.count_sources(own_rows, validation.titles)
+        rows, sampler = make_sampler(config, own_rows)
         # PEFT and the Trainer use the global generators: the same seed on every rank.
         set_seed(config.seed)
         arguments = _make_arguments(config, output_dir)
@@ -115,7 +114,7 @@ def train(
         dtype = adapter.choose_dtype(config)
         model = adapter.load_for_training(config, dtype, arguments.device)
         trainer = ResumableTrainer(
-            config, model, rows, validation, checkpoints, watchdog, arguments
+            config, model, rows, sampler, validation, checkpoints, watchdog, arguments
         )
         _log_plan(trainer)
         progress = Progress(trainer, sources)
@@ -137,13 +136,12 @@ def _log_plan(trainer: ResumableTrainer) -> None:
     """Log what is trained, and how a global batch is divided."""
     config = trainer.config
     model: Any = trainer.model
-    rows: Any = trainer.train_dataset
     plan = costs.BatchPlan.divide(config, trainer.args.world_size)
     log.info(
         "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
         model.num_parameters(only_trainable=True) / 1e6,
         model.num_parameters() / 1e6,
-        len(rows),
+        len(trainer.sampler) + trainer.sampler.dropped,
         plan,
         config.global_batch_size,
         f"{trainer.tokens_per_step:,}",
@@ -154,8 +152,8 @@ def _log_plan(trainer: ResumableTrainer) -> None:
             "--micro-batch-size or more GPUs reduce the traffic",
             plan.accumulation,
         )
-    if dropped := len(rows) % config.global_batch_size:
-        log.info("dropping %d rows per epoch (incomplete global batch)", dropped)
+    if trainer.sampler.dropped:
+        log.info("dropping %d rows per epoch (incomplete global batch)", trainer.sampler.dropped)
 
 
 def _finish(trainer: ResumableTrainer, output_dir: Path | None) -> dict[str, Any]:
@@ -190,44 +188,6 @@ def _prepare_for_cpu(config: TrainingConfig) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _read_data(config: TrainingConfig, name: str) -> tuple[Any, Any]:
-    """Open the training and validation rows; raise DataError if they do not fit the model."""
-    shape = read_shape(config.model)
-    splits = [dataset.load_rows(config.data, name, split) for split in ("train", "validation")]
-    tokenizer = families.load_tokenizer(config.model) if name == "sft" else None
-    for split, rows in zip(("train", "validation"), splits, strict=True):
-        dataset.check_rows(rows, config.block_size, shape, config.data, name)
-        if tokenizer is not None:
-            dataset.check_conversations(rows, config.data, split, tokenizer)
-    if config.evaluations and not len(splits[1]):
-        raise DataError(
-            f"{config.data} has no validation rows of {name}: prepare some, or pass --evaluations 0"
-        )
-    train_set, validation = splits if config.packing else map(dataset.unpack_rows, splits)
-    if len(train_set) < config.global_batch_size:
-        raise DataError(
-            f"the data has {len(train_set)} rows, but a step takes {config.global_batch_size}: "
-            "lower --global-batch-size or prepare more data"
-        )
-    return train_set, validation
-
-
-def _add_replay(config: SftConfig, rows: Any) -> Any:
-    """Add the pretraining blocks of --replay; raise DataError if they do not fit the model."""
-    if not any(config.data.glob("pretrain_train-*.arrow")):
-        raise DataError(
-            f"--replay {config.replay} adds pretraining blocks, but {config.data} holds none: "
-            "prepare them with step 4, or pass --replay 0"
-        )
-    blocks = dataset.load_rows(config.data, "pretrain", "train")
-    dataset.check_rows(blocks, config.block_size, read_shape(config.model), config.data, "pretrain")
-    if not config.packing:
-        blocks = dataset.unpack_rows(blocks)
-    added = dataset.add_blocks(rows, blocks, config.replay, config.seed)
-    log.info("replay: %d pretraining blocks among %d rows", len(added) - len(rows), len(added))
-    return added
-
-
 def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> TrainingArguments:
     """Translate the settings into the Trainer's."""
     plan = costs.BatchPlan.divide(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -241,7 +201,7 @@ def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> Training
         per_device_eval_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=plan.accumulation,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="warmup_stable_decay",
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainingArguments
 
@@ -34,6 +33,7 @@ from chatglm_ja.training.checkpoints import (
     set_weights,
 )
 from chatglm_ja.training.model import Collator
+from chatglm_ja.training.rows import EpochSampler
 from chatglm_ja.training.settings import CHECKPOINT_BYTES, TrainingConfig
 from chatglm_ja.training.spikes import SpikeGuard
 from chatglm_ja.training.validation import ALL_LOSS, SOURCE, History, Validation, token_sources
@@ -58,12 +58,14 @@ class ResumableTrainer(Trainer):
         config: TrainingConfig,
         model: Any,
         rows: Any,
+        sampler: EpochSampler,
         validation: Validation | None,
         checkpoints: Checkpoints | None,
         watchdog: Watchdog,
         arguments: TrainingArguments,
     ) -> None:
         self.config = config
+        self.sampler = sampler
         self.validation = validation
         self.checkpoints = checkpoints
         self.watchdog = watchdog
@@ -211,6 +213,15 @@ class ResumableTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the schedule of warm-up, constant phase and decay (MiniCPM, arXiv 2404.06395)."""
+        rest = num_training_steps - self.args.get_warmup_steps(num_training_steps)
+        decay = min(max(1, round(self.config.decay_ratio * num_training_steps)), rest)
+        self.args.lr_scheduler_kwargs = {"num_decay_steps": decay}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed since the last line, MFU if the GPU is known, and peak memory; then log.
 
@@ -243,16 +254,8 @@ class ResumableTrainer(Trainer):
         finally:
             self.paused += time.monotonic() - started
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
-        """Draw all rows in random order, less those that fill no global batch.
-
-        So the steps of an epoch do not depend on micro-batches and processes, and no process gets
-        a row twice to have as many as the others.
-        """
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return RandomSampler(
-            rows, num_samples=len(rows) - len(rows) % self.config.global_batch_size
-        )
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
 
     # Checkpoints. The Trainer calls the methods that load with the folder of one.
 

@@ -109,23 +109,13 @@ def test_tokens_are_counted_without_reading_rows(data_dir: Path) -> None:
         assert dataset.count_tokens(rows) == sum(map(len, rows["input_ids"]))
 
 
-def test_blocks_are_added_to_conversations(data_dir: Path) -> None:
+def test_blocks_are_appended_to_conversations(data_dir: Path) -> None:
     rows = dataset.load_rows(data_dir, "sft", "train")
     blocks = dataset.load_rows(data_dir, "pretrain", "train")
     files = sorted(data_dir.iterdir())
-    added = dataset.add_blocks(rows, blocks, 0.5, seed=1)
+    both = dataset.append_blocks(rows, blocks)
     assert sorted(data_dir.iterdir()) == files  # nothing is written beside them
-    assert added[: len(rows)] == rows[:]
-    drawn = [dict(row) for row in added.select(range(len(rows), len(added)))]
-    assert len(drawn) == round(len(rows) / 2) > 1
-    known = blocks[:]["input_ids"]
-    assert all(row["labels"] == row["input_ids"] for row in drawn)
-    assert all(sum(row["lengths"]) == len(row["input_ids"]) for row in drawn)
-    places = [known.index(row["input_ids"]) for row in drawn]
-    assert len(set(places)) == len(places) and places != sorted(places)
-    assert dataset.add_blocks(rows, blocks, 0.5, seed=1)[:] == added[:]
-    assert dataset.add_blocks(rows, blocks, 0.5, seed=2)[:] != added[:]
-    # Every block before one comes twice.
-    few = blocks.select(range(3))
-    repeated = dataset.add_blocks(rows.select(range(2)), few, 2.0, seed=1)[2:]["input_ids"]
-    assert len(repeated) == 4 and len({tuple(ids) for ids in repeated}) == 3
+    assert both[: len(rows)] == rows[:]
+    appended = both[len(rows) :]
+    assert appended["labels"] == appended["input_ids"] == blocks[:]["input_ids"]
+    assert appended["lengths"] == blocks[:]["lengths"]

@@ -18,6 +18,7 @@ from tests.training.runs import config_for
 
 LORA_RATE, EMBEDDING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-2, 3e-3, 0.4, 0.05
 STEPS, WARMUP = 10, 3
+DECAY = 0.4  # of the steps
 UPDATED_STEP = 2  # the first step has a learning rate of 0
 
 
@@ -66,7 +67,8 @@ def recorded(
         config = config_for(
             resized_dir, data_dir, folder, learning_rate=LORA_RATE, evaluations=0,
             embedding_learning_rate=EMBEDDING_RATE, weight_decay=WEIGHT_DECAY, max_steps=STEPS,
-            warmup_ratio=WARMUP / STEPS, max_grad_norm=MAX_GRAD_NORM, micro_batch_size=4,
+            warmup_ratio=WARMUP / STEPS, decay_ratio=DECAY,
+            max_grad_norm=MAX_GRAD_NORM, micro_batch_size=4,
         )  # fmt: skip
         train.train(config, "pretrain", None)
     return run
@@ -84,12 +86,14 @@ def test_lora_and_embeddings_are_two_groups(recorded: Recorded) -> None:
         assert [group["betas"] for group in groups] == [(0.9, 0.95)] * 2
 
 
-def test_learning_rates_warm_up_and_follow_a_cosine(recorded: Recorded) -> None:
+def test_learning_rates_warm_up_stay_and_decay(recorded: Recorded) -> None:
     assert len(recorded.groups) == STEPS
+    decay = round(DECAY * STEPS)
+    assert decay > 1
     for step, groups in enumerate(recorded.groups):
-        factor = step / WARMUP
-        if step >= WARMUP:
-            factor = 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+        factor = min(1.0, step / WARMUP)
+        if step > STEPS - decay:
+            factor = 0.5 * (1 + math.cos(math.pi * (step - STEPS + decay) / decay))
         expected = [LORA_RATE * factor, EMBEDDING_RATE * factor]
         assert [group["lr"] for group in groups] == pytest.approx(expected, rel=1e-9)
 

@@ -440,7 +440,7 @@ def test_replay_adds_blocks_and_resumes_to_the_bit(
         train.train(config, "sft", folder, checkpoints_in(folder))
     assert adapter(folders[0]) != adapter(folders[1]) == adapter(folders[2])
     count = round(len(rows) / 2)
-    assert f"replay: {count} pretraining blocks among {len(rows) + count} rows" in caplog.text
+    assert f"replaying {count} pretraining blocks among {len(rows)} rows an epoch" in caplog.text
 
 
 def test_replay_without_blocks_is_one_line(
