@@ -431,13 +431,15 @@ def test_replay_adds_blocks_and_resumes_to_the_bit(
     folders = [tmp_path / name for name in ("without", "once", "twice")]
     for folder, replay in zip(folders, (0.0, 0.5, 0.5), strict=True):
         config = config_for(
-            resized_dir, data_dir, folder, SftConfig, replay=replay, block_size=256,
-            global_batch_size=2, micro_batch_size=1, max_steps=5, save_steps=3,
+            resized_dir, data_dir, folder, SftConfig, replay=replay, block_size=256, epochs=3,
+            # Two steps an epoch: it is interrupted in the second one.
+            global_batch_size=len(rows) * 3 // 4, micro_batch_size=8, save_steps=3,
         )  # fmt: skip
         if folder == folders[2]:
             with interrupted_after(3):
                 train.train(config, "sft", folder, checkpoints_in(folder))
-        train.train(config, "sft", folder, checkpoints_in(folder))
+        result = train.train(config, "sft", folder, checkpoints_in(folder))
+    assert result["steps"] == 6
     assert adapter(folders[0]) != adapter(folders[1]) == adapter(folders[2])
     count = round(len(rows) / 2)
     assert f"replaying {count} pretraining blocks among {len(rows)} rows an epoch" in caplog.text
