@@ -10,6 +10,7 @@ stay small itself, and one benchmark runs under the interpreter of another envir
 
 import json
 import shutil
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +48,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     lines.insert(1, "|---" + "|---:" * (len(head) - 1) + "|")
     return "\n".join(lines)
+
+
+def mean_and_error(values: Sequence[float], digits: int) -> str:
+    """Return the mean and, of several values, its standard error."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
 def conclude(

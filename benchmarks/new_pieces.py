@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # In this folder; importing it makes the project's package importable.
-from measuring import PROJECT, table
+from measuring import PROJECT, mean_and_error, table
 
 import constants
 from chatglm_ja import plots
@@ -148,13 +148,7 @@ def main() -> None:
         for steps in options.steps:
             points = [train(root, steps, seed, texts) for seed in options.seeds]
             curves.setdefault(arm, []).append(points)
-            cells = []
-            for name in texts:
-                values = [point.bits[name] for point in points]
-                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-                cells.append(
-                    f"{statistics.fmean(values):.3f}" + (f" ± {error:.3f}" if error else "")
-                )
+            cells = [mean_and_error([point.bits[name] for point in points], 3) for name in texts]
             first = points[0]
             sizes = (str(first.steps), f"{first.flops / 1e12:.0f}", f"{first.characters:,.0f}")
             rows.append([arm, *sizes, *cells])
