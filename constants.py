@@ -126,6 +126,7 @@ if PROFILE == "demo":
         "learning_rate": 4e-3,
         "embedding_learning_rate": 1e-3,
         "epochs": 4.0,
+        "replay": 0.4,
         "max_new_tokens": 160,
     }
     EVALUATION: Settings = {
@@ -186,6 +187,7 @@ elif PROFILE == "smollm2":
         "block_size": DATA["max_length"],
         "learning_rate": 5e-4,
         "embedding_learning_rate": 2e-4,
+        "replay": 0.4,
         "max_new_tokens": 160,
     }
     EVALUATION = {
@@ -258,6 +260,7 @@ else:
         "block_size": DATA["max_length"],
         "learning_rate": 1e-4,
         "embedding_learning_rate": 2e-5,
+        "replay": 0.4,
     }
     EVALUATION = {"window": 1024}
 

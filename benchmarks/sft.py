@@ -200,6 +200,7 @@ def ways_to_train(arguments: argparse.Namespace, rows: Rows) -> dict[str, WayWit
             tokens_learned(recipe, lengths),
             "--no-train-embeddings",
             "--samples=0",
+            "--replay=0",
             *flags,
             model=arguments.model,
             data=arguments.data,

@@ -194,7 +194,9 @@ def append_blocks(rows: "Dataset", blocks: "Dataset") -> "Dataset":
     return datasets.concatenate_datasets([rows, labelled])
 
 
-def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, name: str) -> None:
+def check_rows(
+    rows: "Dataset", block_size: int | None, shape: ModelShape, data: Path, name: str
+) -> None:
     """Raise DataError for rows longer than `block_size` or the model's window, or unknown ids.
 
     `data` and `name` are the folder and the data set that the rows were read from.
@@ -202,7 +204,7 @@ def check_rows(rows: "Dataset", block_size: int, shape: ModelShape, data: Path, 
     column = rows.data.table["input_ids"]
     sizes = pc.list_value_length(column).to_numpy()
     longest = int(sizes.max(initial=0))
-    if longest > block_size:
+    if block_size is not None and longest > block_size:
         raise DataError(
             f"the data's longest row has {longest} tokens, but --block-size is {block_size}: "
             "set --block-size to the data's, or prepare the data with this one"

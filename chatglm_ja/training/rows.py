@@ -102,5 +102,6 @@ def _open_blocks(config: SftConfig) -> Any:
             "prepare them with step 4, or pass --replay 0"
         )
     blocks = dataset.load_rows(config.data, "pretrain", "train")
-    dataset.check_rows(blocks, config.block_size, read_shape(config.model), config.data, "pretrain")
+    # They may be longer than rows of conversations.
+    dataset.check_rows(blocks, None, read_shape(config.model), config.data, "pretrain")
     return blocks if config.packing else dataset.unpack_rows(blocks)

@@ -13,8 +13,8 @@ ROW_SETTINGS = {"pretrain": "block_size", "sft": "max_length"}
 MISSING_DATA = {
     "pretrain": (
         "texts",
-        "with --sources and --total-tokens, or go on with step6_train_sft.py, whose --model may be "
-        "step 3's folder",
+        "with --sources and --total-tokens, or go on with step6_train_sft.py --replay 0, whose "
+        "--model may be step 3's folder",
     ),
     "sft": ("conversations", "with --sft-sources and --sft-examples"),
 }

@@ -34,18 +34,17 @@ _KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
 _HAN = "\u3400-\u9fff\uf900-\ufaff\u3005"
 
 
-def japanese_kanji() -> str:
-    """Return the kanji of JIS X 0208 that are in neither GB 2312 nor Big5: 込, 働, 気, 図 ...
+def japanese_kanji(*chinese: str) -> str:
+    """Return the kanji of JIS X 0208 that none of the codecs for Chinese covers.
 
+    Without gb2312 and big5 there remain 込, 働, 気, 図 ...; without gb2312 alone also 開, 動, 電 ...
     Python's shift_jis codec covers JIS X 0208 and no kanji beyond it (euc_jp adds JIS X 0212).
     """
-
     han = "".join(filter(re.compile(f"[{_HAN}]").match, map(chr, range(0x10000))))
-    japanese, *chinese = (
-        set(han.encode(codec, errors="ignore").decode(codec))
-        for codec in ("shift_jis", "gb2312", "big5")
+    japanese, *others = (
+        set(han.encode(codec, errors="ignore").decode(codec)) for codec in ("shift_jis", *chinese)
     )
-    return "".join(sorted(japanese.difference(*chinese)))
+    return "".join(sorted(japanese.difference(*others)))
 
 
 def other_letters() -> str:
@@ -90,7 +89,17 @@ class Policy(Choice):
         "simplified and traditional Chinese, keeps its ids, and so does every line without Han "
         "characters. (Precisely: a line without kana and without a kanji that is in JIS X 0208 and "
         "in neither of the two.)",
-        lambda: f"[{_KANA}{japanese_kanji()}]",
+        lambda: f"[{_KANA}{japanese_kanji('gb2312', 'big5')}]",
+        "ja",
+    )
+    SIMPLIFIED = (
+        "simplified",
+        "pieces with kana or a kanji that simplified Chinese does not use; simplified Chinese and "
+        "English are unchanged",
+        "A line without kana whose Han characters are all in GB 2312, the standard of simplified "
+        "Chinese, keeps its ids, and so does every line without Han characters. Traditional "
+        "Chinese may change.",
+        lambda: f"[{_KANA}{japanese_kanji('gb2312')}]",
         "ja",
     )
     KANA = (

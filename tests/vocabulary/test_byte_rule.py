@@ -37,10 +37,10 @@ def test_leading_bytes_count_if_all_letters_that_begin_so_are_admitted(policy: P
 @pytest.mark.parametrize(
     ("piece", "admitted_by"),
     [
-        ("あ".encode()[:2], "japanese kana han letters"),
-        ("日本です".encode()[1:-1], "japanese kana han letters"),
-        ("・".encode(), "japanese kana han letters"),  # begins as katakana does
-        ("込".encode(), "japanese han"),
+        ("あ".encode()[:2], "japanese simplified kana han letters"),
+        ("日本です".encode()[1:-1], "japanese simplified kana han letters"),
+        ("・".encode(), "japanese simplified kana han letters"),  # begins as katakana does
+        ("込".encode(), "japanese simplified han"),
         ("込".encode()[:2], "han"),
         ("込".encode()[1:], ""),
         ("国".encode()[:1], "han"),

@@ -28,13 +28,16 @@ from tests.reports.pages import loads_nothing
 @pytest.mark.parametrize(
     ("piece", "admitted_by"),
     [
-        ("です", "kana japanese han letters"),
-        ("ﾃｽﾄ", "kana japanese han letters"),
-        ("込", "japanese han"),
-        ("働", "japanese han"),
-        ("気図", "japanese han"),
+        ("です", "kana japanese simplified han letters"),
+        ("ﾃｽﾄ", "kana japanese simplified han letters"),
+        ("込", "japanese simplified han"),
+        ("働", "japanese simplified han"),
+        ("気図", "japanese simplified han"),
+        ("電", "simplified han"),  # in Big5
+        ("読書", "japanese simplified han"),
+        ("学校", "han"),
         ("中国", "han"),
-        ("線", "han"),
+        ("線", "simplified han"),
         ("한국어", "letters"),
         ("▁не", "letters"),
         ("ไทย", "letters"),
@@ -66,7 +69,7 @@ JAPANESE = "今日はとても天気がいいです"
 
 
 @pytest.mark.parametrize("text", [KOREAN, THAI, RUSSIAN, "今天天气很好", "The weather is fine."])
-@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.KANA])
+@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.SIMPLIFIED, Policy.KANA])
 def test_texts_of_another_language_are_refused(policy: Policy, text: str) -> None:
     lines = [JAPANESE] + 99 * [text]
     with pytest.raises(DataError, match=f"policy {policy} admits .* pass --policy letters"):
@@ -114,8 +117,9 @@ def test_standard_chinese_has_no_japanese_kanji() -> None:
     assert len(gb2312) == 6763 and len(big5) > 13_000
     han = "".join(c for c in gb2312 + big5 if unicodedata.name(c, "").startswith("CJK"))
     assert len(set(han)) > 15_000
-    assert not Policy.JAPANESE.admits(han)
-    assert len(policies.japanese_kanji()) > 300
+    assert not Policy.JAPANESE.admits(han) and not Policy.SIMPLIFIED.admits(gb2312)
+    few, more = policies.japanese_kanji("gb2312", "big5"), policies.japanese_kanji("gb2312")
+    assert 300 < len(few) < len(more) and {*few} < {*more}
 
 
 def bytes_of(high: Any, low: Any, codec: str) -> str:
@@ -428,7 +432,7 @@ def test_the_articles_sample_takes_at_most_67_tokens(
 
 
 @needs_real_tokenizer
-@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.KANA])
+@pytest.mark.parametrize("policy", [Policy.JAPANESE, Policy.SIMPLIFIED, Policy.KANA])
 def test_chinese_and_english_stay(
     real: tuple[ChatGLM3Vocabulary, list[str]], policy: Policy
 ) -> None:
