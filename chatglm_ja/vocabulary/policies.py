@@ -37,7 +37,7 @@ _HAN = "\u3400-\u9fff\uf900-\ufaff\u3005"
 def japanese_kanji(*chinese: str) -> str:
     """Return the kanji of JIS X 0208 that none of the codecs for Chinese covers.
 
-    Without gb2312 and big5 there remain 込, 働, 気, 図 ...; without gb2312 alone also 開, 動, 電 ...
+    Those that neither gb2312 nor big5 covers are 込, 働, 気, 図 ...; 開, 動, 電 ... are in big5.
     Python's shift_jis codec covers JIS X 0208 and no kanji beyond it (euc_jp adds JIS X 0212).
     """
     han = "".join(filter(re.compile(f"[{_HAN}]").match, map(chr, range(0x10000))))
