@@ -326,10 +326,10 @@ def test_texts_alone_and_conversations_alone(pipeline: Runner, tmp_path: Path) -
     ):
         result = pipeline.run(script, *resized, "--data", str(tmp_path / data))
         assert message in error_of(result)
-    output = ("--output-dir", str(tmp_path / "sft"))
-    result = pipeline.run(
-        "step6_train_sft.py", *resized, "--data", str(tmp_path / "talks"), *output
-    )
+    talks = (*resized, "--data", str(tmp_path / "talks"), "--output-dir", str(tmp_path / "sft"))
+    result = pipeline.run("step6_train_sft.py", *talks)
+    assert "without texts: prepare some with step 4, or pass --replay 0" in error_of(result)
+    result = pipeline.run("step6_train_sft.py", *talks, "--replay", "0")
     assert result.returncode == 0, result.stderr
     none = pipeline.run("step4_prepare_data.py", "--sources", "--sft-examples", "0")
     assert "there is nothing to prepare" in error_of(none)

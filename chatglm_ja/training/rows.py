@@ -83,25 +83,16 @@ def open_rows(config: TrainingConfig, name: str) -> tuple[Any, Any]:
 def make_sampler(config: TrainingConfig, rows: Any) -> tuple[Any, EpochSampler]:
     """Return the rows, with the blocks to replay behind them, and their order.
 
-    Raises DataError if there are no blocks, or if they do not fit the model.
+    Raises DataError if the blocks do not fit the model.
     """
     own, replayed, blocks = len(rows), 0, None
     if isinstance(config, SftConfig) and config.replay:
-        blocks = _open_blocks(config)
+        blocks = dataset.load_rows(config.data, "pretrain", "train")
+        # They may be longer than rows of conversations.
+        dataset.check_rows(blocks, None, read_shape(config.model), config.data, "pretrain")
+        blocks = blocks if config.packing else dataset.unpack_rows(blocks)
         rows = dataset.append_blocks(rows, blocks)
         replayed = round(config.replay * own)
         log.info("replaying %d pretraining blocks among %d rows an epoch", replayed, own)
     seed, batch = config.seed, config.global_batch_size
     return rows, EpochSampler(own, len(blocks or ()), replayed, batch, seed)
-
-
-def _open_blocks(config: SftConfig) -> Any:
-    if not any(config.data.glob("pretrain_train-*.arrow")):
-        raise DataError(
-            f"--replay {config.replay} adds pretraining blocks, but {config.data} holds none: "
-            "prepare them with step 4, or pass --replay 0"
-        )
-    blocks = dataset.load_rows(config.data, "pretrain", "train")
-    # They may be longer than rows of conversations.
-    dataset.check_rows(blocks, None, read_shape(config.model), config.data, "pretrain")
-    return blocks if config.packing else dataset.unpack_rows(blocks)

@@ -5,7 +5,7 @@ from pathlib import Path
 from chatglm_ja.errors import ArtifactError, ConfigError
 from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.output import Output
-from chatglm_ja.training.settings import TrainingConfig
+from chatglm_ja.training.settings import SftConfig, TrainingConfig
 
 # The data sets in step 4's folder, and the setting of step 4 that limits the tokens in their rows.
 ROW_SETTINGS = {"pretrain": "block_size", "sft": "max_length"}
@@ -34,10 +34,17 @@ def run_training_step(
         print(costs.describe_costs(config, config.estimate))
         return False
     data = open_artifact(config.data, "step4_prepare_data.py", every_byte=config.verify)
-    if data.manifest and data_set not in data.manifest.counts:
+    assert data.manifest is not None
+    prepared_sets = data.manifest.counts
+    if data_set not in prepared_sets:
         missing, cure = MISSING_DATA[data_set]
         raise ArtifactError(
             f"{config.data} was prepared without {missing}: run step4_prepare_data.py {cure}"
+        )
+    if isinstance(config, SftConfig) and config.replay and "pretrain" not in prepared_sets:
+        raise ConfigError(
+            f"--replay {config.replay} adds pretraining blocks, but {config.data} was prepared "
+            "without texts: prepare some with step 4, or pass --replay 0"
         )
     prepared = data.read_number("arguments", ROW_SETTINGS[data_set])
     if prepared != config.block_size:

@@ -445,19 +445,6 @@ def test_replay_adds_blocks_and_resumes_to_the_bit(
     assert f"replaying {count} pretraining blocks among {len(rows)} rows an epoch" in caplog.text
 
 
-def test_replay_without_blocks_is_one_line(
-    resized_dir: Path, data_dir: Path, tmp_path: Path, copy_of: Any
-) -> None:
-    data = copy_of(data_dir, tmp_path / "data")
-    for path in data.glob("pretrain_*"):
-        path.unlink()
-    config = config_for(
-        resized_dir, data, tmp_path, SftConfig, replay=0.5, block_size=256, global_batch_size=2
-    )
-    with pytest.raises(DataError, match=r"--replay 0.5 adds pretraining blocks, but .* holds none"):
-        train.train(config, "sft", None)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run(
     resized_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
