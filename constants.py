@@ -109,6 +109,7 @@ if PROFILE == "demo":
     TRAINING: Settings = {
         "lora_rank": 16,
         "lora_alpha": 32,
+        "decay_ratio": 0.2,
         "global_batch_size": 8,
         "micro_batch_size": 8,
         "logging_steps": 25,

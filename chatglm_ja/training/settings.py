@@ -67,7 +67,7 @@ class TrainingConfig(StepConfig):
     decay_ratio: float = setting(
         "fraction of the steps, at the end, in which the learning rates decay to 0 along half a "
         "cosine; between warm-up and decay they are constant (1: no constant phase)",
-        0.2,
+        1.0,
         low=0,
         high=1,
     )
