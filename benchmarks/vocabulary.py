@@ -58,6 +58,9 @@ def is_held_out(text: str) -> bool:
     return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < HELD_OUT_BYTE
 
 
+SIZES = (10_000, 14_000, 20_000, 30_000, 40_000)
+
+
 class Ways:
     """The learning methods; each returns a merged vocabulary with `size` new pieces."""
 
@@ -137,19 +140,14 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
         ),
         "base's merges continued (`--method continue`)": ways.continued,
     }
-    characters = sum(map(len, held_out))
-
-    def tokens_per_char(vocabulary: Vocabulary) -> float:
-        return sum(map(len, vocabulary.encode(held_out))) / characters
-
-    rows = [["base alone", "0", "", f"{tokens_per_char(ways.base):.4f}", "", ""]]
+    rows = [["base alone", "0", "", f"{tokens_per_char(ways.base, held_out):.4f}", "", ""]]
     reference = 0.0
     for name, learn in candidates.items():
         start = time.perf_counter()
         merged = learn()
         seconds = time.perf_counter() - start
         dropped = len(merged.dropped["unreachable"]) + len(merged.dropped["unspellable"])
-        figure = tokens_per_char(merged.vocabulary)
+        figure = tokens_per_char(merged.vocabulary, held_out)
         reference = reference or figure
         change = f"{100 * (figure / reference - 1):+.1f}%"
         row = [f"{len(merged.added):,}", f"{dropped:,}", f"{figure:.4f}", change, f"{seconds:.0f}"]
@@ -157,6 +155,19 @@ def ways_table(ways: Ways, held_out: Sequence[str]) -> Ratio:
     head = ["learned with", "new pieces", "unreachable, dropped", "ja tokens/char", "", "seconds"]
     table(head, rows)
     return Ratio("tokens for held-out Japanese, to the article's settings", figure / reference)
+
+
+def tokens_per_char(vocabulary: Vocabulary, texts: Sequence[str]) -> float:
+    return sum(map(len, vocabulary.encode(texts))) / sum(map(len, texts))
+
+
+def sizes_table(ways: Ways, held_out: Sequence[str]) -> None:
+    rows = []
+    for size in SIZES:
+        merged = Ways(ways.base, ways.texts, ways.policy, size).continued()
+        figure = tokens_per_char(merged.vocabulary, held_out)
+        rows.append([f"{size:,}", f"{len(merged.added):,}", f"{figure:.4f}"])
+    table(["pieces", "added", "ja tokens/char"], rows)
 
 
 def policies_table(
@@ -313,6 +324,8 @@ def main() -> None:
     )
     ways = Ways(base, training, policies[arguments.policy], arguments.new_pieces)
     ratios = [ways_table(ways, held_out)]
+    print("\nOther numbers of pieces, continued:")
+    sizes_table(ways, held_out)
     learned = ways.train(DEFAULTS, DEFAULTS.vocab_size)
     print(f"\nOne vocabulary of {len(learned.pieces):,} pieces under each policy:")
     policies_table(base, pieces_of(learned), {**texts, "ja": held_out}, list(Policy))
