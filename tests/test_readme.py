@@ -78,7 +78,7 @@ def test_an_outdated_translation_is_detected() -> None:
     for old, new in (
         ("## Licenses", "### Licenses"),
         ("python step7_eval.py --chat", "python step7_eval.py --talk"),
-        ("**4.165**", "**4.166**"),
+        ("**4.059**", "**4.166**"),
         ("`--stall-seconds`", "`--stall-minutes`"),
         ("(docs/scaling.md)", "(docs/data.md)"),
     ):
