@@ -42,6 +42,11 @@ class EpochSampler(Sampler[int]):
         """The number of rows that an epoch leaves out."""
         return self.own + self.replayed - self.size
 
+    def mix(self, own: float, replayed: float) -> float:
+        """Return the mean over an epoch of something that its own and the replayed rows have."""
+        rows = self.own + self.replayed
+        return (self.own * own + self.replayed * replayed) / rows
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 

@@ -78,7 +78,7 @@ class ResumableTrainer(Trainer):
             config.count_parameters(shape),
             config.trained_linears(shape),
             context=costs.mean_context(lengths),
-            scored=dataset.scored_share(rows, SAMPLED_ROWS),
+            scored=sampler.mix(dataset.scored_share(rows, SAMPLED_ROWS), 1.0),
         )
         self.peak_tflops: float | None = None
         if torch.cuda.is_available():

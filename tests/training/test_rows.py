@@ -41,6 +41,7 @@ def test_every_epoch_replays_other_blocks_until_all_have_been() -> None:
     counts = torch.bincount(torch.tensor(replayed).flatten() - 6)
     assert counts.tolist() == [3] * 7
     sampler.set_epoch(0)
+    assert sampler.mix(0.5, 1.0) == (6 * 0.5 + 3) / 9
     assert max(order.index(row) for row in replayed[6]) > 3  # shuffled among the others
 
 
