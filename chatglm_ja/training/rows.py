@@ -33,25 +33,20 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, own: int, blocks: int, replayed: int, batch: int, seed: int) -> None:
         self.own, self.replayed, self.seed = own, replayed, seed
-        self.size = own + replayed - (own + replayed) % batch
+        self.rows = own + replayed  # of an epoch, those included that it leaves out
+        self.dropped = self.rows % batch
         self.blocks = own + torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
         self.epoch = 0
 
-    @property
-    def dropped(self) -> int:
-        """The number of rows that an epoch leaves out."""
-        return self.own + self.replayed - self.size
-
     def mix(self, own: float, replayed: float) -> float:
         """Return the mean over an epoch of something that its own and the replayed rows have."""
-        rows = self.own + self.replayed
-        return (self.own * own + self.replayed * replayed) / rows
+        return (self.own * own + self.replayed * replayed) / self.rows
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return self.rows - self.dropped
 
     def __iter__(self) -> Iterator[int]:
         rows = torch.arange(self.own)
@@ -59,7 +54,7 @@ class EpochSampler(Sampler[int]):
             drawn = torch.arange(self.replayed) + self.epoch * self.replayed
             rows = torch.cat([rows, self.blocks[drawn % len(self.blocks)]])
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(rows), generator=generator)[: self.size]
+        order = torch.randperm(self.rows, generator=generator)[: len(self)]
         yield from rows[order].tolist()
 
 
@@ -90,14 +85,15 @@ def make_sampler(config: TrainingConfig, rows: Any) -> tuple[Any, EpochSampler]:
 
     Raises DataError if the blocks do not fit the model.
     """
-    own, replayed, blocks = len(rows), 0, None
+    own, replayed = len(rows), 0
     if isinstance(config, SftConfig) and config.replay:
-        blocks = dataset.load_rows(config.data, "pretrain", "train")
+        pretraining = dataset.load_rows(config.data, "pretrain", "train")
         # They may be longer than rows of conversations.
-        dataset.check_rows(blocks, None, read_shape(config.model), config.data, "pretrain")
-        blocks = blocks if config.packing else dataset.unpack_rows(blocks)
-        rows = dataset.append_blocks(rows, blocks)
+        dataset.check_rows(pretraining, None, read_shape(config.model), config.data, "pretrain")
+        if not config.packing:
+            pretraining = dataset.unpack_rows(pretraining)
+        rows = dataset.append_blocks(rows, pretraining)
         replayed = round(config.replay * own)
         log.info("replaying %d pretraining blocks among %d rows an epoch", replayed, own)
-    seed, batch = config.seed, config.global_batch_size
-    return rows, EpochSampler(own, len(blocks or ()), replayed, batch, seed)
+    blocks = len(rows) - own
+    return rows, EpochSampler(own, blocks, replayed, config.global_batch_size, config.seed)

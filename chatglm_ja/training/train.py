@@ -141,7 +141,7 @@ def _log_plan(trainer: ResumableTrainer) -> None:
         "training %.2f M of %.2f M parameters on %d rows, %s = %d rows or about %s tokens a step",
         model.num_parameters(only_trainable=True) / 1e6,
         model.num_parameters() / 1e6,
-        len(trainer.sampler) + trainer.sampler.dropped,
+        trainer.sampler.rows,
         plan,
         config.global_batch_size,
         f"{trainer.tokens_per_step:,}",
