@@ -24,7 +24,6 @@ import argparse
 import importlib
 import json
 import random
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any
 # In this folder; importing it makes the project's package importable.
 import measuring
 import torch
-from measuring import step_command
+from measuring import make
 
 import constants
 from chatglm_ja.cli import run
@@ -45,7 +44,6 @@ from chatglm_ja.evaluation.paired import Baseline, is_measurable
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference.models import LoadedModel, Stage
 from chatglm_ja.reports.verdict import Finding, judge
-from chatglm_ja.storage.files import MANIFEST
 
 NEW, *KEPT = (source.language for source in constants.EVALUATED_SOURCES)
 LIKENESS = "likeness to the expected answers"
@@ -231,15 +229,6 @@ def make_conversation(question: str, answer: str) -> Mapping[str, Any]:
 
 
 DAMAGES = {"shuffled": shuffle, "overheated": overheat, "confused": confuse}
-
-
-def make(name: str, output: Path, *flags: str, **paths: Path) -> None:
-    """Run a step unless its output is finished. Raises DataError if it fails."""
-    if (output / MANIFEST).is_file():
-        return
-    command = [*step_command(name, output, **paths), *flags]
-    if subprocess.run(command, check=False).returncode:
-        raise DataError(f"{name} failed: {' '.join(command)}")
 
 
 # Showing

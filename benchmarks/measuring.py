@@ -4,13 +4,14 @@ A benchmark is a stand-alone program. It prints its tables as Markdown and ends 
 JSON, from which run.py writes docs/benchmarks.md. The line holds the benchmark's ratios, each with
 its goal if there is one, the versions of the programs it compares with, and other figures.
 
-This module imports only the standard library. A benchmark that measures its children's memory must
-stay small itself, and one benchmark runs under the interpreter of another environment.
+Importing this module loads only the standard library. A benchmark that measures its children's
+memory must stay small itself, and one benchmark runs under the interpreter of another environment.
 """
 
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,18 @@ def step_command(name: str, output: Path, **paths: Path) -> list[str]:
     """Return the command line of one of the seven steps."""
     inputs = [f"--{flag.replace('_', '-')}={path}" for flag, path in paths.items()]
     return [sys.executable, str(PROJECT / f"{name}.py"), f"--output-dir={output}", *inputs]
+
+
+def make(name: str, output: Path, *flags: str, **paths: Path) -> None:
+    """Run a step unless its output is finished. Raises DataError if it fails."""
+    from chatglm_ja.errors import DataError
+    from chatglm_ja.storage.files import MANIFEST
+
+    if (output / MANIFEST).is_file():
+        return
+    command = [*step_command(name, output, **paths), *flags]
+    if subprocess.run(command, check=False).returncode:
+        raise DataError(f"{name} failed: {' '.join(command)}")
 
 
 def emptied(folder: Path) -> Path:

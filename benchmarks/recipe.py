@@ -18,8 +18,6 @@ likeness       chrF of sampled answers to the expected ones, over all kinds
 
 import argparse
 import statistics
-import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +26,10 @@ import measuring
 
 import constants
 from chatglm_ja.cli import run
-from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation.evaluate import Evaluation, Results
 from chatglm_ja.evaluation.settings import EvalConfig
 from chatglm_ja.inference.models import Stage
-from chatglm_ja.storage.files import MANIFEST, read_json, write_json
+from chatglm_ja.storage.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,9 @@ class Bench:
         recipe = RECIPES[name]
         pretrained = self.work_dir / f"pt {' '.join(recipe.pretraining)} {seed}"
         tuned = self.work_dir / f"{name} {seed}"
-        _run("step5_train_pt", pretrained, seed, recipe.pretraining)
-        _run("step6_train_sft", tuned, seed, recipe.tuning, model=pretrained)
+        seeded = f"--seed={seed}"
+        measuring.make("step5_train_pt", pretrained, seeded, *recipe.pretraining)
+        measuring.make("step6_train_sft", tuned, seeded, *recipe.tuning, model=pretrained)
         before = self._measure("pretrained", pretrained)
         return summarize(before, self._measure("sft", tuned))
 
@@ -102,14 +100,6 @@ def summarize(before: Results, after: Results) -> dict[str, float]:
     columns["looped"] = mean("greedy", "repeated")
     columns["likeness"] = statistics.fmean(row["mean"] for row in after["likeness"])
     return columns
-
-
-def _run(name: str, output: Path, seed: int, flags: Sequence[str], **paths: Path) -> None:
-    if (output / MANIFEST).is_file():
-        return
-    command = [*measuring.step_command(name, output, **paths), f"--seed={seed}", *flags]
-    if subprocess.run(command, check=False).returncode:
-        raise DataError(f"{name} failed: {' '.join(command)}")
 
 
 def main() -> None:
