@@ -51,14 +51,13 @@ ARTICLE = replace(
     dummy_prefix=True,
     split_by_script=True,
 )
+# Numbers of pieces that are continued from the base, beside --new-pieces.
+SIZES = (10_000, 14_000, 20_000, 30_000, 40_000)
 HELD_OUT_BYTE = 256 // 10
 
 
 def is_held_out(text: str) -> bool:
     return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < HELD_OUT_BYTE
-
-
-SIZES = (10_000, 14_000, 20_000, 30_000, 40_000)
 
 
 class Ways:

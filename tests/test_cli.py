@@ -116,7 +116,6 @@ def test_ctrl_c_in_an_import_ends_the_process_at_once(
 
 # Between two imports, outside of every function.
 BETWEEN_IMPORTS = """
-import os, signal
 import chatglm_ja
 print("importing", flush=True)
 while True:
