@@ -243,7 +243,7 @@ else:
     TRAINING = {
         "lora_rank": 64,
         "lora_alpha": 128,
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "full",
         "compile": True,
         "save_steps": 1000,  # a checkpoint has 9 GB; half an hour on four RTX 4090
         # On four GPUs, one micro-batch of four blocks each: ZeRO-2 sends gradients once per step.

@@ -26,7 +26,7 @@ weights, and the speed is that of the GPU it runs on.
 
 New rows and conversations need --tokenizer, the output folder of step 2. Prints a table: the
 estimate of --estimate, the measured peak, tokens/s (for conversations, without padding) and MFU
-(medians over the last steps). `--layers 2 --hidden 256` tests the script itself on a CPU.
+(medians over the last steps), and HFU, which counts recomputation too. `--layers 2 --hidden 256` tests the script itself on a CPU.
 """
 
 import argparse
@@ -54,13 +54,14 @@ GIB = 2**30
 # `name` (data set).
 SHARE: dict[str, Any] = {"ranks": 4, "micro_batch_size": 4, "deepspeed": PROJECT / "ds_zero2.json"}
 ONE: dict[str, Any] = {"ranks": 1, "micro_batch_size": 4}
-RTX_4090: dict[str, Any] = {**SHARE, "gib": 24, "gradient_checkpointing": True}
+RTX_4090: dict[str, Any] = {**SHARE, "gib": 24, "gradient_checkpointing": "full"}
 COMPILED: dict[str, Any] = {"compile": True}
 SFT: dict[str, Any] = {**ONE, "name": "sft", "train_embeddings": False}
 PADDED: dict[str, Any] = {"packing": False}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "4090 x 4": RTX_4090,
     "4090 x 4, compiled": RTX_4090 | COMPILED,
+    "4090 x 4, compiled, selective": RTX_4090 | COMPILED | {"gradient_checkpointing": "selective"},
     "4090 x 4, compiled, 8 blocks": RTX_4090 | COMPILED | {"micro_batch_size": 8},
     "4090 x 4, compiled, rank 64": RTX_4090 | COMPILED | {"lora_rank": 64, "lora_alpha": 128},
     "4090 x 4, compiled, new rows": RTX_4090 | COMPILED | {"embedding_rows": "new"},
@@ -121,7 +122,7 @@ def main() -> None:
             bar.set_postfix_str(name)
             found[name] = in_a_process(name, options.work_dir)
     print(f"On {device}, torch {torch.__version__}; tokens/s of one process\n")
-    head = ["", "estimate", "peak memory", "tokens/s", "MFU", "start"]
+    head = ["", "estimate", "peak memory", "tokens/s", "MFU", "HFU", "start"]
     print(measuring.table(head, [row(name, result) for name, result in found.items()]))
     measured = {name: result for name, result in found.items() if not isinstance(result, str)}
     measuring.conclude(compared(measured))
@@ -144,13 +145,13 @@ def compared(found: Mapping[str, dict[str, Any]]) -> list[Ratio]:
 def row(name: str, found: dict[str, Any] | str) -> list[str]:
     """Return a row of the table; if the scenario failed, with the reason."""
     if isinstance(found, str):
-        return [name, "", "", "", "", f"failed: {found}"]
+        return [name, "", "", "", "", "", f"failed: {found}"]
     return [
         name,
         f"{found['estimate_gb']:.2f} GB",
         f"{found['memory_gb']:.2f} GB",
         f"{found['tokens_per_second']:,.0f}",
-        "" if found["mfu"] is None else f"{found['mfu']:.1%}",
+        *("" if found[name] is None else f"{found[name]:.1%}" for name in ("mfu", "hfu")),
         f"{found['start_seconds']:.0f} s",
     ]
 
@@ -213,12 +214,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     lines = [entry for entry in history if "tokens_per_second" in entry]
     steady = lines[WARM_UP:]
     tokens = LOGGING_STEPS * result["tokens_per_step"]
+    mfu = statistics.median(e["mfu"] for e in steady) if "mfu" in steady[0] else None
+    repeated = costs.recomputed_share(shape, config, BLOCK_SIZE / 2)
     seconds = [tokens / line["tokens_per_second"] for line in lines]
     return {
         "estimate_gb": sum(size for _, size in items),
         "memory_gb": lines[-1]["memory_gb"],
         "tokens_per_second": statistics.median(e["tokens_per_second"] for e in steady) / ranks,
-        "mfu": statistics.median(e["mfu"] for e in steady) if "mfu" in steady[0] else None,
+        "mfu": mfu,
+        "hfu": None if mfu is None else mfu * (1 + repeated),
         "start_seconds": time.monotonic() - started - sum(seconds[WARM_UP:]),
     }
 

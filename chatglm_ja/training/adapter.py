@@ -32,6 +32,7 @@ from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.storage import weights
 from chatglm_ja.storage.files import read_json
 from chatglm_ja.training.model import TrainingLoss, join_embeddings, split_embeddings
+from chatglm_ja.training.recomputation import recompute_activations
 from chatglm_ja.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -73,15 +74,13 @@ def load_for_training(
         loading.check_training(model, config.model)
     if config.embedding_rows == "new":
         split_embeddings(model, families.load_tokenizer(config.model).first_new_id)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    targets = read_shape(config.model).find_linears(config.lora_targets)
+    shape = read_shape(config.model)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(dict.fromkeys(linear.name for linear in targets)),
+        target_modules=list(dict.fromkeys(x.name for x in shape.find_linears(config.lora_targets))),
         fan_in_fan_out=has_transposed_weights(model),
     )
     embeddings = trained_embeddings(model)
@@ -96,9 +95,11 @@ def load_for_training(
         # Otherwise LoRA layers copy their inputs to float32, and autocast converts them back.
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
+    layers = find_layers(model.get_base_model())
+    recompute_activations(layers, shape, config.gradient_checkpointing)
     if config.compile:
         # Layer by layer: all layers are alike, so they share one compilation.
-        for layer in find_layers(model.get_base_model()):
+        for layer in layers:
             layer.compile()
     return model
 

@@ -17,6 +17,7 @@ from chatglm_ja.chatglm3.tokenizer import FIRST_PIECES
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage.files import read_json
 from chatglm_ja.storage.manifest import read_manifest
+from chatglm_ja.training.recomputation import is_kept, kept_bytes
 from chatglm_ja.training.settings import ParameterCounts, TrainingConfig
 from chatglm_ja.vocabulary.settings import ResizeModelConfig, padded_rows
 
@@ -65,8 +66,9 @@ CARDS = (
     Card("H200 SXM", "H200", 989.4, 140.4),
     Card("H200 NVL", "H200 NVL", 835.0, 140.4),
 )
-# MFU of runs on an H100 (docs/training.md) by (gradient checkpointing, compiled layers).
-MEASURED_MFU = {(True, True): 0.30, (True, False): 0.20, (False, True): 0.38, (False, False): 0.28}
+# HFU, which counts recomputation too, of runs on an H100 (docs/training.md) by whether layers are
+# compiled: 38.6% and 39.3% without and with gradient checkpointing, not compiled 28.6% and 29.6%.
+MEASURED_HFU = {True: 0.39, False: 0.29}
 # Rows of logits that a GPU holds at once while it computes the loss.
 LOSS_ROWS = 1024
 
@@ -148,9 +150,11 @@ def estimate_memory(
     # The gradients of the MLP's activations are the largest of a layer.
     working = tokens * width * 4 * shape.ffn
     activations = shape.layers * layer
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing != "none":
         working += layer
-        activations = shape.layers * tokens * width * shape.hidden
+        activations = (
+            shape.layers * tokens * kept_bytes(shape, config.gradient_checkpointing, width)
+        )
     # The gradient of the output matrix is summed in float32, and converted under ZeRO. While the
     # loss is computed, there is also a copy of float32 weights in half precision, or of new rows
     # concatenated with the old ones.
@@ -222,6 +226,37 @@ def flops_per_token(
     weights = sum(linear.weights for linear in shape.linears)
     layers = shape.layers * (4 * weights + 3 * attention)
     return layers + output + 6 * trained.lora - unneeded
+
+
+def recomputed_flops_per_token(shape: ModelShape, config: TrainingConfig, context: float) -> float:
+    """Return the floating-point operations per token that gradient checkpointing adds.
+
+    `context` is as for `flops_per_token`. Nothing needs the result of a layer's last product again,
+    but only compiled layers leave it out if LoRA's follow it.
+    """
+    level = config.gradient_checkpointing
+    if level == "none":
+        return 0.0
+    targets, last = config.trained_linears(shape), shape.stages[-1]
+    total = 4 * shape.attention * context if level == "full" else 0.0
+    for linear in shape.linears:
+        is_last, is_target = linear in last, linear in targets
+        is_repeated = level == "full" or not is_kept(linear, shape)
+        if is_repeated and not (is_last and (config.compile or not is_target)):
+            total += 2 * linear.weights
+        if is_target:
+            total += 2 * config.lora_rank * (linear.inputs + linear.outputs * (not is_last))
+    return shape.layers * total
+
+
+def recomputed_share(shape: ModelShape, config: TrainingConfig, context: float) -> float:
+    """Return the operations that are computed again, relative to those that are required.
+
+    HFU, the use of the hardware, is 1 plus this times MFU.
+    """
+    trained = config.count_parameters(shape)
+    required = flops_per_token(shape, trained, config.trained_linears(shape), context)
+    return recomputed_flops_per_token(shape, config, context) / required
 
 
 def mean_context(lengths: Iterable[Iterable[int]]) -> float:
@@ -300,20 +335,20 @@ def _describe_cards(
 
     The hours are those of half precision, the only one whose speed was measured.
     """
-    mfu = MEASURED_MFU[config.gradient_checkpointing, config.compile]
-    # Documents as long as a block: the most that attention can take.
-    operations = 1e9 * flops_per_token(
-        shape, trained, config.trained_linears(shape), context=config.block_size / 2
-    )
+    hfu = MEASURED_HFU[config.compile]
+    context = config.block_size / 2  # documents as long as a block: the most that it can be
+    required = flops_per_token(shape, trained, config.trained_linears(shape), context)
+    repeated = recomputed_flops_per_token(shape, config, context)
     is_half = bytes_per_number(config) == 2
     yield f"{'card':<20}{'GiB':>8}{'fits':>8}" + f"{'h for 1 B tokens':>20}" * is_half
     for card in CARDS:
-        hours = operations / (mfu * card.tflops * 1e12 * plan.processes) / 3600
+        hours = 1e9 * (required + repeated) / (hfu * card.tflops * 1e12 * plan.processes) / 3600
         fits = "yes" if gib <= card.memory else "no"
         row = f"  {card.name:<18}{card.memory:>8g}{fits:>8}"
         yield row + f"{hours:>20,.{int(hours < 10)}f}" * is_half
     if is_half:
-        yield f"  hours at {mfu:.0%} MFU, as measured on an H100 with these settings"
+        mfu = hfu * required / (required + repeated)
+        yield f"  hours at {hfu:.0%} HFU, as measured on an H100, which is {mfu:.0%} MFU here"
     if plan.processes > 1:
         gradients, weights = (
             size * bytes_per_number(config) / 2 for size in sent_per_step(trained, plan)

@@ -102,8 +102,11 @@ class TrainingConfig(StepConfig):
         "CPU",
         "auto",
     )
-    gradient_checkpointing: bool = setting(
-        "recompute activations: less memory, a third more time", False, affects_result=False
+    gradient_checkpointing: Literal["none", "selective", "full"] = setting(
+        "activations that the backward pass computes again instead of keeping them: less memory, "
+        "more time; selective: not attention and its matrix products; full: all",
+        "none",
+        affects_result=False,
     )
     compile: bool = setting(
         "compile the layers with torch.compile: a slower start, then faster on a GPU",

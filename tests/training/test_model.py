@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GlmForCausalLM
 
 from chatglm_ja.bases.loading import load_model
 from chatglm_ja.bases.modules import find_embeddings
+from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.chatglm3 import chat_format, tensor_names, tokenizer
 from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError
@@ -27,6 +28,7 @@ from chatglm_ja.training.model import (
     join_embeddings,
     split_embeddings,
 )
+from chatglm_ja.training.recomputation import Level, recompute_activations
 from tests import tiny_models
 from tests.training.runs import checkpoints_in, config_for
 
@@ -63,14 +65,13 @@ def test_labels_give_the_loss_of_transformers(model: Any, documents: list[list[i
     assert torch.allclose(loss, reference, rtol=1e-6)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("level", ["none", "selective", "full"])
 def test_packed_conversations_train_as_padded_ones(
-    model: Any, data_dir: Path, checkpointing: bool
+    model: Any, data_dir: Path, resized_dir: Path, level: Level
 ) -> None:
     """Loss and gradient of a step, packed into bins, and padded in micro-batches of 5."""
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model.model.layers, read_shape(resized_dir), level)
     bins = dataset.load_rows(data_dir, "sft", "train")
     collate = Collator(document_mask=True)
     trained = sum(label != IGNORE_INDEX for row in bins["labels"] for label in row)
@@ -192,13 +193,13 @@ def test_packed_documents_are_computed_as_separate_ones(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", tiny_models.SIZES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_bfloat16_trains_in_bfloat16(tmp_path: Path, kind: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize("level", ["none", "selective", "full"])
+def test_bfloat16_trains_in_bfloat16(tmp_path: Path, kind: str, level: Level) -> None:
     """Frozen weights are bfloat16, trained ones float32 masters, and the loss is nearly equal."""
     folder = tiny_models.make_tiny(kind, tmp_path / "model")
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        config = config_for(folder, folder, tmp_path, gradient_checkpointing=checkpointing)
+        config = config_for(folder, folder, tmp_path, gradient_checkpointing=level)
         adapted: Any = load_for_training(config, dtype)
         batch = pack_with_padding([list(range(3, 30)), list(range(40, 70))], 60)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -188,7 +188,7 @@ def test_waits_are_noticed(wait: Callable[[torch.Tensor], Any]) -> None:
     ("name", "changes"),
     [
         ("pretrain", {}),
-        ("pretrain", {"embedding_rows": "new", "gradient_checkpointing": True}),
+        ("pretrain", {"embedding_rows": "new", "gradient_checkpointing": "selective"}),
         ("sft", {"block_size": 256, "global_batch_size": 4, "packing": False, "epochs": 9.0}),
     ],
 )
