@@ -26,7 +26,8 @@ weights, and the speed is that of the GPU it runs on.
 
 New rows and conversations need --tokenizer, the output folder of step 2. Prints a table: the
 estimate of --estimate, the measured peak, tokens/s (for conversations, without padding) and MFU
-(medians over the last steps), and HFU, which counts recomputation too. `--layers 2 --hidden 256` tests the script itself on a CPU.
+(medians over the last steps), and HFU, which counts recomputation too. `--layers 2 --hidden 256`
+tests the script itself on a CPU.
 """
 
 import argparse

@@ -10,6 +10,7 @@ layers of this kind keep nearly as much.
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from chatglm_ja.bases import families
 from chatglm_ja.bases.shape import Linear, ModelShape, read_shape
@@ -141,6 +142,8 @@ def estimate_memory(
             ("float32 weights and Adam's moments", 12 * trained.all / processes),
             ("communication buckets", 2 * width * bucket_elements(shape, config)),
         ]
+        if BatchPlan.divide(config, processes).accumulation > 1:
+            always.append(("gradients of earlier micro-batches", width * trained.all))
     else:
         always += [("trained weights", 4 * trained.all), ("Adam's moments", 8 * trained.all)]
 
@@ -189,11 +192,15 @@ def bytes_per_number(config: TrainingConfig) -> int:
 
 def bucket_elements(shape: ModelShape, config: TrainingConfig) -> int:
     """Return the elements of ZeRO's reduction bucket, of which two exist during a reduction."""
-    if config.deepspeed is None:
-        return 50_000_000
-    settings = read_json(config.deepspeed)
-    size = settings["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+    size = read_zero(config).get("reduce_bucket_size", 500_000_000)
     return shape.hidden**2 if size == "auto" else int(size)  # as transformers sets "auto"
+
+
+def read_zero(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings of ZeRO; those of ds_zero2.json that matter here if none are given."""
+    if config.deepspeed is None:
+        return {"reduce_bucket_size": 50_000_000, "use_multi_rank_bucket_allreduce": False}
+    return dict(read_json(config.deepspeed)["zero_optimization"])
 
 
 def flops_per_token(
@@ -339,32 +346,33 @@ def _describe_cards(
     context = config.block_size / 2  # documents as long as a block: the most that it can be
     required = flops_per_token(shape, trained, config.trained_linears(shape), context)
     repeated = recomputed_flops_per_token(shape, config, context)
+    tokens = config.global_batch_size * config.block_size
+    sent = sent_per_step(trained, config, plan.processes)
+    seconds = sent / config.link_speed if config.link_speed else 0.0
     is_half = bytes_per_number(config) == 2
     yield f"{'card':<20}{'GiB':>8}{'fits':>8}" + f"{'h for 1 B tokens':>20}" * is_half
     for card in CARDS:
-        hours = 1e9 * (required + repeated) / (hfu * card.tflops * 1e12 * plan.processes) / 3600
+        computed = tokens * (required + repeated) / (hfu * card.tflops * 1e12 * plan.processes)
+        hours = 1e9 / tokens * (computed + seconds) / 3600
         fits = "yes" if gib <= card.memory else "no"
         row = f"  {card.name:<18}{card.memory:>8g}{fits:>8}"
         yield row + f"{hours:>20,.{int(hours < 10)}f}" * is_half
     if is_half:
         mfu = hfu * required / (required + repeated)
         yield f"  hours at {hfu:.0%} HFU, as measured on an H100, which is {mfu:.0%} MFU here"
-    if plan.processes > 1:
-        gradients, weights = (
-            size * bytes_per_number(config) / 2 for size in sent_per_step(trained, plan)
-        )
-        yield (
-            f"  plus the time to send {gradients * GB / GIB:.1f} GiB of gradients and "
-            f"{weights * GB / GIB:.1f} GiB of weights per GPU and step"
-        )
+    if plan.processes > 1 and config.link_speed:
+        yield f"  with {seconds:.2f} s to send {sent:.1f} GB after each step's computation"
+    elif plan.processes > 1:
+        yield f"  plus the time to send {sent:.1f} GB per GPU and step: see --link-speed"
 
 
-def sent_per_step(trained: ParameterCounts, plan: BatchPlan) -> tuple[float, float]:
-    """Return the GB of gradients and of weights that a GPU sends per step under ZeRO-2.
+def sent_per_step(trained: ParameterCounts, config: TrainingConfig, processes: int) -> float:
+    """Return the GB that a GPU sends per step under ZeRO-2, to its neighbour in a ring of them.
 
-    Both are in half precision. Gradients are all-reduced after every micro-batch (DeepSpeed's
-    default; each GPU then keeps its shard), and the updated weights are gathered once. In a ring of
-    n GPUs the former sends 2 (n - 1) / n of the data, the latter (n - 1) / n.
+    Gradients are reduced to their owners once per step, and the updated weights are gathered: of
+    either, it sends all but its own share. A configuration without ds_zero2.json's setting for it
+    reduces gradients to all, which sends twice as much.
     """
-    weights = 2 * trained.all * (plan.processes - 1) / plan.processes / GB
-    return 2 * weights * plan.accumulation, weights
+    to_all = read_zero(config).get("use_multi_rank_bucket_allreduce", True)
+    share = (processes - 1) / processes
+    return ((2 if to_all else 1) + 1) * share * bytes_per_number(config) * trained.all / GB

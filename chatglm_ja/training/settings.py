@@ -84,7 +84,7 @@ class TrainingConfig(StepConfig):
     )
     micro_batch_size: int = setting(
         "largest number of rows per process in a forward pass; the rest of its share of the global "
-        "batch is accumulated, which costs more gradient traffic under ZeRO-2",
+        "batch is accumulated",
         4,
         low=1,
         affects_result=False,
@@ -119,6 +119,13 @@ class TrainingConfig(StepConfig):
         "the rows that step 3 will add",
         None,
         low=1,
+        affects_result=False,
+    )
+    link_speed: float = setting(
+        "GB/s that a GPU sends to another, for the hours of --estimate (0: they leave it out); "
+        "all_reduce_perf of nccl-tests measures it as busbw",
+        0.0,
+        low=0,
         affects_result=False,
     )
     tokenizer: Path | None = setting(

@@ -146,12 +146,6 @@ def _log_plan(trainer: ResumableTrainer) -> None:
         config.global_batch_size,
         f"{trainer.tokens_per_step:,}",
     )
-    if plan.accumulation > 1 and config.deepspeed is not None:
-        log.info(
-            "ZeRO-2 reduces the gradients after every micro-batch, %d times a step: a larger "
-            "--micro-batch-size or more GPUs reduce the traffic",
-            plan.accumulation,
-        )
     if trainer.sampler.dropped:
         log.info("dropping %d rows per epoch (incomplete global batch)", trainer.sampler.dropped)
 

@@ -13,7 +13,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class ResumableTrainer(Trainer):
         self.grad_norm = torch.zeros(())  # of the last step
         # Of each micro-batch of this step, on the device: its loss per token, and a signal to stop.
         self.micro_batches: list[torch.Tensor] = []
+        self.reduction = ExitStack()  # of the gradients of several micro-batches
         self.signal_seen = False  # by this process
         self.should_stop = False  # all processes, after the same step
         self.is_unscored = False  # the validation due after this step is not finished
@@ -134,10 +135,27 @@ class ResumableTrainer(Trainer):
         per_token = torch.where(tokens > 0, per_token, 0.0)
         self.micro_batches.append(torch.stack([per_token, stop]))
         is_good = per_token.isfinite() & (per_token <= self.guard.limit)
-        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss * torch.where(is_good, 1.0, math.nan), **options)
+        self._compute_gradients(loss * torch.where(is_good, 1.0, math.nan))
         usual = self.guard.mean / self.current_gradient_accumulation_steps
         return torch.where(is_good, mean, usual)  # keeps NaN out of the logged mean
+
+    def _compute_gradients(self, loss: torch.Tensor) -> None:
+        """Run the backward pass; under DeepSpeed also the optimizer after the last micro-batch.
+
+        ZeRO-2 would reduce the gradients in each micro-batch. If a step has several, they are
+        summed in this process first, and sent once.
+        """
+        if not self.is_deepspeed_enabled:
+            self.accelerator.backward(loss)
+            return
+        engine: Any = self.model_wrapped
+        engine.set_gradient_accumulation_boundary(True)  # of a reduction, and of a step
+        if self.current_gradient_accumulation_steps > 1 and len(self.micro_batches) == 1:
+            self.reduction.enter_context(engine.coalesce_grad_reduction())
+        engine.backward(loss, scale_wrt_gas=False)
+        if self.accelerator.sync_gradients:
+            self.reduction.close()
+            engine.step()
 
     def end_step(self) -> None:
         """Read the step's values from the device, at once, and decide whether the run continues.

@@ -39,6 +39,7 @@ def test_the_loss_logged_after_a_resume_is_that_of_an_undisturbed_run(
     """Two processes save between two log lines. Resumed by two, the run is the same to the bit."""
     settings: dict[str, Any] = {
         "max_steps": 5, "save_steps": 3, "logging_steps": 2, "evaluations": 0,
+        "micro_batch_size": 2,
     }  # fmt: skip
     two, again, one = (tmp_path / name for name in ("two", "again", "one"))
     expected = losses(train_under_deepspeed(2, resized_dir, data_dir, two, settings)["history"])
