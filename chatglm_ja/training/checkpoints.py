@@ -13,6 +13,9 @@ Any number of processes can load a checkpoint: weights and moments are saved by 
 full. Under DeepSpeed ZeRO-2 every process holds a shard of them; saving gathers the shards, and
 loading divides them again.
 
+The state is copied to host memory; a thread writes and hashes it while training goes on. Training
+waits for it before it copies the next one, and at the end.
+
 A run resumes from the newest intact checkpoint. A damaged one is skipped with a warning that says
 what is wrong; nothing of it is loaded. It is renamed, and removed once there is a newer checkpoint.
 """
@@ -22,7 +25,8 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,8 @@ DAMAGED = "damaged-"
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What the files of a checkpoint hold: tensors by name, or what becomes JSON.
+State = Mapping[str, Any]
 
 
 class CheckpointManifest(BaseModel):
@@ -63,6 +69,8 @@ class Checkpoints:
         self.folder = folder
         self.run = json.loads(json.dumps(run, default=str))
         self.keep = keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
 
     def find_newest(self, overwrite: bool) -> Path | None:
         """Return the newest intact checkpoint of this run, or None; warn about damaged ones.
@@ -87,31 +95,51 @@ class Checkpoints:
                 return path
         return None
 
-    @contextmanager
-    def write(self, step: int, needed: int = 0) -> Iterator[Path | None]:
-        """Yield a folder to write a checkpoint into; publish it when the block ends.
+    def is_ready(self, step: int, needed: int) -> bool:
+        """Wait for the last checkpoint; return whether `needed` bytes are free for one of `step`.
 
-        Yields None if the disk has less than `needed` bytes free: the run continues with a warning,
-        and the next checkpoint may find space.
+        If not, the run continues with a warning, and the next checkpoint may find space.
         """
-        final = self.folder / f"{FOLDER_PREFIX}{step:06d}"
-        working = self.folder / f".{final.name}.writing"
+        self.wait()
         self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(working, ignore_errors=True)
         free = disk.free_bytes(self.folder)
         if free < needed:
             log.warning(
                 "no checkpoint at step %d: %s takes %s, but its disk has %s free: free some",
                 step,
-                final,
+                self._path(step),
                 disk.format_bytes(needed),
                 disk.format_bytes(free),
             )
-            yield None
-            return
-        working.mkdir()
+        return free >= needed
+
+    def start_writing(self, step: int, state: State) -> None:
+        """Write a checkpoint in the background, after `is_ready`."""
+        self._written = self._writer.submit(self.write, step, state)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is published. Raises what its writing raised."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def raise_failure(self) -> None:
+        """Raise what the writing of the last checkpoint raised, if it has ended."""
+        if self._written is not None and self._written.done():
+            self.wait()
+
+    def write(self, step: int, state: State) -> None:
+        """Write and publish a checkpoint, and remove those that are not kept."""
+        final = self._path(step)
+        working = self.folder / f".{final.name}.writing"
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
         try:
-            yield working
+            for name, content in state.items():
+                if name.endswith(".safetensors"):
+                    save_file(content, working / name)
+                else:
+                    files.write_json(working / name, content, sort_keys=True)
             records = {path.name: files.record_file(path) for path in sorted(working.iterdir())}
             manifest = CheckpointManifest(run=self.run, step=step, files=records)
             files.write_json(working / MANIFEST, manifest.model_dump())
@@ -127,6 +155,9 @@ class Checkpoints:
             if (path / MANIFEST).is_file():
                 return f"re-run the command to resume from step {step_of(path)}"
         return "there is no checkpoint yet: re-running the command starts again"
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{FOLDER_PREFIX}{step:06d}"
 
     def _newest_first(self) -> list[Path]:
         paths = self.folder.glob(f"{FOLDER_PREFIX}*")
@@ -166,22 +197,17 @@ def _describe_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
     return "like this one"
 
 
-def save_state(trainer: Any, folder: Path | None, extra: Mapping[str, Any]) -> None:
-    """Write the state of a Trainer into `folder`; all processes call this, one gives a folder.
+def copy_state(trainer: Any, wanted: bool, extra: Mapping[str, Any]) -> State:
+    """Return a copy of a Trainer's state, by file; all processes call this, and one wants it.
 
     `extra` is added to the progress that `load_state` returns.
     """
     _link_moments(trainer)
-    for file, keys in ((WEIGHTS, ("",)), (OPTIMIZER, MOMENTS)):
-        tensors = gather_tensors(trainer, folder is not None, keys)
-        if folder is not None:
-            save_file(tensors, folder / file)
-        del tensors
+    weights = gather_tensors(trainer, wanted)
+    moments = gather_tensors(trainer, wanted, MOMENTS)
     random_states = _gather_random_states(trainer)
-    if folder is None:
-        return
-    save_file(random_states, folder / RANDOM)
-    trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    if not wanted:
+        return {}
     scaler = getattr(trainer.accelerator, "scaler", None)
     progress = {
         "optimizer_step": int(next(iter(_adam(trainer).state.values()))["step"]),
@@ -192,13 +218,19 @@ def save_state(trainer: Any, folder: Path | None, extra: Mapping[str, Any]) -> N
         "last_logged": trainer._globalstep_last_logged,
         **extra,
     }
-    files.write_json(folder / PROGRESS, progress)
+    return {
+        WEIGHTS: weights,
+        OPTIMIZER: moments,
+        RANDOM: random_states,
+        TRAINER_STATE: asdict(trainer.state),
+        PROGRESS: progress,
+    }
 
 
 def gather_tensors(
     trainer: Any, wanted: bool, keys: Sequence[str] = ("",)
 ) -> dict[str, torch.Tensor]:
-    """Return the trained weights by parameter name, in full, in float32 on the CPU.
+    """Return copies of the trained weights by parameter name, in full, in float32 on the CPU.
 
     All processes call this; those that do not want the weights get none. With `keys` from MOMENTS
     it returns these moments, named parameter:key.
@@ -208,7 +240,7 @@ def gather_tensors(
         for key in keys:
             value = _gather(trainer, parameter, key)
             if wanted:
-                tensors[f"{name}:{key}" if key else name] = value.cpu().contiguous()
+                tensors[f"{name}:{key}" if key else name] = value.to("cpu", copy=True).contiguous()
     return tensors
 
 

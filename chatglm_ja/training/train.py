@@ -126,6 +126,8 @@ def train(
         trainer.remove_callback(PrinterCallback)
         with stopping_on_signals(trainer), closing(progress):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            if checkpoints is not None:
+                checkpoints.wait()
         step, last_step = trainer.state.global_step, trainer.state.max_steps
         if trainer.should_stop:
             raise StoppedError(f"at step {step} of {last_step}: {describe_resume()}")

@@ -13,7 +13,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from chatglm_ja.training import costs
 from chatglm_ja.training.adapter import read_embeddings, trained_embeddings
 from chatglm_ja.training.checkpoints import (
     Checkpoints,
+    copy_state,
     load_random_states,
     load_state,
-    save_state,
     set_weights,
 )
 from chatglm_ja.training.model import Collator
@@ -173,6 +173,8 @@ class ResumableTrainer(Trainer):
             # With DeepSpeed the Trainer does not advance the schedule for a skipped step.
             self.lr_scheduler.step()  # type: ignore[union-attr]
         self.guard.end_step(self.state.global_step, losses, grad_norm)
+        if self.checkpoints is not None:
+            self.checkpoints.raise_failure()
 
     def stop(self, control: TrainerControl) -> None:
         """Let the Trainer save a checkpoint and end, without a validation that is due.
@@ -303,13 +305,18 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, *_: Any) -> None:
         self.watchdog.progress()
-        writing: Any = nullcontext()
-        if self.checkpoints is not None and self.is_world_process_zero():
-            model: Any = self.model
-            needed = CHECKPOINT_BYTES * model.num_parameters(only_trainable=True)
-            writing = self.checkpoints.write(self.state.global_step, needed)
-        with self.pause(), writing as folder:
-            save_state(self, folder, self.guard.state() | {"is_unscored": self.is_unscored})
+        model: Any = self.model
+        step, checkpoints = self.state.global_step, self.checkpoints
+        needed = CHECKPOINT_BYTES * model.num_parameters(only_trainable=True)
+        with self.pause():
+            if not self.is_world_process_zero() or not (
+                checkpoints is not None and checkpoints.is_ready(step, needed)
+            ):
+                checkpoints = None
+            progress = self.guard.state() | {"is_unscored": self.is_unscored}
+            state = copy_state(self, checkpoints is not None, progress)
+            if checkpoints is not None:
+                checkpoints.start_writing(step, state)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation set; log the sources before and after training only.

@@ -348,9 +348,7 @@ def test_manifests(published: Path, content: str | bytes) -> None:
 
 with folder() as _made:
     _checkpoints = Checkpoints(_made, RUN, keep=1)
-    with _checkpoints.write(1) as _working:
-        assert _working is not None
-        (_working / "weights.safetensors").write_bytes(b"weights")
+    _checkpoints.write(1, {"weights.safetensors": {"x": torch.zeros(1)}})
     VALID_CHECKPOINT = json.loads((_made / "step-000001" / MANIFEST).read_bytes())
 
 

@@ -76,6 +76,7 @@ def interrupted_after(step: int) -> Iterator[None]:
     def dying(self: Any, *arguments: Any) -> None:
         whole(self, *arguments)
         if self.state.global_step == step:
+            self.checkpoints.wait()
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -2,30 +2,28 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.storage import files
 from chatglm_ja.training import checkpoints as checkpoints_module
 from chatglm_ja.training import train
-from chatglm_ja.training.checkpoints import MANIFEST, Checkpoints
+from chatglm_ja.training.checkpoints import MANIFEST, Checkpoints, State
+from chatglm_ja.training.trainer import ResumableTrainer
 from tests.training.runs import checkpoints_in, config_for, interrupted_after
 
 RUN: dict[str, Any] = {"lora_rank": 8, "step4_prepare_data": "abc"}
-FILES = ("optimizer.safetensors", "random.safetensors", "trainer_state.json", "weights.safetensors")
+FILES = ("optimizer.safetensors", "weights.safetensors")
 
 
 def fill(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        with checkpoints.write(step) as folder:
-            assert folder is not None
-            for name in FILES:
-                (folder / name).write_bytes(f"{name} of step {step}".encode() * 100)
+        checkpoints.write(step, {name: {"x": torch.full((99,), step)} for name in FILES})
 
 
 def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path) -> None:
@@ -39,9 +37,7 @@ def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path) -> None:
 def test_its_files_have_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
     umask = os.umask(0o027)
     try:
-        with Checkpoints(tmp_path, RUN, keep=2).write(5) as folder:
-            assert folder is not None
-            save_file({"x": torch.zeros(1)}, folder / "weights.safetensors")
+        fill(Checkpoints(tmp_path, RUN, keep=2), 5)
     finally:
         os.umask(umask)
     for name in ("weights.safetensors", MANIFEST):
@@ -59,7 +55,7 @@ def test_damaged_ones_do_not_count_among_those_kept(
     fill(damaged, 30, 40)
     for step in (30, 40):
         path = tmp_path / f"step-{step:06d}" / FILES[0]
-        path.write_bytes(path.read_bytes().replace(b"o", b"0"))
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
     (tmp_path / "step-000009").write_text("no folder")
     assert checkpoints.find_newest(overwrite=False) == tmp_path / "step-000010"
     assert checkpoints.describe_resume() == "re-run the command to resume from step 10"
@@ -71,10 +67,9 @@ def test_damaged_ones_do_not_count_among_those_kept(
 def test_an_exception_while_writing_leaves_the_older_ones(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, RUN, keep=1)
     fill(checkpoints, 10)
-    with pytest.raises(OSError), checkpoints.write(20) as folder:
-        assert folder is not None
-        (folder / FILES[0]).write_text("half")
-        raise OSError("no space left")
+    checkpoints.start_writing(20, {FILES[0]: {"x": torch.zeros(1)}, "no/folder.json": {}})
+    with pytest.raises(FileNotFoundError):
+        checkpoints.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
 
 
@@ -113,8 +108,7 @@ def test_a_checkpoint_without_disk_space_is_skipped_with_a_warning(
 ) -> None:
     checkpoints = Checkpoints(tmp_path, RUN, keep=1)
     fill(checkpoints, 10)
-    with checkpoints.write(20, needed=10**18) as folder:
-        assert folder is None
+    assert not checkpoints.is_ready(20, needed=10**18)
     assert f"no checkpoint at step 20: {tmp_path}/step-000020 takes 1000000.0 TB" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
 
@@ -154,3 +148,52 @@ def test_a_checkpoint_of_other_tensors_is_refused_whole(
         train.train(config, "pretrain", None, checkpoints_in(stopped["output"]))
     assert str(refused.value).endswith(f"or remove {stopped['output']}/checkpoints to start again")
     assert not loaded
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    stopped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written after the next step is the state before it."""
+    config = config_for(**stopped | {"output": tmp_path, "max_steps": 3, "save_steps": 2})
+    is_trained = threading.Event()
+    write, end_step = Checkpoints.write, ResumableTrainer.end_step
+
+    def write_late(self: Checkpoints, step: int, state: State) -> None:
+        assert is_trained.wait(60)
+        write(self, step, state)
+
+    def end(self: ResumableTrainer) -> None:
+        end_step(self)
+        if self.state.global_step == 3:
+            is_trained.set()
+
+    monkeypatch.setattr(Checkpoints, "write", write_late)
+    monkeypatch.setattr(ResumableTrainer, "end_step", end)
+    train.train(config, "pretrain", None, checkpoints_in(tmp_path))
+    written = "checkpoints/step-000002/weights.safetensors"
+    expected = stopped["output"] / written
+    assert (tmp_path / written).read_bytes() == expected.read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    stopped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of the next step, not at the next checkpoint."""
+    config = config_for(**stopped | {"output": tmp_path, "max_steps": 9, "save_steps": 2})
+    steps: list[int] = []
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    def start(self: Checkpoints, step: int, state: State) -> None:
+        start_writing(self, step, state)
+        assert self._written is not None
+        self._written.exception()  # waits
+        steps.append(step)
+
+    start_writing = Checkpoints.start_writing
+    monkeypatch.setattr(Checkpoints, "write", fail)
+    monkeypatch.setattr(Checkpoints, "start_writing", start)
+    with pytest.raises(OSError, match="no space left"):
+        train.train(config, "pretrain", None, checkpoints_in(tmp_path))
+    assert steps == [2]
