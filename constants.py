@@ -203,21 +203,23 @@ else:
         Source("ja", "izumi-lab/wikipedia-ja-20230720"),
         Source("ja", "globis-university/aozorabunko-clean"),
         Source("zh", "pleisto/wikipedia-cn-20230720-filtered", columns="completion"),
-        # As in the article; wikitext-103-raw-v1 is the same text without <unk> for rare words.
-        Source("en", "Salesforce/wikitext", subset="wikitext-103-v1", format="wikitext"),
+        # The article's is wikitext-103-v1: the same text with <unk> in place of rare words.
+        Source("en", "Salesforce/wikitext", subset="wikitext-103-raw-v1", format="wikitext"),
     )
-    # The article's fourth Japanese data set is available on request; it is used if its file exists.
+    # The article's fourth Japanese data set is available on request; it is used if its files, such
+    # as ichikara-instruction-003-001-1.json, are there.
     _ichikara = Source(
         "ja",
-        f"{PROJECT_DIR}/data/ichikara-instruction-20231221-003.json",
+        f"{PROJECT_DIR}/data/ichikara-instruction-*.json",
+        name="ichikara-instruction",
         columns="text>output",
         id_column="ID",
     )
     SFT_SOURCES = (
         Source("ja", "kunishou/oasst2-chat-68k-ja", columns="conversations"),
         Source("ja", "kunishou/databricks-dolly-15k-ja", columns="instruction+input>output"),
-        Source("ja", "fujiki/japanese_hh-rlhf-49k", columns="instruction+input>output"),
-        *([_ichikara] if Path(_ichikara.path).exists() else []),
+        Source("ja", "fn-aka-mur/japanese_hh-rlhf-49k", columns="instruction+input>output"),
+        *([_ichikara] if any((PROJECT_DIR / "data").glob(Path(_ichikara.path).name)) else []),
         Source("zh", "shibing624/alpaca-zh", columns="instruction+input>output"),
         Source("zh", "LooksJuicy/ruozhiba", columns="instruction>output"),
         # Only label 1 marks correct answers, about a thousand; the next two fill the share.
@@ -236,7 +238,7 @@ else:
     DATA = {
         "total_tokens": 1_000_000_000,
         "decontaminate": HELD_OUT_SOURCES,
-        "sft_examples": 220_000,
+        "sft_examples": 200_000,
         "max_length": 1024,
         "block_size": 1024,
     }

@@ -28,7 +28,7 @@ import pyarrow
 import pyarrow.parquet
 
 from chatglm_ja.data.file_start import check_start
-from chatglm_ja.errors import DataError
+from chatglm_ja.data.hub import load_hub_dataset
 from chatglm_ja.source_files import COMPRESSIONS, file_compression, file_format
 from chatglm_ja.sources import TEXT_FILE_FORMATS, Source
 
@@ -163,32 +163,6 @@ def check_characters(text: str) -> Reject | None:
     if "\0" in text:
         return Reject("NUL", f"at character {text.index(chr(0))}")
     return None
-
-
-def load_hub_dataset(source: Source) -> Any:
-    """Load a data set by name; `datasets` downloads it once and memory-maps it.
-
-    Raises DataError if that fails.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision
-        )
-    except ValueError as error:  # an unknown split or configuration; lists those that exist
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"source {source.title}: the data set {source.path} does not have the split "
-            f"{source.split!r} or the configuration asked for ({reason}): choose a configuration "
-            "with @NAME, a split with split=NAME"
-        ) from None
-    except Exception as error:  # the hub's errors have no common base
-        raise DataError(
-            f"source {source.title}: {source.path} is neither a local file nor a data set that "
-            f"could be loaded ({_first_line(error)}): without a network, download it and pass its "
-            "path as LANGUAGE=PATH"
-        ) from None
 
 
 def _first_line(error: BaseException) -> str:
