@@ -13,7 +13,7 @@ are candidates, and the share of equal entries in two signatures estimates their
 
 Of texts that are linked, directly or through others, the first is kept. A band is a task of the
 process pool, first to find candidates and then to compare them. Signatures stay in their files,
-which are read once for each, from front to back, so the time grows with the number of documents.
+of which each task reads its band once, so the time grows with the number of documents.
 """
 
 import functools
@@ -46,6 +46,8 @@ _ENTRIES = struct.Struct(f"<{NUM_HASHES}I")
 CHARACTERS_AT_ONCE = DOCUMENTS_AT_ONCE = PAIRS_AT_ONCE = 2**16
 # A process takes as long to start as to search this many documents.
 DOCUMENTS_PER_PROCESS = 500_000
+# More would need more memory than the index of the documents.
+MAX_PROCESSES = 4
 
 # By code point: what is compared of a character, see `_fold_alone`.
 _DROPPED, _IN_CONTEXT, _UNKNOWN = 0, 2**31, 2**32 - 1
@@ -199,8 +201,8 @@ def find_near_duplicates(
 
     `threshold` is the share of equal entries in the signatures of two documents. Among documents
     with an equal band, each is compared with its predecessor and with the first. `scratch` is a
-    file for the pairs to compare, removed at the end. Each process takes about 20 bytes of memory
-    per document. Raises DataError for more than MAX_DOCUMENTS documents.
+    file for the pairs to compare, removed at the end. Each of at most MAX_PROCESSES processes takes
+    about 20 bytes of memory per document. Raises DataError for more than MAX_DOCUMENTS documents.
     """
     count = int(files.chosen_documents().sum())
     if count > MAX_DOCUMENTS:
@@ -208,7 +210,7 @@ def find_near_duplicates(
             f"near-duplicates are searched among at most {MAX_DOCUMENTS:,} documents, found "
             f"{count:,}: pass --near-duplicates 0, or fewer sources"
         )
-    processes = min(processes, 1 + count // DOCUMENTS_PER_PROCESS)
+    processes = min(processes, MAX_PROCESSES, 1 + count // DOCUMENTS_PER_PROCESS)
     pairs = np.zeros(0, dtype=np.uint64)
     new_pairs: list[np.ndarray] = []
     with tqdm(total=2 * BANDS, desc="near-duplicates", unit=" bands") as bar:
@@ -262,7 +264,12 @@ def _find_candidates(files: SignatureFiles, count: int, band: int) -> np.ndarray
         start = end
     keys.sort()
     # The first of a pair is the earlier document: equal hashes are in the order of their numbers.
-    later = np.flatnonzero((keys[1:] ^ keys[:-1]) <= low) + 1
+    parts = [np.zeros(0, dtype=np.int64)]
+    for start in range(1, count, DOCUMENTS_AT_ONCE):
+        block = slice(start, start + DOCUMENTS_AT_ONCE)
+        previous = slice(start - 1, min(start - 1 + DOCUMENTS_AT_ONCE, count - 1))
+        parts.append(np.flatnonzero((keys[block] ^ keys[previous]) <= low) + start)
+    later = np.concatenate(parts)
     begins = np.diff(later, prepend=-1) != 1
     first = np.maximum.accumulate(np.where(begins, later - 1, 0))
     last = keys[later] & low

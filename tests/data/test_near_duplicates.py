@@ -187,6 +187,17 @@ def test_the_search_finds_what_comparing_all_signatures_finds(seed: int, tmp_pat
     assert search(tmp_path, signatures, [0, 100, 0, 199, 1, 0]) == expected
 
 
+def test_every_band_finds_pairs(tmp_path: Path) -> None:
+    """Of 32 pairs of texts, each agrees in another band and in nothing else."""
+    rng = np.random.default_rng(10)
+    signatures = rng.integers(0, 2**32, (64, NUM_HASHES), dtype=np.uint32)
+    for band in range(32):
+        entries = slice(band * BAND_SIZE, (band + 1) * BAND_SIZE)
+        signatures[band + 32, entries] = signatures[band, entries]
+    expected = [False] * 32 + [True] * 32
+    assert search(tmp_path, signatures, threshold=BAND_SIZE / NUM_HASHES) == expected
+
+
 def test_documents_that_are_not_chosen_do_not_exist(tmp_path: Path) -> None:
     signatures = random_signatures(3, 300)
     chosen = np.random.default_rng(0).random(300) < 0.7
