@@ -17,6 +17,12 @@ shows medians in MB of UTF-8 text per second, and the ratio to bare sentencepiec
 
 --memory-gb N generates N GB of text from randomly drawn lines of the sources and measures the peak
 memory of step 4's processes on it.
+
+--edited-documents N edits N documents of each language in several ways, and shows how many of the
+copies the near-duplicate search finds among them. Similarities are computed from the sets of
+5-grams, and characters are folded by Python, both without the code that is measured.
+--search-millions N ... searches N million random signatures, of which a tenth are copies with 95%
+of their entries equal to another one's, and a tenth with 50%. It shows CPU seconds and memory.
 """
 
 import argparse
@@ -25,25 +31,28 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # In this folder; importing it makes the project's package importable.
 import measuring
+import numpy as np
 from measuring import PROJECT, Ratio
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
-from chatglm_ja.data import cleaning, prepare_texts, token_store
+from chatglm_ja.data import cleaning, near_duplicates, prepare_texts, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.source_reader import SourceReader
@@ -57,6 +66,15 @@ BARE = "sentencepiece"
 STEP = "step 4"
 NO_NEAR = "step 4, no near dup."
 LLAMAFACTORY = "LLaMA-Factory"
+
+FULL_WIDTH: dict[int, int] = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
+# What is written in half width is written in full width, and the other way round.
+OTHER_WIDTH = FULL_WIDTH | {wide: code for code, wide in FULL_WIDTH.items()}
+OTHER_WIDTH |= str.maketrans("。、「」 　", "｡､｢｣　 ")
+SEARCH_CHUNK = 2500  # documents of 8 MB of text
+THRESHOLD = PrepareDataConfig.near_duplicates
+UNLIKE = 0.6  # documents of a larger similarity may be near-duplicates
+SEARCH_RUNS = 3
 
 
 def settings(folder: Path, sources: list[Source], **changes: Any) -> PrepareDataConfig:
@@ -268,19 +286,190 @@ def memory_line(arguments: argparse.Namespace, sources: list[Source]) -> Ratio:
     )
 
 
+def change_characters(share: float) -> Callable[[random.Random, str], str]:
+    """Return an edit that replaces a share of a text's characters by others of the same text."""
+
+    def change(rng: random.Random, text: str) -> str:
+        characters = list(text)
+        for place in rng.sample(range(len(text)), round(share * len(text))):
+            characters[place] = rng.choice(text)
+        return "".join(characters)
+
+    return change
+
+
+EDITS: dict[str, Callable[[random.Random, str], str]] = {
+    "lines joined": lambda _, text: " ".join(text.split()),
+    "a line break after every 20 characters": lambda _, text: "\n".join(
+        text[start : start + 20] for start in range(0, len(text), 20)
+    ),
+    "punctuation removed": lambda _, text: "".join(
+        c for c in text if c.isspace() or unicodedata.category(c)[0] not in "PS"
+    ),
+    "punctuation in the other width": lambda _, text: "".join(
+        c if c.isalnum() else c.translate(OTHER_WIDTH) for c in text
+    ),
+    "all characters in the other width": lambda _, text: text.translate(OTHER_WIDTH),
+    "upper case": lambda _, text: text.upper(),
+    **{
+        f"{percent:g}% of the characters changed": change_characters(percent / 100)
+        for percent in (0.5, 1, 2, 5, 10, 20)
+    },
+    "the last tenth cut off": lambda _, text: text[: len(text) * 9 // 10],
+    "the last half cut off": lambda _, text: text[: len(text) // 2],
+}
+
+
+def shingles(text: str) -> set[str]:
+    """Return the set whose similarities the search estimates."""
+    normal = unicodedata.normalize("NFKC", text).casefold()
+    letters = "".join(character for character in normal if character.isalnum())
+    size = near_duplicates.SHINGLE_CHARACTERS
+    return {letters[start : start + size] for start in range(max(1, len(letters) - size + 1))}
+
+
+def similarity(one: set[str], other: set[str]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def search(signatures: np.ndarray, folder: Path) -> np.ndarray:
+    """Return which texts are near-duplicates of an earlier one; signatures [texts, NUM_HASHES]."""
+    path = folder / "signatures"
+    np.ascontiguousarray(signatures.T).tofile(path)
+    chosen = np.packbits(np.ones(len(signatures), dtype=bool))
+    files = near_duplicates.SignatureFiles([path], [len(signatures)], chosen)
+    return near_duplicates.find_near_duplicates(files, THRESHOLD, 1, folder / "pairs")
+
+
+def edit_table(sources: list[Source], count: int, folder: Path) -> None:
+    """Print how many edited copies of documents are found, and how many other documents."""
+    rng = random.Random(0)
+    originals: list[tuple[str, set[str]]] = []
+    for texts in map(list, SourceReader().texts_by_language(sources).values()):
+        rng.shuffle(texts)
+        group: list[tuple[str, set[str]]] = []
+        for text in texts:
+            grams = shingles(text)
+            if len(group) < count and all(similarity(grams, g) < UNLIKE for _, g in group):
+                group.append((text, grams))
+        originals += group
+
+    def sign(texts: list[str]) -> np.ndarray:
+        return near_duplicates.minhash_signatures(texts, cleaning.code_points(texts))
+
+    signatures = sign([text for text, _ in originals])
+    rows, false = [], 0
+    for name, edit in EDITS.items():
+        copies = [edit(rng, text) for text, _ in originals]
+        exact = np.array(
+            [similarity(shingles(copy), g) for copy, (_, g) in zip(copies, originals, strict=True)]
+        )
+        near = search(np.concatenate([signatures, sign(copies)]), folder)
+        false += int(near[: len(originals)].sum())
+        rows.append(
+            [name, f"{exact.mean():.3f}", f"{(exact >= THRESHOLD).mean():.1%}",
+             f"{near[len(originals) :].mean():.1%}"]
+        )  # fmt: skip
+    print(f"\n{len(originals):,} documents and a copy of each; similarity {THRESHOLD:g}\n")
+    head = ["copies", "mean similarity", f"of at least {THRESHOLD:g}", "found"]
+    print(measuring.table(head, rows))
+    print(
+        f"\nOf {len(originals) * len(EDITS):,} searched documents that are no copies, {false} "
+        "were found"
+    )
+
+
+def random_hashes(numbers: np.ndarray) -> np.ndarray:
+    """Return the entries of signatures of numbered documents, uint32 [NUM_HASHES, documents]."""
+    entries = np.arange(near_duplicates.NUM_HASHES, dtype=np.uint64)[:, None]
+    hashes = numbers.astype(np.uint64) + (entries << np.uint64(40))
+    for shift in (31, 29, 32):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(shift)
+    return hashes.astype(np.uint32)
+
+
+def search_random(count: int, folder: Path) -> dict[str, Any]:
+    """Search `count` signatures; of ten, two resemble one that does not resemble another."""
+    paths, sizes = [], []
+    for start in range(0, count, SEARCH_CHUNK):
+        rng = np.random.default_rng(start)
+        numbers = np.arange(start, min(start + SEARCH_CHUNK, count))
+        signatures = random_hashes(numbers)
+        for kind, equal in ((8, 0.95), (9, 0.5)):
+            copies = numbers % 10 == kind
+            others = (rng.random(int(copies.sum())) * (numbers[copies] // 10)).astype(int) * 10
+            same = rng.random((near_duplicates.NUM_HASHES, len(others))) < equal
+            signatures[:, copies] = np.where(same, random_hashes(others), signatures[:, copies])
+        paths.append(folder / f"{start}.hashes")
+        signatures.tofile(paths[-1])
+        sizes.append(len(numbers))
+    files = near_duplicates.SignatureFiles(paths, sizes, np.packbits(np.ones(count, dtype=bool)))
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    near = near_duplicates.find_near_duplicates(files, THRESHOLD, 1, folder / "pairs")
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    is_right = (near == (np.arange(count) % 10 == 8)).all()
+    return {
+        "user": after.ru_utime - before.ru_utime, "system": after.ru_stime - before.ru_stime,
+        "disk_gb": (after.ru_inblock - before.ru_inblock) * 512 / 1e9,
+        "peak_gb": after.ru_maxrss / 1e6, "right": bool(is_right),
+    }  # fmt: skip
+
+
+def search_table(arguments: argparse.Namespace) -> list[Ratio]:
+    rows, seconds = [], {}
+    for millions in arguments.search_millions:
+        command = [sys.executable, __file__, "--tokenizer=-", "--sources=-", "--way=search"]
+        command += ["--search-millions", str(millions)]
+        runs = []
+        for _ in range(SEARCH_RUNS):
+            with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
+                runs.append(in_own_process(command, 0, Path(name)))
+        best = min(runs, key=lambda run: run["user"] + run["system"])
+        each = {kind: best[kind] / millions for kind in ("user", "system")}
+        seconds[millions] = sum(each.values())
+        rows.append(
+            [f"{millions:g}", f"{seconds[millions]:.2f}", f"{each['user']:.2f}",
+             f"{each['system']:.2f}", f"{best['disk_gb']:.1f}",
+             f"{best['peak_gb']:.2f}", "yes" if best["right"] else "no"]
+        )  # fmt: skip
+    print(f"\nNear-duplicate search, one process, least of {SEARCH_RUNS} runs\n")
+    head = ["million documents", "CPU s per million", "of which user", "system",
+            "read from disk, GB", "peak memory, GB", "found exactly the copies"]  # fmt: skip
+    print(measuring.table(head, rows))
+    first, last = min(seconds), max(seconds)
+    what = f"CPU time of the search per document, of {last:g} million to {first:g} million"
+    return [Ratio(what, seconds[last] / seconds[first], "below 1.2")]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="output folder of step 2")
     parser.add_argument("--sources", nargs="+", required=True, metavar="LANGUAGE=FILE.jsonl")
-    parser.add_argument("--repeats", type=int, default=5, help="runs per program (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs per program (default: 5; 0: none)"
+    )
     parser.add_argument("--llamafactory", help="Python interpreter of its environment")
     parser.add_argument(
         "--memory-gb",
         type=float,
         default=0.0,
         help="GB of text for the memory measurement (default: none)",
+    )
+    parser.add_argument(
+        "--edited-documents",
+        type=int,
+        default=0,
+        help="documents of each language to edit for the near-duplicate search (default: none)",
+    )
+    parser.add_argument(
+        "--search-millions",
+        nargs="+",
+        type=float,
+        default=[],
+        help="millions of documents to search for near-duplicates; 0.5 GB of disk each",
     )
     parser.add_argument("--work-dir", type=Path, help="folder for temporary files")
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -289,6 +478,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.way == "search":
+        count = int(arguments.search_millions[0] * 1e6)
+        print(json.dumps(search_random(count, Path(os.environ["BENCHMARK_DIR"]))))
+        return
     sources = [Source.parse(spec) for spec in arguments.sources]
     if arguments.way == "memory":
         output = Path(os.environ["BENCHMARK_DIR"]) / "out"
@@ -297,9 +490,14 @@ def main() -> None:
         print(json.dumps(measure(arguments.way, arguments.tokenizer, sources)))
     else:
         with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
-            ratios = speed_table(arguments, without_dropped(sources, Path(name)))
+            usable = without_dropped(sources, Path(name))
+            ratios = speed_table(arguments, usable) if arguments.repeats else []
+            if arguments.edited_documents:
+                edit_table(usable, arguments.edited_documents, Path(name))
         if arguments.memory_gb:
             ratios.append(memory_line(arguments, sources))
+        if arguments.search_millions:
+            ratios += search_table(arguments)
         measuring.conclude(ratios)
 
 

@@ -89,7 +89,8 @@ BENCHMARKS = (
     Benchmark(
         "Preparing text",
         "data.py",
-        "--tokenizer={tokenizer} --sources {sources} --work-dir={work_dir} --memory-gb=1",
+        "--tokenizer={tokenizer} --sources {sources} --work-dir={work_dir} --memory-gb=1 "
+        "--edited-documents=300 --search-millions 1 8",
         may_use=("llamafactory",),
     ),
     Benchmark(

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from chatglm_ja.data import dedup, token_store
+from chatglm_ja.data import dedup, near_duplicates, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.token_store import COLUMN_TYPES, StoredChunk
 from chatglm_ja.errors import DataError
@@ -96,35 +96,18 @@ class DocumentIndex:
         repeated = documents[dedup.mark_repeated(self.digest[documents])]
         self.fate[repeated] = FATES.index(Fate.DUPLICATE)
 
-    def drop_near_duplicates(self, threshold: float) -> None:
+    def drop_near_duplicates(self, threshold: float, processes: int) -> None:
         """Drop documents similar to an earlier one; `threshold` is their Jaccard similarity."""
         candidates = self.kept_documents()
-
-        def read_band(number: int) -> np.ndarray:
-            rows = slice(number * dedup.BAND_SIZE, (number + 1) * dedup.BAND_SIZE)
-            parts = [self._map_hashes(chunk)[rows].T for chunk in range(len(self.chunks))]
-            return np.concatenate(parts)[candidates]
-
-        def read_signatures(places: np.ndarray) -> np.ndarray:
-            documents = candidates[places]
-            signatures = np.empty((len(places), dedup.NUM_HASHES), dtype=np.uint32)
-            for chunk in np.unique(self.chunk[documents]).tolist():
-                inside = self.chunk[documents] == chunk
-                columns = documents[inside] - self.first[chunk]
-                signatures[inside] = self._map_hashes(chunk)[:, columns].T
-            return signatures
-
         if len(candidates):
-            count = len(candidates)
-            near = dedup.find_near_duplicates(count, read_band, read_signatures, threshold)
-            self.fate[candidates[near]] = FATES.index(Fate.NEAR_DUPLICATE)
-
-    def _map_hashes(self, chunk: int) -> np.ndarray:
-        """Memory-map a chunk's signatures [NUM_HASHES, documents]: only what is used is read."""
-        if self.first[chunk] == self.end[chunk]:
-            return np.zeros((dedup.NUM_HASHES, 0), dtype=np.uint32)
-        path = self.stems[chunk].with_suffix(token_store.HASHES)
-        return np.memmap(path, dtype="<u4", mode="r").reshape(dedup.NUM_HASHES, -1)
+            paths = [stem.with_suffix(token_store.HASHES) for stem in self.stems]
+            sizes = (self.end - self.first).tolist()
+            chosen = np.packbits(self.is_fate(Fate.KEPT))
+            files = near_duplicates.SignatureFiles(paths, sizes, chosen)
+            # A file that a kill leaves behind is removed by its ending.
+            scratch = self.stems[0].with_name("near_duplicates.part")
+            is_near = near_duplicates.find_near_duplicates(files, threshold, processes, scratch)
+            self.fate[candidates[is_near]] = FATES.index(Fate.NEAR_DUPLICATE)
 
     def read_document(self, document: int, suffix: str = token_store.TOKENS) -> np.ndarray:
         """Read the tokens, or labels, of a document."""

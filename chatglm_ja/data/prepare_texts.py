@@ -2,6 +2,7 @@
 
     chunks of records --(processes)--> tokenized chunks on disk      token_store.py
     index of documents --> duplicates dropped                        document_index.py, dedup.py
+                                                                     near_duplicates.py
                        --> validation and training documents chosen  mixing.py
                        --> plan of the blocks                        packing.py
     plan and chunks --(processes)--> Arrow shards                    dataset.py
@@ -20,7 +21,16 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja.bases import families
-from chatglm_ja.data import cleaning, corpus, dataset, dedup, mixing, packing, token_store
+from chatglm_ja.data import (
+    cleaning,
+    corpus,
+    dataset,
+    dedup,
+    mixing,
+    near_duplicates,
+    packing,
+    token_store,
+)
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.corpus import Document
 from chatglm_ja.data.document_index import DocumentIndex
@@ -134,11 +144,10 @@ def _add_batch(
         tokenized.add(tokens, batch[place].record, texts[place], batch[place].id)
     tokenized.counts.update(fate for fate in fates if fate is not Fate.KEPT)
     if config.near_duplicates:
-        lengths = np.array([len(text) for text in texts], dtype=np.int64)
-        keep = np.array([fate is Fate.KEPT for fate in fates], dtype=bool)
-        tokenized.signatures.append(
-            dedup.minhash_signatures(codes[np.repeat(keep, lengths)], lengths[keep])
-        )
+        kept = [text for text, fate in zip(texts, fates, strict=True) if fate is Fate.KEPT]
+        is_kept = np.array([fate is Fate.KEPT for fate in fates], dtype=bool)
+        kept_codes = codes.compress(np.repeat(is_kept, [len(text) for text in texts]))
+        tokenized.signatures.append(near_duplicates.minhash_signatures(kept, kept_codes))
 
 
 def write(
@@ -151,7 +160,7 @@ def write(
     """
     index.drop_duplicates()
     if config.near_duplicates:
-        index.drop_near_duplicates(config.near_duplicates)
+        index.drop_near_duplicates(config.near_duplicates, config.num_processes)
     held_out = {}
     for language in shares:
         candidates = index.kept_documents(language)
@@ -247,9 +256,9 @@ def _count(
         "documents_cut": int((np.bincount(plan.item) > 1).sum()),
         "near_duplicates": {
             "threshold": config.near_duplicates,
-            "hashes": dedup.NUM_HASHES,
-            "bands": dedup.NUM_HASHES // dedup.BAND_SIZE,
-            "shingle_characters": dedup.SHINGLE_CHARACTERS,
+            "hashes": near_duplicates.NUM_HASHES,
+            "bands": near_duplicates.BANDS,
+            "shingle_characters": near_duplicates.SHINGLE_CHARACTERS,
         },
         "sources": sources,
     }

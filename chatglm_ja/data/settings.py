@@ -71,7 +71,7 @@ class PrepareDataConfig(ReadingConfig):
     )
     near_duplicates: float = setting(
         "drop texts with this Jaccard similarity to an earlier one, estimated with MinHash from "
-        "their character 5-grams (0: keep them)",
+        "the 5-grams of their letters and digits (0: keep them)",
         0.8,
         low=0,
         high=1,

@@ -37,7 +37,7 @@ from chatglm_ja.storage.files import FileRecord, find_problem, publish_file, rea
 log = logging.getLogger(__name__)
 
 # Increased when the files of a chunk change their meaning: work of earlier versions is discarded.
-FORMAT = 3
+FORMAT = 4
 MAX_DETAIL = 200
 TOKENS, LABELS, HASHES, COLUMNS, SUMMARY = ".tokens", ".labels", ".hashes", ".npz", ".json"
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -11,7 +11,15 @@ import pytest
 
 from chatglm_ja.chatglm3 import chat_format
 from chatglm_ja.chatglm3.tokenizer import EOS_ID
-from chatglm_ja.data import corpus, dataset, prepare_texts, readers, rejects, token_store
+from chatglm_ja.data import (
+    corpus,
+    dataset,
+    near_duplicates,
+    prepare_texts,
+    readers,
+    rejects,
+    token_store,
+)
 from chatglm_ja.data.resume import RejectsFile
 from chatglm_ja.data.settings import parse_shares
 from chatglm_ja.data.source_reader import SourceReader
@@ -223,6 +231,7 @@ def test_processes_and_interruptions_change_no_byte(
     monkeypatch.setattr(readers, "CHUNK_BYTES", 20_000)
     monkeypatch.setattr(readers.read_chunks, "__defaults__", (20_000,))
     monkeypatch.setattr(dataset, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(near_duplicates, "DOCUMENTS_PER_PROCESS", 1)
     sources = flawed(tmp_path)
     settings: dict[str, Any] = {
         "shares": ("ja=76", "zh=12", "en=12"), "total_tokens": 20_000, "validation_tokens": 1500,
@@ -244,7 +253,7 @@ def test_processes_and_interruptions_change_no_byte(
     assert len(undisturbed["rejects.jsonl"].splitlines()) == 3
     assert make("two", num_processes=2) == undisturbed
 
-    # Interrupted while reading, then while writing the shards.
+    # Interrupted while reading, while searching near-duplicates, and while writing the shards.
     calls = itertools.count()
     read_documents = corpus.read_documents
 
@@ -259,10 +268,11 @@ def test_processes_and_interruptions_change_no_byte(
             make("three")
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "three/texts").glob("*/*.json")}
     assert len(finished) == 4
-    with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_make_batch", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            make("three")
+    for module, name in ((near_duplicates, "_count_equal"), (dataset, "_make_batch")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                make("three")
     # Chunks that were corrupted meanwhile are tokenized again.
     first, second = sorted(finished)[:2]
     content = bytearray(first.with_suffix(".tokens").read_bytes())

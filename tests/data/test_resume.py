@@ -34,6 +34,16 @@ def test_folders_are_kept_while_their_content_is_valid(tmp_path: Path) -> None:
     assert len(list(root.iterdir())) == 4
 
 
+def test_work_of_another_format_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "work"
+    monkeypatch.setattr(resume, "FORMAT", resume.FORMAT - 1)
+    (old,) = folders(root, texts=[{"a": "1"}])["texts"]
+    (old / "000000.hashes").touch()
+    monkeypatch.undo()
+    (new,) = folders(root, texts=[{"a": "1"}])["texts"]
+    assert list(root.iterdir()) == [new] and not list(new.iterdir())
+
+
 def test_a_source_listed_twice_has_two_folders(tmp_path: Path) -> None:
     paths = folders(tmp_path / "work", texts=[{"a": "1"}, {"a": "1"}])
     assert len(set(paths["texts"])) == 2
