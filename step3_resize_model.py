@@ -43,7 +43,7 @@ def main() -> None:
     base = embedding_rows.open_base(config)
     compares_logits = config.should_compare_logits(base.weights.size())
     with output.write() as folder:
-        output.counts.update(embedding_rows.resize_checkpoint(base, config, folder))
+        output.counts, output.records = embedding_rows.resize_checkpoint(base, config, folder)
         if compares_logits:
             embedding_rows.verify_logits(base, folder)
             log.info("logits over the %d old ids equal the base's bit by bit", base.first_new_id)

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,6 +201,24 @@ def record_file(path: Path) -> FileRecord:
     """Flush a file to disk and return its record."""
     fsync(path)
     return FileRecord(bytes=path.stat().st_size, sha256=digest(path))
+
+
+def write_hashed(path: Path, parts: Sequence[bytes | memoryview]) -> FileRecord:
+    """Write a file from its parts, hash them in a second thread meanwhile, and return its record.
+
+    The SHA-256 is that of the parts in memory, so that a file as large as a model's is not read
+    again for it. The file is not flushed to disk. An OSError names the file.
+    """
+    sha256 = hashlib.sha256()
+    with ThreadPoolExecutor(1) as thread:  # hashing releases the GIL
+        hashing = thread.map(sha256.update, parts)
+        try:
+            with open(path, "wb") as file:
+                file.writelines(parts)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    list(hashing)  # raises its error, if there was one
+    return FileRecord(bytes=sum(map(len, parts)), sha256=sha256.hexdigest())
 
 
 def find_problem(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.settings import StepConfig
 from chatglm_ja.storage import disk, files
-from chatglm_ja.storage.files import MANIFEST
+from chatglm_ja.storage.files import MANIFEST, FileRecord
 from chatglm_ja.storage.inputs import Input, merge_lineage
 from chatglm_ja.storage.manifest import (
     InputRecord,
@@ -45,6 +45,9 @@ class Output:
         with output.write() as folder:
             ...                          # an exception or a kill publishes nothing
             output.counts["pieces"] = 20000
+
+    `records` may be given those of files that were hashed while they were written: publication
+    hashes all others.
 
     `unfinished` is the suffix of `output.unfinished`, a folder beside the output in which a step
     keeps finished parts; a killed run resumes from it. It is removed on publication.
@@ -81,6 +84,7 @@ class Output:
                 raise ArtifactError(f"--output-dir {self.path} lies in the input {item.path}")
         self.unfinished = self.path.with_name(f"{self.path.name}.{unfinished}")
         self.counts: dict[str, Any] = {}
+        self.records: dict[str, FileRecord] = {}
         self._found_fingerprint: str | None = None  # of what `prepare` found in the folder
 
     def prepare(self) -> bool:
@@ -185,8 +189,11 @@ class Output:
             ) from None
 
     def _publish(self, working: Path) -> None:
-        paths = sorted(path for path in working.rglob("*") if path.is_file())
-        records = {path.relative_to(working).as_posix(): files.record_file(path) for path in paths}
+        paths = {p.relative_to(working).as_posix(): p for p in working.rglob("*") if p.is_file()}
+        records = {
+            name: self.records.get(name) or files.record_file(path)
+            for name, path in sorted(paths.items())
+        }
         fingerprint = fingerprint_of({name: record.sha256 for name, record in records.items()})
         manifest = self.describe().model_copy(update={"fingerprint": fingerprint, "files": records})
         files.write_json(working / MANIFEST, manifest.model_dump(), indent=2)

@@ -6,6 +6,7 @@ from input shards to output shards, so memory holds one output shard, whatever t
 """
 
 import functools
+import json
 import logging
 import math
 import pickle
@@ -18,16 +19,24 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from chatglm_ja.errors import DataError
-from chatglm_ja.storage.files import describe_absence, is_utf8, join_inside, read_json, write_json
+from chatglm_ja.storage.files import (
+    FileRecord,
+    describe_absence,
+    is_utf8,
+    join_inside,
+    read_json,
+    write_hashed,
+    write_json,
+)
 from chatglm_ja.storage.recognition import recognize, recognize_folder
 from chatglm_ja.storage.weight_files import INDEX, INDEX_FILE, WEIGHT_FILES
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Weights:
@@ -155,11 +164,10 @@ def _open_bin(path: Path) -> _Shard:
             f"{path} is not a dictionary of tensors{found}: expected weights as "
             "model.save_pretrained(...) saves them"
         )
-    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
 
     def describe(name: str) -> tuple[str, tuple[int, ...]]:
         dtype = tensors[name].dtype
-        return dtype_names.get(dtype, str(dtype)), tuple(tensors[name].shape)
+        return DTYPE_NAMES.get(dtype, str(dtype)), tuple(tensors[name].shape)
 
     return _Shard(list(tensors), describe, tensors.__getitem__)
 
@@ -237,32 +245,56 @@ def describe_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def write_sharded(
     tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int
-) -> None:
+) -> dict[str, FileRecord]:
     """Write named tensors as safetensors shards with an index, in the order they come.
 
-    A shard is closed before the tensor that would take it over `max_shard_bytes`.
+    Returns the records of the shards by file name. A shard is closed before the tensor that would
+    take it over `max_shard_bytes`.
     """
-    shards: list[list[str]] = []
+    shards: list[tuple[FileRecord, list[str]]] = []
     pending: dict[str, torch.Tensor] = {}
     total = size = 0
 
-    def flush() -> None:
+    def close_shard() -> None:
         nonlocal pending, size
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
+        path = folder / f"shard-{len(shards)}"
+        shards.append((write_hashed(path, _serialize(pending)), list(pending)))
         pending, size = {}, 0
 
     for name, tensor in tensors:
         if pending and size + tensor.nbytes > max_shard_bytes:
-            flush()
+            close_shard()
         pending[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
-    flush()
+    close_shard()
+    records: dict[str, FileRecord] = {}
     weight_map: dict[str, str] = {}
-    for index, names in enumerate(shards):  # the number of shards is part of their names
+    for index, (record, names) in enumerate(shards):  # how many there are is part of their names
         file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{index}").rename(folder / file_name)
+        records[file_name] = record
         weight_map |= dict.fromkeys(names, file_name)
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / INDEX_FILE, content, indent=2)
+    return records
+
+
+def _serialize(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview]:
+    """Return the parts of a safetensors file: its header, and the tensors where they lie in memory.
+
+    The bytes are those of safetensors' own `save_file`, which cannot hash what it writes.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    parts: list[bytes | memoryview] = []
+    start = 0
+    for name, tensor in ordered:
+        end = start + tensor.nbytes
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # which aligns the tensors
+    return [len(text).to_bytes(8, "little") + text, *parts]

@@ -30,7 +30,7 @@ from chatglm_ja.bases.modules import find_embeddings, find_layers, has_transpose
 from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.errors import ConfigError, DataError
 from chatglm_ja.storage import weights
-from chatglm_ja.storage.files import read_json
+from chatglm_ja.storage.files import FileRecord, read_json
 from chatglm_ja.training.model import TrainingLoss, join_embeddings, split_embeddings
 from chatglm_ja.training.recomputation import recompute_activations
 from chatglm_ja.training.settings import TrainingConfig
@@ -149,13 +149,13 @@ def save_adapter(
     (folder / "README.md").unlink()  # PEFT's template of a model card, not filled in
 
 
-def write_merged(model_dir: Path, output_dir: Path) -> None:
+def write_merged(model_dir: Path, output_dir: Path) -> dict[str, FileRecord]:
     """Merge `output_dir`/adapter into the model of `model_dir` and write it to `output_dir`.
 
     The adapter is read back from disk, so that what was saved is what is merged. The result keeps
-    the model's stored dtype and loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Raises
-    DataError if adapter and model do not fit, and if a tensor was written with another shape or
-    dtype.
+    the model's stored dtype and loads with plain `AutoModelForCausalLM` and `AutoTokenizer`.
+    Returns the records of the shards. Raises DataError if adapter and model do not fit, and if a
+    tensor was written with another shape or dtype.
     """
     folder = output_dir / ADAPTER
     settings = read_json(folder / "adapter_config.json")
@@ -185,7 +185,7 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
             yield name, tensor
 
     tensors = tqdm(merge(), desc="merging", unit=" tensors")
-    weights.write_sharded(tensors, output_dir, MAX_SHARD_BYTES)
+    records = weights.write_sharded(tensors, output_dir, MAX_SHARD_BYTES)
     if adapter:
         raise DataError(f"{folder} holds {min(adapter)}, which {model_dir} has no place for")
     for name in ("config.json", "generation_config.json"):
@@ -200,6 +200,7 @@ def write_merged(model_dir: Path, output_dir: Path) -> None:
                 f"{output_dir}: {name} was written as {after.get(name)}, expected "
                 f"{before.get(name)}"
             )
+    return records
 
 
 @torch.inference_mode()

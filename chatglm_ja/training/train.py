@@ -70,7 +70,7 @@ def train_and_publish(config: TrainingConfig, output: Output, name: str) -> None
         gc.collect()  # frees the trainer and its callbacks, a reference cycle that holds the model
         torch.cuda.empty_cache()
         log.info("merging the adapter")
-        adapter.write_merged(config.model, working)
+        output.records = adapter.write_merged(config.model, working)
         if config.should_compare_logits(weights_bytes(config.model)):
             difference = adapter.verify_logits(config.model, working)
             log.info("logits of merged and adapted model agree to %.1e", difference)

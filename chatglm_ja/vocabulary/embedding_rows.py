@@ -20,7 +20,7 @@ from chatglm_ja.bases import families, loading
 from chatglm_ja.bases.interface import Base
 from chatglm_ja.errors import DataError
 from chatglm_ja.storage import weights
-from chatglm_ja.storage.files import read_json, write_json
+from chatglm_ja.storage.files import FileRecord, read_json, write_json
 from chatglm_ja.vocabulary.initialization import Initialization, Subtokens
 from chatglm_ja.vocabulary.settings import ResizeModelConfig, padded_rows
 
@@ -82,12 +82,14 @@ def open_base(config: ResizeModelConfig) -> Base:
     return base
 
 
-def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> dict[str, int]:
+def resize_checkpoint(
+    base: Base, config: ResizeModelConfig, folder: Path
+) -> tuple[dict[str, int], dict[str, FileRecord]]:
     """Write the base as a model of transformers with rows for the merged tokenizer's ids.
 
     Also writes config.json, generation_config.json and the tokenizer. Verifies the old rows in the
-    written files. Returns the numbers of rows. `base` comes from `open_base`. Tied embeddings are
-    one matrix, which starts like an input matrix.
+    written files. Returns the numbers of rows, and the records of the shards. `base` comes from
+    `open_base`. Tied embeddings are one matrix, which starts like an input matrix.
     """
     tokenizer = families.load_tokenizer(config.tokenizer)
     subtokens = tokenizer.split_pieces(base.first_new_id)
@@ -108,18 +110,19 @@ def resize_checkpoint(base: Base, config: ResizeModelConfig, folder: Path) -> di
 
     base.save_config(folder, rows, tokenizer.size)
     progress = tqdm(resized(), desc="resizing", unit=" tensors")
-    weights.write_sharded(progress, folder, int(config.max_shard_gb * 1e9))
+    records = weights.write_sharded(progress, folder, int(config.max_shard_gb * 1e9))
     families.copy_tokenizer(config.tokenizer, folder)
     path = folder / "tokenizer_config.json"  # tells other programs the longest input
     write_json(path, read_json(path) | {"model_max_length": base.window}, indent=2)
     _verify_rows(base, folder, rows)
-    return {
+    counts = {
         "old_rows": base.rows,
         "new_rows": rows,
         "kept": base.first_new_id,
         "initialised": len(subtokens),
         "padding": rows - tokenizer.size,
     }
+    return counts, records
 
 
 def _verify_rows(base: Base, folder: Path, rows: int) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GlmForCausalLM
 
 from chatglm_ja.bases import families
 from chatglm_ja.errors import ConfigError, DataError
-from chatglm_ja.storage import weights
+from chatglm_ja.storage import files, weights
 from chatglm_ja.training import adapter
 from chatglm_ja.training.adapter import (
     ADAPTER,
@@ -110,7 +110,8 @@ def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
 def test_what_is_not_trained_is_copied_and_the_rest_computed(
     adapted: Path, resized_dir: Path
 ) -> None:
-    write_merged(resized_dir, adapted)
+    records = write_merged(resized_dir, adapted)
+    assert records == {p.name: files.record_file(p) for p in adapted.glob("model-*.safetensors")}
     trained = load_file(adapted / ADAPTER / "adapter_model.safetensors")
     before, after = (dict(weights.iterate_tensors(f)) for f in (resized_dir, adapted))
     assert before.keys() == after.keys()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import step3_resize_model
@@ -18,7 +18,8 @@ from chatglm_ja.bases.chatglm3 import ChatGLM3Base
 from chatglm_ja.chatglm3 import tensor_names, tokenizer, tokenizer_files
 from chatglm_ja.errors import DataError
 from chatglm_ja.settings import StepConfig
-from chatglm_ja.storage import weights
+from chatglm_ja.storage import files, weights
+from chatglm_ja.storage.inputs import open_artifact
 from chatglm_ja.storage.output import Output
 from chatglm_ja.storage.weight_files import INDEX_FILE
 from chatglm_ja.vocabulary import embedding_rows
@@ -28,13 +29,13 @@ from chatglm_ja.vocabulary.settings import ResizeModelConfig
 Copy = Callable[[Path, Path], Path]
 
 
-def resized(base: Path, tokenizer_dir: Path, output: Path, **changes: Any) -> dict[str, int]:
+def resized(base: Path, tokenizer_dir: Path, output: Path, **changes: Any) -> None:
     output.mkdir()
     settings: dict[str, Any] = {"max_shard_gb": 0.001, **changes}
     config = ResizeModelConfig(
         output_dir=output, base_model=base, tokenizer=tokenizer_dir, **settings
     )
-    return embedding_rows.resize_checkpoint(embedding_rows.open_base(config), config, output)
+    embedding_rows.resize_checkpoint(embedding_rows.open_base(config), config, output)
 
 
 def test_the_resized_folder_is_complete(resized_dir: Path, merged_proto: Any) -> None:
@@ -136,7 +137,7 @@ def test_verification_finds_a_changed_weight(
     shard = folder / index[name]
     tensors = load_file(shard)
     tensors[name][0] += 0.5
-    weights.save_file(tensors, shard, metadata={"format": "pt"})
+    save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(DataError, match="logits over the old ids differ from the base's by up to"):
         embedding_rows.verify_logits(ChatGLM3Base.open(base_dir), folder)
 
@@ -212,6 +213,30 @@ def test_a_check_of_step_3_passes_what_the_run_would_pass(
         assert (tmp_path / "model").exists() == (message is None and not more)
 
 
+def test_the_new_weights_are_hashed_only_while_they_are_written(
+    base_dir: Path, merged_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(StepConfig(output_dir=tmp_path / "merged"), "step2_merge_tokenizer", [])
+    with output.write() as folder:
+        shutil.copytree(merged_dir, folder, dirs_exist_ok=True)
+    read: list[Path] = []
+    digest = files.digest
+
+    def noting(path: Path) -> str:
+        read.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(files, "digest", noting)
+    flags = ["--base-model", base_dir, "--tokenizer", tmp_path / "merged"]
+    argv = ["step3", *flags, "--output-dir", tmp_path / "model"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    step3_resize_model.main()
+    again = {path.name for path in read if path.parent.name == ".model.writing"}
+    assert "config.json" in again
+    assert not [name for name in again if name.endswith(".safetensors")]
+    open_artifact(tmp_path / "model", "step3_resize_model.py", every_byte=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_dtype_is_kept(
     dtype: torch.dtype, base_dir: Path, merged_dir: Path, tmp_path: Path, copy_of: Copy
@@ -219,7 +244,7 @@ def test_the_dtype_is_kept(
     base = copy_of(base_dir, tmp_path / "base")
     for path in base.glob("model-*.safetensors"):
         tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
-        weights.save_file(tensors, path)
+        save_file(tensors, path)
     resized(base, merged_dir, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.dtype == dtype
