@@ -32,9 +32,8 @@ from chatglm_ja.errors import DataError
 from chatglm_ja.storage import weights
 
 SHARDS = 7
-# A virtual machine gives memory that was freed back to its host after seconds, and until then hands
-# it out several times as fast: without a pause, cp would run on the memory of the files just
-# removed, and step 3, which first imports its libraries, would not.
+# Right after files were removed, cp ran up to three times as fast as seconds later on the virtual
+# machine where this was measured; step 3, which first imports its libraries, would not.
 PAUSE_SECONDS = 10
 
 
