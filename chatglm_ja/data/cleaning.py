@@ -65,7 +65,7 @@ class Fate(Choice):
     EMPTY = "empty", "empty after cleaning"
     SHORT = "short", "of fewer characters than --min-characters"
     LANGUAGE = "language", "not in the script of their language"
-    CONTAMINATED = "contaminated", "with 13 tokens in a row of an evaluation text"
+    CONTAMINATED = "contaminated", "with 13 tokens in a row of an evaluation text, too much to cut"
     # Conversations.
     NO_ANSWER = "no answer at the end", "with a last message that is not the assistant's"
     TOO_LONG = (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja.bases.interface import FormatError
-from chatglm_ja.data import conversations, dataset, mixing, packing, token_store
+from chatglm_ja.data import conversations, dataset, decontamination, mixing, packing, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.conversations import Conversation
 from chatglm_ja.data.document_index import DocumentIndex
@@ -29,14 +29,20 @@ from chatglm_ja.sources import printable
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
     """Tokenize every source into its folder; return the index of the conversations."""
-    tokenize = functools.partial(tokenize_conversations, config)
+    overlap_file = decontamination.write_overlap_file(config, folders[0])
+    tokenize = functools.partial(tokenize_conversations, config, overlap_file)
     sources = config.sft_sources
     chunks = token_store.tokenize_sources(tokenize, sources, folders, config, "conversations")
     return DocumentIndex(sources, chunks)
 
 
-def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> StoredChunk:
-    """Filter and tokenize a chunk of conversations, unless an earlier run stored it."""
+def tokenize_conversations(
+    config: PrepareDataConfig, overlap_file: Path | None, task: ChunkTask
+) -> StoredChunk:
+    """Filter and tokenize a chunk of conversations, unless an earlier run stored it.
+
+    `overlap_file` holds the n-grams of the evaluation texts, see decontamination.py.
+    """
     if stored := token_store.find_chunk(task.stem, task.number):
         return stored
     tokenized = TokenizedChunk(file=printable(Path(task.chunk.file).name))
@@ -46,7 +52,7 @@ def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> Stored
             tokenized.rejects.append(conversation)
             continue
         try:
-            fate = _add_conversation(tokenized, conversation, config)
+            fate = _add_conversation(tokenized, conversation, config, overlap_file)
         except FormatError as error:
             reject = Reject(error.reason, error.detail)
             tokenized.rejects.append((conversation.record, reject))
@@ -59,7 +65,10 @@ def tokenize_conversations(config: PrepareDataConfig, task: ChunkTask) -> Stored
 
 
 def _add_conversation(
-    tokenized: TokenizedChunk, conversation: Conversation, config: PrepareDataConfig
+    tokenized: TokenizedChunk,
+    conversation: Conversation,
+    config: PrepareDataConfig,
+    overlap_file: Path | None,
 ) -> Fate:
     """Tokenize a conversation, without its oldest exchanges if it is too long; return its fate.
 
@@ -82,12 +91,14 @@ def _add_conversation(
         example = build(messages)
     if not any(map(is_trained, messages)):
         return Fate.UNTRAINED
+    ids, labels = (np.array(row, dtype="<i4") for row in example)
+    if len(decontamination.find_overlaps(ids, decontamination.load_overlap(overlap_file))):
+        return Fate.CONTAMINATED
     # Not fates: the rest of the conversation is kept.
     if is_shortened:
         tokenized.counts["shortened"] += 1
     if conversation.opening_left_out:
         tokenized.counts["opening left out"] += 1
-    ids, labels = (np.array(row, dtype="<i4") for row in example)
     # Examples are compared, not conversations: what was left out makes no difference to a model.
     content = ids.tobytes() + labels.tobytes()
     tokenized.add(ids, conversation.record, content, conversation.id)

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from chatglm_ja.bases import families
 from chatglm_ja.data import (
     cleaning,
     corpus,
     dataset,
-    dedup,
+    decontamination,
     mixing,
     near_duplicates,
     packing,
@@ -35,7 +34,6 @@ from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.corpus import Document
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.settings import PrepareDataConfig
-from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.source_files import file_format
@@ -52,14 +50,7 @@ BATCH_CHARACTERS = 2**20
 
 def prepare(config: PrepareDataConfig, folders: Sequence[Path]) -> DocumentIndex:
     """Tokenize every source into its folder; return the index of the documents."""
-    overlap_file = None
-    if config.decontaminate:
-        overlap_file = folders[0] / "overlap.npy"
-        tokenizer = families.load_tokenizer(config.tokenizer)
-        reader = SourceReader(config)
-        texts = (text for source in config.decontaminate for text in reader.texts(source))
-        ids = (ids for text in texts for ids in tokenizer.encode_documents([text]))
-        np.save(overlap_file, dedup.overlap_hashes(ids), allow_pickle=False)
+    overlap_file = decontamination.write_overlap_file(config, folders[0])
     tokenize = functools.partial(tokenize_texts, config, overlap_file)
     chunks = token_store.tokenize_sources(tokenize, config.sources, folders, config, "texts")
     index = DocumentIndex(config.sources, chunks)
@@ -92,7 +83,7 @@ def tokenize_texts(
 ) -> StoredChunk:
     """Clean, filter and tokenize a chunk of texts, unless an earlier run stored it.
 
-    `overlap_file` holds the n-grams of the evaluation texts, see dedup.py.
+    `overlap_file` holds the n-grams of the evaluation texts, see decontamination.py.
     """
     if stored := token_store.find_chunk(task.stem, task.number):
         return stored
@@ -112,11 +103,6 @@ def tokenize_texts(
     return tokenized.write(task.stem, task.number)
 
 
-@functools.cache
-def _load_overlap(path: Path) -> np.ndarray:
-    return np.load(path, allow_pickle=False)
-
-
 def _add_batch(
     tokenized: TokenizedChunk,
     batch: Sequence[Document],
@@ -134,20 +120,25 @@ def _add_batch(
         texts, codes, language if config.check_language else None, config.min_characters
     )
     tokenizer = token_store.load_tokenizer(config.tokenizer)
+    known = decontamination.load_overlap(overlap_file)
     candidates = [place for place, fate in enumerate(fates) if fate is Fate.KEPT]
     encoded = tokenizer.encode_documents([texts[place] for place in candidates])
     for place, ids in zip(candidates, encoded, strict=True):
-        if overlap_file and dedup.has_overlap(ids, _load_overlap(overlap_file)):
-            fates[place] = Fate.CONTAMINATED
-            continue
+        if len(found := decontamination.find_overlaps(ids, known)):
+            rest = decontamination.cut_overlaps(texts[place], ids, found, tokenizer)
+            if rest is None or len(rest) < config.min_characters:
+                fates[place] = Fate.CONTAMINATED
+                continue
+            tokenized.counts[decontamination.CUT_OUT] += 1
+            texts[place] = rest
+            (ids,) = tokenizer.encode_documents([rest])
         tokens = np.array([*tokenizer.document_start, *ids, tokenizer.document_end], dtype=np.int32)
         tokenized.add(tokens, batch[place].record, texts[place], batch[place].id)
     tokenized.counts.update(fate for fate in fates if fate is not Fate.KEPT)
     if config.near_duplicates:
         kept = [text for text, fate in zip(texts, fates, strict=True) if fate is Fate.KEPT]
-        is_kept = np.array([fate is Fate.KEPT for fate in fates], dtype=bool)
-        kept_codes = codes.compress(np.repeat(is_kept, [len(text) for text in texts]))
-        tokenized.signatures.append(near_duplicates.minhash_signatures(kept, kept_codes))
+        signatures = near_duplicates.minhash_signatures(kept, cleaning.code_points(kept))
+        tokenized.signatures.append(signatures)
 
 
 def write(

@@ -47,8 +47,6 @@ def content_keys(
     texts = {
         "min_characters": config.min_characters,
         "check_language": config.check_language,
-        "decontaminate": [source.settings() for source in config.decontaminate],
-        "evaluation_texts": evaluation and evaluation.fingerprint,
         "signatures": config.near_duplicates > 0,
     }
     conversations = {
@@ -62,8 +60,10 @@ def content_keys(
     ):
         for source, files in zip(sources, by_role[role].source_fingerprints, strict=True):
             changed, declaration = source.modification_times(), source.settings()
-            own = {"files": files, "changed": changed, "source": declaration}
+            own: dict[str, Any] = {"files": files, "changed": changed, "source": declaration}
             own["unicode_form"] = config.unicode_form
+            own["decontaminate"] = [source.settings() for source in config.decontaminate]
+            own["evaluation_texts"] = evaluation and evaluation.fingerprint
             keys[role].append({**own, "tokenizer": tokenizer, **settings})
     return keys
 

@@ -77,7 +77,9 @@ class PrepareDataConfig(ReadingConfig):
         high=1,
     )
     decontaminate: tuple[Source, ...] = setting(
-        "evaluation texts; drop pretraining texts that share 13 consecutive tokens with them", ()
+        "evaluation texts; of pretraining texts, cut out what shares 13 tokens in a row with them, "
+        "and drop such conversations",
+        (),
     )
     sft_sources: tuple[Source, ...] = setting(
         "conversations: a YAML file of sources, or each as "
@@ -105,7 +107,7 @@ class PrepareDataConfig(ReadingConfig):
     def __post_init__(self) -> None:
         """Leave out the sources of texts, or of conversations, if none are to be made."""
         for size, *group in (
-            ("total_tokens", "sources", "shares", "validation_tokens", "decontaminate"),
+            ("total_tokens", "sources", "shares", "validation_tokens"),
             ("sft_examples", "sft_sources", "sft_shares", "sft_validation_examples"),
         ):
             if not getattr(self, size) or not getattr(self, group[0]):

@@ -37,7 +37,7 @@ from chatglm_ja.storage.files import FileRecord, find_problem, publish_file, rea
 log = logging.getLogger(__name__)
 
 # Increased when the files of a chunk change their meaning: work of earlier versions is discarded.
-FORMAT = 4
+FORMAT = 5
 MAX_DETAIL = 200
 TOKENS, LABELS, HASHES, COLUMNS, SUMMARY = ".tokens", ".labels", ".hashes", ".npz", ".json"
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -61,8 +61,8 @@ class ChunkSummary(BaseModel):
     found      documents that were read, of which `counts` were dropped
     bytes      UTF-8 bytes of their text
     rejects    number, reason and detail of each bad record
-    counts     documents by the filter that dropped them; "shortened" ones, and those with the
-               "opening left out", are kept
+    counts     documents by the filter that dropped them; those that were cut, such as
+               "shortened" ones, are kept
     files      the chunk's other files
     """
 

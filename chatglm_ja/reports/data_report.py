@@ -20,6 +20,7 @@ from chatglm_ja.bases import families
 from chatglm_ja.bases.interface import ModelTokenizer
 from chatglm_ja.data import dataset
 from chatglm_ja.data.cleaning import Fate
+from chatglm_ja.data.decontamination import CUT_OUT
 from chatglm_ja.data.document_index import DocumentIndex
 from chatglm_ja.data.packing import PackingPlan
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
@@ -31,13 +32,14 @@ from chatglm_ja.storage.files import write_json
 Counts = Mapping[str, Any]
 Facts = list[tuple[str, str]]  # good, bad or quiet; a sentence
 
-# Counts of conversations of which a part is kept.
-CUT = ("shortened", "opening left out")
+# Counts of texts and conversations of which a part is kept.
+CUT = (CUT_OUT, "shortened", "opening left out")
 # What the counts in the tables mean; Fate explains the others.
 MEANINGS = {
     "documents": "records that could be read",
     "train_tokens": "tokens that the source gives to the training blocks",
     "repeats": "how often its usable text is read for that; below 1, a part of it is",
+    CUT_OUT: "kept without what they share with evaluation texts",
     "shortened": "kept without the oldest exchanges, which exceed --max-length",
     "opening left out": "kept without what the assistant says before the first question",
     "train_examples": "conversations that are trained on",
@@ -83,7 +85,7 @@ def write_report(
         mixes.append(draw_mix("training tokens", pretrain["train_tokens"], colors))
         parts["pretrain"] = {
             "totals": _describe_pretrain(pretrain),
-            "fates": fate_table(pretrain["sources"], "documents", "train_tokens", "repeats"),
+            "fates": fate_table(pretrain["sources"], "documents", *CUT, "train_tokens", "repeats"),
             "blocks": sample_blocks(tokenizer, *texts),
             "lengths": draw_lengths(
                 index, index.kept_documents(), colors, folder / "pretrain_lengths.png"

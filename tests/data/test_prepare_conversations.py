@@ -122,6 +122,18 @@ def test_examples_have_the_chat_format(tmp_path: Path, merged_dir: Path, encoder
     assert sorted(examples(tmp_path)) == sorted(expected)
 
 
+def test_a_conversation_with_evaluation_text_is_dropped(tmp_path: Path, merged_dir: Path) -> None:
+    held_out = "評価だけに使う独特な言い回しは、訓練する文書のどこにも現れてはならない。"
+    rows = [conversation("質問", "前置き。" + held_out), conversation("質問", "答え")]
+    (tmp_path / "held.txt").write_text(held_out + "\n")
+    config = prepare_config(
+        merged_dir, UNUSED, sft_sources=[write(tmp_path, rows)], sft_examples=1, total_tokens=0,
+        decontaminate=(Source("ja", str(tmp_path / "held.txt")),),
+    )  # fmt: skip
+    source = write_sft(tmp_path, config)["sources"][0]
+    assert (source["contaminated"], source["kept"]) == (1, 1)
+
+
 def test_a_long_conversation_is_cut_at_a_turn_or_dropped(
     tmp_path: Path, merged_dir: Path, encoder: Any
 ) -> None:

@@ -165,6 +165,7 @@ def test_validation_rows_have_their_language(data_dir: Path) -> None:
 def test_every_document_is_accounted_for(tmp_path: Path, merged_dir: Path) -> None:
     base = "".join(demo_texts("ja", 40))[:4000]
     near = base.replace("する", "します", 3)
+    other = "".join(demo_texts("ja", 80)[41:])[:5000]
     held_out = "評価だけに使う独特な言い回しは、訓練する文書のどこにも現れてはならない。"
     rows: list[dict[str, Any]] = [
         {"text": base, "id": 1},
@@ -176,6 +177,7 @@ def test_every_document_is_accounted_for(tmp_path: Path, merged_dir: Path) -> No
         {"text": "English text in a Japanese corpus.", "id": 7},  # language
         {"text": "前置き。" + held_out + "後書き。", "id": 8},  # contaminated
         {"text": 5, "id": 9},  # wrong type
+        {"text": other[:2500] + held_out + other[2500:], "id": 100},  # a part is contaminated
         *({"text": f"問題のない文書の番号は{i:,}です。", "id": 10 + i} for i in range(50)),
     ]
     path = tmp_path / "a.jsonl"
@@ -188,8 +190,8 @@ def test_every_document_is_accounted_for(tmp_path: Path, merged_dir: Path) -> No
     )  # fmt: skip
     counts = write_pretraining(tmp_path, config)["sources"][0]
     expected = {
-        "documents": 58, "rejected": 2, "empty": 1, "short": 1, "language": 1, "contaminated": 1,
-        "duplicate": 1, "near_duplicate": 1, "kept": 51,
+        "documents": 59, "rejected": 2, "empty": 1, "short": 1, "language": 1, "contaminated": 1,
+        "duplicate": 1, "near_duplicate": 1, "kept": 52, "evaluation text cut out": 1,
     }  # fmt: skip
     assert {name: counts[name] for name in expected} == expected
 
