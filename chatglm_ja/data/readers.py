@@ -8,12 +8,13 @@ table) and either its columns or the reason why it is rejected:
     for chunk in read_chunks(source):
         for number, record in read_records(chunk, source):   # record: dict, or Reject
 
-Only a .json list is read whole. A row group of a parquet file is cut into at most sixteen chunks.
-A line that never ends is skipped without being held in memory. A file that is wrong as a whole,
-since it is not in UTF-8 or holds no records of its format, ends the reading with one message.
+A .json list is one chunk, read a record at a time. A line that never ends is skipped without being
+held in memory. A file that is wrong as a whole, since it is not in UTF-8 or holds no records of its
+format, ends the reading with one message.
 """
 
 import codecs
+import io
 import itertools
 import json
 import re
@@ -39,9 +40,9 @@ CHUNK_BYTES = 2**23
 MAX_RECORD_BYTES = 2**26
 # Nested lists and objects. Python's own limit depends on the depth of the call stack.
 MAX_DEPTH = 100
+# Read at a time of a JSON list.
+LIST_CHARACTERS = 2**20
 ROWS_AT_ONCE = 1000
-# Chunks of a row group: each reads the group from its beginning.
-MAX_PARTS = 16
 ARROW_MAGIC = b"ARROW1"
 # Reject reasons that stand for all the remaining records of a file.
 LOST_FILE = (
@@ -50,6 +51,7 @@ LOST_FILE = (
     "damaged arrow",
     "broken file",
 )
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
@@ -62,25 +64,16 @@ class Reject:
 
 
 @dataclass(frozen=True)
-class ParquetRows:
-    """Rows start .. stop of a row group."""
-
-    group: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Chunk:
     """Consecutive records of one file or data set; `first` is the number of the first, from 1.
 
-    The payload is whole lines as bytes, rows of a parquet file, rows as an Arrow stream, the path
-    of a .json file, or a Reject in place of what could not be read.
+    The payload is whole lines as bytes, rows as an Arrow stream, the path of a .json file, or a
+    Reject in place of what could not be read.
     """
 
     file: str
     first: int
-    payload: bytes | ParquetRows | pyarrow.Buffer | Path | Reject
+    payload: bytes | pyarrow.Buffer | Path | Reject
 
 
 def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
@@ -110,11 +103,14 @@ def _cut_table(name: str, table: pyarrow.Table, chunk_bytes: int) -> Iterator[Ch
     """Cut a table, which may be memory-mapped: a chunk holds its rows as an Arrow stream."""
     rows = max(1, len(table) * chunk_bytes // max(1, table.nbytes))
     for start in range(0, len(table), rows):
-        part = table.slice(start, rows)
-        stream = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(stream, part.schema) as writer:
-            writer.write_table(part, max_chunksize=ROWS_AT_ONCE)
-        yield Chunk(name, start + 1, stream.getvalue())
+        yield _as_chunk(name, start + 1, table.slice(start, rows))
+
+
+def _as_chunk(name: str, first: int, rows: pyarrow.Table) -> Chunk:
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(stream, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=ROWS_AT_ONCE)
+    return Chunk(name, first, stream.getvalue())
 
 
 def read_records(chunk: Chunk, source: Source) -> Iterator[tuple[int, Record | Reject]]:
@@ -203,17 +199,15 @@ def _parse_chunk(chunk: Chunk, form: str) -> Iterator[tuple[int, Record | Reject
     elif isinstance(payload, Path):
         yield from enumerate(_parse_list(payload), chunk.first)
     else:
-        is_file = isinstance(payload, ParquetRows)
-        batches = _read_rows(chunk.file, payload) if is_file else pyarrow.ipc.open_stream(payload)
         number = chunk.first
         try:
-            for batch in batches:
+            for batch in pyarrow.ipc.open_stream(payload):
                 for record in _to_records(batch):
                     yield number, record
                     number += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
             detail = f"the rest of its rows is lost ({_first_line(error)})"
-            yield number, _damaged("parquet" if is_file else "arrow", detail, error)
+            yield number, _damaged("arrow", detail, error)
 
 
 def _split_texts(payload: bytes, first: int, form: str) -> Iterator[tuple[int, Record | Reject]]:
@@ -335,20 +329,72 @@ def _check_object(value: Any) -> Record | Reject:
 
 
 def _parse_list(path: Path) -> Iterator[Record | Reject]:
+    """Yield the objects of a JSON list; memory holds one of them, and a block of the file."""
     compression = file_compression(path)
-    try:
-        with compression.open(path) as file:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError, too
-        yield Reject("broken file", f"it is not JSON ({error}): one object a line is .jsonl")
-    except compression.error_types() as error:
-        yield _damaged(compression.module, str(error), error)
-    else:
-        if isinstance(rows, list):
-            yield from map(_check_object, rows)
-        else:
-            kind = type(rows).__name__
-            yield Reject("broken file", f"it holds a JSON {kind}, expected a list of objects")
+    with compression.open(path) as file:
+        try:
+            # The file's own line breaks are kept.
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            yield from map(_check_object, _parse_values(text))
+        except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError, too
+            yield Reject(
+                "broken file", f"it is not a JSON list ({error}): one object a line is .jsonl"
+            )
+        except compression.error_types() as error:
+            yield _damaged(compression.module, str(error), error)
+
+
+def _parse_values(file: io.TextIOBase) -> Iterator[Any]:
+    """Yield the values of a JSON list, each as soon as it is complete.
+
+    Raises ValueError where the file is anything else.
+    """
+    decode = json.JSONDecoder().raw_decode
+    text, place = "", 0
+
+    def look() -> str:
+        """Return the next character that is not blank."""
+        nonlocal text, place
+        while (place := _BLANKS.match(text, place).end()) == len(text):  # type: ignore[union-attr]
+            text, place = file.read(LIST_CHARACTERS), 0
+            if not text:
+                raise ValueError("it ends too early")
+        return text[place]
+
+    def decode_value() -> tuple[Any, int]:
+        """Return the value that begins here, and where it ends, having read as much as it takes."""
+        nonlocal text, place
+        while True:
+            problem, found = None, (None, len(text))
+            try:
+                found = decode(text, place)
+            except ValueError as error:
+                problem = error
+            more = ""
+            # A value at the end, such as a number, may go on.
+            if found[1] == len(text) and len(text) - place <= MAX_RECORD_BYTES:
+                more = file.read(max(LIST_CHARACTERS, len(text) - place))
+            if more:
+                text, place = text[place:] + more, 0
+            elif problem:
+                raise problem
+            else:
+                return found
+
+    if look() != "[":
+        raise ValueError(f"it begins with {text[place : place + 10]!r}")
+    place += 1
+    goes_on = look() != "]"
+    while goes_on:
+        look()
+        value, place = decode_value()
+        yield value
+        goes_on = look() == ","
+        place += goes_on
+    if text[place] != "]":
+        raise ValueError(f"{text[place]!r} stands after a value, expected , or ]")
+    if text[place + 1 :].strip() or file.read().strip():
+        raise ValueError("it goes on after the list")
 
 
 def _cut_arrow(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
@@ -365,33 +411,25 @@ def _cut_arrow(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+    """Cut a parquet file: its row groups are decoded here, once and a chunk at a time."""
     try:
-        metadata = pyarrow.parquet.ParquetFile(path).metadata
+        file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         reject = _damaged("parquet", f"the file is lost ({_first_line(error)})", error)
         yield Chunk(str(path), 1, reject)
         return
-    first = 1
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        parts = max(1, min(MAX_PARTS, group.total_byte_size // chunk_bytes, group.num_rows))
-        edges = [group.num_rows * part // parts for part in range(parts + 1)]
-        for start, stop in itertools.pairwise(edges):
-            yield Chunk(str(path), first + start, ParquetRows(index, start, stop))
-        first += group.num_rows
-
-
-def _read_rows(file: str, rows: ParquetRows) -> Iterator[pyarrow.RecordBatch]:
-    """Read rows of a row group, which parquet allows only from the group's beginning."""
-    seen = 0
-    table = pyarrow.parquet.ParquetFile(file)
-    for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[rows.group]):
-        first, last = max(rows.start - seen, 0), min(rows.stop - seen, len(batch))
-        if first < last:
-            yield batch.slice(first, last - first)
-        seen += len(batch)
-        if seen >= rows.stop:
-            return
+    end = 1
+    for index in range(file.num_row_groups):
+        group = file.metadata.row_group(index)
+        rows = max(1, group.num_rows * chunk_bytes // max(1, group.total_byte_size))
+        first, end = end, end + group.num_rows
+        try:
+            for batch in file.iter_batches(rows, [index]):
+                yield _as_chunk(str(path), first, pyarrow.Table.from_batches([batch]))
+                first += len(batch)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            detail = f"the rest of its row group is lost ({_first_line(error)})"
+            yield Chunk(str(path), first, _damaged("parquet", detail, error))
 
 
 def _to_records(batch: pyarrow.RecordBatch) -> list[Record]:

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,13 @@ GOOD = b'{"text": "x"}\n'
         ("a.json", '[{"text": "x"}, 5]', {2: "wrong type"}),
         ("a.json", b"\xff", {1: "broken file"}),
         ("a.json", "[", {1: "broken file"}),
+        ("a.json", "", {1: "broken file"}),
+        ("a.json", '[{"text": "x"}', {2: "broken file"}),
+        ("a.json", '[{"text": "x"},', {2: "broken file"}),
+        ("a.json", '[{"text": "x"} 5]', {2: "broken file"}),
+        ("a.json", '[{"text": "x"},]', {2: "broken file"}),
+        ("a.json", '[{"text": "x"}] 5', {2: "broken file"}),
+        ("a.json", "5", {1: "broken file"}),
         ("a.json.gz", b"plain", {1: "damaged gzip"}),
         ("a.parquet", b"plain", {1: "damaged parquet"}),
     ],
@@ -332,12 +340,25 @@ def test_values_that_python_cannot_hold_are_none(tmp_path: Path) -> None:
     assert [record["raw"] for record in records] == ["ab", None, "cd"]
 
 
-def test_row_groups_are_cut_into_chunks(tmp_path: Path) -> None:
+def test_a_row_group_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"{i}" * 100 for i in range(3000)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
-    source = Source("ja", str(tmp_path / "a.parquet"))
-    assert len(list(readers.read_chunks(source, 20_000))) == readers.MAX_PARTS
-    assert [(n, r["text"]) for n, r in read(source, 20_000)] == list(enumerate(texts, 1))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=2000)
+    source = Source("ja", str(path))
+    decoded: list[int] = []
+    iterate = pyarrow.parquet.ParquetFile.iter_batches
+
+    def counted(*given: Any) -> Any:
+        for batch in iterate(*given):
+            decoded.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
+    chunks = list(readers.read_chunks(source, 50_000))
+    path.unlink()
+    assert sum(decoded) == 3000 and len(decoded) == len(chunks) > 10
+    records = [record for chunk in chunks for record in readers.read_records(chunk, source)]
+    assert [(n, r["text"]) for n, r in records if isinstance(r, dict)] == [*enumerate(texts, 1)]
 
 
 def test_a_condition_on_a_missing_column_rejects_the_record(tmp_path: Path) -> None:
@@ -347,10 +368,9 @@ def test_a_condition_on_a_missing_column_rejects_the_record(tmp_path: Path) -> N
 
 
 def test_a_missing_file_is_an_error_not_a_bad_record(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
-    source = Source("ja", str(tmp_path / "a.parquet"))
+    source = write(tmp_path / "a.json", '[{"text": "x"}]')
     (chunk,) = readers.read_chunks(source)
-    (tmp_path / "a.parquet").unlink()
+    (tmp_path / "a.json").unlink()
     with pytest.raises(FileNotFoundError):
         list(readers.read_records(chunk, source))
 
@@ -374,3 +394,38 @@ def test_a_missing_split_of_a_data_set_by_name_is_listed(
         with pytest.raises(DataError, match=rf"does not have the split.*{listed}.*split=NAME"):
             read(Source("ja", str(folder), subset=subset))
     assert len(read(Source("ja", str(folder), split="test_sft"))) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 10_000])
+def test_a_json_list_is_parsed_as_json_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Wherever the blocks end that are read of it."""
+    values = [
+        {"text": "あ\n\u2028𠮷\ud800", "n": [1.5, -3e9, True, None, {"a": []}]},
+        {},
+        {"text": "]},["},
+        {"text": "x" * 300},
+    ]
+    monkeypatch.setattr(readers, "LIST_CHARACTERS", size)
+    for text in (json.dumps(values), json.dumps(values, indent=1), "\ufeff[ ]\r\n", "[1,22,333]"):
+        path = tmp_path / "a.json"
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            assert list(readers._parse_values(file)) == json.loads(text.lstrip("\ufeff"))
+
+
+def test_a_large_json_list_takes_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "LIST_CHARACTERS", 2**14)
+    path = tmp_path / "a.json"
+    row = json.dumps({"text": "文" * 2000}, ensure_ascii=False)
+    path.write_text("[" + ",\n".join([row] * 5000) + "]", encoding="utf-8")
+    tracemalloc.start()
+    try:
+        (chunk,) = readers.read_chunks(source := Source("ja", str(path)))
+        assert sum(1 for _ in readers.read_records(chunk, source)) == 5000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 20
+    finally:
+        tracemalloc.stop()

@@ -232,7 +232,7 @@ def check_records(
             )  # fmt: skip
             tokenize = partial(prepare_texts.tokenize_texts, config, None)
             check_chunks(tokenize, chunks, source, work, "t")
-            tokenize = partial(prepare_conversations.tokenize_conversations, config)
+            tokenize = partial(prepare_conversations.tokenize_conversations, config, None)
             check_chunks(tokenize, chunks, source, work, "c")
         assert not said, "step 4 counts bad records instead of raising"
         with refusals():
