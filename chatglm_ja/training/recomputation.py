@@ -2,8 +2,8 @@
 
     level       kept of a layer, besides its input                        computed again
     none        everything that autograd saves                            nothing
-    selective   the attention's output, and of the products those with    norms, rotary positions,
-                queries, keys, values and the attention's output           the MLP
+    selective   attention, and the matrix products before and after it    norms, rotary positions,
+                                                                          the MLP
     full        nothing                                                   the layer
 
 The selective level keeps what is narrow and takes long to compute (Korthikanti et al., arXiv
