@@ -32,7 +32,8 @@ from chatglm_ja.training.checkpoints import Checkpoints, gather_tensors, step_of
 from chatglm_ja.training.progress import Progress, make_tensorboard_callback, plot_losses
 from chatglm_ja.training.rows import make_sampler, open_rows
 from chatglm_ja.training.settings import TrainingConfig
-from chatglm_ja.training.trainer import MEASURED, ResumableTrainer, stopping_on_signals
+from chatglm_ja.training.stopping import stopping_on_signals
+from chatglm_ja.training.trainer import MEASURED, ResumableTrainer
 from chatglm_ja.training.validation import SOURCES_FILE, Validation, losses_by_source
 from chatglm_ja.training.watchdog import Watchdog
 

@@ -10,7 +10,6 @@
 import logging
 import math
 import resource
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,9 +40,6 @@ from chatglm_ja.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# Schedulers signal the launcher and the processes it forwards signals to: repeats within this time
-# are one signal.
-SAME_SIGNAL_SECONDS = 3.0
 # What `log` adds to a line of training.
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 # The first rows, from which the lengths of documents and the share of trained tokens are estimated.
@@ -306,17 +302,16 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, *_: Any) -> None:
         self.watchdog.progress()
         model: Any = self.model
-        step, checkpoints = self.state.global_step, self.checkpoints
         needed = CHECKPOINT_BYTES * model.num_parameters(only_trainable=True)
+        step = self.state.global_step
+        writer = self.checkpoints if self.is_world_process_zero() else None
         with self.pause():
-            if not self.is_world_process_zero() or not (
-                checkpoints is not None and checkpoints.is_ready(step, needed)
-            ):
-                checkpoints = None
+            if writer is not None and not writer.is_ready(step, needed):
+                writer = None
             progress = self.guard.state() | {"is_unscored": self.is_unscored}
-            state = copy_state(self, checkpoints is not None, progress)
-            if checkpoints is not None:
-                checkpoints.start_writing(step, state)
+            state = copy_state(self, writer is not None, progress)
+            if writer is not None:
+                writer.start_writing(step, state)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation set; log the sources before and after training only.
@@ -390,28 +385,3 @@ def warn_of_rise(history: History) -> None:
             "may give a better model",
             *losses[-3:],
         )
-
-
-@contextmanager
-def stopping_on_signals(trainer: ResumableTrainer) -> Iterator[None]:
-    """Stop after the current step on SIGTERM or SIGINT; end at once on a second signal."""
-    seen_at = math.inf
-
-    def handle(number: int, _: Any) -> None:
-        nonlocal seen_at
-        if time.monotonic() > seen_at + SAME_SIGNAL_SECONDS:
-            signal.signal(number, previous[number])
-            signal.raise_signal(number)
-        if not trainer.signal_seen:
-            seen_at = time.monotonic()
-            trainer.signal_seen = True
-            log.info("%s: stopping after this step", signal.Signals(number).name)
-
-    previous: dict[int, Any] = {
-        number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

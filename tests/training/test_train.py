@@ -27,7 +27,7 @@ from chatglm_ja.data import dataset
 from chatglm_ja.errors import ConfigError, DataError, StoppedError
 from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.storage import weights as stored_weights
-from chatglm_ja.training import progress, train, trainer
+from chatglm_ja.training import progress, stopping, train, trainer
 from chatglm_ja.training.adapter import (
     ADAPTER,
     PEFT_PREFIX,
@@ -519,7 +519,7 @@ def test_a_second_signal_ends_the_run_at_once(
             time.sleep(0.01)
         return whole(self, *arguments, **named)
 
-    monkeypatch.setattr(trainer, "SAME_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr(stopping, "SAME_SIGNAL_SECONDS", 0.0)
     monkeypatch.setattr(ResumableTrainer, "training_step", signalled)
     config = config_for(resized_dir, data_dir, tmp_path)
     # The caller of pytest may ignore SIGINT, as nohup does.
