@@ -238,11 +238,16 @@ class Output:
                 path.unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
-        """Remove `unfinished` if it belongs to the run that made this result.
+        """Remove what a run left that was killed just after it had published this result.
 
-        If it is newer than the result, it belongs to an interrupted run with --overwrite.
+        If `unfinished` is newer than the result, it belongs to an interrupted run with --overwrite.
         """
-        if self.config.check or not self.unfinished.exists():
+        if self.config.check:
+            return
+        if not self.unfinished.exists():
+            if self._hidden("removed").exists():
+                with self._lock():
+                    self._remove_unfinished()
             return
         newest = max(p.lstat().st_mtime for p in [self.unfinished, *self.unfinished.rglob("*")])
         if newest > (self.path / MANIFEST).stat().st_mtime:

@@ -277,6 +277,15 @@ def test_unfinished_work_is_kept_until_the_result_is_published(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
+def test_what_a_kill_leaves_of_the_removal_is_removed(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / ".a.removed" / "chunks").mkdir(parents=True)
+    (tmp_path / ".a.lock").touch()
+    output = Output(Config(output_dir=tmp_path / "a"), "step1_x", [], unfinished="work")
+    assert not output.prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_the_work_of_a_run_that_overwrites_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
     """Killed after hours, and asked for again without --overwrite."""
     make(tmp_path / "a")
