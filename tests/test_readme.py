@@ -75,10 +75,11 @@ def test_translations_match_the_english_readme(name: str) -> None:
 
 def test_an_outdated_translation_is_detected() -> None:
     text = ENGLISH.read_text(encoding="utf-8")
+    (figure, *_) = re.findall(r"\*\*\d\.\d+\*\*", text)
     for old, new in (
         ("## Licenses", "### Licenses"),
         ("python step7_eval.py --chat", "python step7_eval.py --talk"),
-        ("**4.059**", "**4.166**"),
+        (figure, "**9.999**"),
         ("`--stall-seconds`", "`--stall-minutes`"),
         ("(docs/scaling.md)", "(docs/data.md)"),
     ):
