@@ -242,18 +242,15 @@ class Output:
 
         If `unfinished` is newer than the result, it belongs to an interrupted run with --overwrite.
         """
-        if self.config.check:
+        left = [path for path in (self.unfinished, self._hidden("removed")) if path.exists()]
+        if self.config.check or not left:
             return
-        if not self.unfinished.exists():
-            if self._hidden("removed").exists():
-                with self._lock():
-                    self._remove_unfinished()
-            return
-        newest = max(p.lstat().st_mtime for p in [self.unfinished, *self.unfinished.rglob("*")])
-        if newest > (self.path / MANIFEST).stat().st_mtime:
-            log.info("keeping %s: an interrupted run with --overwrite resumes from it",
-                     self.unfinished)  # fmt: skip
-            return
+        if self.unfinished in left:
+            newest = max(p.lstat().st_mtime for p in [self.unfinished, *self.unfinished.rglob("*")])
+            if newest > (self.path / MANIFEST).stat().st_mtime:
+                log.info("keeping %s: an interrupted run with --overwrite resumes from it",
+                         self.unfinished)  # fmt: skip
+                return
         with self._lock():
             self._remove_unfinished()
 
