@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
-from chatglm_ja.data import cleaning, near_duplicates, prepare_texts, token_store
+from chatglm_ja.data import cleaning, dedup, near_duplicates, prepare_texts, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.source_reader import SourceReader
@@ -355,7 +355,7 @@ def edit_table(sources: list[Source], count: int, folder: Path) -> None:
         originals += group
 
     def sign(texts: list[str]) -> np.ndarray:
-        return near_duplicates.minhash_signatures(texts, cleaning.code_points(texts))
+        return near_duplicates.minhash_signatures(texts)
 
     signatures = sign([text for text, _ in originals])
     rows, false = [], 0
@@ -384,7 +384,7 @@ def random_hashes(numbers: np.ndarray) -> np.ndarray:
     entries = np.arange(near_duplicates.NUM_HASHES, dtype=np.uint64)[:, None]
     hashes = numbers.astype(np.uint64) + (entries << np.uint64(40))
     for shift in (31, 29, 32):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes *= dedup.MULTIPLIER
         hashes ^= hashes >> np.uint64(shift)
     return hashes.astype(np.uint32)
 

@@ -54,13 +54,14 @@ _DROPPED, _IN_CONTEXT, _UNKNOWN = 0, 2**31, 2**32 - 1
 _folded = np.full(0x110000, _UNKNOWN, dtype=np.uint32)
 
 
-def fold_texts(texts: Sequence[str], codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fold_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the letters and digits of NFKC-normalized, case-folded texts.
 
     They are code points, uint32, one text after another, and the number in each text, int64. A text
-    with fewer of them than a shingle has, such as a row of symbols, stays whole. `codes` are the
-    texts' own code points. No text may be empty.
+    with fewer of them than a shingle has, such as a row of symbols, stays whole. No text may be
+    empty.
     """
+    codes = cleaning.code_points(texts)
     folded = _fold_alone(codes)
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -106,23 +107,18 @@ def _fold_alone(codes: np.ndarray) -> np.ndarray:
     return _folded.take(codes)
 
 
-def minhash_signatures(texts: Sequence[str], codes: np.ndarray) -> np.ndarray:
+def minhash_signatures(texts: Sequence[str]) -> np.ndarray:
     """Return MinHash signatures [texts, NUM_HASHES], uint32.
 
-    `codes` are the code points of all texts, one text after another. No text may be empty; one
-    shorter than a shingle is a shingle itself.
+    No text may be empty; one shorter than a shingle is a shingle itself.
     """
-    ends = np.cumsum([0, *map(len, texts)])
-    cuts = [0, *np.flatnonzero(np.diff(ends[1:] // CHARACTERS_AT_ONCE)) + 1, len(texts)]
-    parts = [
-        _sign(texts[start:end], codes[ends[start] : ends[end]])
-        for start, end in itertools.pairwise(cuts)
-    ]
-    return np.concatenate(parts)
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    cuts = [0, *np.flatnonzero(np.diff(ends // CHARACTERS_AT_ONCE)) + 1, len(texts)]
+    return np.concatenate([_sign(texts[start:end]) for start, end in itertools.pairwise(cuts)])
 
 
-def _sign(texts: Sequence[str], codes: np.ndarray) -> np.ndarray:
-    letters, lengths = fold_texts(texts, codes)
+def _sign(texts: Sequence[str]) -> np.ndarray:
+    letters, lengths = fold_texts(texts)
     starts = np.cumsum(lengths) - lengths
     counts = np.maximum(lengths - SHINGLE_CHARACTERS + 1, 1)
     padding = np.zeros(SHINGLE_CHARACTERS, dtype=letters.dtype)
@@ -164,21 +160,23 @@ class SignatureFiles:
         """Return which of all documents are searched, bool."""
         return np.unpackbits(self.chosen, count=sum(self.sizes)).astype(bool)
 
-    def read_band(self, band: int) -> Iterator[np.ndarray]:
+    def read_band(self, band: int) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield a band of the documents that are searched, in parts [BAND_SIZE, documents].
 
-        Raises DataError if a file is too short.
+        With each comes its place among these documents. Raises DataError if a file is too short.
         """
         is_chosen = self.chosen_documents()
         parts: list[np.ndarray] = []
-        start = end = 0
+        start = end = searched = 0
         for number, (path, size) in enumerate(zip(self.paths, self.sizes, strict=True), 1):
             if size:
                 entries = _read_entries(path, band * BAND_SIZE * size, BAND_SIZE * size)
                 parts.append(entries.reshape(BAND_SIZE, size))
             end += size
             if end > start and (end - start >= DOCUMENTS_AT_ONCE or number == len(self.paths)):
-                yield np.concatenate(parts, axis=1).compress(is_chosen[start:end], axis=1)
+                part = np.concatenate(parts, axis=1).compress(is_chosen[start:end], axis=1)
+                yield slice(searched, searched + part.shape[1]), part
+                searched += part.shape[1]
                 start, parts = end, []
 
 
@@ -255,13 +253,9 @@ def _find_candidates(files: SignatureFiles, count: int, band: int) -> np.ndarray
     # is many times faster than sorting numbers by their hashes. Documents whose hashes differ only
     # in the low bits become candidates, too: about one for each document if there are 2^32.
     low = np.uint64((1 << (count - 1).bit_length()) - 1)
-    keys = np.empty(count, dtype=np.uint64)
-    start = 0
-    for part in files.read_band(band):
-        end = start + part.shape[1]
-        numbers = np.arange(start, end, dtype=np.uint64)
-        keys[start:end] = row_hashes(part.T) & ~low | numbers
-        start = end
+    keys = np.arange(count, dtype=np.uint64)
+    for place, part in files.read_band(band):
+        keys[place] |= row_hashes(part.T) & ~low
     keys.sort()
     # The first of a pair is the earlier document: equal hashes are in the order of their numbers.
     parts = [np.zeros(0, dtype=np.int64)]
@@ -279,11 +273,8 @@ def _find_candidates(files: SignatureFiles, count: int, band: int) -> np.ndarray
 def _count_equal(files: SignatureFiles, count: int, pairs_path: Path, band: int) -> np.ndarray:
     """Return how many entries of a band are equal in each of the pairs in a file, uint8."""
     rows = np.empty((count, BAND_SIZE), dtype=np.uint32)
-    start = 0
-    for part in files.read_band(band):
-        end = start + part.shape[1]
-        rows[start:end] = part.T
-        start = end
+    for place, part in files.read_band(band):
+        rows[place] = part.T
     pairs = np.memmap(pairs_path, dtype=np.uint64, mode="r")
     # Items of 16 bytes, whatever they stand for, are gathered eight times as fast as rows.
     items = rows.view(np.complex128)[:, 0]

@@ -137,8 +137,7 @@ def _add_batch(
     tokenized.counts.update(fate for fate in fates if fate is not Fate.KEPT)
     if config.near_duplicates:
         kept = [text for text, fate in zip(texts, fates, strict=True) if fate is Fate.KEPT]
-        signatures = near_duplicates.minhash_signatures(kept, cleaning.code_points(kept))
-        tokenized.signatures.append(signatures)
+        tokenized.signatures.append(near_duplicates.minhash_signatures(kept))
 
 
 def write(

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from chatglm_ja.data import near_duplicates
-from chatglm_ja.data.cleaning import code_points
 from chatglm_ja.data.near_duplicates import BAND_SIZE, NUM_HASHES, SignatureFiles
 from chatglm_ja.errors import DataError
 
 
 def sign(texts: Sequence[str]) -> np.ndarray:
-    return near_duplicates.minhash_signatures(texts, code_points(texts))
+    return near_duplicates.minhash_signatures(texts)
 
 
 def shingles(text: str) -> set[str]:
@@ -35,7 +34,7 @@ def altered(rng: random.Random, text: str, changes: int) -> str:
 
 
 def folded(texts: Sequence[str]) -> list[str]:
-    codes, sizes = near_duplicates.fold_texts(texts, code_points(texts))
+    codes, sizes = near_duplicates.fold_texts(texts)
     whole = codes.astype("<u4").tobytes().decode("utf-32-le")
     ends = np.cumsum(sizes).tolist()
     return [whole[end - size : end] for size, end in zip(sizes.tolist(), ends, strict=True)]
