@@ -8,6 +8,7 @@
         trainer_state.json              the Trainer's counters and log
         progress.json                   schedule, optimizer step, sums since the last log line
         manifest.json                   SHA-256 of the files, and the run they belong to
+  step5_pt.before_decay/              such a checkpoint of the constant phase's last step; it stays
 
 Any number of processes can load a checkpoint: weights and moments are saved by parameter name, in
 full. Under DeepSpeed ZeRO-2 every process holds a shard of them; saving gathers the shards, and
@@ -18,6 +19,9 @@ waits for it before it copies the next one, and at the end.
 
 A run resumes from the newest intact checkpoint. A damaged one is skipped with a warning that says
 what is wrong; nothing of it is loaded. It is renamed, and removed once there is a newer checkpoint.
+
+A finished run can be given more data: another run starts with the weights and moments that it had
+before its rates decayed, and goes on at constant rates (MiniCPM, arXiv 2404.06395).
 """
 
 import itertools
@@ -45,6 +49,7 @@ DAMAGED = "damaged-"
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BEFORE_DECAY = ".before_decay"  # suffix of the folder, beside the run's output folder
 # What the files of a checkpoint hold: tensors by name, or what becomes JSON.
 State = Mapping[str, Any]
 
@@ -67,6 +72,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, run: Mapping[str, Any], keep: int) -> None:
         self.folder = folder
+        self.before_decay = folder.with_suffix(BEFORE_DECAY)
         self.run = json.loads(json.dumps(run, default=str))
         self.keep = keep
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -113,9 +119,9 @@ class Checkpoints:
             )
         return free >= needed
 
-    def start_writing(self, step: int, state: State) -> None:
+    def start_writing(self, step: int, state: State, is_before_decay: bool = False) -> None:
         """Write a checkpoint in the background, after `is_ready`."""
-        self._written = self._writer.submit(self.write, step, state)
+        self._written = self._writer.submit(self.write, step, state, is_before_decay)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is published. Raises what its writing raised."""
@@ -128,7 +134,7 @@ class Checkpoints:
         if self._written is not None and self._written.done():
             self.wait()
 
-    def write(self, step: int, state: State) -> None:
+    def write(self, step: int, state: State, is_before_decay: bool = False) -> None:
         """Write and publish a checkpoint, and remove those that are not kept."""
         final = self._path(step)
         working = self.folder / f".{final.name}.writing"
@@ -143,6 +149,11 @@ class Checkpoints:
             records = {path.name: files.record_file(path) for path in sorted(working.iterdir())}
             manifest = CheckpointManifest(run=self.run, step=step, files=records)
             files.write_json(working / MANIFEST, manifest.model_dump())
+            if is_before_decay:  # first: a run that resumes from `final` does not write it again
+                copy = self.folder / f".{self.before_decay.name}.writing"
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(working, copy)
+                files.publish_folder(copy, self.before_decay)
             files.publish_folder(working, final)
         finally:
             shutil.rmtree(working, ignore_errors=True)
@@ -165,6 +176,28 @@ class Checkpoints:
         return sorted(folders, key=step_of, reverse=True)
 
 
+def open_before_decay(output_dir: Path, run: Mapping[str, Any], every_byte: bool) -> Path:
+    """Return the checkpoint from before the decay of the run that published `output_dir`.
+
+    Without `every_byte`, files over 1 GiB are compared by size only. Raises ArtifactError if it is
+    missing, damaged, or of another run.
+    """
+    path = before_decay_path(output_dir)
+    manifest, problem = _read(path, every_byte)
+    if not path.exists():
+        problem = "not found: expected the output of a run with a constant phase (--decay-ratio)"
+    elif problem is None and manifest is not None and manifest.run != run:
+        problem = f"it is of a run {_describe_difference(manifest.run, run)}"
+    if problem:
+        raise ArtifactError(f"{output_dir} cannot be continued: {path}: {problem}")
+    return path
+
+
+def before_decay_path(output_dir: Path) -> Path:
+    """Return the path of the checkpoint from before the decay of the run of `output_dir`."""
+    return output_dir.with_name(output_dir.name + BEFORE_DECAY)
+
+
 def step_of(path: Path) -> int:
     """Return the step after which a checkpoint was written."""
     return int(path.name.removeprefix(FOLDER_PREFIX))
@@ -176,11 +209,11 @@ def _free_name(path: Path) -> Path:
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
-def _read(path: Path) -> tuple[CheckpointManifest | None, str | None]:
+def _read(path: Path, every_byte: bool = True) -> tuple[CheckpointManifest | None, str | None]:
     """Return the manifest of a checkpoint, and what is wrong with the checkpoint, if anything."""
     try:
         manifest = CheckpointManifest.model_validate(files.read_json(path / MANIFEST))
-        return manifest, files.find_problem(path, manifest.files, every_byte=True)
+        return manifest, files.find_problem(path, manifest.files, every_byte)
     except FileNotFoundError:
         return None, "it has no manifest"
     except ArtifactError as error:
@@ -254,6 +287,21 @@ def set_weights(trainer: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> No
 def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
     """Load a saved state into a Trainer that is prepared for training; return its progress.
 
+    Raises ArtifactError like `load_weights`.
+    """
+    progress = load_weights(trainer, folder)
+    trainer.lr_scheduler.load_state_dict(progress["schedule"])
+    rates = trainer.lr_scheduler.get_last_lr()
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    if progress["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(progress["scaler"])
+    return progress
+
+
+def load_weights(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Load weights and Adam's moments of a saved state; return its progress.
+
     Raises ArtifactError, before anything is loaded, if the checkpoint holds other tensors than the
     Trainer trains.
     """
@@ -275,12 +323,6 @@ def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
     for name, parameter in _trained(trainer):
         for key in MOMENTS:
             _scatter(trainer, parameter, key, moments[f"{name}:{key}"])
-    trainer.lr_scheduler.load_state_dict(progress["schedule"])
-    rates = trainer.lr_scheduler.get_last_lr()
-    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    if progress["scaler"]:
-        trainer.accelerator.scaler.load_state_dict(progress["scaler"])
     return progress
 
 

@@ -67,6 +67,7 @@ class Progress(TrainerCallback):
         trainer.is_unscored = control.should_evaluate
         if trainer.checkpoints is not None:
             is_due = state.global_step % trainer.config.save_steps == 0
+            is_due |= state.global_step == trainer.last_constant_step
             control.should_save = is_due and not is_last  # only publishing is left
         if trainer.should_stop:
             trainer.stop(control)

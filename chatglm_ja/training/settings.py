@@ -16,6 +16,8 @@ from chatglm_ja.storage.weight_files import weights_bytes
 
 WEIGHT_BYTES = 4  # trained weights are float32
 CHECKPOINT_BYTES = 3 * WEIGHT_BYTES  # a trained weight and its two moments
+# Settings that say what is trained, which a run shares with the one that it continues.
+TRAINED_PARTS = ("train_embeddings", "embedding_rows", "lora_rank", "lora_alpha", "lora_targets")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class TrainingConfig(StepConfig):
 
     model: Path = setting("model folder to start from")
     data: Path = setting("output folder of step 4")
+    continue_from: Path | None = setting(
+        "output folder of a finished run of this step: continue its constant phase on --data, "
+        "without warm-up, from the checkpoint before its decay (--decay-ratio)",
+        None,
+    )
     block_size: int = setting(
         "tokens per row, as prepared by step 4", 1024, low=8, high=2**20, affects_result=False
     )
@@ -194,6 +201,13 @@ class TrainingConfig(StepConfig):
             )
         if self.learning_rate == 0 and not self.train_embeddings:
             problems.append("--learning-rate 0 and --no-train-embeddings leave nothing to train")
+        if self.continue_from is not None and (
+            os.path.realpath(self.continue_from) == os.path.realpath(self.output_dir)
+        ):
+            problems.append(
+                f"--continue-from {self.continue_from} is the output folder as well: choose "
+                "another --output-dir"
+            )
         processes = self.estimate or int(os.environ.get("WORLD_SIZE", "1"))
         if self.global_batch_size % processes:
             problems.append(
@@ -227,9 +241,13 @@ class TrainingConfig(StepConfig):
         return ParameterCounts(lora, embeddings, shape.weights - embeddings)
 
     def disk_bytes(self) -> int:
-        """Estimate the size of checkpoints (one more than are kept), adapter and merged model."""
+        """Estimate the size of checkpoints, adapter and merged model.
+
+        There is one checkpoint more than are kept, and one from before the decay.
+        """
         trained = self.count_parameters(read_shape(self.model)).all
-        checkpoints = CHECKPOINT_BYTES * trained * (self.keep_checkpoints + 1)
+        count = self.keep_checkpoints + 1 + (self.decay_ratio < 1)
+        checkpoints = CHECKPOINT_BYTES * trained * count
         return REPORTS_BYTES + checkpoints + WEIGHT_BYTES * trained + weights_bytes(self.model)
 
 

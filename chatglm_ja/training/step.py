@@ -1,11 +1,13 @@
 """What steps 5 and 6 do: open model and data, train, and publish the result."""
 
+import json
 from pathlib import Path
 
 from chatglm_ja.errors import ArtifactError, ConfigError
-from chatglm_ja.storage.inputs import open_artifact
+from chatglm_ja.storage.inputs import Input, open_artifact
+from chatglm_ja.storage.manifest import read_manifest
 from chatglm_ja.storage.output import Output
-from chatglm_ja.training.settings import SftConfig, TrainingConfig
+from chatglm_ja.training.settings import TRAINED_PARTS, SftConfig, TrainingConfig
 
 # The data sets in step 4's folder, and the setting of step 4 that limits the tokens in their rows.
 ROW_SETTINGS = {"pretrain": "block_size", "sft": "max_length"}
@@ -53,7 +55,10 @@ def run_training_step(
             f"{config.block_size}: prepare the data with that size, or set it to the data's"
         )
     model = open_artifact(config.model, *model_scripts, every_byte=config.verify)
-    output = Output(config, Path(script).stem, [model, data], unfinished="checkpoints")
+    inputs = [model, data]
+    if config.continue_from is not None:
+        inputs.append(open_run(config, config.continue_from, Path(script).stem, model))
+    output = Output(config, Path(script).stem, inputs, unfinished="checkpoints")
     if not output.prepare():
         return False
 
@@ -61,3 +66,26 @@ def run_training_step(
 
     train.train_and_publish(config, output, data_set)
     return True
+
+
+def open_run(config: TrainingConfig, folder: Path, step: str, model: Input) -> Input:
+    """Return the run of `step` that published `folder`, as an input of one that continues it.
+
+    Its data may be another. Raises ArtifactError or ConfigError if it did not train the same parts
+    of `model`, or if it left no checkpoint from before its decay.
+    """
+    from chatglm_ja.training.checkpoints import open_before_decay
+
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.step != step:
+        raise ArtifactError(f"--continue-from {folder} is not a result of {step}.py")
+    for name in TRAINED_PARTS:
+        before, now = manifest.arguments.get(name), config.arguments()[name]
+        if before != json.loads(json.dumps(now)):
+            raise ConfigError(
+                f"--continue-from {folder}: it was trained with {name}={before}, not {now}"
+            )
+    open_before_decay(folder, manifest.arguments | manifest.lineage, bool(config.verify))
+    shared = {role: manifest.lineage.get(role, "") for role in model.lineage}
+    role = "continued_run"
+    return Input(role, manifest.fingerprint, {**shared, role: manifest.fingerprint})

@@ -112,6 +112,8 @@ def train(
         resumed = None if checkpoints is None else _find_newest(checkpoints, config.overwrite)
         if resumed is not None:
             log.info("resuming from %s", resumed)
+        elif config.continue_from is not None:
+            log.info("continuing the constant phase of %s", config.continue_from)
         dtype = adapter.choose_dtype(config)
         model = adapter.load_for_training(config, dtype, arguments.device)
         trainer = ResumableTrainer(
@@ -199,7 +201,7 @@ def _make_arguments(config: TrainingConfig, output_dir: Path | None) -> Training
         gradient_accumulation_steps=plan.accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
-        warmup_steps=config.warmup_ratio,
+        warmup_steps=0 if config.continue_from else config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=dtype == torch.bfloat16,

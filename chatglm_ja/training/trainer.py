@@ -26,9 +26,11 @@ from chatglm_ja.training import costs
 from chatglm_ja.training.adapter import read_embeddings, trained_embeddings
 from chatglm_ja.training.checkpoints import (
     Checkpoints,
+    before_decay_path,
     copy_state,
     load_random_states,
     load_state,
+    load_weights,
     set_weights,
 )
 from chatglm_ja.training.model import Collator
@@ -92,6 +94,7 @@ class ResumableTrainer(Trainer):
         self.signal_seen = False  # by this process
         self.should_stop = False  # all processes, after the same step
         self.is_unscored = False  # the validation due after this step is not finished
+        self.last_constant_step: int | None = None  # before the decay, if there is such a phase
         # The Trainer calls `evaluate` only if it has an eval_dataset.
         super().__init__(
             model,
@@ -235,6 +238,8 @@ class ResumableTrainer(Trainer):
         """Create the schedule of warm-up, constant phase and decay (MiniCPM, arXiv 2404.06395)."""
         rest = num_training_steps - self.args.get_warmup_steps(num_training_steps)
         decay = min(max(1, round(self.config.decay_ratio * num_training_steps)), rest)
+        if decay < rest:
+            self.last_constant_step = num_training_steps - decay
         self.args.lr_scheduler_kwargs = {"num_decay_steps": decay}
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -283,6 +288,8 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             self.resumed = load_state(self, Path(checkpoint))
             self.args.eval_on_start = self.is_unscored = self.resumed["is_unscored"]
+        elif self.config.continue_from is not None:
+            load_weights(self, before_decay_path(self.config.continue_from))
         elif self.is_deepspeed_enabled:
             # DeepSpeed made its float32 masters from weights in half precision.
             set_weights(self, read_embeddings(self.config.model, self.model))
@@ -302,8 +309,10 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, *_: Any) -> None:
         self.watchdog.progress()
         model: Any = self.model
-        needed = CHECKPOINT_BYTES * model.num_parameters(only_trainable=True)
         step = self.state.global_step
+        is_before_decay = step == self.last_constant_step
+        needed = CHECKPOINT_BYTES * model.num_parameters(only_trainable=True)
+        needed *= 1 + is_before_decay
         writer = self.checkpoints if self.is_world_process_zero() else None
         with self.pause():
             if writer is not None and not writer.is_ready(step, needed):
@@ -311,7 +320,7 @@ class ResumableTrainer(Trainer):
             progress = self.guard.state() | {"is_unscored": self.is_unscored}
             state = copy_state(self, writer is not None, progress)
             if writer is not None:
-                writer.start_writing(step, state)
+                writer.start_writing(step, state, is_before_decay)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation set; log the sources before and after training only.
