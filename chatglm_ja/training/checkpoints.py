@@ -3,7 +3,7 @@
     step5_pt.checkpoints/               beside the output folder, removed when that is published
       step-000200/
         weights.safetensors             trained weights, float32
-        optimizer.safetensors           Adam's moments, float32
+        optimizer.safetensors           Adam's moments, float32 or 8-bit
         random.safetensors              states of the random generators of every process
         trainer_state.json              the Trainer's counters and log
         progress.json                   schedule, optimizer step, sums since the last log line
@@ -28,7 +28,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.storage import disk, files
 from chatglm_ja.storage.files import MANIFEST, FileRecord
+from chatglm_ja.training import optimizer
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ FOLDER_PREFIX = "step-"
 DAMAGED = "damaged-"
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BEFORE_DECAY = ".before_decay"  # suffix of the folder, beside the run's output folder
 # What the files of a checkpoint hold: tensors by name, or what becomes JSON.
 State = Mapping[str, Any]
@@ -237,14 +237,14 @@ def copy_state(trainer: Any, wanted: bool, extra: Mapping[str, Any]) -> State:
     """
     _link_moments(trainer)
     weights = gather_tensors(trainer, wanted)
-    moments = gather_tensors(trainer, wanted, MOMENTS)
+    moments = gather_tensors(trainer, wanted, of_moments=True)
     random_states = _gather_random_states(trainer)
     if not wanted:
         return {}
     scaler = getattr(trainer.accelerator, "scaler", None)
     progress = {
         "optimizer_step": int(next(iter(_adam(trainer).state.values()))["step"]),
-        "schedule": trainer.lr_scheduler.state_dict(),
+        "schedule": _plain_schedule(trainer),
         "scaler": scaler.state_dict() if scaler is not None else {},
         # The sum of the losses since the last log line, the same on all processes, and its step.
         "loss_sum": trainer._tr_loss.item(),
@@ -260,17 +260,23 @@ def copy_state(trainer: Any, wanted: bool, extra: Mapping[str, Any]) -> State:
     }
 
 
-def gather_tensors(
-    trainer: Any, wanted: bool, keys: Sequence[str] = ("",)
-) -> dict[str, torch.Tensor]:
+def _plain_schedule(trainer: Any) -> dict[str, Any]:
+    """Return the schedule's state, its rates as numbers; some optimizers have them as tensors."""
+    state = dict(trainer.lr_scheduler.state_dict())
+    for key in ("base_lrs", "_last_lr"):
+        state[key] = [float(rate) for rate in state[key]]
+    return state
+
+
+def gather_tensors(trainer: Any, wanted: bool, of_moments: bool = False) -> dict[str, torch.Tensor]:
     """Return copies of the trained weights by parameter name, in full, in float32 on the CPU.
 
-    All processes call this; those that do not want the weights get none. With `keys` from MOMENTS
-    it returns these moments, named parameter:key.
+    All processes call this; those that do not want the weights get none. `of_moments` returns the
+    moments instead, named parameter:moment; 8-bit ones as they are, codes and scales.
     """
     tensors = {}
     for name, parameter in _trained(trainer):
-        for key in keys:
+        for key in _moment_shapes(trainer, parameter) if of_moments else ("",):
             value = _gather(trainer, parameter, key)
             if wanted:
                 tensors[f"{name}:{key}" if key else name] = value.to("cpu", copy=True).contiguous()
@@ -293,7 +299,10 @@ def load_state(trainer: Any, folder: Path) -> dict[str, Any]:
     trainer.lr_scheduler.load_state_dict(progress["schedule"])
     rates = trainer.lr_scheduler.get_last_lr()
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):  # which torchao's optimizers keep
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     if progress["scaler"]:
         trainer.accelerator.scaler.load_state_dict(progress["scaler"])
     return progress
@@ -309,19 +318,17 @@ def load_weights(trainer: Any, folder: Path) -> dict[str, Any]:
     weights, moments = (load_file(folder / name) for name in (WEIGHTS, OPTIMIZER))
     shapes = {name: parameter.shape for name, parameter in _trained(trainer)}
     _check_tensors(folder / WEIGHTS, weights, shapes)
-    of_moments = {f"{name}:{key}": shape for name, shape in shapes.items() for key in MOMENTS}
-    _check_tensors(folder / OPTIMIZER, moments, of_moments)
-    adam = _adam(trainer)
-    for group in adam.param_groups:
-        for parameter in group["params"]:  # what AdamW creates in its first step
-            adam.state[parameter] = {
-                "step": torch.tensor(float(progress["optimizer_step"]), device=parameter.device),
-                **{key: torch.zeros_like(parameter) for key in MOMENTS},
-            }
+    optimizer.create_state(_adam(trainer), progress["optimizer_step"])
     _link_moments(trainer)
+    of_moments = {
+        f"{name}:{key}": shape
+        for name, parameter in _trained(trainer)
+        for key, shape in _moment_shapes(trainer, parameter).items()
+    }
+    _check_tensors(folder / OPTIMIZER, moments, of_moments)
     set_weights(trainer, weights.items())
     for name, parameter in _trained(trainer):
-        for key in MOMENTS:
+        for key in _moment_shapes(trainer, parameter):
             _scatter(trainer, parameter, key, moments[f"{name}:{key}"])
     return progress
 
@@ -377,6 +384,14 @@ def _trained(trainer: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
             yield name, parameter
 
 
+def _moment_shapes(trainer: Any, parameter: Any) -> dict[str, torch.Size]:
+    """Return the names and shapes of a parameter's moments, in full."""
+    if trainer.is_deepspeed_enabled:
+        return dict.fromkeys(optimizer.MOMENTS, parameter.shape)
+    moments = optimizer.moments(_adam(trainer), parameter)
+    return {key: moment.shape for key, moment in moments.items()}
+
+
 def _gather(trainer: Any, parameter: Any, key: str) -> torch.Tensor:
     """Return a trained weight (key "") or one of its moments, in full and in float32."""
     if trainer.is_deepspeed_enabled:
@@ -385,8 +400,9 @@ def _gather(trainer: Any, parameter: Any, key: str) -> torch.Tensor:
         if key:
             return safe_get_full_optimizer_state(parameter, key)
         return safe_get_full_fp32_param(parameter)
-    value = _adam(trainer).state[parameter][key] if key else parameter.detach()
-    return value.float()
+    if key:
+        return optimizer.moments(_adam(trainer), parameter)[key]
+    return parameter.detach().float()
 
 
 def _scatter(trainer: Any, parameter: Any, key: str, value: torch.Tensor) -> None:
@@ -401,7 +417,7 @@ def _scatter(trainer: Any, parameter: Any, key: str, value: torch.Tensor) -> Non
         # The float32 master; below, the model's own copy, which the next forward pass reads.
         safe_set_full_fp32_param(parameter, value)
     if key:
-        _adam(trainer).state[parameter][key].copy_(value)
+        optimizer.moments(_adam(trainer), parameter)[key].copy_(value)
     else:
         parameter.data.copy_(value)
 

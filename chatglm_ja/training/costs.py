@@ -28,6 +28,8 @@ GB, GIB = 1e9, 2**30
 OVERHEAD_GIB = 2.0
 # Ids of ChatGLM3-6B's published tokenizer. Its model has 65,024 rows: the rest are padding.
 PUBLISHED_IDS = 64_798
+# Of a trained weight's two moments; in 8 bits, 256 of either share a float32 scale.
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 CONTROL_AND_BYTE_PIECES = len(FIRST_PIECES) + 256
 
 
@@ -145,7 +147,8 @@ def estimate_memory(
         if BatchPlan.divide(config, processes).accumulation > 1:
             always.append(("gradients of earlier micro-batches", width * trained.all))
     else:
-        always += [("trained weights", 4 * trained.all), ("Adam's moments", 8 * trained.all)]
+        moments = MOMENT_BYTES[config.optimizer]
+        always += [("trained weights", 4 * trained.all), ("Adam's moments", moments * trained.all)]
 
     layer = tokens * activation_bytes(
         shape, config.lora_rank, config.trained_linears(shape), config.block_size, width

@@ -17,7 +17,9 @@ from chatglm_ja.storage.weight_files import weights_bytes
 WEIGHT_BYTES = 4  # trained weights are float32
 CHECKPOINT_BYTES = 3 * WEIGHT_BYTES  # a trained weight and its two moments
 # Settings that say what is trained, which a run shares with the one that it continues.
-TRAINED_PARTS = ("train_embeddings", "embedding_rows", "lora_rank", "lora_alpha", "lora_targets")
+TRAINED_PARTS = (
+    "train_embeddings", "embedding_rows", "lora_rank", "lora_alpha", "lora_targets", "optimizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class TrainingConfig(StepConfig):
         1.0,
         low=0,
         high=1,
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw_8bit: keep AdamW's moments in 8 bits instead of 32 (arXiv 2110.02861), for a run on "
+        "one GPU; needs the package torchao, and a compiler",
+        "adamw",
     )
     weight_decay: float = setting("AdamW weight decay of the LoRA matrices", 0.0, low=0, high=1)
     max_grad_norm: float = setting(
@@ -191,8 +198,10 @@ class TrainingConfig(StepConfig):
 
     def contradictions(self) -> list[str]:
         problems = _find_deepspeed_problems(self.deepspeed) if self.deepspeed is not None else []
+        if self.optimizer == "adamw_8bit":
+            problems += _find_8bit_problems(self)
         if self.compile and self.estimate is None:
-            problems += _find_compiler_problems()
+            problems += _find_compiler_problems("--compile", "pass --no-compile")
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             problems.append("--tracker wandb needs its package: run `pip install wandb`")
         if self.embedding_rows == "new" and not self.train_embeddings:
@@ -293,8 +302,25 @@ def _find_deepspeed_problems(path: Path) -> list[str]:
     return []
 
 
-def _find_compiler_problems() -> list[str]:
-    """Return what torch.compile lacks on this machine, one sentence each.
+def _find_8bit_problems(config: TrainingConfig) -> list[str]:
+    """Return why these settings cannot train with 8-bit moments here, one sentence each."""
+    if config.deepspeed is not None or (config.estimate or 1) > 1:
+        return [
+            "--optimizer adamw_8bit is for one GPU: several share the moments out (ZeRO-2), which "
+            "has them in float32"
+        ]
+    if config.estimate is not None:
+        return []
+    problems = _find_compiler_problems("--optimizer adamw_8bit", "leave it out")
+    if importlib.util.find_spec("torchao") is None:
+        problems.append(
+            "--optimizer adamw_8bit needs torchao: run `pip install -r requirements-extras.txt`"
+        )
+    return problems
+
+
+def _find_compiler_problems(setting: str, cure: str) -> list[str]:
+    """Return what a setting that calls torch.compile lacks on this machine, one sentence each.
 
     On a GPU, Triton compiles with CC, gcc or clang; on a CPU, Inductor does with CXX or g++. Both
     need Python's headers. They look for them when the first batch is computed.
@@ -308,12 +334,12 @@ def _find_compiler_problems() -> list[str]:
     problems = []
     if not any(map(shutil.which, programs)):
         problems.append(
-            f"--compile needs {' or '.join(programs)}, which is not found: install it (on Debian "
-            f"and Ubuntu with `apt install build-essential`), set {variable}, or pass --no-compile"
+            f"{setting} needs {' or '.join(programs)}, which is not found: install it (on Debian "
+            f"and Ubuntu with `apt install build-essential`), set {variable}, or {cure}"
         )
     if not (headers / "Python.h").is_file():
         problems.append(
-            f"--compile needs Python.h, which is not in {headers}: install Python's headers (on "
-            "Debian and Ubuntu with `apt install python3-dev`), or pass --no-compile"
+            f"{setting} needs Python.h, which is not in {headers}: install Python's headers (on "
+            f"Debian and Ubuntu with `apt install python3-dev`), or {cure}"
         )
     return problems

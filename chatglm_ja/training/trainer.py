@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from chatglm_ja.bases.shape import read_shape
 from chatglm_ja.data import dataset
 from chatglm_ja.training import costs
-from chatglm_ja.training.adapter import read_embeddings, trained_embeddings
+from chatglm_ja.training.adapter import read_embeddings
 from chatglm_ja.training.checkpoints import (
     Checkpoints,
     before_decay_path,
@@ -34,6 +34,7 @@ from chatglm_ja.training.checkpoints import (
     set_weights,
 )
 from chatglm_ja.training.model import Collator
+from chatglm_ja.training.optimizer import make_optimizer, skip_step_if
 from chatglm_ja.training.rows import EpochSampler
 from chatglm_ja.training.settings import CHECKPOINT_BYTES, TrainingConfig
 from chatglm_ja.training.spikes import SpikeGuard
@@ -200,9 +201,9 @@ class ResumableTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Tell the optimizer, on the device, to skip a step with non-finite gradients.
 
-        The Trainer calls this just before the optimizer's step. AdamW reads `found_inf`, which a
-        GradScaler sets as well. In fp16 the scaler skips such steps and halves its scale; they are
-        normal until it has found a scale that fits. DeepSpeed skips them in any precision.
+        The Trainer calls this just before the optimizer's step. In fp16 the scaler skips such steps
+        and halves its scale; they are normal until it has found a scale that fits. DeepSpeed skips
+        them in any precision.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None:
@@ -210,26 +211,14 @@ class ResumableTrainer(Trainer):
         if not self.args.fp16:
             self.grad_norm = torch.as_tensor(norm).detach()
             if not self.is_deepspeed_enabled:
-                optimizer: Any = self.optimizer
-                optimizer.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
+                skip_step_if(self.optimizer, ~self.grad_norm.isfinite())
         # JSON has neither NaN nor infinity: the log shows 0 for a skipped step.
         return torch.as_tensor(norm, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create AdamW with two parameter groups: LoRA matrices, and embeddings."""
+        """Create AdamW of LoRA matrices and embeddings."""
         if self.optimizer is None:
-            model, config = model or self.model, self.config
-            embeddings = list(trained_embeddings(model.get_base_model()).values())
-            known = {id(parameter) for parameter in embeddings}
-            trained = [p for p in model.parameters() if p.requires_grad]
-            lora = [parameter for parameter in trained if id(parameter) not in known]
-            groups: list[dict[str, Any]] = [
-                {"params": lora, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-                # No decay: it would shrink the rows of tokens that do not occur in a batch.
-                {"params": embeddings, "lr": config.embedding_learning_rate, "weight_decay": 0.0},
-            ]
-            groups = [group for group in groups if group["params"]]
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+            self.optimizer = make_optimizer(self.config, model or self.model)
         return self.optimizer
 
     def create_scheduler(

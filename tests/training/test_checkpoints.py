@@ -158,7 +158,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     is_trained = threading.Event()
     write, end_step = Checkpoints.write, ResumableTrainer.end_step
 
-    def write_late(self: Checkpoints, step: int, state: State) -> None:
+    def write_late(self: Checkpoints, step: int, state: State, *more: Any) -> None:
         assert is_trained.wait(60)
         write(self, step, state)
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    def start(self: Checkpoints, step: int, state: State) -> None:
+    def start(self: Checkpoints, step: int, state: State, *more: Any) -> None:
         start_writing(self, step, state)
         assert self._written is not None
         self._written.exception()  # waits

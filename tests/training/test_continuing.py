@@ -23,7 +23,7 @@ from tests.training.runs import checkpoints_in, config_for, interrupted_after
 def test_a_continued_run_ends_as_one_that_had_all_data_at_once(
     resized_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    """A run of seven steps goes on after its fourth: that and seven more are a run of eleven."""
+    """A run of four steps goes on after its second: that and four more are a run of six."""
     # Every step has all rows, so that the order in which two runs draw them does not matter.
     rows = len(dataset.load_rows(data_dir, "pretrain", "train"))
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
@@ -31,21 +31,21 @@ def test_a_continued_run_ends_as_one_that_had_all_data_at_once(
     def run(folder: Path, steps: int, continue_from: Path | None = None) -> dict[str, Any]:
         config = config_for(
             resized_dir, data_dir, folder, continue_from=continue_from, max_steps=steps,
-            decay_ratio=3 / steps, warmup_ratio=0.0, global_batch_size=rows, micro_batch_size=16,
+            decay_ratio=2 / steps, warmup_ratio=0.0, global_batch_size=rows, micro_batch_size=16,
             epochs=9.0, evaluations=0, save_steps=1,
         )  # fmt: skip
-        return train.train(config, "pretrain", folder, checkpoints_in(folder))
+        return train.train(config, "pretrain", folder, Checkpoints(folder / "checkpoints", {}, 1))
 
-    run(whole, 11)
-    run(first, 7)
+    run(whole, 6)
+    run(first, 4)
     continued = first / "checkpoints"
-    assert not (continued / "step-000004").exists()  # the last two are kept
-    with interrupted_after(3):
-        run(second, 7, continued)
-    history = run(second, 7, continued)["history"]
+    assert not (continued / "step-000002").exists()  # only the last one is kept
+    with interrupted_after(1):
+        run(second, 4, continued)
+    history = run(second, 4, continued)["history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
-    assert rates[:5] == [1e-2] * 5  # of the step after the constant phase, too
-    assert rates[6] < rates[5] < 1e-2
+    assert rates[:3] == [1e-2] * 3  # of the step after the constant phase, too
+    assert rates[3] < 1e-2
     found, expected = (
         load_file(f / ADAPTER / "adapter_model.safetensors") for f in (second, whole)
     )
