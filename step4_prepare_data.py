@@ -38,12 +38,13 @@ def main() -> None:
     if not output.prepare():
         return
 
-    from chatglm_ja.data import prepare_conversations, prepare_texts, readers, resume
+    from chatglm_ja.data import hub, prepare_conversations, prepare_texts, resume
     from chatglm_ja.reports import data_report
 
     for source in (*config.sft_sources, *config.sources):
         if not source.is_local():  # fail on a wrong name now, not after hours
-            readers.load_hub_dataset(source)
+            hub.download(source)
+    output.require_disk_space()  # that the downloads have left
     report = config.output_dir.with_name(config.output_dir.name + ".rejects.jsonl")
     contents = resume.content_keys(config, inputs)
     contents["shards"] = [{"inputs": output.lineage, **output.arguments}]

@@ -111,10 +111,13 @@ def match_pattern(pattern: str) -> FoundFiles:
     return FoundFiles(data, [str(path) for path in files if path not in read])
 
 
-def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
+def list_folder(
+    folder: Path, split: str, subset: str | None, names: Iterable[str] | None = None
+) -> FoundFiles:
     """Return the files of one split and one configuration (`subset`) of a folder.
 
-    Raises DataError if there are none, listing the splits or the configurations that exist.
+    `names` are those of the files if only README.md is there yet. Raises DataError if there are
+    none, listing the splits or the configurations that exist.
     """
     if (folder / "snapshots").is_dir() and (folder / "blobs").is_dir():
         versions = ", ".join(sorted(path.name for path in (folder / "snapshots").iterdir()))
@@ -122,7 +125,7 @@ def list_folder(folder: Path, split: str, subset: str | None) -> FoundFiles:
             f"folder {folder} is the hub's cache of a data set: give a version of it, a folder "
             f"below {folder / 'snapshots'}: {versions}"
         )
-    data, others = _walk(folder)
+    data, others = _walk(folder) if names is None else _sort_names(folder, names)
     saved = _saved_splits(folder)
     if saved is None:
         root, card_splits = _card_splits(folder, subset)
@@ -195,13 +198,25 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
         hidden = [name for name in folders if name.startswith((".", "__"))]
         others += [f"{below / name}/" for name in hidden]
         folders[:] = sorted(set(folders) - set(hidden))
-        for name in sorted(names):
-            path = Path(root, name)
-            is_hidden = name.startswith(".") or _is_description(name)
-            if is_hidden or not file_format(path) or not path.is_file():
-                others.append(str(below / name))
-            else:
-                data.append(path)
+        files = [name for name in sorted(names) if Path(root, name).is_file()]
+        others += [str(below / name) for name in sorted({*names} - {*files})]
+        found, rest = _sort_names(folder, [(below / name).as_posix() for name in files])
+        data += found
+        others += rest
+    return data, others
+
+
+def _sort_names(folder: Path, names: Iterable[str]) -> tuple[list[Path], list[str]]:
+    """Return the paths of those files in a folder that are data, and the names of the others."""
+    data: list[Path] = []
+    others: list[str] = []
+    for name in names:
+        *above, last = name.split("/")
+        is_hidden = last.startswith(".") or any(part.startswith((".", "__")) for part in above)
+        if is_hidden or _is_description(last) or not file_format(Path(last)):
+            others.append(name)
+        else:
+            data.append(folder / name)
     return data, others
 
 

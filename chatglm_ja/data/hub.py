@@ -1,4 +1,8 @@
-"""Data sets by name: downloaded once from the hub, or a mirror of it, and kept in a cache.
+"""Data sets by name: downloaded once from the hub, or a mirror of it, and kept in its cache.
+
+The files of the split are read as those of a local folder are. What is not read so, a CSV file or
+a part of a split (`train[:1%]`), is loaded by `datasets`, which keeps a second copy in Arrow's
+format.
 
 Hugging Face's variables apply: HF_ENDPOINT is a mirror, HF_HOME the folder of the cache, HF_TOKEN
 opens private sets, and HF_HUB_OFFLINE=1 asks for the cache alone.
@@ -6,18 +10,107 @@ opens private sets, and HF_HUB_OFFLINE=1 asks for the cache alone.
 
 import functools
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from chatglm_ja.errors import DataError
+from chatglm_ja.source_files import list_folder
 from chatglm_ja.sources import Source
+from chatglm_ja.storage import disk
+from chatglm_ja.storage.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
+CARD = "README.md"
+OF_ALL_SPLITS = frozenset("[+")  # in a split that is a part of one, or several
+
+
+class Listing(BaseModel):
+    """The files of a version of a data set, with their sizes in bytes.
+
+    It is kept beside the hub's cache, so that a cache that lacks some of them is recognized without
+    the hub.
+    """
+
+    name: str  # as the hub has it now; `Source.path` may be an older one
+    commit: str
+    sizes: dict[str, int]
+
+
+def download_files(source: Source) -> Sequence[Path]:
+    """Return the files of a data set's split, downloaded unless the cache holds them.
+
+    Returns none if they are to be loaded by `datasets`, which also explains what is wrong with the
+    name. Raises ArtifactError if the disk of the cache lacks space.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.file_download import repo_folder_name
+
+    listing = _list_files(source.path, source.revision)
+    if listing is None or OF_ALL_SPLITS & {*source.split}:
+        return ()
+    cache = Path(constants.HF_HUB_CACHE)
+    repository = repo_folder_name(repo_id=listing.name, repo_type="dataset")
+    folder = cache / repository / "snapshots" / listing.commit
+    fetch = functools.partial(
+        hf_hub_download,
+        listing.name,
+        repo_type="dataset",
+        revision=listing.commit,
+    )
+    if CARD in listing.sizes and not (folder / CARD).exists():
+        fetch(CARD)
+    try:
+        found = list_folder(folder, source.split, source.subset, listing.sizes).files
+    except DataError:
+        return ()
+    missing = [path.relative_to(folder).as_posix() for path in found if not path.exists()]
+    if missing and not _go_offline_if_silent():
+        return ()
+    if missing:
+        size = sum(listing.sizes[name] for name in missing)
+        disk.require_free(cache, size, "set HF_HOME to a folder on another disk")
+        log.info("%s: downloading %s", source.title, disk.format_bytes(size))
+        for name in missing:
+            fetch(name)
+    return found
+
+
+@functools.cache
+def _list_files(name: str, revision: str | None) -> Listing | None:
+    """Return the files of a data set, as the hub or an earlier run has listed them.
+
+    Returns None if neither knows them.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    kept = Path(constants.HF_HOME, "chatglm_ja", f"{name}@{revision or 'main'}.json")
+    try:
+        if not _go_offline_if_silent():
+            return Listing.model_validate(read_json(kept))
+        info = huggingface_hub.HfApi().dataset_info(name, revision=revision, files_metadata=True)
+    except Exception:  # the hub's errors have no common base; `datasets` will say what is wrong
+        return None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    listing = Listing(name=info.id, commit=info.sha or "", sizes=sizes)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, listing.model_dump())
+    return listing
+
+
+def download(source: Source) -> None:
+    """Download a data set, and raise what reading it would: DataError, or ArtifactError."""
+    if not download_files(source):
+        load_hub_dataset(source)
 
 
 def load_hub_dataset(source: Source) -> Any:
-    """Load a data set by name; `datasets` downloads it once and memory-maps it.
+    """Load a data set by name with `datasets`, which downloads it once and memory-maps it.
 
     If the hub does not answer, a set in the cache is used. Raises DataError if there is none, if
     the set does not exist or is private, and for an unknown split or configuration.

@@ -28,8 +28,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from chatglm_ja.data import hub
 from chatglm_ja.data.file_start import check_start
-from chatglm_ja.data.hub import load_hub_dataset
 from chatglm_ja.source_files import COMPRESSIONS, file_compression, file_format
 from chatglm_ja.sources import TEXT_FILE_FORMATS, Source
 
@@ -81,7 +81,7 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
 
     Raises DataError if it does not exist, and for a file that is wrong as a whole.
     """
-    paths = source.files()
+    paths = source.files() or hub.download_files(source)
     for path in paths:  # all of them now, not after hours
         check_start(path, source.language)
     for path in paths:
@@ -96,7 +96,7 @@ def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chun
                 is_text = name == "txt" and source.format in TEXT_FILE_FORMATS
                 yield from _cut_text(path, chunk_bytes, source.format if is_text else "lines")
     if not paths:
-        yield from _cut_table(source.path, load_hub_dataset(source).data.table, chunk_bytes)
+        yield from _cut_table(source.path, hub.load_hub_dataset(source).data.table, chunk_bytes)
 
 
 def _cut_table(name: str, table: pyarrow.Table, chunk_bytes: int) -> Iterator[Chunk]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from chatglm_ja.errors import ArtifactError
 
 
-def require_free(folder: Path, needed: int) -> None:
+def require_free(folder: Path, needed: int, cure: str = "choose another --output-dir") -> None:
     """Raise ArtifactError if the disk of a folder that may not exist yet has too little space."""
     free = free_bytes(folder)
     if needed > free:
         raise ArtifactError(
             f"{folder} takes about {format_bytes(needed)}, but its disk has {format_bytes(free)} "
-            "free: free some, or choose another --output-dir"
+            f"free: free some, or {cure}"
         )
 
 

@@ -118,13 +118,17 @@ class Output:
             log.info("%s is finished already; pass --overwrite to make it again", self.path)
             return False
         self._try_to_write()
-        needed = self.config.disk_bytes() - disk.folder_bytes(self.unfinished)
-        disk.require_free(self.path, needed)
+        self.require_disk_space()
         if self.config.check:
             names = dict.fromkeys(name for item in self.inputs for name in item.remote_datasets)
             aside = f" (not checked: {', '.join(names)}, data sets on the hub)" if names else ""
             log.info("settings and inputs are good: %s can be made%s", self.path, aside)
         return not self.config.check
+
+    def require_disk_space(self) -> None:
+        """Raise ArtifactError if the disk has too little space for the result."""
+        needed = self.config.disk_bytes() - disk.folder_bytes(self.unfinished)
+        disk.require_free(self.path, needed)
 
     @contextmanager
     def write(self) -> Iterator[Path]:

@@ -44,7 +44,8 @@ class _Handler(BaseHTTPRequestHandler):
         paths = sorted(folder.rglob("*"))
         commit = hashlib.sha1(b"".join(p.read_bytes() for p in paths if p.is_file())).hexdigest()
         if kind in (None, "revision"):
-            siblings = [{"rfilename": e["path"]} for e in self._entries(folder, paths, "file")]
+            files = self._entries(folder, paths, "file")
+            siblings = [{"rfilename": file["path"], "size": file["size"]} for file in files]
             return self._send_json({"id": name, "sha": commit, "siblings": siblings})
         if kind == "tree":
             inside = [p for p in paths if p.parent == folder / file]

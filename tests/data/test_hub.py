@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.data import hub as hub_module
+from chatglm_ja.errors import ArtifactError
+from chatglm_ja.sources import Source
 from tests.conftest import PROJECT
 from tests.data.hub_server import serving
 
@@ -62,6 +65,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(root, "me/texts", "data/test-00000-of-00001.jsonl", "試験")
     put(root, "me/secret", "train.jsonl", "秘密")
     put(root, "me/tested", "test.jsonl", "試験")
+    put(root, "me/languages", "ja/a.jsonl", "日本語")
+    put(root, "me/languages", "zh/a.jsonl", "中文")
+    (root / "me/languages/README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(f"- {{config_name: {name}, data_files: {name}/*}}\n" for name in ("ja", "zh"))
+        + "---\n"
+    )
+    (root / "me/table").mkdir()
+    (root / "me/table/train.csv").write_text("text\n甲\n乙\n", encoding="utf-8")
     return root
 
 
@@ -90,6 +102,54 @@ def test_sets_of_a_mirror_and_of_its_cache(hub: Path, tmp_path: Path) -> None:
     found, said = read(texts, endpoint=endpoint, cache=tmp_path, HF_HUB_OFFLINE="1")
     assert found == [["一", "二", "三"]]
     assert "answer" not in said
+
+
+def test_only_what_is_asked_for_is_downloaded(hub: Path, tmp_path: Path) -> None:
+    chinese = {"path": "me/languages", "subset": "zh"}
+    with serving(hub) as endpoint:
+        found, said = read(
+            chinese, {"path": "me/languages"}, {"path": "me/languages", "subset": "ko"},
+            endpoint=endpoint, cache=tmp_path,
+        )  # fmt: skip
+    assert found[0] == ["中文"] and said.count("downloading") == 1
+    assert "['ja', 'zh']" in found[1] and "['ja', 'zh']" in found[2]
+    assert [path.parent.name for path in tmp_path.rglob("a.jsonl")] == ["zh"]
+    # Without the hub, the other configuration is known to be missing.
+    found, _ = read(
+        chinese, {"path": "me/languages", "subset": "ja"}, endpoint=endpoint, cache=tmp_path
+    )
+    assert found[0] == ["中文"] and "the cache does not hold it" in found[1]
+
+
+def test_a_cache_that_lacks_a_file_is_not_read(hub: Path, tmp_path: Path) -> None:
+    with serving(hub) as endpoint:
+        read({"path": "me/texts"}, endpoint=endpoint, cache=tmp_path)
+        (second,) = tmp_path.rglob("train-00001-of-00002.jsonl")
+        second.unlink()
+    found, _ = read({"path": "me/texts"}, endpoint=endpoint, cache=tmp_path)
+    assert "the hub does not answer, and the cache does not hold it" in found[0]
+
+
+def test_other_formats_and_parts_of_a_split_are_loaded_by_datasets(
+    hub: Path, tmp_path: Path
+) -> None:
+    with serving(hub) as endpoint:
+        found, _ = read(
+            {"path": "me/table"}, {"path": "me/texts", "split": "train[1:]+test"},
+            endpoint=endpoint, cache=tmp_path,
+        )  # fmt: skip
+    assert found == [["甲", "乙"], ["二", "三", "試験"]]
+
+
+def test_a_set_for_which_the_disk_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listing = hub_module.Listing(name="me/large", commit="c", sizes={"train.jsonl": 10**18})
+    monkeypatch.setattr(hub_module, "_list_files", lambda *_: listing)
+    monkeypatch.setattr(hub_module, "_go_offline_if_silent", lambda: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ArtifactError, match=r"takes about 1000000.0 TB.*set HF_HOME"):
+        hub_module.download_files(Source("ja", "me/large"))
 
 
 def test_a_changed_revision_is_fetched_again(hub: Path, tmp_path: Path) -> None:

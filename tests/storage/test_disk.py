@@ -30,7 +30,8 @@ def test_every_step_estimates_what_it_writes_and_not_much_more(pipeline: Runner)
     base, tokenizer = made / "base_model", made / "step2_tokenizer"
     training = settings(5, TrainingConfig, model=made / "step3_model")
     counts = training.count_parameters(read_shape(training.model))
-    checkpoints = CHECKPOINT_BYTES * counts.all * (training.keep_checkpoints + 1)
+    # One more while it is written, and the one before the decay, which stays.
+    checkpoints = CHECKPOINT_BYTES * counts.all * (training.keep_checkpoints + 2)
     step1 = made / "step1_tokenizer"
     merging = settings(2, MergeTokenizerConfig, base_model=base, ja_tokenizer=step1)
     resizing = settings(3, ResizeModelConfig, base_model=base, tokenizer=tokenizer)
@@ -41,6 +42,7 @@ def test_every_step_estimates_what_it_writes_and_not_much_more(pipeline: Runner)
         # All sources are tokenized, for a mix of few of their texts.
         "step4_data": ("*.arrow", settings(4, PrepareDataConfig).disk_bytes(), 200.0),
         "step5_pt": ("*.safetensors", training.disk_bytes() - checkpoints, 1.2),
+        "step5_pt.before_decay": ("*", CHECKPOINT_BYTES * counts.all + REPORTS_BYTES, 1.2),
     }
     for name, (pattern, estimate, most) in estimates.items():
         size = disk.folder_bytes(made / name, pattern)
