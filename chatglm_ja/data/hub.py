@@ -74,7 +74,8 @@ def download_files(source: Source) -> Sequence[Path]:
     if missing:
         size = sum(listing.sizes[name] for name in missing)
         disk.require_free(cache, size, "set HF_HOME to a folder on another disk")
-        log.info("%s: downloading %s", source.title, disk.format_bytes(size))
+        # Not every mirror says how large its files are.
+        log.info("%s: downloading%s", source.title, f" {disk.format_bytes(size)}" if size else "")
         for name in missing:
             fetch(name)
     return found
