@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from chatglm_ja import settings_file
 from chatglm_ja.errors import DASHES, ConfigError, did_you_mean
 from chatglm_ja.sources import Source, read_argument
 
@@ -181,7 +183,21 @@ def parse(
         raise ConfigError(
             f"constants.py sets {', '.join(unknown)}, which is not a setting of this step"
         )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of settings, such as the settings.yaml beside a result; flags win over it",
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    if (file := finder.parse_known_args(argv)[0].config) is not None:
+        arguments, others = settings_file.read(file, hints)
+        parser.set_defaults(**others)
+        argv = [*arguments, *argv]
     values = vars(parser.parse_args(argv))
+    del values["config"]
     for entry in dataclasses.fields(config):
         if values[entry.name] in (None, []) and entry.default is dataclasses.MISSING:
             unset = f"{flag(entry.name)} is not set: {entry.metadata['help']}"

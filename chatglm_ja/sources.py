@@ -244,9 +244,20 @@ def read_yaml(path: Path) -> list[Source]:
     entries = load_yaml(path, ConfigError)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path} holds no sources: expected a list of mappings")
-    return [
-        Source(**_validate(entry, f"{path} source {i}")) for i, entry in enumerate(entries, start=1)
-    ]
+    return [read_entry(entry, f"{path} source {i}") for i, entry in enumerate(entries, start=1)]
+
+
+def read_entry(entry: Any, origin: str) -> Source:
+    """Return the source of an entry of a YAML file; raise ConfigError, naming its `origin`."""
+    return Source(**_validate(entry, origin))
+
+
+def as_entry(source: Source) -> dict[str, Any]:
+    """Return the mapping of which `read_entry` makes an equal source."""
+    values = dataclasses.asdict(source)
+    if source.where is not None:
+        values["where"] = dict([source.where])
+    return {name: value for name, value in values.items() if value != _FIELDS[name].default}
 
 
 def load_yaml(path: Path, failure: type[UserError]) -> Any:

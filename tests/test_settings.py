@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+import constants
+from chatglm_ja import settings_file
 from chatglm_ja.data.settings import PrepareDataConfig, parse_shares
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation.settings import EvalConfig
@@ -286,3 +288,73 @@ def test_shares_add_up_to_one() -> None:
     for bad in (["ja"], ["ja=x"], ["ja=-1", "zh=2"], ["ja=0"], ["ja=nan"], ["ja=1", "ja=2"]):
         with pytest.raises(ConfigError):
             parse_shares(bad)
+
+
+STEP_CONFIGS = [
+    ("STEP1", TrainTokenizerConfig), ("STEP2", MergeTokenizerConfig), ("STEP3", ResizeModelConfig),
+    ("STEP4", PrepareDataConfig), ("STEP5", TrainingConfig), ("STEP6", SftConfig),
+    ("STEP7", EvalConfig), ("STEP8", ExportConfig),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "kind"), STEP_CONFIGS)
+def test_the_settings_file_of_a_run_repeats_it(
+    tmp_path: Path, step: str, kind: type[StepConfig]
+) -> None:
+    config = parse(kind, "", getattr(constants, step), [])
+    file = tmp_path / "settings.yaml"
+    file.write_text(settings_file.dump(config, "step"), encoding="utf-8")
+    assert parse(kind, "", {}, ["--config", str(file)]) == config
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_profile(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "lora_rank: 4\nlearning_rate: 1e-5\npacking: false\nlora_targets: [q_proj, o_proj]\n"
+        "gradient_checkpointing: full\ncontinue_from: null\n"
+    )
+    defaults = {"model": Path("m"), "data": Path("d"), "output_dir": Path("o"), "lora_rank": 2,
+                "continue_from": Path("old"), "seed": 7}  # fmt: skip
+    argv = ["--config", str(file), "--learning-rate", "3e-5", "--lora-targets", "q_proj"]
+    config = parse(TrainingConfig, "", defaults, argv)
+    assert (config.lora_rank, config.learning_rate, config.packing) == (4, 3e-5, False)
+    assert (config.lora_targets, config.gradient_checkpointing) == (("q_proj",), "full")
+    assert (config.continue_from, config.seed) == (None, 7)
+
+
+def test_sources_in_a_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "sources:\n- ja=a.txt\n- {language: zh, path: b.jsonl, where: {kind: wiki}, weight: 2}\n"
+        "sft_sources: null\nshares: [ja=1, zh=1]\ntotal_tokens: 9\nsft_examples: 0\n"
+    )
+    defaults = {"tokenizer": Path("t"), "output_dir": Path("o"), "sft_sources": (Source("x", "y"),)}
+    config = parse(PrepareDataConfig, "", defaults, ["--config", str(file)])
+    assert [source.path for source in config.sources] == ["a.txt", "b.jsonl"]
+    assert config.sources[1].where == ("kind", "wiki")
+    assert config.sft_sources == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "lora_rnak: 4",
+            r"has lora_rnak, which is not a setting.*mean lora_rank\?",
+        ),
+        ("- 4", "expected settings, NAME: VALUE"),
+        ("lora_rank: {a: 1}", "lora_rank is {'a': 1}, expected text or numbers"),
+        ("lora_rank: 4.5", "--lora-rank: invalid int value: '4.5'"),
+        ("precision: fp8", "--precision: invalid choice: 'fp8'"),
+        ("lora_rank: 0", "--lora-rank is 0, expected 1"),
+        ("lora_rank: [", "is not YAML"),
+        ("lora_rank: true", "unrecognized|expected one argument"),
+    ],
+)
+def test_a_bad_settings_file_gives_one_line(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        parse(TrainingConfig, "", DEFAULTS, ["--config", str(file)])
+    with pytest.raises(ConfigError, match="could not be read"):
+        parse(TrainingConfig, "", DEFAULTS, ["--config", str(tmp_path / "none.yaml")])

@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from chatglm_ja import settings_file
 from chatglm_ja.errors import ArtifactError
 from chatglm_ja.settings import StepConfig
 from chatglm_ja.storage import disk, files
@@ -201,6 +202,9 @@ class Output:
         fingerprint = fingerprint_of({name: record.sha256 for name, record in records.items()})
         manifest = self.describe().model_copy(update={"fingerprint": fingerprint, "files": records})
         files.write_json(working / MANIFEST, manifest.model_dump(), indent=2)
+        # Not among the records: paths and numbers of processes do not change the result.
+        settings = settings_file.dump(self.config, self.step)
+        (working / settings_file.SETTINGS_FILE).write_text(settings, encoding="utf-8")
         files.publish_folder(working, self.path)
 
     def _check_same(self, manifest: Manifest) -> None:
