@@ -13,17 +13,20 @@ SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # The first interpreter of a supported version; override with `make PYTHON3=...`.
-PYTHON3 ?= $(shell for p in python3 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+PYTHON3 ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
 .PHONY: demo smollm2 test check faults audit extras clean
 
+# uv is several times as fast as pip.
+UV := $(shell command -v uv)
+
 # Install a requirements file; print the downloads and, on failure, the last lines of the log.
 define install
-	@$(VENV)/bin/pip install -r $(1) 2>$(VENV)/install.log \
+	@if [ -n "$(UV)" ]; then $(UV) pip install -q --python $(PYTHON) -r $(1); else $(VENV)/bin/pip install -r $(1) 2>$(VENV)/install.log \
 	| sed -un 's/^ *Downloading \([^ ]*\).* (\(.*\))$$/  \1 (\2)/p' \
-	|| { tail -5 $(VENV)/install.log >&2; exit 1; }
+	|| { tail -5 $(VENV)/install.log >&2; exit 1; }; fi
 	@touch $@
 endef
 
@@ -49,22 +52,23 @@ smollm2: $(VENV)/extras
 # One thread per process: several processes with several threads each would slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4
 
-test: $(VENV)/extras
+test: $(VENV)/dev
 	$(PYTEST)
 
-check: $(VENV)/extras
+check: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .
 	$(PYTEST)
 
-faults: $(VENV)/extras
+faults: $(VENV)/dev
 	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest tests/faults --thorough --reliability docs/reliability.md
 
 audit: $(VENV)/ready
 	@$(VENV)/bin/pip install -q pip-audit==2.10.1
 	$(VENV)/bin/pip-audit --disable-pip --no-deps -r requirements.txt
 	$(VENV)/bin/pip-audit --disable-pip --no-deps -r requirements-extras.txt
+	$(VENV)/bin/pip-audit --disable-pip --no-deps -r requirements-dev.txt
 
 extras: $(VENV)/extras
 
@@ -72,7 +76,7 @@ clean:
 	rm -rf artifacts/demo artifacts/smollm2
 
 $(VENV)/ready: requirements.txt
-	@test -n "$(PYTHON3)" || { echo "error: Python 3.11 or 3.12 not found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON3)" || { echo "error: no Python from 3.11 to 3.14 found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }
 	@echo "setting up $(VENV): a minute, or as long as the downloads below take"
 	@rm -rf $(VENV) && $(PYTHON3) -m venv $(VENV)
 	$(call install,requirements.txt)
@@ -80,3 +84,7 @@ $(VENV)/ready: requirements.txt
 $(VENV)/extras: $(VENV)/ready requirements-extras.txt
 	@echo "setting up the optional packages"
 	$(call install,requirements-extras.txt)
+
+$(VENV)/dev: $(VENV)/extras requirements-dev.txt
+	@echo "setting up what the tests need"
+	$(call install,requirements-dev.txt)

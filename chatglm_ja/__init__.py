@@ -25,7 +25,7 @@ def use_the_environment() -> str:
 # All of this file but what follows also runs on older Pythons, to say that they are too old.
 if sys.version_info < OLDEST_PYTHON:
     sys.exit(
-        "error: {} is Python {}.{}, expected 3.11 or 3.12: {}".format(
+        "error: {} is Python {}.{}, expected 3.11 to 3.14: {}".format(
             sys.executable, *sys.version_info[:2], use_the_environment()
         )
     )

@@ -20,6 +20,7 @@ import json
 import os
 import pkgutil
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Compression:
         return (EOFError, OSError, *map(pkgutil.resolve_name, self.errors))
 
 
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 # The formats that are read, by the ending of the file's name. Text formats may be compressed.
 TEXT_FORMATS = ("jsonl", "txt", "json")
 FORMATS = (*TEXT_FORMATS, "parquet", "arrow")
@@ -51,7 +53,7 @@ COMPRESSIONS = {
     ".gz": Compression("gzip", ("zlib.error",)),
     ".bz2": Compression("bz2"),
     ".xz": Compression("lzma", ("lzma.LZMAError",)),
-    ".zst": Compression("backports.zstd", ("backports.zstd.ZstdError",)),
+    ".zst": Compression(ZSTD, (f"{ZSTD}.ZstdError",)),
 }
 UNCOMPRESSED = Compression("builtins")
 # Every known ending, and the format it stands for.

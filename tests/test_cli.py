@@ -224,7 +224,7 @@ def test_an_old_python_is_one_line() -> None:
         [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False
     )
     message = only_error(result.returncode, result.stderr)
-    assert "is Python 3.9, expected 3.11 or 3.12: run `" in message
+    assert "is Python 3.9, expected 3.11 to 3.14: run `" in message
 
 
 def test_other_errors_of_an_import_keep_their_traceback() -> None:
