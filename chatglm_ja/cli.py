@@ -28,7 +28,7 @@ os.environ.setdefault("DATASETS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-QUIET_LIBRARIES = ("accelerate", "deepspeed", "torch")
+QUIET_LIBRARIES = ("accelerate", "deepspeed", "torch", "torch.utils._pytree", "torchao")
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -5,7 +5,6 @@ float32 scale, and each has a code for a number between -1 and 1. The implementa
 It compiles one kernel for each shape, so that moments in float32 never exist in memory.
 """
 
-import logging
 import warnings
 from typing import Any
 
@@ -32,8 +31,7 @@ def make_optimizer(config: TrainingConfig, model: Any) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=BETAS, fused=True)
-    # It warns of its kernels for other GPUs, which are not used here, and of a missing hash.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # Its state lacks a hash, which only the cache of compiled kernels would use.
     warnings.filterwarnings("ignore", "OptimState8bit does not implement")
     from torchao.optim import AdamW8bit
 
