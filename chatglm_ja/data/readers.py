@@ -1,7 +1,8 @@
 """Reading a source's records in chunks that can be parsed independently; bad ones are not lost.
 
 A source is cut into chunks of about `chunk_bytes`. Where the cuts fall depends on the data alone,
-so that any number of processes sees the same chunks. A chunk is small to send to a process, and
+so that any number of processes sees the same chunks. A chunk is small to send to a process: of an
+uncompressed text file it is a place in the file, which was read only to find and count its lines.
 `read_records` parses it into records, each with its number (a line of a text file, a row of a
 table) and either its columns or the reason why it is rejected:
 
@@ -30,7 +31,8 @@ import pyarrow.parquet
 
 from chatglm_ja.data import hub
 from chatglm_ja.data.file_start import check_start
-from chatglm_ja.source_files import COMPRESSIONS, file_compression, file_format
+from chatglm_ja.errors import DataError
+from chatglm_ja.source_files import COMPRESSIONS, UNCOMPRESSED, file_compression, file_format
 from chatglm_ja.sources import TEXT_FILE_FORMATS, Source
 
 Record = dict[str, Any]
@@ -64,16 +66,37 @@ class Reject:
 
 
 @dataclass(frozen=True)
+class FileRange:
+    """A part of an uncompressed file, in bytes; the process that parses it reads it."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """Return the part; raises DataError if the file has become shorter."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.length)
+        if len(content) != self.length:
+            raise DataError(
+                f"{self.path} became shorter while it was read: expected {self.length:,} bytes at "
+                f"{self.offset:,}, found {len(content):,}; re-run the command when it is complete"
+            )
+        return content
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Consecutive records of one file or data set; `first` is the number of the first, from 1.
 
-    The payload is whole lines as bytes, rows as an Arrow stream, the path of a .json file, or a
-    Reject in place of what could not be read.
+    The payload is whole lines, as bytes or where they are in their file; rows as an Arrow stream;
+    the path of a .json file; or a Reject in place of what could not be read.
     """
 
     file: str
     first: int
-    payload: bytes | pyarrow.Buffer | Path | Reject
+    payload: bytes | FileRange | pyarrow.Buffer | Path | Reject
 
 
 def read_chunks(source: Source, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
@@ -178,6 +201,8 @@ def _damaged(kind: str, detail: str, error: Exception) -> Reject:
 def _parse_chunk(chunk: Chunk, form: str) -> Iterator[tuple[int, Record | Reject]]:
     """Parse a chunk into numbered records; `form` is the source's format."""
     payload = chunk.payload
+    if isinstance(payload, FileRange):
+        payload = payload.read()
     if isinstance(payload, Reject):
         yield chunk.first, payload
     elif isinstance(payload, bytes):
@@ -240,12 +265,22 @@ def _find_ends(data: bytes, form: str) -> tuple[int, int]:
 def _cut_text(path: Path, chunk_bytes: int, form: str) -> Iterator[Chunk]:
     """Cut a .jsonl or .txt file into chunks of whole lines, or whole texts of the format `form`."""
     chunk = partial(Chunk, str(path))
+    is_compressed = file_compression(path) is not UNCOMPRESSED
     rest, number, skipping, is_start = b"", 1, False, True
+    bytes_read = 0
+
+    def cut_off(length: int) -> bytes | FileRange:
+        """Return the first bytes of `rest`, which ends where reading has come to."""
+        if is_compressed:
+            return rest[:length]
+        return FileRange(path, bytes_read - len(rest), length)
+
     for block in _read_blocks(path, chunk_bytes):
         if isinstance(block, Reject):
             # The incomplete line before the damage is lost with what follows it.
             yield chunk(number, block)
             return
+        bytes_read += len(block)
         if is_start:
             block, is_start = block.removeprefix(codecs.BOM_UTF8), False
         if skipping:
@@ -257,9 +292,9 @@ def _cut_text(path: Path, chunk_bytes: int, form: str) -> Iterator[Chunk]:
         rest += block
         _, cut = _find_ends(rest, form)
         if cut:
-            lines, rest = rest[:cut], rest[cut:]
-            yield chunk(number, lines)
-            number += lines.count(b"\n")
+            yield chunk(number, cut_off(cut))
+            number += rest.count(b"\n", 0, cut)
+            rest = rest[cut:]
         if len(rest) > MAX_RECORD_BYTES:
             size = f"longer than {MAX_RECORD_BYTES:,} bytes, expected one record a line"
             if form != "lines":
@@ -268,7 +303,7 @@ def _cut_text(path: Path, chunk_bytes: int, form: str) -> Iterator[Chunk]:
             number += rest.count(b"\n")
             rest, skipping = b"", True
     if rest:
-        yield chunk(number, rest)
+        yield chunk(number, cut_off(len(rest)))
 
 
 def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:

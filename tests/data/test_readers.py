@@ -19,7 +19,7 @@ import pytest
 
 from chatglm_ja.data import readers
 from chatglm_ja.data.file_start import ENCODINGS
-from chatglm_ja.data.readers import Reject
+from chatglm_ja.data.readers import FileRange, Reject
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.source_files import COMPRESSIONS, ZSTD
@@ -198,6 +198,38 @@ def test_chunks_cut_no_record(tmp_path: Path, chunk_bytes: int, suffix: str) -> 
     assert read(source, chunk_bytes) == [(i, {"text": t}) for i, t in enumerate(lines, 1)]
 
 
+@pytest.mark.parametrize("form", ["lines", "paragraphs", "document"])
+def test_chunks_of_an_uncompressed_file_are_the_places_of_a_compressed_ones_bytes(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 300)
+    content = "\ufeff".encode() + NOVEL.encode() * 3 + b"x" * 999 + b"\n\n" + NOVEL.encode()
+    paths = [tmp_path / "a.txt", tmp_path / "a.txt.gz"]
+    paths[0].write_bytes(content)
+    paths[1].write_bytes(gzip.compress(content))
+    for chunk_bytes in (3, 50, 10_000):
+        plain, packed = (
+            list(readers.read_chunks(Source("ja", str(path), format=form), chunk_bytes))  # type: ignore[arg-type]
+            for path in paths
+        )
+        assert [chunk.first for chunk in plain] == [chunk.first for chunk in packed]
+        read_back = [
+            chunk.payload.read() if isinstance(chunk.payload, FileRange) else chunk.payload
+            for chunk in plain
+        ]
+        assert read_back == [chunk.payload for chunk in packed]
+        assert not any(isinstance(chunk.payload, bytes) for chunk in plain)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", GOOD * 3)
+    (chunk,) = readers.read_chunks(source)
+    write(tmp_path / "a.jsonl", GOOD * 2)
+    message = r"a.jsonl became shorter.*expected 42 bytes at 0, found 28; re-run"
+    with pytest.raises(DataError, match=message):
+        list(readers.read_records(chunk, source))
+
+
 def test_a_data_set_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` accepts a folder as a name, which needs no hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -285,11 +317,9 @@ def test_an_endless_line_is_skipped_and_never_held(
     monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1000)
     content = GOOD + b"x" * 50_000 + b"\n" + GOOD + b"y" * 50_000
     source = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
-    sizes = [
-        len(chunk.payload)
-        for chunk in readers.read_chunks(source, 100)
-        if isinstance(chunk.payload, bytes)
-    ]
+    payloads = [chunk.payload for chunk in readers.read_chunks(source, 100)]
+    whole = [part for part in payloads if not isinstance(part, Reject)]
+    sizes = [part.length if isinstance(part, FileRange) else len(part) for part in whole]  # type: ignore[arg-type]
     assert max(sizes) < 300
     records = read(source, 100)
     assert [number for number, _ in records] == [1, 2, 3, 4]
