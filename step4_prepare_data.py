@@ -5,6 +5,7 @@ Writes  <artifacts>/step4_data/  pretrain_*.arrow, sft_*.arrow, data_report.html
 Run     python step4_prepare_data.py
         python step4_prepare_data.py --sft-examples 0      texts only
         python step4_prepare_data.py --total-tokens 0      conversations only
+        RAY_ADDRESS=HOST:PORT python step4_prepare_data.py  on a Ray cluster (docs/scaling.md)
 
 If a run is killed, re-run the command to resume; the output is byte-identical.
 """
@@ -12,6 +13,7 @@ If a run is killed, re-run the command to resume; the output is byte-identical.
 from chatglm_ja.cli import run  # first: it makes Ctrl-C during the other imports quiet
 
 # isort: split
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -38,9 +40,12 @@ def main() -> None:
     if not output.prepare():
         return
 
-    from chatglm_ja.data import hub, prepare_conversations, prepare_texts, resume
+    from chatglm_ja.data import cluster, hub, prepare_conversations, prepare_texts, resume
     from chatglm_ja.reports import data_report
 
+    if cluster.is_named():
+        cpus = cluster.connect(config.output_dir.parent)
+        config = dataclasses.replace(config, num_processes=cpus)
     for source in (*config.sft_sources, *config.sources):
         if not source.is_local():  # fail on a wrong name now, not after hours
             hub.download(source)

@@ -46,7 +46,9 @@ _ENTRIES = struct.Struct(f"<{NUM_HASHES}I")
 CHARACTERS_AT_ONCE = DOCUMENTS_AT_ONCE = PAIRS_AT_ONCE = 2**16
 # A process takes as long to start as to search this many documents.
 DOCUMENTS_PER_PROCESS = 500_000
-# More would need more memory than the index of the documents.
+# Memory of a process, for each document. Of one machine's processes, more than four would need more
+# than the index of the documents.
+BYTES_PER_DOCUMENT = 20
 MAX_PROCESSES = 4
 
 # By code point: what is compared of a character, see `_fold_alone`.
@@ -199,8 +201,8 @@ def find_near_duplicates(
 
     `threshold` is the share of equal entries in the signatures of two documents. Among documents
     with an equal band, each is compared with its predecessor and with the first. `scratch` is a
-    file for the pairs to compare, removed at the end. Each of at most MAX_PROCESSES processes takes
-    about 20 bytes of memory per document. Raises DataError for more than MAX_DOCUMENTS documents.
+    file for the pairs to compare, removed at the end. There are at most MAX_PROCESSES processes, or
+    on a cluster as many as its memory holds. Raises DataError for more than MAX_DOCUMENTS.
     """
     count = int(files.chosen_documents().sum())
     if count > MAX_DOCUMENTS:
@@ -209,11 +211,12 @@ def find_near_duplicates(
             f"{count:,}: pass --near-duplicates 0, or fewer sources"
         )
     processes = min(processes, MAX_PROCESSES, 1 + count // DOCUMENTS_PER_PROCESS)
+    task_bytes = BYTES_PER_DOCUMENT * count
     pairs = np.zeros(0, dtype=np.uint64)
     new_pairs: list[np.ndarray] = []
     with tqdm(total=2 * BANDS, desc="near-duplicates", unit=" bands") as bar:
         find = functools.partial(_find_candidates, files, count)
-        for found in parallel.map_in_order(find, range(BANDS), processes):
+        for found in parallel.map_in_order(find, range(BANDS), processes, task_bytes):
             new_pairs.append(found)
             # Many bands give the same pairs: merge whenever the number of pairs has doubled.
             if sum(map(len, new_pairs)) > len(pairs):
@@ -225,7 +228,7 @@ def find_near_duplicates(
         pairs.tofile(scratch)
         equal = np.zeros(len(pairs), dtype=np.uint8)
         compare = functools.partial(_count_equal, files, count, scratch)
-        for counts in parallel.map_in_order(compare, range(BANDS), processes):
+        for counts in parallel.map_in_order(compare, range(BANDS), processes, task_bytes):
             equal += counts
             bar.update()
     scratch.unlink()

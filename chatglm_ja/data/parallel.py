@@ -2,6 +2,7 @@
 
 Processes are spawned, not forked, so they hold none of the parent's memory. They end with the
 parent, however it ends. With one process the work runs in the caller's own, where a debugger works.
+If RAY_ADDRESS names a Ray cluster, its machines are the pool (cluster.py).
 """
 
 import multiprocessing
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from chatglm_ja.data import cluster
 from chatglm_ja.errors import DataError
 
 Item = TypeVar("Item")
@@ -21,14 +23,19 @@ Result = TypeVar("Result")
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], processes: int
+    function: Callable[[Item], Result], items: Iterable[Item], processes: int, task_bytes: int = 0
 ) -> Iterator[Result]:
     """Yield `function(item)` for each item; the function, items and results are pickled.
 
-    Items are drawn as needed, at most two per process. Raises DataError if a process is killed.
+    Items are drawn as needed, at most two per process. Raises DataError if a process is killed. On
+    a cluster there is a process for each of its CPUs, or fewer, where `task_bytes` for each task
+    would be more memory than a machine has.
     """
     if processes == 1:
         yield from map(function, items)
+        return
+    if cluster.is_named():
+        yield from cluster.map_in_order(function, items, task_bytes)
         return
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent

@@ -101,7 +101,10 @@ class PrepareDataConfig(ReadingConfig):
     )
     seed: int = setting("seed for sampling and ordering texts and conversations", 0, low=0)
     num_processes: int = setting(
-        "processes that read and tokenize", CORES, low=1, affects_result=False
+        "processes that read and tokenize; of a Ray cluster (RAY_ADDRESS), all CPUs do",
+        CORES,
+        low=1,
+        affects_result=False,
     )
 
     def __post_init__(self) -> None:

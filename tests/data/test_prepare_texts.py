@@ -227,27 +227,35 @@ def test_the_plan_names_the_documents_of_the_blocks(tmp_path: Path, merged_dir: 
     assert np.concatenate(parts).tolist() == list(itertools.chain(*rows["input_ids"]))
 
 
-def test_processes_and_interruptions_change_no_byte(
-    tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make many chunks, shards and near-duplicate searches of little text."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 20_000)
     monkeypatch.setattr(readers.read_chunks, "__defaults__", (20_000,))
     monkeypatch.setattr(dataset, "SHARD_TOKENS", 3000)
     monkeypatch.setattr(near_duplicates, "DOCUMENTS_PER_PROCESS", 1)
-    sources = flawed(tmp_path)
-    settings: dict[str, Any] = {
-        "shares": ("ja=76", "zh=12", "en=12"), "total_tokens": 20_000, "validation_tokens": 1500,
-        "block_size": 64, "near_duplicates": 0.8, "check_language": True,
-    }  # fmt: skip
+
+
+def make_files(root: Path, name: str, tokenizer: Path, **changes: Any) -> dict[str, bytes]:
+    """Prepare flawed sources in a folder below `root`; return its files."""
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    config = prepare_config(
+        tokenizer, flawed(root), shares=("ja=76", "zh=12", "en=12"), total_tokens=20_000,
+        validation_tokens=1500, block_size=64, near_duplicates=0.8, check_language=True, **changes,
+    )  # fmt: skip
+    index = prepare_texts.prepare(config, source_folders(folder / "texts", config.sources))
+    RejectsFile(folder / "rejects.jsonl", root / "report", 0.05).check(index)
+    prepare_texts.write(index, config, parse_shares(config.shares), folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_processes_and_interruptions_change_no_byte(
+    tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_parts(monkeypatch)
 
     def make(name: str, **changes: Any) -> dict[str, bytes]:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        config = prepare_config(merged_dir, sources, **settings | changes)
-        index = prepare_texts.prepare(config, source_folders(folder / "texts", sources))
-        RejectsFile(folder / "rejects.jsonl", tmp_path / "report", 0.05).check(index)
-        prepare_texts.write(index, config, parse_shares(config.shares), folder)
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        return make_files(tmp_path, name, merged_dir, **changes)
 
     undisturbed = make("one")
     assert len([name for name in undisturbed if name.startswith("pretrain_train")]) == 7
