@@ -94,6 +94,11 @@ BENCHMARKS = (
         may_use=("llamafactory",),
     ),
     Benchmark(
+        "Step 4 on a Ray cluster",
+        "cluster.py",
+        "--tokenizer={tokenizer} --sources {sources}",
+    ),
+    Benchmark(
         "Continued pretraining beside LLaMA-Factory",
         "training.py",
         "--base-model={base_model} --ja-tokenizer={ja_tokenizer} --llamafactory={llamafactory} "

@@ -317,6 +317,9 @@ def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
         try:
             # read1 returns what is decompressed already; read would lose it if damage follows.
             while part := file.read1(size - len(block)):  # type: ignore[attr-defined]
+                if len(part) == size:  # of an uncompressed file, and need not be copied
+                    yield part
+                    continue
                 block += part
                 if len(block) == size:
                     yield bytes(block)

@@ -14,53 +14,39 @@ import pytest
 from chatglm_ja.data import cluster, parallel, prepare_texts
 from chatglm_ja.errors import ConfigError, DataError
 from tests.data import cluster_tasks
-from tests.data.test_prepare_texts import make_files, small_parts
+from tests.data.test_prepare_texts import flawed, make_files, small_parts
 from tests.pipeline import free_port
 
 
-@pytest.fixture
-def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster of two machines, named by RAY_ADDRESS; the second can be removed."""
+@pytest.fixture(scope="module")
+def raylets() -> Iterator[Any]:
+    """A cluster of two machines; the second may be removed."""
     pytest.importorskip("ray", reason="needs requirements-extras.txt")
-    import ray
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 would make a busy machine slow
-    size = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
-    machines = Cluster(initialize_head=True, head_node_args=size)
-    try:
-        machines.second = machines.add_node(num_cpus=1, object_store_memory=10**8)
-        machines.wait_for_nodes()
-        monkeypatch.setenv("RAY_ADDRESS", machines.address)
-        yield machines
-    finally:
-        ray.shutdown()
-        machines.shutdown()
+    size = {"num_cpus": 1, "object_store_memory": 10**8}
+    # A lost machine is missed after 3 s instead of 15.
+    head = {"include_dashboard": False, "_system_config": {"health_check_period_ms": 500}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 would make a busy machine slow
+        raylets = Cluster(initialize_head=True, head_node_args=size | head)
+        try:
+            raylets.second = raylets.add_node(**size)
+            raylets.wait_for_nodes()
+            yield raylets
+        finally:
+            raylets.shutdown()
 
 
-def test_a_lost_machine_changes_no_byte(
-    machines: Any, tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small_parts(monkeypatch)
-    with monkeypatch.context() as patch:
-        patch.delenv("RAY_ADDRESS")
-        expected = make_files(tmp_path, "one", merged_dir)
-    assert cluster.connect(tmp_path) == 2
-    marker, doomed = tmp_path / "marker", machines.second.node_id
-    hang = functools.partial(cluster_tasks.tokenize_or_hang, marker, doomed)
-    monkeypatch.setattr(prepare_texts, "tokenize_texts", hang)
+@pytest.fixture
+def machines(raylets: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The cluster, named by RAY_ADDRESS."""
+    import ray
 
-    def remove() -> None:
-        while not marker.exists():
-            time.sleep(0.05)
-        machines.remove_node(machines.second, allow_graceful=False)
-
-    thread = threading.Thread(target=remove, daemon=True)
-    thread.start()
-    assert make_files(tmp_path, "lost", merged_dir, num_processes=2) == expected
-    thread.join(timeout=10)
-    assert marker.exists() and not thread.is_alive()
+    monkeypatch.setenv("RAY_ADDRESS", raylets.address)
+    yield raylets
+    ray.shutdown()
 
 
 def test_tasks_run_in_the_callers_folder_and_their_errors_reach_it(
@@ -75,6 +61,31 @@ def test_tasks_run_in_the_callers_folder_and_their_errors_reach_it(
     monkeypatch.setattr(cluster, "MAX_RETRIES", 0)
     with pytest.raises(DataError, match=r"lost the machine or the process of a task in 1 attempts"):
         list(parallel.map_in_order(cluster_tasks.die, range(2), 2))
+
+
+def test_a_lost_machine_changes_no_byte(
+    machines: Any, tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_parts(monkeypatch)
+    sources = flawed(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.delenv("RAY_ADDRESS")
+        expected = make_files(tmp_path / "one", merged_dir, sources)
+    assert cluster.connect(tmp_path) == 2
+    marker, doomed = tmp_path / "marker", machines.second.node_id
+    hang = functools.partial(cluster_tasks.tokenize_or_hang, marker, doomed)
+    monkeypatch.setattr(prepare_texts, "tokenize_texts", hang)
+
+    def remove() -> None:
+        while not marker.exists():
+            time.sleep(0.05)
+        machines.remove_node(machines.second, allow_graceful=False)
+
+    thread = threading.Thread(target=remove, daemon=True)
+    thread.start()
+    assert make_files(tmp_path / "lost", merged_dir, sources, num_processes=2) == expected
+    thread.join(timeout=10)
+    assert marker.exists() and not thread.is_alive()
 
 
 def test_a_machine_without_the_disk_or_the_packages_is_named(

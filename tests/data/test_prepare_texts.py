@@ -235,16 +235,17 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "DOCUMENTS_PER_PROCESS", 1)
 
 
-def make_files(root: Path, name: str, tokenizer: Path, **changes: Any) -> dict[str, bytes]:
-    """Prepare flawed sources in a folder below `root`; return its files."""
-    folder = root / name
+def make_files(
+    folder: Path, tokenizer: Path, sources: list[Source], **changes: Any
+) -> dict[str, bytes]:
+    """Prepare sources of three languages in a folder; return its files."""
     folder.mkdir(exist_ok=True)
     config = prepare_config(
-        tokenizer, flawed(root), shares=("ja=76", "zh=12", "en=12"), total_tokens=20_000,
+        tokenizer, sources, shares=("ja=76", "zh=12", "en=12"), total_tokens=20_000,
         validation_tokens=1500, block_size=64, near_duplicates=0.8, check_language=True, **changes,
     )  # fmt: skip
     index = prepare_texts.prepare(config, source_folders(folder / "texts", config.sources))
-    RejectsFile(folder / "rejects.jsonl", root / "report", 0.05).check(index)
+    RejectsFile(folder / "rejects.jsonl", folder.parent / "report", 0.05).check(index)
     prepare_texts.write(index, config, parse_shares(config.shares), folder)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -253,9 +254,10 @@ def test_processes_and_interruptions_change_no_byte(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_parts(monkeypatch)
+    sources = flawed(tmp_path)
 
     def make(name: str, **changes: Any) -> dict[str, bytes]:
-        return make_files(tmp_path, name, merged_dir, **changes)
+        return make_files(tmp_path / name, merged_dir, sources, **changes)
 
     undisturbed = make("one")
     assert len([name for name in undisturbed if name.startswith("pretrain_train")]) == 7
