@@ -1,13 +1,13 @@
 """The process pool on a Ray cluster: step 4 on several machines.
 
 RAY_ADDRESS names the cluster, as for every program that uses Ray: HOST:PORT, or auto for the one
-that this machine belongs to. Its machines see one disk under the same paths, on which the project's
-folder lies, too, and have the packages of requirements.txt. They read their parts of the sources
-and write the results themselves, so hardly more than paths and counts goes through Ray.
+that this machine belongs to. Its machines have the packages of requirements.txt, and see one disk
+under the same paths, with the project on it. They write their results there, and read their parts
+of uncompressed files; what goes through Ray is paths, counts, and the text of other files.
 
 A task on a machine that is lost runs again on another one, and writes the same bytes. Ray unpickles
-a task's arguments before the task can set anything, so they are pickled here once more: until a
-machine works in the same folder and finds the project's code, they would name unknown modules.
+a task's arguments before the task runs, when its process may not find the project's modules yet. So
+they are pickled here, and unpickled in the task, after it has entered the caller's folder.
 """
 
 import importlib.util
@@ -140,7 +140,7 @@ def map_in_order(
             ray.cancel(task)
 
 
-# Functions inside of functions are pickled as code, not as names in a module of the project, which
+# Ray pickles functions inside of functions as code. Others it pickles as names in their module, which
 # a machine may not find.
 
 
