@@ -132,7 +132,7 @@ def map_in_order(
         raise error.cause from error  # without the lines of Ray's own
     except ray.exceptions.RayError as error:
         raise DataError(
-            f"the Ray cluster lost the machine or the process of a task in {MAX_RETRIES + 1} attempts, "
+            f"the Ray cluster lost a task's machine or process in {MAX_RETRIES + 1} attempts, "
             f"probably for lack of memory ({error}): run `ray start` with a lower --num-cpus"
         ) from error
     finally:
@@ -140,8 +140,8 @@ def map_in_order(
             ray.cancel(task)
 
 
-# Ray pickles functions inside of functions as code. Others it pickles as names in their module, which
-# a machine may not find.
+# Ray pickles functions inside of functions as code. Of others it pickles the module's name, and a
+# machine may not find the module.
 
 
 def _runner() -> Callable[[bytes, bytes], Any]:

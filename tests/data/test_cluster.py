@@ -59,7 +59,7 @@ def test_tasks_run_in_the_callers_folder_and_their_errors_reach_it(
     with pytest.raises(DataError, match=r"^bad item$"):
         list(parallel.map_in_order(cluster_tasks.describe, ["a.txt", "bad", "a.txt"], 2))
     monkeypatch.setattr(cluster, "MAX_RETRIES", 0)
-    with pytest.raises(DataError, match=r"lost the machine or the process of a task in 1 attempts"):
+    with pytest.raises(DataError, match=r"lost a task's machine or process in 1 attempts"):
         list(parallel.map_in_order(cluster_tasks.die, range(2), 2))
 
 
