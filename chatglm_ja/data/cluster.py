@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from chatglm_ja.errors import ConfigError, DataError
+from chatglm_ja.storage.disk import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,12 @@ def map_in_order(
     a time as its memory holds.
     """
     ray = _connect()
+    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    if task_bytes > most:  # Ray would wait for a larger machine
+        raise DataError(
+            f"the largest machine of the Ray cluster has {format_bytes(most)} for tasks, but one "
+            f"needs {format_bytes(task_bytes)}: pass --near-duplicates 0, or add a machine"
+        )
     run = ray.remote(_runner()).options(
         num_cpus=1, max_retries=MAX_RETRIES, memory=task_bytes or None
     )

@@ -24,13 +24,13 @@ def raylets() -> Iterator[Any]:
     pytest.importorskip("ray", reason="needs requirements-extras.txt")
     from ray.cluster_utils import Cluster
 
-    size = {"num_cpus": 1, "object_store_memory": 10**8}
+    size: Any = {"num_cpus": 1, "object_store_memory": 10**8}
     # A lost machine is missed after 3 s instead of 15.
-    head = {"include_dashboard": False, "_system_config": {"health_check_period_ms": 500}}
+    head: Any = {"include_dashboard": False, "_system_config": {"health_check_period_ms": 500}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # 15 would make a busy machine slow
-        raylets = Cluster(initialize_head=True, head_node_args=size | head)
+        raylets: Any = Cluster(initialize_head=True, head_node_args=size | head)
         try:
             raylets.second = raylets.add_node(**size)
             raylets.wait_for_nodes()
@@ -58,6 +58,8 @@ def test_tasks_run_in_the_callers_folder_and_their_errors_reach_it(
     assert {pair[:2] for pair in found} == {("A", str(tmp_path))}
     with pytest.raises(DataError, match=r"^bad item$"):
         list(parallel.map_in_order(cluster_tasks.describe, ["a.txt", "bad", "a.txt"], 2))
+    with pytest.raises(DataError, match=r"largest machine .* needs 1000000.0 TB"):
+        list(parallel.map_in_order(cluster_tasks.describe, ["a.txt"], 2, 10**18))
     monkeypatch.setattr(cluster, "MAX_RETRIES", 0)
     with pytest.raises(DataError, match=r"lost a task's machine or process in 1 attempts"):
         list(parallel.map_in_order(cluster_tasks.die, range(2), 2))
