@@ -5,6 +5,7 @@
 # make faults   kills, full disks, damaged files, lost processes; rewrites docs/reliability.md
 # make audit    known vulnerabilities of the pinned packages; needs the network
 # make extras   the optional packages too: chat page, lm-evaluation-harness, serving
+# make lock     choose the versions of all packages that the pinned ones need; needs uv
 # make clean    remove the results of the demo and of SmolLM2, keep the environment
 
 SHELL := bash
@@ -17,14 +18,15 @@ PYTHON3 ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11;
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: demo smollm2 test check faults audit extras clean
+.PHONY: demo smollm2 test check faults audit extras lock clean
 
 # uv is several times as fast as pip.
 UV := $(shell command -v uv)
 
 # Install a requirements file; print the downloads and, on failure, the last lines of the log.
 define install
-	@if [ -n "$(UV)" ]; then $(UV) pip install -q --python $(PYTHON) -r $(1); else $(VENV)/bin/pip install -r $(1) 2>$(VENV)/install.log \
+	@if [ -n "$(UV)" ]; then $(UV) pip install -q --python $(PYTHON) -r $(1) -c requirements.lock; \
+	else $(VENV)/bin/pip install -r $(1) -c requirements.lock 2>$(VENV)/install.log \
 	| sed -un 's/^ *Downloading \([^ ]*\).* (\(.*\))$$/  \1 (\2)/p' \
 	|| { tail -5 $(VENV)/install.log >&2; exit 1; }; fi
 	@touch $@
@@ -72,10 +74,16 @@ audit: $(VENV)/ready
 
 extras: $(VENV)/extras
 
+# Hashes would name one of the several builds of a version of torch.
+lock:
+	$(UV) pip compile -q --upgrade --universal --python-version 3.11 --no-annotate --no-emit-index-url \
+	--custom-compile-command "make lock" requirements.txt requirements-extras.txt \
+	requirements-dev.txt -o requirements.lock
+
 clean:
 	rm -rf artifacts/demo artifacts/smollm2
 
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt requirements.lock
 	@test -n "$(PYTHON3)" || { echo "error: no Python from 3.11 to 3.14 found: install one, or pass PYTHON3=/path/to/python" >&2; exit 1; }
 	@echo "setting up $(VENV): a minute, or as long as the downloads below take"
 	@rm -rf $(VENV) && $(PYTHON3) -m venv $(VENV)
