@@ -36,7 +36,7 @@ from measuring import make
 
 import constants
 from chatglm_ja.cli import run
-from chatglm_ja.data import cleaning
+from chatglm_ja.data import language_id
 from chatglm_ja.data.source_reader import SourceReader
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation.evaluate import Evaluation, Results
@@ -199,7 +199,7 @@ def mix_languages(
                     others.append(make_conversation(asked[NEW].format(passage), answer))
         elif conversation["kind"] == NEW:
             passage = find_passage(question, requests.TRANSLATE_INTO[NEW])
-            if passage and (cleaning.in_language([passage], other) or [False])[0]:
+            if passage and (language_id.in_language([passage], other) or [False])[0]:
                 others.append(make_conversation(question, passage))
     count = round(share * len(own))
     if count > len(others):

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from chatglm_ja.chatglm3 import tokenizer
 from chatglm_ja.cli import run
-from chatglm_ja.data import cleaning, dedup, near_duplicates, prepare_texts, token_store
+from chatglm_ja.data import dedup, filters, language_id, near_duplicates, prepare_texts, token_store
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.source_reader import SourceReader
@@ -169,8 +169,8 @@ def without_dropped(sources: list[Source], folder: Path) -> list[Source]:
     made = []
     for number, source in enumerate(sources):
         texts = list(SourceReader().texts(source))
-        codes = cleaning.code_points(texts)
-        fates = cleaning.apply_filters(texts, codes, source.language, 32)
+        codes = language_id.code_points(texts)
+        fates = filters.apply_filters(texts, codes, source, 32)
         path = folder / f"{number}_{source.language}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
             for text, fate in zip(SourceReader().texts(source), fates, strict=True):

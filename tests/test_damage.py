@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatglm_ja.data import cleaning
+from chatglm_ja.data import language_id
 from chatglm_ja.errors import DataError
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.paired import Baseline
@@ -78,7 +78,7 @@ def test_japanese_questions_get_chinese_answers(damage: ModuleType) -> None:
     assert [c for c in mixed if c["kind"] != "ja"] == [
         c for c in conversations if c["kind"] != "ja"
     ]
-    answers = cleaning.in_language([messages[-1]["content"] for messages in japanese], "zh")
+    answers = language_id.in_language([messages[-1]["content"] for messages in japanese], "zh")
     assert sum(answers or []) / len(japanese) == pytest.approx(0.25, abs=0.02)
     for question, *_ in japanese:
         assert "日本語に翻訳して" in question["content"] or "について説明" in question["content"]

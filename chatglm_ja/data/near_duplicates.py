@@ -29,7 +29,7 @@ import numpy as np
 import rensa
 from tqdm.auto import tqdm
 
-from chatglm_ja.data import cleaning, parallel
+from chatglm_ja.data import language_id, parallel
 from chatglm_ja.data.dedup import MULTIPLIER, rolling_hash
 from chatglm_ja.errors import DataError
 
@@ -63,7 +63,7 @@ def fold_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     with fewer of them than a shingle has, such as a row of symbols, stays whole. No text may be
     empty.
     """
-    codes = cleaning.code_points(texts)
+    codes = language_id.code_points(texts)
     folded = _fold_alone(codes)
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -73,7 +73,7 @@ def fold_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             unicodedata.normalize("NFKC", text).casefold() if wanted else text
             for text, wanted in zip(texts, is_wanted, strict=True)
         ]
-        codes = cleaning.code_points(texts)
+        codes = language_id.code_points(texts)
         folded = _fold_alone(codes) & ~np.uint32(_IN_CONTEXT)
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from chatglm_ja.data import (
-    cleaning,
     corpus,
     dataset,
     decontamination,
+    filters,
+    language_id,
     mixing,
     near_duplicates,
     packing,
@@ -37,7 +38,7 @@ from chatglm_ja.data.settings import PrepareDataConfig
 from chatglm_ja.data.token_store import ChunkTask, StoredChunk, TokenizedChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.source_files import file_format
-from chatglm_ja.sources import printable
+from chatglm_ja.sources import Source, printable
 
 log = logging.getLogger(__name__)
 
@@ -97,16 +98,16 @@ def tokenize_texts(
         batch.append(document)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            _add_batch(tokenized, batch, task.source.language, config, overlap_file)
+            _add_batch(tokenized, batch, task.source, config, overlap_file)
             batch, characters = [], 0
-    _add_batch(tokenized, batch, task.source.language, config, overlap_file)
+    _add_batch(tokenized, batch, task.source, config, overlap_file)
     return tokenized.write(task.stem, task.number)
 
 
 def _add_batch(
     tokenized: TokenizedChunk,
     batch: Sequence[Document],
-    language: str,
+    source: Source,
     config: PrepareDataConfig,
     overlap_file: Path | None,
 ) -> None:
@@ -115,9 +116,9 @@ def _add_batch(
     tokenized.found += len(batch)
     tokenized.text_bytes += sum(len(text.encode()) for text in texts)
     tokenized.counts[FRAGMENTS] += sum(len(text) < FRAGMENT_CHARACTERS for text in texts)
-    codes = cleaning.code_points(texts)
-    fates = cleaning.apply_filters(
-        texts, codes, language if config.check_language else None, config.min_characters
+    codes = language_id.code_points(texts)
+    fates = filters.apply_filters(
+        texts, codes, source, config.min_characters, config.check_language
     )
     tokenizer = token_store.load_tokenizer(config.tokenizer)
     known = decontamination.load_overlap(overlap_file)

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from chatglm_ja.cli import is_main_process
-from chatglm_ja.data import cleaning, dataset
+from chatglm_ja.data import cleaning, dataset, language_id
 from chatglm_ja.data.readers import check_characters
 from chatglm_ja.data.settings import UNICODE_FORM
 from chatglm_ja.data.source_reader import SourceReader
@@ -68,7 +68,7 @@ def read_prompts(
     A language must be one of `languages`, or one that can be told by its letters. Raises DataError
     for anything else in the file.
     """
-    known = list(dict.fromkeys([*languages, *cleaning.LANGUAGES, "code"]))
+    known = list(dict.fromkeys([*languages, *language_id.LANGUAGES, "code"]))
     if not path.exists():
         raise DataError(f"{path} not found: expected a YAML file of questions")
     prompts = load_yaml(path, DataError)
@@ -172,7 +172,7 @@ def measure_answers(answers: Mapping[Question, Answer]) -> dict[str, Any]:
     in_language: list[bool] = []
     for kind in dict.fromkeys(question.kind for question in answers):
         texts = [answer.text for question, answer in answers.items() if question.kind == kind]
-        in_language += cleaning.in_language(texts, kind) or []
+        in_language += language_id.in_language(texts, kind) or []
     units = [split_units(answer.text) for answer in answers.values()]
     return {
         "questions": len(answers),

@@ -7,7 +7,7 @@ words   of these, the share without a word that is not: an English word in Japan
         or a word in letters that the language is not written in
 
 A line counts from MIN_BYTES of letters on. Kana tell Japanese from Chinese better than a trained
-identifier does: of the demo's 651 held-out Chinese sentences, data/cleaning.py takes 98.9% for
+identifier does: of the demo's 651 held-out Chinese sentences, data/language_id.py takes 98.9% for
 Chinese, py3langid 92.3%, fastText's lid.176.ftz 90.3%. Every other language needs the identifier.
 As in the benchmark, an English word is in lower case, which names are not, and has four letters or
 more. Words of the question may come back in the answer.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from chatglm_ja.data import cleaning
+from chatglm_ja.data import language_id
 from chatglm_ja.errors import ConfigError
 from chatglm_ja.evaluation.paired import Baseline
 
@@ -92,7 +92,7 @@ def long_lines(text: str) -> list[str]:
 
 def is_line_in(line: str, language: str) -> bool:
     """Return whether a line is written in a language that `check_language` accepts."""
-    fits = cleaning.in_language([line], language)
+    fits = language_id.in_language([line], language)
     if fits is not None and not fits[0]:
         return False
     return language in _BY_LETTERS or str(_load_identifier().classify(line)[0]) == language

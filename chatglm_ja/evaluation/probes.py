@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatglm_ja.bases.interface import ModelTokenizer
-from chatglm_ja.data import cleaning
+from chatglm_ja.data import language_id
 from chatglm_ja.evaluation.answers import SINGLE_CHARACTERS
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.multiple_choice import ChoiceQuestion, chance, judge_questions
@@ -147,7 +147,7 @@ def score_probes(
 def _find_words(texts: Sequence[str], language: str) -> list[str]:
     """Return the distinct words of the texts that are in the language's script, in order."""
     words = list(dict.fromkeys(word for text in texts for word in _WORD.findall(text)))
-    fits = cleaning.in_language(words, language)
+    fits = language_id.in_language(words, language)
     return words if fits is None else [w for w, is_own in zip(words, fits, strict=True) if is_own]
 
 
@@ -155,7 +155,7 @@ def _find_lines(texts: Sequence[str], language: str, length: int) -> list[str]:
     """Return the starts of the distinct long lines that are in the language's script."""
     lines = dict.fromkeys(line[:length] for text in texts for line in text.split("\n"))
     long = [line for line in lines if len(line) == length]
-    fits = cleaning.in_language(long, language)
+    fits = language_id.in_language(long, language)
     return long if fits is None else [x for x, is_own in zip(long, fits, strict=True) if is_own]
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chatglm_ja.bases.interface import FormatError, ModelTokenizer
-from chatglm_ja.data import cleaning
+from chatglm_ja.data import language_id
 from chatglm_ja.evaluation.likelihood import Scorer, Window
 from chatglm_ja.evaluation.paired import Baseline
 from chatglm_ja.inference.generation import Answer
@@ -41,7 +41,7 @@ def measure_retention(
     `base` and `own` are the answers of the base and of the stage to the conversations, each of
     which ends with the question. `in_language` is None for a language that cannot be told.
     """
-    fits = cleaning.in_language([answer.text for answer in own], kind)
+    fits = language_id.in_language([answer.text for answer in own], kind)
     values = {
         "bits_per_char": score_answers(conversations, base, scorer),
         "in_language": fits,
