@@ -65,6 +65,8 @@ class Source:
     format      what a text is. lines: a line of a .txt file, a record of another one;
                 paragraphs: of a .txt file, what stands between empty lines; document: a whole .txt
                 file; wikitext: rows are lines of articles in the WikiText corpora's markup
+    quality     web: of texts, drop pages of menus, mojibake, keywords and other junk, see
+                data/quality.py; None: do not judge them
     id_column   reject records whose value in this column occurred earlier in the file; None: do
                 not check
     """
@@ -80,6 +82,7 @@ class Source:
     where: tuple[str, str] | None = None
     weight: Annotated[float, Gt(0), Lt(1e9)] | None = None
     format: Literal["lines", "paragraphs", "document", "wikitext"] = "lines"
+    quality: Literal["web"] | None = None
     id_column: str | None = "id"
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ A cleaned text has Unicode's canonical form, no control or invisible formatting 
 kind of line break, no blanks (space, tab, ideographic space) at the ends of lines and at most one
 empty line in a row. Blanks inside a line stay: code and Japanese paragraphs are indented.
 
-To add a filter, add a member to `Fate` and a condition in filters.py or
+To add a filter, add a member to `Fate` and a condition in filters.py, quality.py or
 prepare_conversations.py. The counts, log lines, columns of data_report.html and their explanations
 follow from the enum.
 """
@@ -40,6 +40,13 @@ class Fate(Choice):
     EMPTY = "empty", "empty after cleaning"
     SHORT = "short", "of fewer characters than --min-characters"
     LANGUAGE = "language", "with less prose in their language than in others"
+    MOJIBAKE = "mojibake", "decoded in a wrong encoding (quality: web)"
+    SYMBOLS = "symbols", "of few letters (quality: web)"
+    REPEATED = "repeated", "that repeat themselves (quality: web)"
+    BOILERPLATE = "boilerplate", "of copyrights and the like (quality: web)"
+    TRUNCATED = "truncated", "of lines that end in an ellipsis (quality: web)"
+    NO_SENTENCES = "no_sentences", "of menus, keywords or tables (quality: web)"
+    UNNATURAL = "unnatural", "with few of the words that all prose has (quality: web)"
     CONTAMINATED = "contaminated", "with 13 tokens in a row of an evaluation text, too much to cut"
     # Conversations.
     NO_ANSWER = "no answer at the end", "with a last message that is not the assistant's"

@@ -13,7 +13,7 @@ import numpy as np
 
 from chatglm_ja.data import dedup, near_duplicates, token_store
 from chatglm_ja.data.cleaning import Fate
-from chatglm_ja.data.token_store import COLUMN_TYPES, StoredChunk
+from chatglm_ja.data.token_store import COLUMN_TYPES, DroppedText, StoredChunk
 from chatglm_ja.errors import DataError
 from chatglm_ja.sources import Source
 
@@ -129,6 +129,15 @@ class DocumentIndex:
             ]
             for record, reason, detail in sorted(bad, key=lambda entry: entry[0]):
                 yield chunk.source, {**origin, "line": record, "reason": reason, "detail": detail}
+
+    def dropped_texts(self) -> dict[Fate, list[DroppedText]]:
+        """Return samples of the texts that each filter dropped, of those that dropped any."""
+        dropped = [chunk.summary.dropped for chunk in self.chunks]
+        samples = {
+            fate: DroppedText.sample(text for texts in dropped for text in texts.get(fate, ()))
+            for fate in FATES
+        }
+        return {fate: texts for fate, texts in samples.items() if texts}
 
     def counts(self, number: int) -> dict[str, int]:
         """Count the records of a source by fate; "documents" are all but the unreadable ones."""

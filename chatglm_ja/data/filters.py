@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chatglm_ja.data import language_id
+from chatglm_ja.data import language_id, quality
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.sources import Source
 
@@ -23,6 +23,8 @@ def apply_filters(
     language = source.language
     # The last filter comes first, so that the earlier ones decide.
     fates = [Fate.KEPT] * len(texts)
+    if source.quality:
+        fates = quality.judge(texts, codes, language)
     if check_language and language in language_id.LANGUAGES:
         fits = language_id.fits_language(texts, codes, language)
         fates = [fate if ok else Fate.LANGUAGE for fate, ok in zip(fates, fits, strict=True)]

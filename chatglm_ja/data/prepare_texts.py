@@ -135,7 +135,10 @@ def _add_batch(
             (ids,) = tokenizer.encode_documents([rest])
         tokens = np.array([*tokenizer.document_start, *ids, tokenizer.document_end], dtype=np.int32)
         tokenized.add(tokens, batch[place].record, texts[place], batch[place].id)
-    tokenized.counts.update(fate for fate in fates if fate is not Fate.KEPT)
+    for document, fate in zip(batch, fates, strict=True):
+        if fate is not Fate.KEPT:
+            origin = f"{source.title}, record {document.record:,}"
+            tokenized.drop(fate, document.text, origin)
     if config.near_duplicates:
         kept = [text for text, fate in zip(texts, fates, strict=True) if fate is Fate.KEPT]
         tokenized.signatures.append(near_duplicates.minhash_signatures(kept))

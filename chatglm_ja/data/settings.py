@@ -42,9 +42,9 @@ class PrepareDataConfig(ReadingConfig):
     sources: tuple[Source, ...] = setting(
         "pretraining texts: a YAML file of sources, or each as "
         "LANGUAGE=PATH_OR_DATASET[@SUBSET][?COLUMN=VALUE][#COLUMN][,FIELD=VALUE], where FIELD is "
-        "split, revision, format, weight or another field of a source; each line of a .txt file is "
-        "a text, or with format=paragraphs a paragraph, with format=document all of it (no value: "
-        "no texts)",
+        "split, revision, format, weight, quality or another field of a source; each line of a "
+        ".txt file is a text, or with format=paragraphs a paragraph, with format=document all of "
+        "it; with quality=web, junk pages of a crawl are dropped (no value: no texts)",
         (),
     )
     shares: tuple[str, ...] = setting("each language's share of the tokens, LANGUAGE=SHARE", ())
@@ -67,7 +67,7 @@ class PrepareDataConfig(ReadingConfig):
     )
     min_characters: int = setting("drop texts of fewer characters", 32, low=1)
     check_language: bool = setting(
-        "drop texts that are not in the script of their language (ja, zh, en)", True
+        "drop texts with less prose in their language (ja, zh, en) than in others", True
     )
     near_duplicates: float = setting(
         "drop texts with this Jaccard similarity to an earlier one, estimated with MinHash from "
@@ -144,6 +144,11 @@ class PrepareDataConfig(ReadingConfig):
             f"{source.title}: the format wikitext is for pretraining texts"
             for source in self.sft_sources
             if source.format == "wikitext"
+        ]
+        problems += [
+            f"{source.title}: quality {source.quality} is for pretraining texts"
+            for source in self.sft_sources
+            if source.quality
         ]
         weighted = [source.title for source in self.sft_sources if source.weight is not None]
         if weighted:

@@ -7,16 +7,18 @@ has one is complete, and a killed run resumes with the first chunk that lacks it
     000017.labels     the same for the labels, of conversations only
     000017.hashes     uint32 [128, documents]: MinHash signatures, one row per hash
     000017.npz        record, length, digest, identity of each document
-    000017.json       how many records were read, rejected and dropped, and why; size and SHA-256 of
-                      the other files, so that a corrupt chunk is tokenized again
+    000017.json       how many records were read, rejected and dropped, and why; samples of
+                      what was dropped; size and SHA-256 of the other files, so that a corrupt
+                      chunk is tokenized again
 """
 
 import functools
+import heapq
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +39,10 @@ from chatglm_ja.storage.files import FileRecord, find_problem, publish_file, rea
 log = logging.getLogger(__name__)
 
 # Increased when the files of a chunk change their meaning: work of earlier versions is discarded.
-FORMAT = 5
+FORMAT = 6
 MAX_DETAIL = 200
+SAMPLES = 3  # of the texts that each filter dropped, for the report
+MAX_EXCERPT = 300
 TOKENS, LABELS, HASHES, COLUMNS, SUMMARY = ".tokens", ".labels", ".hashes", ".npz", ".json"
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "record": ("<i8", ()),
@@ -54,6 +58,22 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
     return families.load_tokenizer(folder)
 
 
+class DroppedText(BaseModel):
+    """A text that a filter dropped: its digest, its source and record, its beginning."""
+
+    digest: tuple[int, int]
+    origin: str
+    excerpt: str
+
+    @staticmethod
+    def sample(texts: Iterable["DroppedText"]) -> list["DroppedText"]:
+        """Return a few distinct ones: those with the smallest digests, whatever the chunks are."""
+        distinct: dict[tuple[int, int], DroppedText] = {}
+        for text in texts:
+            distinct.setdefault(text.digest, text)
+        return [distinct[digest] for digest in heapq.nsmallest(SAMPLES, distinct)]
+
+
 class ChunkSummary(BaseModel):
     """The content of a chunk's .json.
 
@@ -63,6 +83,7 @@ class ChunkSummary(BaseModel):
     rejects    number, reason and detail of each bad record
     counts     documents by the filter that dropped them; those that were cut, such as
                "shortened" ones, are kept
+    dropped    by filter, samples of the texts that it dropped
     files      the chunk's other files
     """
 
@@ -71,6 +92,7 @@ class ChunkSummary(BaseModel):
     bytes: int
     rejects: list[tuple[int, str, str]]
     counts: dict[str, int]
+    dropped: dict[str, list[DroppedText]]
     files: dict[str, FileRecord]
 
 
@@ -101,6 +123,7 @@ class TokenizedChunk:
     text_bytes: int = 0
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, list[DroppedText]] = field(default_factory=dict)
 
     def add(
         self, tokens: np.ndarray, record: int, content: str | bytes, record_id: str | None
@@ -111,6 +134,14 @@ class TokenizedChunk:
         self.digest.append(dedup.text_digest(content))
         # Zeros stand for no id, or an empty one.
         self.identity.append(dedup.text_digest(record_id) if record_id else (0, 0))
+
+    def drop(self, fate: str, text: str, origin: str) -> None:
+        """Count a text that a filter drops; `origin` is its source and record."""
+        self.counts[fate] += 1
+        if text:
+            digest = dedup.text_digest(text)
+            dropped = DroppedText(digest=digest, origin=origin, excerpt=text[:MAX_EXCERPT])
+            self.dropped.setdefault(fate, []).append(dropped)
 
     def write(self, stem: Path, source: int) -> StoredChunk:
         """Write the chunk's files, the summary last; `source` is its source's number."""
@@ -139,6 +170,7 @@ class TokenizedChunk:
             bytes=self.text_bytes,
             rejects=[(n, reject.reason, reject.detail[:MAX_DETAIL]) for n, reject in self.rejects],
             counts={str(name): count for name, count in self.counts.items()},
+            dropped={str(name): DroppedText.sample(texts) for name, texts in self.dropped.items()},
             files={path.name: record_file(path) for path in paths},
         )
         with publish_file(stem.with_suffix(SUMMARY)) as path:

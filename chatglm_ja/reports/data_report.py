@@ -1,9 +1,9 @@
 """Step 4's report: log lines, data_report.json, data_report.html, and the histograms as PNG files.
 
 The page opens with the mix of languages asked for and reached, and what was dropped. Below it are
-the fates of every source's records, whole training blocks as the model reads them, a conversation
-of every source with the tokens that the loss is computed on marked, the lengths of documents and
-conversations, and the first bad records.
+the fates of every source's records, samples of the dropped texts, whole training blocks as the
+model reads them, a conversation of every source with the tokens that the loss is computed on
+marked, the lengths of documents and conversations, and the first bad records.
 """
 
 import itertools
@@ -86,6 +86,7 @@ def write_report(
         parts["pretrain"] = {
             "totals": _describe_pretrain(pretrain),
             "fates": fate_table(pretrain["sources"], "documents", *CUT, "train_tokens", "repeats"),
+            "dropped": index.dropped_texts(),
             "blocks": sample_blocks(tokenizer, *texts),
             "lengths": draw_lengths(
                 index, index.kept_documents(), colors, folder / "pretrain_lengths.png"

@@ -1,5 +1,6 @@
 """Pretraining blocks: exact shares, every document accounted for, byte-identical after kills."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -20,6 +21,7 @@ from chatglm_ja.data import (
     rejects,
     token_store,
 )
+from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.resume import RejectsFile
 from chatglm_ja.data.settings import parse_shares
 from chatglm_ja.data.source_reader import SourceReader
@@ -238,7 +240,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_files(
     folder: Path, tokenizer: Path, sources: list[Source], **changes: Any
 ) -> dict[str, bytes]:
-    """Prepare sources of three languages in a folder; return its files."""
+    """Prepare sources of three languages in a folder; return its files, and what was dropped."""
     folder.mkdir(exist_ok=True)
     config = prepare_config(
         tokenizer, sources, shares=("ja=76", "zh=12", "en=12"), total_tokens=20_000,
@@ -247,19 +249,21 @@ def make_files(
     index = prepare_texts.prepare(config, source_folders(folder / "texts", config.sources))
     RejectsFile(folder / "rejects.jsonl", folder.parent / "report", 0.05).check(index)
     prepare_texts.write(index, config, parse_shares(config.shares), folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    dropped = {"dropped": repr(index.dropped_texts()).encode()}
+    return dropped | {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 def test_processes_and_interruptions_change_no_byte(
     tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_parts(monkeypatch)
-    sources = flawed(tmp_path)
+    sources = [dataclasses.replace(source, quality="web") for source in flawed(tmp_path)]
 
     def make(name: str, **changes: Any) -> dict[str, bytes]:
         return make_files(tmp_path / name, merged_dir, sources, **changes)
 
     undisturbed = make("one")
+    assert b"Fate.UNNATURAL" in undisturbed["dropped"]
     assert len([name for name in undisturbed if name.startswith("pretrain_train")]) == 7
     assert len(list((tmp_path / "one" / "texts").glob("*/*.json"))) > 10
     assert len(undisturbed["rejects.jsonl"].splitlines()) == 3
@@ -294,6 +298,34 @@ def test_processes_and_interruptions_change_no_byte(
     assert make("three") == undisturbed
     del finished[first], finished[second]
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+
+
+def test_samples_of_dropped_texts_do_not_depend_on_the_chunks(
+    tmp_path: Path, merged_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = [f"This is page {i} of the English ones. It is not in Japanese.\n" for i in range(60)]
+    menus = ["\n".join(f"商品{i}情報{j}" for j in range(60)) + "の一覧" for i in range(60)]
+    texts = [*foreign, *menus, *foreign, "", "短い"]
+    source = dataclasses.replace(write(tmp_path, "ja", texts), quality="web")
+    config = prepare_config(merged_dir, [source], check_language=True, min_characters=5)
+    found = []
+    for size in (2_000, 10**6):
+        monkeypatch.setattr(readers.read_chunks, "__defaults__", (size,))
+        folders = source_folders(tmp_path / str(size), [source])
+        index = prepare_texts.prepare(config, folders)
+        found.append(index.dropped_texts())
+        counts = index.counts(0)
+        assert (counts["language"], counts["no_sentences"], counts["empty"]) == (120, 60, 1)
+    assert found[0] == found[1]
+    assert [text.excerpt for text in found[0].pop(Fate.SHORT)] == ["短い"]
+    for fate, group in ((Fate.LANGUAGE, foreign), (Fate.NO_SENTENCES, menus)):
+        samples = found[0].pop(fate)
+        places = [next(i for i, t in enumerate(group) if t.startswith(s.excerpt)) for s in samples]
+        assert len(set(places)) == token_store.SAMPLES
+        for place, sample in zip(places, samples, strict=True):
+            start = 1 if group is foreign else 1 + len(foreign)
+            assert sample.origin == f"ja/ja, record {start + place}"
+    assert not found[0]
 
 
 def test_the_seed_and_only_the_seed_draws_other_documents(tmp_path: Path, merged_dir: Path) -> None:

@@ -14,7 +14,7 @@ from chatglm_ja.chatglm3.chat_format import build_prompt_ids
 from chatglm_ja.chatglm3.tokenizer import EOS_ID, load_processor
 from chatglm_ja.data.cleaning import Fate
 from chatglm_ja.data.packing import plan_concat
-from chatglm_ja.data.token_store import TOKENS
+from chatglm_ja.data.token_store import TOKENS, DroppedText
 from chatglm_ja.messages import IGNORE_INDEX
 from chatglm_ja.reports import data_report
 from chatglm_ja.sources import Source
@@ -48,6 +48,15 @@ REJECTS = [
 ]  # fmt: skip
 
 
+DROPPED = {
+    Fate.LANGUAGE: [DroppedText(digest=(1, 2), origin="zh/<b>, record 5", excerpt="<p>abc\nd")],
+    Fate.NO_SENTENCES: [
+        DroppedText(digest=(i, 0), origin=f"ja/wiki, record {i}", excerpt=f"目次{i}")
+        for i in (7, 8)
+    ],
+}
+
+
 def make_index(titles: list[tuple[str, str]], documents: list[tuple[int, list[int], int]]) -> Any:
     """Return an index of documents: number of the source, ids, length of the prompt."""
 
@@ -61,6 +70,7 @@ def make_index(titles: list[tuple[str, str]], documents: list[tuple[int, list[in
         record=np.arange(len(documents)) + 1234,
         length=np.array([len(ids) for _, ids, _ in documents]),
         kept_documents=lambda: np.arange(len(documents)),
+        dropped_texts=lambda: DROPPED,
         read_document=read_document,
     )
 
@@ -136,8 +146,8 @@ def test_the_page_opens_with_the_mix_and_what_was_dropped(page: str) -> None:
     assert "profile de&lt;mo&gt;" in page
     assert "The model is trained on 19,968 tokens of text and 41 conversations." in page
     assert (
-        "Dropped of 1,491 texts and 936 conversations: 107 not in the script of their language, "
-        "7 with a last exchange" in page
+        "Dropped of 1,491 texts and 936 conversations: 107 with less prose in their language than "
+        "in others, 7 with a last exchange" in page
     )
     assert facts(page) == [
         ("bad", "15,168 tokens: 76.0%, asked for 75.0%"),
@@ -175,6 +185,13 @@ def test_the_page_shows_what_became_of_the_records(page: str) -> None:
     for row in table_rows(page):
         for title in row[1:] if row[0] == "source" else ():
             assert f"<li><b>{title}</b>: " in page
+
+
+def test_the_page_shows_samples_of_dropped_texts(page: str) -> None:
+    section = page.partition('<h2 id="dropped">')[2].partition("<h2")[0]
+    assert re.findall("<h3>(.*?):", section) == ["language", "no sentences"]
+    assert "&lt;p&gt;abc\nd" in section and "zh/&lt;b&gt;, record 5" in section
+    assert section.index("目次7") < section.index("目次8")
 
 
 def test_every_count_can_be_explained() -> None:
