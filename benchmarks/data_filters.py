@@ -325,7 +325,7 @@ def tokenize(texts: Sequence[str], language: str, tokenizer: Path) -> None:
         source = Source(language, str(path))
         config = PrepareDataConfig(
             output_dir=path.parent, tokenizer=tokenizer, sources=(source,),
-            shares=(f"{language}=1",), total_tokens=1000,
+            shares=(f"{language}=1",), total_tokens=1000, sft_examples=0,
         )  # fmt: skip
         for number, chunk in enumerate(readers.read_chunks(source)):
             task = ChunkTask(chunk, source, 0, path.with_name(str(number)))

@@ -37,6 +37,7 @@ def test_any_field_by_its_name() -> None:
     for spec, message in (
         ("ja=b.txt,format=book", "has format 'book', expected 'lines', 'paragraphs', 'document'"),
         ("ja=b.txt,weight=0", "has weight 0.0, expected greater than 0"),
+        ("ja=b.txt,quality=good", "has quality 'good', expected 'web'"),
         ("ja=b.txt,weight=much", "has weight 'much', expected a valid number"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):

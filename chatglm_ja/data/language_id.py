@@ -94,6 +94,9 @@ for _script, _ranges in _RANGES.items():
     for _first, _last in _ranges:
         SCRIPTS[_first : _last + 1] = _script
 
+_PACKED = np.zeros(MARK + 1, dtype=np.int64)
+_PACKED[[KANA, HAN, LATIN]] = 1, 2**21, 2**42
+
 # Whether texts fit a language, from the numbers of their kana, Han, Latin and all letters.
 _SCRIPT_RULES: dict[str, Callable[..., np.ndarray]] = {
     "ja": lambda kana, han, latin, letters: (
@@ -134,45 +137,54 @@ def is_letter(scripts: np.ndarray) -> np.ndarray:
     return (scripts >= KANA) & (scripts <= FOREIGN)
 
 
-def count_english_words(codes: np.ndarray, scripts: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Count the common English words of the texts that begin at `starts`."""
-    return _count_between(_find_common_words(codes, scripts, starts)[0], starts)
-
-
 def _weigh(codes: np.ndarray, scripts: np.ndarray, starts: np.ndarray, language: str) -> np.ndarray:
     """Return whether the texts that begin at `starts` have as much prose in the language."""
 
     def count(script: int, begins: np.ndarray) -> np.ndarray:
-        return np.add.reduceat((scripts == script).astype(np.int32), begins)
+        mask = scripts == script
+        if not mask.any():
+            return np.zeros(len(begins), dtype=np.int32)
+        return np.add.reduceat(mask.astype(np.int32), begins)
 
-    english, not_english = _find_common_words(codes, scripts, starts)
     if language == "en":
-        latin = count(LATIN, starts)
-        other_scripts = sum(count(script, starts) for script in (KANA, HAN, FOREIGN))
-        own, others = (_count_between(places, starts) for places in (english, not_english))
-        return (latin > 0) & (own >= others + other_scripts / HAN_PER_COMMON_WORD)
+        is_other = is_letter(scripts) & (scripts != LATIN)
+        other_scripts = np.add.reduceat(is_other.astype(np.int32), starts)
+        english, others = count_common_words(codes, scripts, starts)
+        fits = english >= others + other_scripts / HAN_PER_COMMON_WORD
+        return (count(LATIN, starts) > 0) & fits
     lines = find_lines(codes, starts)
-    kana, han, latin, foreign = (count(script, lines) for script in (KANA, HAN, LATIN, FOREIGN))
-    common = _count_between(english, lines) + _count_between(not_english, lines)
+    # Three counts in one number: a line has at most a million characters (corpus.py).
+    packed = np.add.reduceat(_PACKED.take(scripts), lines)
+    kana, han, latin = (packed >> shift & (2**21 - 1) for shift in (0, 21, 42))
+    foreign = count(FOREIGN, lines)
     is_japanese = (kana > 0) & (kana >= KANA_SHARE * (kana + han))
     is_chinese = (han > 0) & ~is_japanese
     if language == "ja":
         own, strange = is_japanese, is_chinese & (count(MARK, lines) > 0)
     else:
         own, strange = is_chinese, is_japanese
-    is_latin = (kana + han == 0) & (common >= MIN_COMMON_WORDS)
-    others = strange * (kana + han) + is_latin * latin / LATIN_PER_HAN + foreign
+    others = strange * (kana + han) + foreign
+    # Common words are searched for only in the lines in which they count.
+    is_latin = (kana + han == 0) & (latin > 0)
+    if is_latin.any():
+        lengths = np.diff(lines, append=len(codes))
+        inside = np.repeat(is_latin, lengths)
+        begins = np.cumsum(lengths[is_latin]) - lengths[is_latin]
+        words = sum(count_common_words(codes[inside], scripts[inside], begins))
+        is_prose = words >= MIN_COMMON_WORDS
+        others[is_latin] += is_prose * latin[is_latin] // LATIN_PER_HAN
     first = np.searchsorted(lines, starts)
     own = np.add.reduceat(own * (kana + han), first)
     return (own > 0) & (own >= np.add.reduceat(others, first))
 
 
-def _find_common_words(
+def count_common_words(
     codes: np.ndarray, scripts: np.ndarray, starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where common English words are, and common words of others or letters with diacritics.
+    """Count common English words, and those of other languages with letters with diacritics.
 
-    The places are sorted. A word is a run of Latin letters.
+    A word is a run of Latin letters. Returns two numbers for each of the texts, or lines, that
+    begin at `starts`; none of them may be empty.
     """
     is_latin = scripts == LATIN
     begins, ends = is_latin.copy(), is_latin.copy()
@@ -189,18 +201,20 @@ def _find_common_words(
         letters = codes.take(places + i, mode="clip")
         numbers = 32 * numbers + np.where(i < lengths, _letter_number(letters), 0)
     kinds = _WORD_KINDS[numbers]
-    diacritics = np.flatnonzero(is_latin & (codes >= 0xC0))
-    return places[kinds == ENGLISH], np.union1d(places[kinds == NOT_ENGLISH], diacritics)
+    english, not_english, diacritics = (
+        np.diff(np.searchsorted(found, starts), append=len(found))
+        for found in (
+            places[kinds == ENGLISH],
+            places[kinds == NOT_ENGLISH],
+            np.flatnonzero(is_latin & (codes >= 0xC0)),
+        )
+    )
+    return english, not_english + diacritics
 
 
 def _letter_number(codes: np.ndarray) -> np.ndarray:
     """Return 1 to 26 for the letters a to z and A to Z, 31 for letters outside of ASCII."""
     return (np.minimum(codes, 127) & 31).astype(np.int32)
-
-
-def _count_between(places: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Count the sorted places from each start to the next one."""
-    return np.diff(np.searchsorted(places, starts), append=len(places))
 
 
 ENGLISH, NOT_ENGLISH = 1, 2

@@ -38,7 +38,8 @@ MAX_TRUNCATED = 0.3  # Gopher's; Swallow: 0.2 of the sentences
 MIN_SENTENCES = 0.02  # of the characters; FineWeb: 0.12 of the lines
 MIN_HIRAGANA = 0.1  # of kana and Han characters; Swallow: 0.2
 MIN_COMMON_HAN = 0.02  # of the Han characters of a Chinese page
-MIN_COMMON_WORDS = 2  # of an English page, Gopher's
+MIN_COMMON_WORDS = 2  # of an English page, Gopher's; in random letters, some stand by chance
+LETTERS_PER_COMMON_WORD = 500  # at most
 # Sizes in Han characters or kana; LATIN_PER_HAN Latin letters count as one. A shorter line is a
 # label, whatever it ends with. A shorter page cannot lack sentences.
 SENTENCE_SIZE = 8
@@ -149,8 +150,9 @@ def _find_broken_rules(page: _Pages, language: str | None) -> dict[Fate, np.ndar
     elif language == "zh":
         unnatural = page.count(_IS_COMMON_HAN.take(page.codes)) < MIN_COMMON_HAN * han
     elif language == "en":
-        words = language_id.count_english_words(page.codes, scripts, page.starts)
-        unnatural = words < MIN_COMMON_WORDS
+        words, _ = language_id.count_common_words(page.codes, scripts, page.starts)
+        letters = page.count(is_letter)
+        unnatural = words < np.maximum(MIN_COMMON_WORDS, letters / LETTERS_PER_COMMON_WORD)
 
     mojibake = _count_mojibake(page, is_strict=language in language_id.LANGUAGES)
     boilerplate = np.array([_count_boilerplate(text) for text in page.texts])

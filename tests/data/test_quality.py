@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from chatglm_ja.data import filters, language_id, quality
 from chatglm_ja.data.cleaning import Fate
+from chatglm_ja.data.settings import PrepareDataConfig
+from chatglm_ja.errors import ConfigError
 from chatglm_ja.sources import Source
 from tests.conftest import PROJECT, demo_texts
 
@@ -101,6 +104,8 @@ def test_repeated_runs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_neighbors_in_a_batch_do_not_matter(junk: ModuleType) -> None:
     for language in ("ja", "zh", "en"):
         pages = [*junk.make_junk(language, 0).values(), "", "Ã", "。", *junk.PROSE.values()]
+        # A page whose only sentence ends with the page.
+        pages += [f"{pages[0]}\n{junk.PROSE['en']}"[:-1].replace(". ", ", ") + ".", "A"]
         alone = [judge(language, page)[0] for page in pages]
         assert judge(language, *pages) == alone
 
@@ -115,3 +120,12 @@ def test_only_sources_of_the_web_are_judged(junk: ModuleType) -> None:
     assert filters.apply_filters([page], codes, web, 10**6) == [Fate.SHORT]
     english = Source("en", "a.txt", quality="web")
     assert filters.apply_filters([page], codes, english, 32) == [Fate.LANGUAGE]
+
+
+def test_conversations_are_not_judged() -> None:
+    source = Source("ja", "talks.jsonl", quality="web")
+    with pytest.raises(ConfigError, match="ja/talks: quality web is for pretraining texts"):
+        PrepareDataConfig(
+            output_dir=Path("out"), tokenizer=Path("tokenizer"), total_tokens=0,
+            sft_sources=(source,), sft_shares=("ja=1",), sft_examples=5,
+        )  # fmt: skip
