@@ -4,8 +4,9 @@
 
 Language. The pages of a source are labelled by its language and a rule that can be checked by hand:
 a page of ja or zh is in its language if the lines with kana, or with Han and without kana, have at
-least as many bytes of letters as the English lines: four words or more, up to a full stop, a colon,
-or a question or exclamation mark. Other pages of such a source count as foreign. Pages of all other
+least as many bytes of letters as the English lines: two words or more, up to a full stop, a colon,
+a question or exclamation mark, or without a mark of code. Other pages of such a source are foreign.
+Pages of all other
 sources are foreign, too; sources other than ja, zh and en are needed to judge `en`. The table
 compares the filter with the test of the script of a text as a whole, and for pages of en or in
 other languages with py3langid.
@@ -86,6 +87,7 @@ LETTERS = {
 KANA = re.compile(r"[\u3041-\u30ff]")
 CJK = re.compile(r"[\u3041-\u30ff\u4e00-\u9fff]")
 WORD = re.compile(r"[A-Za-z]{2,}")
+CODE = re.compile(r"[()\[\]{}<>=;_$@#|\\]")
 
 
 def make_junk(language: str, seed: int) -> dict[str, str]:
@@ -179,7 +181,9 @@ def is_own(text: str, language: str) -> bool:
             own += 3 * cjk
         elif cjk and has_kana:
             english += 3 * cjk  # Japanese on a Chinese page
-        elif len(words := WORD.findall(line)) >= 4 and line.rstrip().endswith((".", "!", "?", ":")):
+        elif len(words := WORD.findall(line)) >= 2 and (
+            line.rstrip().endswith((".", "!", "?", ":")) or not CODE.search(line)
+        ):
             english += sum(map(len, words))
     return 0 < own >= english
 

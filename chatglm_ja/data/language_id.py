@@ -8,7 +8,8 @@ that is mostly code is Japanese, and an English page under a Japanese menu is no
     zh   lines of Han, without kana      against   lines of Latin words, kana
     en   common English words            against   those of other languages, diacritics, kana, Han
 
-A line of Latin letters is prose if it has common words. English and other languages of Latin script
+A line of Latin letters is prose if it has common words, or several words and no mark of code.
+English and other languages of Latin script
 are told by these words, too, as in Gopher's filter (arXiv 2112.11446, appendix A.1.1). Han without
 kana is Chinese only in a sentence: addresses, headlines and tables of Japanese pages have no kana.
 
@@ -22,8 +23,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Scripts of letters, and the marks of a sentence; everything else does not count.
-OTHER, KANA, HAN, LATIN, FOREIGN, MARK = range(6)
+# Scripts of letters, and marks of a sentence and of code; everything else does not count.
+OTHER, KANA, HAN, LATIN, FOREIGN, MARK, CODE = range(7)
 _RANGES = {
     KANA: [(0x3041, 0x3096), (0x30A1, 0x30FA), (0x30FC, 0x30FC), (0x31F0, 0x31FF),
            (0xFF66, 0xFF9D)],
@@ -35,6 +36,7 @@ _RANGES = {
               (0xA000, 0xABFF), (0xAC00, 0xD7AF)],
     # The full stop and the comma of Chinese.
     MARK: [(0x3002, 0x3002), (0xFF0C, 0xFF0C)],
+    CODE: [(ord(mark), ord(mark)) for mark in "()[]{}<>=;_$@#|\\"],
 }  # fmt: skip
 # The least share of kana and Han characters among the letters of a Japanese or Chinese answer. It
 # is low because answers are full of commands and names.
@@ -47,8 +49,9 @@ MIN_LATIN_SHARE = 0.5
 LATIN_PER_HAN = 3
 # Of English words, about every fourth is common: in as much text as this many Han characters are.
 HAN_PER_COMMON_WORD = 7
-# A line of Latin letters with fewer common words is code, or a name.
-MIN_COMMON_WORDS = 2
+# A line of Latin letters is prose with as many common words, or as many words without marks of
+# code: headlines and labels of a page that was not translated. Other lines are code, or names.
+MIN_COMMON_WORDS = MIN_LABEL_WORDS = 2
 
 # Words of at most four letters that are frequent in English, and in other languages of Latin
 # script but not in English; neither are frequent in code (for, is, in, do, em).
@@ -94,7 +97,7 @@ for _script, _ranges in _RANGES.items():
     for _first, _last in _ranges:
         SCRIPTS[_first : _last + 1] = _script
 
-_PACKED = np.zeros(MARK + 1, dtype=np.int64)
+_PACKED = np.zeros(CODE + 1, dtype=np.int64)
 _PACKED[[KANA, HAN, LATIN]] = 1, 2**21, 2**42
 
 # Whether texts fit a language, from the numbers of their kana, Han, Latin and all letters.
@@ -149,7 +152,7 @@ def _weigh(codes: np.ndarray, scripts: np.ndarray, starts: np.ndarray, language:
     if language == "en":
         is_other = is_letter(scripts) & (scripts != LATIN)
         other_scripts = np.add.reduceat(is_other.astype(np.int32), starts)
-        english, others = count_common_words(codes, scripts, starts)
+        english, others, _ = count_words(codes, scripts, starts)
         fits = english >= others + other_scripts / HAN_PER_COMMON_WORD
         return (count(LATIN, starts) > 0) & fits
     lines = find_lines(codes, starts)
@@ -170,20 +173,23 @@ def _weigh(codes: np.ndarray, scripts: np.ndarray, starts: np.ndarray, language:
         lengths = np.diff(lines, append=len(codes))
         inside = np.repeat(is_latin, lengths)
         begins = np.cumsum(lengths[is_latin]) - lengths[is_latin]
-        words = sum(count_common_words(codes[inside], scripts[inside], begins))
-        is_prose = words >= MIN_COMMON_WORDS
+        latin_scripts = scripts[inside]
+        english, not_english, words = count_words(codes[inside], latin_scripts, begins)
+        marks = np.add.reduceat((latin_scripts == CODE).astype(np.int32), begins)
+        is_label = (words >= MIN_LABEL_WORDS) & (marks == 0)
+        is_prose = is_label | (english + not_english >= MIN_COMMON_WORDS)
         others[is_latin] += is_prose * latin[is_latin] // LATIN_PER_HAN
     first = np.searchsorted(lines, starts)
     own = np.add.reduceat(own * (kana + han), first)
     return (own > 0) & (own >= np.add.reduceat(others, first))
 
 
-def count_common_words(
+def count_words(
     codes: np.ndarray, scripts: np.ndarray, starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Count common English words, and those of other languages with letters with diacritics.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count common English words, those of other languages with letters with diacritics, all words.
 
-    A word is a run of Latin letters. Returns two numbers for each of the texts, or lines, that
+    A word is a run of Latin letters. Returns three numbers for each of the texts, or lines, that
     begin at `starts`; none of them may be empty.
     """
     is_latin = scripts == LATIN
@@ -193,7 +199,7 @@ def count_common_words(
     begins[starts] = is_latin[starts]
     ends[starts[1:] - 1] = is_latin[starts[1:] - 1]
     places = np.flatnonzero(begins)
-    lengths = np.flatnonzero(ends) + 1 - places
+    all_places, lengths = places, np.flatnonzero(ends) + 1 - places
     is_short = lengths <= WORD_LETTERS
     places, lengths = places[is_short], lengths[is_short]
     numbers = np.zeros(len(places), dtype=np.int32)
@@ -201,15 +207,16 @@ def count_common_words(
         letters = codes.take(places + i, mode="clip")
         numbers = 32 * numbers + np.where(i < lengths, _letter_number(letters), 0)
     kinds = _WORD_KINDS[numbers]
-    english, not_english, diacritics = (
+    english, not_english, diacritics, words = (
         np.diff(np.searchsorted(found, starts), append=len(found))
         for found in (
             places[kinds == ENGLISH],
             places[kinds == NOT_ENGLISH],
             np.flatnonzero(is_latin & (codes >= 0xC0)),
+            all_places,
         )
     )
-    return english, not_english + diacritics
+    return english, not_english + diacritics, words
 
 
 def _letter_number(codes: np.ndarray) -> np.ndarray:

@@ -150,7 +150,7 @@ def _find_broken_rules(page: _Pages, language: str | None) -> dict[Fate, np.ndar
     elif language == "zh":
         unnatural = page.count(_IS_COMMON_HAN.take(page.codes)) < MIN_COMMON_HAN * han
     elif language == "en":
-        words, _ = language_id.count_common_words(page.codes, scripts, page.starts)
+        words, *_ = language_id.count_words(page.codes, scripts, page.starts)
         letters = page.count(is_letter)
         unnatural = words < np.maximum(MIN_COMMON_WORDS, letters / LETTERS_PER_COMMON_WORD)
 

@@ -42,6 +42,15 @@ def test_foreign_prose_under_a_menu_is_foreign() -> None:
     assert fits("ja", "\n".join(["メニューを開く", *[RUSSIAN] * 5])) == [False]
 
 
+def test_labels_that_are_not_translated_are_foreign() -> None:
+    labels = "Recent colors\nCustom Palette\nWhen editing a form:\nOpenPGP signing key"
+    assert fits("ja", f"{labels}\nリセット") == [False]
+    assert fits("zh", f"{labels}\n重置") == [False]
+    assert fits("ja", f"{labels}\n{JAPANESE}") == [True]
+    calls = labels.replace("\n", "()\n")  # marks of code
+    assert fits("ja", f"{calls}()\nリセット") == [True]
+
+
 def test_half_of_the_prose_decides() -> None:
     page = [JAPANESE] * 4 + [CHINESE.replace("「の」", "此")] * 4
     assert fits("ja", "\n".join(page)) == [True]  # the Japanese lines are longer
@@ -64,10 +73,10 @@ def test_neighbors_in_a_batch_do_not_matter() -> None:
 
 
 def test_the_demos_pages_are_of_their_languages() -> None:
-    """All lines of these pages are translated, and help pages have much code."""
+    """Help pages have much code, and the labels of a few Japanese and Chinese ones are English."""
     for language in language_id.LANGUAGES:
         texts = demo_texts(language, 2000)
-        assert sum(fits(language, *texts)) > 0.99 * len(texts)
+        assert sum(fits(language, *texts)) > 0.95 * len(texts)
         for other in language_id.LANGUAGES:
             if other != language:
                 assert sum(fits(other, *texts)) < 0.01 * len(texts)
