@@ -22,6 +22,7 @@ from chatglm_ja.bases.families import open_model
 from chatglm_ja.chatglm3.remote_code import find_files
 from chatglm_ja.export.settings import ExportConfig, Target
 from chatglm_ja.settings import parse
+from chatglm_ja.storage.files import FileRecord
 from chatglm_ja.storage.inputs import open_files
 from chatglm_ja.storage.output import Output
 
@@ -42,19 +43,25 @@ def main() -> None:
 
     export = open_export(config)
     with output.write() as folder:
-        output.counts.update(export(folder))
+        counts, output.records = export(folder)
+        output.counts.update(counts)
     log.info("exported model: %s", config.output_dir)
 
 
-def open_export(config: ExportConfig) -> Callable[[Path], dict[str, Any]]:
-    """Open all that is read, and return the function that writes the export into a folder."""
+def open_export(
+    config: ExportConfig,
+) -> Callable[[Path], tuple[dict[str, Any], dict[str, FileRecord]]]:
+    """Open all that is read, and return the function that writes the export into a folder.
+
+    It returns the counts of the manifest, and the records of files that it has hashed already.
+    """
     from chatglm_ja.export import gguf_file, original_layout
     from chatglm_ja.export.model_folder import ModelFolder
 
     if config.to is Target.GGUF:
         gguf_file.require_gguf()
         model = ModelFolder.open(config.model)
-        return functools.partial(gguf_file.write_gguf, model, config.dtype)
+        return lambda folder: (gguf_file.write_gguf(model, config.dtype, folder), {})
     model = ModelFolder.open(config.model)
     base = original_layout.read_base(model, config.base_model)
     size = int(config.max_shard_gb * 1e9)

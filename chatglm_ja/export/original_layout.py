@@ -21,7 +21,7 @@ from chatglm_ja.chatglm3.tokenizer_files import TOKENIZER_FILES
 from chatglm_ja.errors import DataError
 from chatglm_ja.export.model_folder import ModelFolder
 from chatglm_ja.storage import weights
-from chatglm_ja.storage.files import write_json
+from chatglm_ja.storage.files import FileRecord, write_json
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,11 @@ def read_base(model: ModelFolder, folder: Path | None) -> BaseFiles:
 
 def write_original_layout(
     model: ModelFolder, base: BaseFiles, max_shard_bytes: int, folder: Path
-) -> dict[str, Any]:
-    """Write all files of a ChatGLM3 folder, weights in the stored dtype; return their numbers."""
+) -> tuple[dict[str, Any], dict[str, FileRecord]]:
+    """Write all files of a ChatGLM3 folder, weights in the stored dtype.
+
+    Returns their numbers, and the records of the shards.
+    """
     for name, text in base.code.items():
         (folder / name).write_text(text, encoding="utf-8")
     # ChatGLM3's own tokenizer class reads nothing but the sentencepiece model.
@@ -85,8 +88,8 @@ def write_original_layout(
         config.pop("auto_map", None)  # which names classes of the Python files
     write_json(folder / "config.json", config, indent=2)
     progress = tqdm(_original_tensors(model), desc="writing", unit=" tensors")
-    weights.write_sharded(progress, folder, max_shard_bytes)
-    return {"dtype": dtype, "rows": model.config[ROWS], "python_files": len(base.code)}
+    records = weights.write_sharded(progress, folder, max_shard_bytes)
+    return {"dtype": dtype, "rows": model.config[ROWS], "python_files": len(base.code)}, records
 
 
 def _original_tensors(model: ModelFolder) -> Iterator[tuple[str, torch.Tensor]]:

@@ -133,7 +133,7 @@ def test_a_check_writes_nothing(
     assert not (tmp_path / "out").exists()
     run_step(monkeypatch, *flags)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "model-F16.gguf", "Modelfile", "manifest.json",
+        "model-F16.gguf", "Modelfile", "manifest.json", "settings.yaml",
     }  # fmt: skip
 
 
