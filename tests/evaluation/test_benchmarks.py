@@ -38,7 +38,7 @@ def test_benchmarks_run_alone_on_one_stage(flags: list[str], tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     folder = runner.folder / "step7_eval_base"
     assert {path.name for path in folder.iterdir()} == {
-        "answers", "manifest.json", "results.json", "results.md"
+        "answers", "manifest.json", "results.json", "results.md", "settings.yaml"
     }  # fmt: skip
     (stage,) = json.loads((folder / "results.json").read_text())["stages"]
     assert [row["task"] for row in stage["tasks"]] == ["jnli"]
