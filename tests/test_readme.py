@@ -12,6 +12,14 @@ from tests.pipeline import PROJECT, STEPS, flags_of
 
 ENGLISH = PROJECT / "README.md"
 TRANSLATIONS = ("README.zh-CN.md", "README.ja.md")
+# Units, and what the translations write for them.
+UNITS = {
+    "h": r"h\b|時間|小时",
+    "min": r"minutes|min\b|分钟|分",
+    "B": r"billion|B\b",
+    "M": r"M\b",
+    **{unit: rf"{unit}\b" for unit in ("GiB", "GB/s", "GB", "MB", "bytes")},
+}
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
@@ -56,8 +64,10 @@ def commands(body: str) -> list[str]:
 
 
 def figures(text: str) -> Counter[str]:
-    """Count the numbers in a text, including digits in names."""
-    return Counter(re.findall(r"\d+(?:[.,]\d+)*", text))
+    """Count the numbers in a text, including digits in names, with the units that follow them."""
+    for unit, names in UNITS.items():
+        text = re.sub(rf"(?<=\d) ?(?:{names})", f" {unit} ", text)
+    return Counter(re.findall(rf"\d+(?:[.,]\d+)*(?: (?:{'|'.join(UNITS)})\b|%)?", text))
 
 
 @pytest.mark.parametrize("name", TRANSLATIONS)
@@ -80,6 +90,7 @@ def test_an_outdated_translation_is_detected() -> None:
         ("## Licenses", "### Licenses"),
         ("python step7_eval.py --chat", "python step7_eval.py --talk"),
         (figure, "**9.999**"),
+        ("38 h ", "38 min "),
         ("`--stall-seconds`", "`--stall-minutes`"),
         ("(docs/scaling.md)", "(docs/data.md)"),
     ):
