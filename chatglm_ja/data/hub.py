@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
 CARD = "README.md"
-OF_ALL_SPLITS = frozenset("[+")  # in a split that is a part of one, or several
+SLICE_MARKS = frozenset("[+")  # of a split that is a part of one, or several together
 
 
 class Listing(BaseModel):
@@ -45,31 +45,27 @@ def download_files(source: Source) -> Sequence[Path]:
     """Return the files of a data set's split, downloaded unless the cache holds them.
 
     Returns none if they are to be loaded by `datasets`, which also explains what is wrong with the
-    name. Raises ArtifactError if the disk of the cache lacks space.
+    name. Raises DataError if a download fails, and ArtifactError if the disk of the cache lacks
+    space.
     """
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     listing = _list_files(source.path, source.revision)
-    if listing is None or OF_ALL_SPLITS & {*source.split}:
+    if listing is None or SLICE_MARKS & {*source.split}:
         return ()
     cache = Path(constants.HF_HUB_CACHE)
     repository = repo_folder_name(repo_id=listing.name, repo_type="dataset")
     folder = cache / repository / "snapshots" / listing.commit
-    fetch = functools.partial(
-        hf_hub_download,
-        listing.name,
-        repo_type="dataset",
-        revision=listing.commit,
-    )
-    if CARD in listing.sizes and not (folder / CARD).exists():
-        fetch(CARD)
+    is_answering = _go_offline_if_silent()
+    if is_answering and CARD in listing.sizes and not (folder / CARD).exists():
+        _fetch(source, listing, CARD)
     try:
         found = list_folder(folder, source.split, source.subset, listing.sizes).files
     except DataError:
         return ()
     missing = [path.relative_to(folder).as_posix() for path in found if not path.exists()]
-    if missing and not _go_offline_if_silent():
+    if missing and not is_answering:
         return ()
     if missing:
         size = sum(listing.sizes[name] for name in missing)
@@ -77,8 +73,25 @@ def download_files(source: Source) -> Sequence[Path]:
         # Not every mirror says how large its files are.
         log.info("%s: downloading%s", source.title, f" {disk.format_bytes(size)}" if size else "")
         for name in missing:
-            fetch(name)
+            _fetch(source, listing, name)
     return found
+
+
+def _fetch(source: Source, listing: Listing, name: str) -> None:
+    """Download a file of a data set into the cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(listing.name, name, repo_type="dataset", revision=listing.commit)
+    except Exception as error:  # the hub's errors have no common base
+        if isinstance(error, OSError) and error.errno:  # a full disk, no permission
+            raise
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        raise DataError(
+            f"source {source.title}: {name} of {listing.name} could not be downloaded ({reason}): "
+            "re-run the command to go on; if the data set has terms, accept them on its page and "
+            "set HF_TOKEN"
+        ) from None
 
 
 @functools.cache

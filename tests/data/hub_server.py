@@ -19,6 +19,7 @@ _ROUTE = re.compile(
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    gated = ("terms.jsonl",)  # files that nobody may have, of sets that all may list
 
     def __init__(self, root: Path, tokens: dict[str, str], renamed: dict[str, str], *given: Any):
         self.root, self.tokens, self.renamed = root, tokens, renamed
@@ -56,6 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json(self._entries(folder, [p for p in wanted if p.exists()]))
         if kind == "tree" or not (folder / file).is_file():
             return self._send(404, b"", **{"X-Error-Code": "EntryNotFound"})
+        if file in self.gated:
+            return self._send(403, b"", **{"X-Error-Code": "GatedRepo"})
         content = (folder / file).read_bytes()
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
         return self._send(200, content, **{"ETag": etag, "X-Repo-Commit": commit})

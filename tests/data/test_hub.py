@@ -64,6 +64,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put(root, "me/texts", "data/train-00001-of-00002.jsonl", "三")
     put(root, "me/texts", "data/test-00000-of-00001.jsonl", "試験")
     put(root, "me/secret", "train.jsonl", "秘密")
+    put(root, "me/terms", "terms.jsonl", "条件")
     put(root, "me/tested", "test.jsonl", "試験")
     put(root, "me/languages", "ja/a.jsonl", "日本語")
     put(root, "me/languages", "zh/a.jsonl", "中文")
@@ -82,7 +83,7 @@ def test_sets_of_a_mirror_and_of_its_cache(hub: Path, tmp_path: Path) -> None:
     with serving(hub, {"me/secret": "hf_mine"}, {"me/old": "me/texts"}) as endpoint:
         found, said = read(
             texts, {"path": "me/texts", "split": "test"}, {"path": "me/secret"},
-            {"path": "me/tested"}, {"path": "me/none"}, {"path": "me/old"},
+            {"path": "me/tested"}, {"path": "me/none"}, {"path": "me/old"}, {"path": "me/terms"},
             endpoint=endpoint, cache=tmp_path, HF_TOKEN="hf_mine",
         )  # fmt: skip
         private, _ = read({"path": "me/secret"}, endpoint=endpoint, cache=tmp_path / "other")
@@ -90,6 +91,7 @@ def test_sets_of_a_mirror_and_of_its_cache(hub: Path, tmp_path: Path) -> None:
     assert "does not have the split 'train'" in found[3] and "['test']" in found[3]
     assert "me/none is neither a local file nor a data set" in found[4]
     assert found[5] == found[0]
+    assert "terms.jsonl of me/terms could not be downloaded (403" in found[6]
     assert "set HF_TOKEN if it is private" in private[0]
     assert "GET" not in said and "HTTP" not in said
     # The server is gone.
