@@ -5,15 +5,13 @@ that this machine belongs to. Its machines have the packages of requirements.txt
 under the same paths, with the project on it. They write their results there, and read their parts
 of uncompressed files; what goes through Ray is paths, counts, and the text of other files.
 
-A task on a machine that is lost runs again on another one, and writes the same bytes. Ray unpickles
-a task's arguments before the task runs, when its process may not find the project's modules yet. So
-they are pickled here, and unpickled in the task, after it has entered the caller's folder.
+A task on a machine that is lost runs again on another one, and writes the same bytes. Ray's
+processes start with the project on their path, and enter the caller's folder before a task.
 """
 
 import importlib.util
 import logging
 import os
-import pickle
 import re
 import socket
 import sys
@@ -94,7 +92,18 @@ def _connect() -> Any:
                 raise ValueError("it is neither HOST:PORT nor auto")
             host, port = place["host"], int(place["port"])
             socket.create_connection((host, port), CONNECT_SECONDS).close()
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        environment = {
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(PROJECT), os.environ.get("PYTHONPATH")))
+            ),
+            "TOKENIZERS_PARALLELISM": "false",  # there is a task for each CPU already, see cli.py
+        }
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": environment},
+        )
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"RAY_ADDRESS is {address}, but no Ray cluster can be used there ({error}): start one "
@@ -122,14 +131,12 @@ def map_in_order(
             f"the largest machine of the Ray cluster has {format_bytes(most)} for tasks, but one "
             f"needs {format_bytes(task_bytes)}: pass --near-duplicates 0, or add a machine"
         )
-    run = ray.remote(_runner()).options(
-        num_cpus=1, max_retries=MAX_RETRIES, memory=task_bytes or None
-    )
-    shared = ray.put(pickle.dumps(function))
+    run = ray.remote(_run).options(num_cpus=1, max_retries=MAX_RETRIES, memory=task_bytes or None)
+    shared, folder = ray.put(function), Path.cwd()
     waiting: deque[Any] = deque()
     try:
         for item in items:
-            waiting.append(run.remote(shared, pickle.dumps(item)))
+            waiting.append(run.remote(folder, shared, item))
             # Machines may join or be lost meanwhile.
             if len(waiting) >= 2 * _count_cpus(ray):
                 yield ray.get(waiting.popleft())
@@ -147,32 +154,29 @@ def map_in_order(
             ray.cancel(task)
 
 
-# Ray pickles functions inside of functions as code. Of others it pickles the module's name, and a
-# machine may not find the module.
-
-
-def _runner() -> Callable[[bytes, bytes], Any]:
-    enter = _enterer()
-
-    def run(packed_function: bytes, packed_item: bytes) -> Any:
-        enter()
-        return pickle.loads(packed_function)(pickle.loads(packed_item))
-
-    return run
+def _run(folder: Path, function: Callable[[Item], Result], item: Item) -> Result:
+    os.chdir(folder)
+    return function(item)
 
 
 def _problem_finder() -> Callable[[str], str | None]:
-    enter, project, python = _enterer(), str(PROJECT), "Python {}.{}".format(*sys.version_info)
+    """Return a function that finds what keeps a machine from running tasks.
+
+    Ray pickles functions inside of functions as code. Of others it pickles the module's name, and
+    the machine may not find the module.
+    """
+    folder, project = str(Path.cwd()), str(PROJECT)
+    python = "Python {}.{}".format(*sys.version_info)
 
     def find_problem(file: str) -> str | None:
-        """Return what keeps a machine from running tasks, and what to do, or None."""
+        """Return what is wrong with a machine and what to do, or None."""
         if not os.path.exists(file):
             return (
                 f"does not see the file {file} that was just written here, expected a disk that "
                 "all machines share: mount it there under the same path"
             )
         try:
-            enter()
+            os.chdir(folder)
             import chatglm_ja.data.prepare_conversations
             import chatglm_ja.data.prepare_texts  # noqa: F401
         except OSError as error:
@@ -186,17 +190,3 @@ def _problem_finder() -> Callable[[str], str | None]:
         return None
 
     return find_problem
-
-
-def _enterer() -> Callable[[], None]:
-    folder, project = os.getcwd(), str(PROJECT)  # noqa: PTH109
-
-    def enter() -> None:
-        """Give a process of Ray the folder and the modules of the process that started the work."""
-        os.chdir(folder)
-        if project not in sys.path:
-            sys.path.insert(0, project)
-        # There is a task for each CPU already; as in cli.py.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    return enter

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chatglm_ja.training.checkpoints import BEFORE_DECAY, OPTIMIZER, WEIGHTS
 from tests.faults.forks import Forks
 from tests.faults.ledger import Ledger
 from tests.pipeline import STEPS, Runner
@@ -48,8 +49,15 @@ def test_a_killed_step_ends_with_the_same_bytes(
             again = forks.small(script, *flags)
             assert again.status == 0, again.said
             assert files_of(target) == files_of(root / "undisturbed")
-            # Nothing else is left: no lock, no unfinished work, no checkpoint.
-            left = {path.name.removesuffix(".tensorboard") for path in root.iterdir()}
-            assert left == {"undisturbed", "killed"}
+            # Nothing else is left: no lock, no unfinished work, no checkpoint but one.
+            kept = ("", ".tensorboard", BEFORE_DECAY)
+            allowed = {f"{name}{suffix}" for name in ("undisturbed", "killed") for suffix in kept}
+            assert {path.name for path in root.iterdir()} <= allowed
+            for name in (WEIGHTS, OPTIMIZER) if (root / f"killed{BEFORE_DECAY}").exists() else ():
+                found, expected = (
+                    (root / f"{run}{BEFORE_DECAY}" / name).read_bytes()
+                    for run in ("killed", "undisturbed")
+                )
+                assert found == expected
         shutil.rmtree(target)
     shutil.rmtree(root)
