@@ -124,6 +124,8 @@ def _add_batch(
     known = decontamination.load_overlap(overlap_file)
     candidates = [place for place, fate in enumerate(fates) if fate is Fate.KEPT]
     encoded = tokenizer.encode_documents([texts[place] for place in candidates])
+    start = np.array(tokenizer.document_start, dtype=np.int32)
+    end = np.array([tokenizer.document_end], dtype=np.int32)
     for place, ids in zip(candidates, encoded, strict=True):
         if len(found := decontamination.find_overlaps(ids, known)):
             rest = decontamination.cut_overlaps(texts[place], ids, found, tokenizer)
@@ -133,7 +135,7 @@ def _add_batch(
             tokenized.counts[decontamination.CUT_OUT] += 1
             texts[place] = rest
             (ids,) = tokenizer.encode_documents([rest])
-        tokens = np.array([*tokenizer.document_start, *ids, tokenizer.document_end], dtype=np.int32)
+        tokens = np.concatenate([start, ids, end])
         tokenized.add(tokens, batch[place].record, texts[place], batch[place].id)
     for document, fate in zip(batch, fates, strict=True):
         if fate is not Fate.KEPT:
