@@ -78,7 +78,10 @@ def open_run(config: TrainingConfig, folder: Path, step: str, model: Input) -> I
 
     manifest = read_manifest(folder)
     if manifest is None or manifest.step != step:
-        raise ArtifactError(f"--continue-from {folder} is not a result of {step}.py")
+        raise ArtifactError(
+            f"--continue-from {folder} is not a result of {step}.py: give the output folder of a "
+            "finished run"
+        )
     for name in TRAINED_PARTS:
         before, now = manifest.arguments.get(name), config.arguments()[name]
         if before != json.loads(json.dumps(now)):
