@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from chatglm_ja import settings_file
 from chatglm_ja.errors import DASHES, ConfigError, did_you_mean
+from chatglm_ja.settings_file import flag
 from chatglm_ja.sources import Source, read_argument
 
 log = logging.getLogger(__name__)
@@ -128,11 +129,6 @@ class StepConfig:
             if isinstance(value, int | float) and not low <= value <= high:
                 problems.append(f"{flag(entry.name)} is {value}, expected {low:g} to {high:g}")
         return problems
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field: --learning-rate for learning_rate."""
-    return "--" + name.replace("_", "-")
 
 
 Config = TypeVar("Config", bound=StepConfig)

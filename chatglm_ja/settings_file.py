@@ -22,6 +22,11 @@ SETTINGS_FILE = "settings.yaml"
 _CONTROLS = frozenset(("overwrite", "check", "estimate"))
 
 
+def flag(name: str) -> str:
+    """Return the flag of a setting: --learning-rate for learning_rate."""
+    return "--" + name.replace("_", "-")
+
+
 def read(path: Path, hints: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return the settings of a file as command-line arguments, and those that have no such form.
 
@@ -61,15 +66,14 @@ def _read_sources(path: Path, name: str, entries: Any) -> Iterator[Source]:
 
 
 def _as_arguments(path: Path, name: str, value: Any) -> list[str]:
-    flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
+        return [flag(name if value else f"no_{name}")]
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str | int | float) for item in values):
         raise ConfigError(f"{path}: {name} is {reprlib.repr(value)}, expected text or numbers")
     if isinstance(value, list):
-        return [flag, *map(str, values)]
-    return [f"{flag}={value}"]
+        return [flag(name), *map(str, values)]
+    return [f"{flag(name)}={value}"]
 
 
 def dump(config: Any, step: str) -> str:
