@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from chatglm_ja import describe_missing, interrupts
-from chatglm_ja.errors import StoppedError, UserError
+from chatglm_ja.errors import StoppedError, UserError, first_line
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # few lines in a log file
@@ -88,7 +88,7 @@ def _report_errors(main: Callable[[], None]) -> None:
         _exit(missing)
     except OSError as error:
         # A full disk, a permission, a path: the system's message names the file.
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if error.errno in DISK_FULL:
             reason += ": free some disk space, then re-run the command to resume"
         _exit(f"error: {reason}")

@@ -44,6 +44,11 @@ class DataError(UserError):
     """A corpus, tokenizer or checkpoint file is not what it should be."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, to be quoted; if it is empty, the type."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return " (did you mean NAME?)" for a mistyped name, or "" if none of the names is like it.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from chatglm_ja.errors import DataError
+from chatglm_ja.errors import DataError, first_line
 from chatglm_ja.source_files import list_folder
 from chatglm_ja.sources import Source
 from chatglm_ja.storage import disk
@@ -86,11 +86,10 @@ def _fetch(source: Source, listing: Listing, name: str) -> None:
     except Exception as error:  # the hub's errors have no common base
         if isinstance(error, OSError) and error.errno:  # a full disk, no permission
             raise
-        reason = (str(error) or type(error).__name__).split("\n")[0]
         raise DataError(
-            f"source {source.title}: {name} of {listing.name} could not be downloaded ({reason}): "
-            "re-run the command to go on; if the data set has terms, accept them on its page and "
-            "set HF_TOKEN"
+            f"source {source.title}: {name} of {listing.name} could not be downloaded "
+            f"({first_line(error)}): re-run the command to go on; if the data set has terms, "
+            "accept them on its page and set HF_TOKEN"
         ) from None
 
 
@@ -144,7 +143,7 @@ def load_hub_dataset(source: Source) -> Any:
             "with @NAME, a split with split=NAME"
         ) from None
     except Exception as error:  # the hub's errors have no common base
-        reason = (str(error) or type(error).__name__).split("\n")[0]
+        reason = first_line(error)
         if not is_answering:
             reason = "the hub does not answer, and the cache does not hold it"
         raise DataError(

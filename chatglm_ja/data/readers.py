@@ -31,7 +31,7 @@ import pyarrow.parquet
 
 from chatglm_ja.data import hub
 from chatglm_ja.data.file_start import check_start
-from chatglm_ja.errors import DataError
+from chatglm_ja.errors import DataError, first_line
 from chatglm_ja.source_files import COMPRESSIONS, UNCOMPRESSED, file_compression, file_format
 from chatglm_ja.sources import TEXT_FILE_FORMATS, Source
 
@@ -184,10 +184,6 @@ def check_characters(text: str) -> Reject | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0]
-
-
 def _damaged(kind: str, detail: str, error: Exception) -> Reject:
     """Return the Reject for corrupt data; re-raise an error of the system, such as a failing disk.
 
@@ -231,7 +227,7 @@ def _parse_chunk(chunk: Chunk, form: str) -> Iterator[tuple[int, Record | Reject
                     yield number, record
                     number += 1
         except (pyarrow.ArrowInvalid, OSError) as error:
-            detail = f"the rest of its rows is lost ({_first_line(error)})"
+            detail = f"the rest of its rows is lost ({first_line(error)})"
             yield number, _damaged("arrow", detail, error)
 
 
@@ -325,7 +321,7 @@ def _read_blocks(path: Path, size: int) -> Iterator[bytes | Reject]:
                     yield bytes(block)
                     block.clear()
         except compression.error_types() as error:
-            detail = f"the rest of the file is lost ({_first_line(error)})"
+            detail = f"the rest of the file is lost ({first_line(error)})"
             reject = _damaged(compression.module, detail, error)
             yield bytes(block[: block.rfind(b"\n") + 1])
             yield reject
@@ -444,7 +440,7 @@ def _cut_arrow(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
             table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
             yield from _cut_table(str(path), table, chunk_bytes)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reject = _damaged("arrow", f"the file is lost ({_first_line(error)})", error)
+        reject = _damaged("arrow", f"the file is lost ({first_line(error)})", error)
         yield Chunk(str(path), 1, reject)
 
 
@@ -453,7 +449,7 @@ def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reject = _damaged("parquet", f"the file is lost ({_first_line(error)})", error)
+        reject = _damaged("parquet", f"the file is lost ({first_line(error)})", error)
         yield Chunk(str(path), 1, reject)
         return
     end = 1
@@ -466,7 +462,7 @@ def _cut_parquet(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
                 yield _as_chunk(str(path), first, pyarrow.Table.from_batches([batch]))
                 first += len(batch)
         except (pyarrow.ArrowInvalid, OSError) as error:
-            detail = f"the rest of its row group is lost ({_first_line(error)})"
+            detail = f"the rest of its row group is lost ({first_line(error)})"
             yield Chunk(str(path), first, _damaged("parquet", detail, error))
 
 

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 from typing import Any
 
-from chatglm_ja.errors import ConfigError
+from chatglm_ja.errors import ConfigError, first_line
 from chatglm_ja.evaluation.likelihood import Scorer
 from chatglm_ja.evaluation.settings import EvalConfig
 
@@ -44,10 +44,9 @@ def load_tasks(config: EvalConfig) -> Any:
         try:
             manager.load([name])
         except Exception as error:  # whatever a task or its data set raises
-            reason = str(error).partition("\n")[0] or type(error).__name__
             raise ConfigError(
-                f"lm-evaluation-harness cannot load the task {name}: {reason} (tasks that are "
-                "not in --harness-folder download their data)"
+                f"lm-evaluation-harness cannot load the task {name}: {first_line(error)} (tasks "
+                "that are not in --harness-folder download their data)"
             ) from error
     return manager
 
