@@ -6,10 +6,9 @@ Language. The pages of a source are labelled by its language and a rule that can
 a page of ja or zh is in its language if the lines with kana, or with Han and without kana, have at
 least as many bytes of letters as the English lines: two words or more, up to a full stop, a colon,
 a question or exclamation mark, or without a mark of code. Other pages of such a source are foreign.
-Pages of all other
-sources are foreign, too; sources other than ja, zh and en are needed to judge `en`. The table
-compares the filter with the test of the script of a text as a whole, and for pages of en or in
-other languages with py3langid.
+Pages of all other sources are foreign, too; sources other than ja, zh and en are needed to judge
+`en`. The table compares the filter with the test of the script of a text as a whole, and for pages
+of en or in other languages with py3langid.
 
 Quality. The good pages are those that the language filter keeps. The junk is made up: --junk-pages
 of every kind and language. The tables show how many good pages and what junk each rule drops.
